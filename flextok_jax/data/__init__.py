@@ -1,0 +1,1 @@
+"""Images for training and evaluation: sources, uint8 transforms, and the step-to-batch pipeline."""

@@ -1,0 +1,88 @@
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow.
+
+The only file that imports tensorflow_datasets. It reads the prepared files by their own description
+(features.json, dataset_info.json), so neither the data set's generating code nor a download runs,
+and decoding is left to `sources.decode_image`, as for every other source.
+"""
+
+REMEDY = (
+    "Prepare it once, on a machine that has TensorFlow, with\n"
+    "    tfds build {name} --data_dir={path} --file_format=array_record\n"
+    "(imagenet2012 wants its two .tar files in {path}/downloads/manual first)."
+)
+
+
+class TfdsSource:
+    """One split of a prepared data set in the array_record format.
+
+    The reference is `imagenet2012` (splits "train" and "validation").
+
+    Args:
+        name: "NAME", "NAME/CONFIG" or either followed by ":VERSION"; the newest version by default.
+        split: any TFDS split, such as "train" or "train[:10%]".
+        path: the data_dir it was prepared in, which contains NAME/[CONFIG/]VERSION.
+
+    Raises:
+        FileNotFoundError, ValueError: the data set is not there, not in a format with random
+            access, has no such split or no images; with the remedy.
+    """
+
+    def __init__(self, name: str, split: str, path: str):
+        try:
+            import tensorflow_datasets as tfds
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "data.source='tfds' needs: pip install tensorflow-datasets array_record"
+            ) from error
+        if not name:
+            raise ValueError("data.source='tfds' needs data.name, such as 'imagenet2012'.")
+        builder = tfds.builder_from_directory(_find(name, path))
+        features = dict(builder.info.features.items())
+        if not isinstance(features.get("image"), tfds.features.Image):
+            raise ValueError(
+                f"The data set {name!r} has no feature 'image' that holds an image; it has "
+                f"{', '.join(sorted(features))}."
+            )
+        self._labelled = isinstance(features.get("label"), tfds.features.ClassLabel)
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        try:
+            self._data = builder.as_data_source(split=split, decoders=decoders)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"The data set {name!r} in {str(path)!r} is stored as "
+                f"{builder.info.file_format.value}, which has no random access; array_record has. "
+                + REMEDY.format(name=name, path=path)
+            ) from error
+        self._title = f"{name}/{split}"
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict:
+        example = self._data[index]
+        return {"image": example["image"], "label": int(example["label"]) if self._labelled else -1}
+
+    def name(self, index: int) -> str:
+        return f"{self._title}[{index}]"
+
+
+def _find(name: str, path: str):
+    """The folder of the named (or else the newest) version."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    stem, _, version = name.partition(":")
+    root = epath.Path(path).expanduser() / stem
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    versions = {
+        folder.name: folder
+        for folder in folders
+        if tfds.core.Version.is_valid(folder.name) and (folder / "dataset_info.json").exists()
+    }
+    if not versions or (version and version not in versions):
+        raise FileNotFoundError(
+            f"The data set {name!r} is not prepared in {str(path)!r} (looked for a version in "
+            f"{str(root)!r}, which holds: {', '.join(f.name for f in folders) or 'nothing'}). "
+            + REMEDY.format(name=stem, path=path)
+        )
+    return versions[version or max(versions, key=tfds.core.Version)]

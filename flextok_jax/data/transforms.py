@@ -1,0 +1,197 @@
+"""uint8 image transforms: pure functions of an image and of uniform draws in [0, 1).
+
+Randomness comes in as numbers, not as a generator: a batch's draws can then be made for the whole
+global batch at once and each process applies its own rows. Nothing here leaves uint8.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image
+
+CROPS = ("random", "center", "none")
+CROP_TRIES = 10
+CROP_RATIO = (3 / 4, 4 / 3)
+FLIP, ANGLE, ZOOM, SHIFT_X, SHIFT_Y, CROP = range(6)  # Columns of the draws; CROP to the end.
+NUM_DRAWS = CROP + CROP_TRIES * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """What happens to an image between decoding and the batch.
+
+    Attributes:
+        image_size: side S of the result, in pixels.
+        crop: "random" (`random_resized_crop`), "center" (`center_crop`), "none": already S x S.
+        crop_scale: smallest and largest share of the area that a random crop keeps.
+        flip: mirror half of the images.
+        shift: translate by up to so many whole pixels.
+        rotate: turn by up to so many degrees either way.
+        zoom: enlarge or shrink by up to this fraction.
+    """
+
+    image_size: int
+    crop: str = "none"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = False
+    shift: int = 0
+    rotate: float = 0.0
+    zoom: float = 0.0
+
+    def __post_init__(self):
+        low, high = self.crop_scale
+        for ok, name, allowed in (
+            (self.image_size >= 1, "image_size", "at least 1"),
+            (self.crop in CROPS, "crop", ", ".join(CROPS)),
+            (0 < low <= high <= 1, "crop_scale", "two fractions, 0 < low <= high <= 1"),
+            (0 <= self.shift < self.image_size, "shift", "0 (off) up to less than image_size"),
+            (0 <= self.rotate <= 180, "rotate", "0 (off) to 180 degrees"),
+            (0 <= self.zoom < 1, "zoom", "0 (off) up to less than 1"),
+        ):
+            if not ok:
+                raise ValueError(f"data.{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+
+    def without_randomness(self) -> "Transform":
+        """The transform of evaluation: a random crop becomes the centre crop, the rest is off."""
+        crop = "center" if self.crop == "random" else self.crop
+        return Transform(self.image_size, crop)
+
+    def fit(self, image, draws: np.ndarray) -> np.ndarray:
+        """Brings one image to the common size.
+
+        Args:
+            image: RGB `PIL.Image.Image`, or uint8 [H, W, 3].
+            draws: float [NUM_DRAWS] in [0, 1).
+
+        Returns:
+            uint8 [S, S, 3].
+
+        Raises:
+            ValueError: the image has another size and crop is "none".
+        """
+        if self.crop == "none":
+            array = np.asarray(image)
+            if array.shape != (self.image_size, self.image_size, 3):
+                height, width = array.shape[:2]
+                raise ValueError(
+                    f"the image is {width} x {height} pixels, but data.image_size is "
+                    f"{self.image_size} and data.crop is 'none': use 'center' or 'random'."
+                )
+            return array
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        if self.crop == "center":
+            return center_crop(image, self.image_size)
+        return random_resized_crop(image, self.image_size, draws[CROP:], self.crop_scale)
+
+    def augment(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Flip, rotation, zoom and shift, each where it is on.
+
+        Args:
+            images: uint8 [B, S, S, 3].
+            draws: float [B, NUM_DRAWS] in [0, 1).
+
+        Returns:
+            uint8 [B, S, S, 3].
+        """
+        if self.flip:
+            mirrored = draws[:, FLIP] < 0.5
+            images = images.copy()
+            images[mirrored] = images[mirrored, :, ::-1]
+        if self.shift or self.rotate or self.zoom:
+            signed = 2 * draws - 1
+            images = affine(
+                images,
+                degrees=self.rotate * signed[:, ANGLE],
+                zoom=1 + self.zoom * signed[:, ZOOM],
+                shift=np.floor((2 * self.shift + 1) * draws[:, SHIFT_X : SHIFT_Y + 1]) - self.shift,
+            )
+        return images
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, draws: np.ndarray, scale: tuple[float, float] = (0.08, 1.0)
+) -> np.ndarray:
+    """Cuts a rectangle of random area, shape and place, and resizes it to a square.
+
+    Area uniform in `scale` times the image's, ratio of the sides log-uniform in 3/4..4/3, place
+    uniform; the first of ten tries that fits. If none does: the largest centred rectangle of an
+    allowed ratio. Resized by Pillow's bicubic filter, which widens when shrinking (antialiased).
+
+    Args:
+        image: RGB, any size.
+        size: side of the result.
+        draws: float [4 * CROP_TRIES] in [0, 1).
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    width, height = image.size
+    area_draw, ratio_draw, x_draw, y_draw = draws.reshape(CROP_TRIES, 4).T
+    area = width * height * (scale[0] + (scale[1] - scale[0]) * area_draw)
+    low, high = np.log(CROP_RATIO)
+    ratio = np.exp(low + (high - low) * ratio_draw)
+    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (1 <= widths) & (widths <= width) & (1 <= heights) & (heights <= height)
+    if fits.any():
+        k = int(np.argmax(fits))
+        w, h = int(widths[k]), int(heights[k])
+        x, y = int(x_draw[k] * (width - w + 1)), int(y_draw[k] * (height - h + 1))
+    else:
+        w = min(width, max(1, round(height * CROP_RATIO[1])))
+        h = min(height, max(1, round(width / CROP_RATIO[0])))
+        x, y = (width - w) // 2, (height - h) // 2
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + w, y + h)))
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The centre crop that evaluations of ImageNet models use (ADM style).
+
+    The image is halved by 2 x 2 averages while its short side is at least twice `size`, then
+    resized by a bicubic filter until the short side is `size`, and the middle is cut out.
+
+    Args:
+        image: RGB, any size; a smaller one is enlarged.
+        size: side of the result.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    x, y = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((x, y, x + size, y + size)))
+
+
+def affine(
+    images: np.ndarray, degrees: np.ndarray, zoom: np.ndarray, shift: np.ndarray
+) -> np.ndarray:
+    """Rotates and zooms about the centre, then translates; bilinear, black beyond the border.
+
+    One resampling for all three, and exact for a whole-pixel shift alone.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        degrees: float [B], counter-clockwise.
+        zoom: float [B], above 1 enlarges.
+        shift: float [B, 2], pixels to the right and down.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    height, width = images.shape[1:3]
+    out = np.empty_like(images)
+    for i, image in enumerate(images):
+        # Pillow wants the way back: source = centre + R^-1 (target - centre - shift) / zoom.
+        angle = math.radians(degrees[i])
+        cos, sin = math.cos(angle) / zoom[i], math.sin(angle) / zoom[i]
+        x, y = width / 2 + shift[i, 0], height / 2 + shift[i, 1]
+        back = (cos, -sin, width / 2 - cos * x + sin * y, sin, cos, height / 2 - sin * x - cos * y)
+        out[i] = Image.fromarray(image).transform(
+            (width, height), Image.Transform.AFFINE, back, Image.Resampling.BILINEAR
+        )
+    return out

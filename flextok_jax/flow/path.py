@@ -1,0 +1,69 @@
+"""Rectified flow: times, path and target (t = 1 is noise, t = 0 is data)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def mode_time(u: jax.Array, scale: float) -> jax.Array:
+    """The "mode" time density: t = 1 - u - s (cos^2(pi u / 2) - 1 + u).
+
+    Args:
+        u: uniform in [0, 1), any shape.
+        scale: s; 0 gives uniform times.
+    """
+    return 1.0 - u - scale * (jnp.square(jnp.cos(jnp.pi * u / 2)) - 1.0 + u)
+
+
+def logit_normal_time(key: jax.Array, batch: int, stratified: bool = False) -> jax.Array:
+    """t = sigmoid(n), n standard normal; stratified: one draw per 1/batch quantile, shuffled."""
+    if not stratified:
+        return jax.nn.sigmoid(jax.random.normal(key, (batch,)))
+    offsets, order = jax.random.split(key)
+    u = (jnp.arange(batch) + jax.random.uniform(offsets, (batch,))) / batch
+    normal = jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1 - 1e-6))
+    return jax.nn.sigmoid(jax.random.permutation(order, normal))
+
+
+def interpolate(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    """x_t = t eps + (1 - t) x0. x0, noise: [B, h, w, C]; t: [B]."""
+    t = t[:, None, None, None]
+    return t * noise + (1.0 - t) * x0
+
+
+def target(x0: jax.Array, noise: jax.Array) -> jax.Array:
+    """The velocity dx/dt = eps - x0."""
+    return noise - x0
+
+
+def flow_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
+    """Mean squared error to the target, per image: [B, h, w, C] -> float32 [B]."""
+    error = velocity.astype(jnp.float32) - target(x0, noise)
+    return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+
+
+def sample_keep(key: jax.Array, batch: int, num_tokens: int, mode: str) -> jax.Array:
+    """Nested dropout: how many tokens each image keeps, int32 [batch] in 1..R.
+
+    Args:
+        mode: "pow2": uniform over 1, 2, 4, ..., R; "uniform": over 1..R; "uniform_pow2": uniform,
+            rounded up to a power of two, at most R; "fixed": always R.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode == "fixed":
+        return jnp.full((batch,), num_tokens, jnp.int32)
+    if mode == "pow2":
+        exponent = jax.random.randint(key, (batch,), 0, num_tokens.bit_length())
+        return jnp.left_shift(1, exponent).astype(jnp.int32)
+    if mode in ("uniform", "uniform_pow2"):
+        keep = jax.random.randint(key, (batch,), 1, num_tokens + 1)
+        return keep if mode == "uniform" else next_pow2(keep, num_tokens)
+    raise ValueError(f"nested dropout mode {mode!r} is unknown")
+
+
+def next_pow2(k: jax.Array, most: int) -> jax.Array:
+    """The smallest power of two >= k, at most `most`. int32, same shape."""
+    powers = jnp.left_shift(1, jnp.arange((most - 1).bit_length() + 1))
+    position = jnp.searchsorted(powers, k)
+    return jnp.minimum(powers[position], most).astype(jnp.int32)

@@ -1,0 +1,64 @@
+"""Training from one command:
+
+python -m flextok_jax.main --config=configs/FILE.py:VARIANT --workdir=DIR [--config.KEY=VALUE ...]
+
+The same command continues an interrupted run. Exit codes: 0 done, or stopped by Ctrl-C and saved;
+143 stopped by SIGTERM or a preemption notice and saved: start it again.
+"""
+
+import importlib
+import logging
+import signal
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+STAGES = {"tokenizer": "flextok_jax.training.tokenizer_stage:TokenizerStage"}
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "FILE.py:VARIANT; any key by --config.KEY=VALUE", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and logs")
+
+
+def make_stage(config):
+    """The stage that `config.stage` names.
+
+    Raises:
+        ValueError: it is none of STAGES.
+    """
+    if config.stage not in STAGES:
+        raise ValueError(f"stage={config.stage!r}: allowed are {sorted(STAGES)}")
+    module, name = STAGES[config.stage].split(":")
+    return getattr(importlib.import_module(module), name)(config)
+
+
+def main(argv):
+    """Runs and returns the exit code."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option begins with --")
+    from flextok_jax.training.checkpoint import WorkdirError
+    from flextok_jax.training.loop import train
+    from flextok_jax.training.signals import PREEMPTED
+
+    logging.getLogger("flextok_jax").setLevel(logging.INFO)
+    try:
+        outcome = train(make_stage(_CONFIG.value), _CONFIG.value, _WORKDIR.value)
+    except WorkdirError as error:
+        sys.exit(f"error: {error}")
+    return PREEMPTED if outcome.stopped == signal.SIGTERM else 0
+
+
+def _parse_flags(argv):
+    """absl's parser, with a readable line for a key that the config does not have."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        overrides = [arg for arg in argv if arg.startswith("--config.")]
+        sys.exit(f"error: the config has no key {error}; look for it among {' '.join(overrides)}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=_parse_flags)

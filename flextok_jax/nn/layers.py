@@ -1,0 +1,183 @@
+"""Building blocks of both Transformers (the encoder's and the decoder's).
+
+B batch, S sequence, D width, H heads, N patches, R registers, C latent channels, p patch side.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+xavier = nn.initializers.xavier_uniform()
+normal = nn.initializers.normal(0.02)
+zeros = nn.initializers.zeros_init()
+
+# (queries, keys, values), each [B, S, H, head_dim] -> [B, S, H, head_dim]
+AttentionCore = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis without scale and bias, eps 1e-5, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5)
+    return y.astype(x.dtype)
+
+
+def attend(q, k, v, implementation: str, mask=None, bias=None) -> jax.Array:
+    """Softmax attention with logits scaled by 8/head_dim (the muP form; 1/sqrt(64) at 64).
+
+    Args:
+        q: [B, T, H, head_dim]. k, v: [B, S, H, head_dim].
+        implementation: "xla" or "cudnn".
+        mask: bool, [1, 1, T, S], True where attention is allowed, or None.
+        bias: [1, 1, 1, S] added to the logits, or None.
+
+    Returns:
+        [B, T, H, head_dim].
+    """
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (1, 1, q.shape[1], k.shape[1])).astype(q.dtype)
+    return jax.nn.dot_product_attention(
+        q, k, v, bias=bias, mask=mask, scale=8.0 / q.shape[-1], implementation=implementation
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head attention with QK-norm and separate bias-free projections."""
+
+    width: int
+    head_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, core: AttentionCore) -> jax.Array:
+        """x: [B, S, D] -> [B, S, D]; `core` decides who attends to whom."""
+
+        def dense(name):
+            return nn.Dense(
+                self.width, use_bias=False, dtype=self.dtype, kernel_init=xavier, name=name
+            )
+
+        heads = (*x.shape[:-1], self.width // self.head_dim, self.head_dim)
+        q = layer_norm(dense("wq")(x).reshape(heads))
+        k = layer_norm(dense("wk")(x).reshape(heads))
+        v = dense("wv")(x).reshape(heads)
+        return dense("proj")(core(q, k, v).reshape(x.shape))
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1 x) * fc3 x) without biases; hidden width int(2/3 * ratio * D)."""
+
+    width: int
+    ratio: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(features, name):
+            return nn.Dense(
+                features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name=name
+            )
+
+        hidden = int(2 * self.ratio * self.width / 3)
+        return dense(self.width, "fc2")(
+            nn.silu(dense(hidden, "fc1")(x)) * dense(hidden, "fc3")(x)
+        )
+
+
+def patchify(x: jax.Array, p: int) -> jax.Array:
+    """[B, h, w, C] -> [B, (h/p)(w/p), p*p*C]; a patch vector is ordered (p1, p2, channel)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(x: jax.Array, p: int, height: int, width: int) -> jax.Array:
+    """The inverse of `patchify`: [B, N, p*p*C] -> [B, height, width, C]."""
+    b, _, d = x.shape
+    c = d // (p * p)
+    x = x.reshape(b, height // p, width // p, p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height, width, c)
+
+
+def sincos_table(grid: tuple[int, int], width: int) -> jax.Array:
+    """Fixed 2-D positions, float32 [rows, cols, D].
+
+    Channels are [sin(row w), cos(row w), sin(col w), cos(col w)], w_j = 10000^(-4j/D).
+    """
+    omega = 10000.0 ** (-jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
+
+    def one_axis(n):
+        angle = jnp.arange(n, dtype=jnp.float32)[:, None] * omega[None, :]
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+    rows, cols = grid
+    half = width // 2
+    row = jnp.broadcast_to(one_axis(rows)[:, None], (rows, cols, half))
+    col = jnp.broadcast_to(one_axis(cols)[None, :], (rows, cols, half))
+    return jnp.concatenate([row, col], axis=-1)
+
+
+class PatchEmbed(nn.Module):
+    """Latents to patch vectors with their fixed positions.
+
+    The position table is a parameter only so that it is kept as the file has it; it is never
+    trained (see `is_fixed`). Smaller grids use its top left.
+    """
+
+    grid: tuple[int, int]
+    patch_size: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """latents: [B, h, w, C] -> [B, N, D]."""
+        rows, cols = (s // self.patch_size for s in latents.shape[1:3])
+        dense = nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier, name="patch_emb")
+        x = dense(patchify(latents.astype(self.dtype), self.patch_size))
+        table = self.param("sincos", lambda _: sincos_table(self.grid, self.width))
+        if rows > self.grid[0] or cols > self.grid[1]:
+            raise ValueError(f"{rows}x{cols} patches: the model has positions for {self.grid}")
+        positions = table[:rows, :cols].reshape(1, rows * cols, self.width)
+        return x + positions.astype(self.dtype)
+
+
+def is_fixed(path: str) -> bool:
+    """Whether the parameter at `path` ("a/b/c") is a fixed table: never trained or averaged."""
+    return path.split("/")[-1] == "sincos"
+
+
+def time_frequencies(t: jax.Array, size: int, max_timestep: float) -> jax.Array:
+    """Sinusoidal features of the time: float32 [B] -> [B, size], cosines first.
+
+    Frequencies are (1000/max_timestep) * exp(-ln(256) j / (size/2)).
+    """
+    half = size // 2
+    j = jnp.arange(half, dtype=jnp.float32)
+    freqs = (1000.0 / max_timestep) * jnp.exp(-math.log(256.0) * j / half)
+    angle = t.astype(jnp.float32)[:, None] * freqs[None, :]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def stack(block, cfg, compute, depth: int, **fields):
+    """`depth` copies of a block module as one module, parameters stacked on a leading axis.
+
+    The block is called as block(carry, shared) -> (carry, None). `compute.scan=False` unrolls the
+    loop, `compute.remat=True` recomputes each block in the backward pass; parameters and results
+    are the same.
+    """
+    if compute.remat:
+        block = nn.remat(block, prevent_cse=False)
+    loop = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=depth,
+        unroll=1 if compute.scan else depth,
+    )
+    return loop(cfg, compute, name="blocks", **fields)

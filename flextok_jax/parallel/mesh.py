@@ -1,0 +1,32 @@
+"""The device mesh: three integers, `data`, `fsdp` and `tensor`."""
+
+import jax
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
+    """A mesh with axes (data, fsdp, tensor).
+
+    Args:
+        data, fsdp, tensor: devices along each axis; at most one may be -1: what is left.
+        devices: the devices to use, all of them by default.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    known = 1
+    for size in sizes:
+        known *= 1 if size == -1 else size
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+        known = len(devices)
+    if min(sizes) < 1 or known != len(devices):
+        raise ValueError(
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: "
+            "the three must multiply to that number (one of them may be -1)"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)

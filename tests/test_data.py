@@ -1,0 +1,244 @@
+"""Sources and transforms."""
+
+import hashlib
+import io
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flextok_jax.data import sources, transforms
+from flextok_jax.data.transforms import NUM_DRAWS, Transform
+
+
+def config(**changes):
+    """The `data` part of a config."""
+    values = dict(
+        source="digits", path="", name="", split="train", eval_split="test", image_size=16,
+        crop="none", crop_scale=(0.08, 1.0), flip=False, shift=0, rotate=0.0, zoom=0.0,
+    )  # fmt: skip
+    return types.SimpleNamespace(**{**values, **changes})
+
+
+def noise(*shape):
+    return np.random.RandomState(0).randint(0, 256, shape, np.uint8)
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def encoded(image, **options):
+    stream = io.BytesIO()
+    image.save(stream, **{"format": "PNG", **options})
+    return stream.getvalue()
+
+
+# Digits.
+
+
+def test_digits_split_is_fixed():
+    parts = {split: sources.digits(split) for split in ("train", "test")}
+    hashes = {s: hashlib.sha256(part.images.tobytes()).hexdigest() for s, part in parts.items()}
+    assert hashes == {
+        "train": "37d1ad956d5c0728bd81885f4f11940e60aedbede5b25fa5bb114e0e000f534e",
+        "test": "67da8138ec1ceebb3bf8c194964515fcaf70d862c9b6dcfae4b557df961a09de",
+    }
+    counts = {split: np.bincount(p.labels).tolist() for split, p in parts.items()}
+    assert counts["train"] == [151, 157, 142, 155, 143, 157, 151, 148, 151, 145]
+    assert counts["test"] == [27, 25, 35, 28, 38, 25, 30, 31, 23, 35]
+
+
+def test_digits_are_the_bilinear_resize_of_the_originals():
+    from sklearn.datasets import load_digits
+
+    images, labels = sources.digits_images()
+    assert images.shape == (1797, 16, 16, 3) and labels.dtype == np.int32
+    for index in (0, 7, 1796):
+        small = Image.fromarray(load_digits().images[index].astype(np.float32))
+        large = np.asarray(small.resize((16, 16), Image.Resampling.BILINEAR))
+        for channel in range(3):
+            np.testing.assert_array_equal(images[index, ..., channel], np.rint(large / 16 * 255))
+
+
+# Folders.
+
+
+def test_folder_labels_are_the_first_level_subfolders(tmp_path):
+    for name in ("b/1.png", "a/deep/2.png", "a/3.JPG", "a/.hidden.png", "loose.png", "c/notes.ico"):
+        save(tmp_path / name, noise(4, 4, 3))
+    source = sources.FolderSource(tmp_path, "all")
+    names = [source.name(i).removeprefix(f"{tmp_path}/") for i in range(len(source))]
+    assert names == ["a/3.JPG", "a/deep/2.png", "b/1.png", "loose.png"]
+    assert source.labels == [0, 0, 1, -1] and source.classes == ["a", "b"]
+    assert sources.decode_image(source[2]["image"]).size == (4, 4)
+
+
+def test_folder_with_train_and_val_uses_them_and_shares_the_classes(tmp_path):
+    for name in ("train/a/1.png", "train/b/2.png", "val/b/3.png"):
+        save(tmp_path / name, noise(4, 4, 3))
+    train, test = (sources.FolderSource(tmp_path, split) for split in ("train", "test"))
+    assert (train.labels, test.labels) == ([0, 1], [1])
+
+
+def test_folder_hold_out_is_disjoint_complete_and_does_not_move_when_images_are_added(tmp_path):
+    for i in range(60):
+        save(tmp_path / f"{i}.png", noise(2, 2, 3))
+    before = {split: set(sources.FolderSource(tmp_path, split).files) for split in sources.SPLITS}
+    for i in range(60, 100):
+        save(tmp_path / f"{i}.png", noise(2, 2, 3))
+    after = {split: set(sources.FolderSource(tmp_path, split).files) for split in sources.SPLITS}
+    for parts in (before, after):
+        assert parts["train"] | parts["test"] == parts["all"]
+        assert not parts["train"] & parts["test"] and 0 < len(parts["test"]) < 12
+    assert before["test"] < after["test"] and before["train"] < after["train"]
+
+
+def test_folder_of_two_images_holds_out_one(tmp_path):
+    for name in ("x.png", "y.png"):
+        save(tmp_path / name, noise(2, 2, 3))
+    assert [len(sources.FolderSource(tmp_path, split)) for split in ("train", "test")] == [1, 1]
+
+
+def test_linked_folders_are_followed_and_a_circle_of_links_ends(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png", noise(2, 2, 3))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cats").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "data")
+    source = sources.FolderSource(tmp_path / "data", "all")
+    assert (len(source), source.classes) == (1, ["cats"])
+
+
+def test_missing_and_empty_folders_and_unknown_names_say_what_to_do(tmp_path):
+    for changes, words in (
+        (dict(source="folder", path=f"{tmp_path}/no"), "no' does not exist.*--config.data.path"),
+        (dict(source="folder", path=str(tmp_path)), "holds no images.*\\.png"),
+        (dict(source="folder"), "needs a folder.*--config.data.path"),
+        (dict(source="cloud"), "'cloud'; allowed are digits, folder, tfds"),
+        (dict(split="dev"), "'dev'; the digits have train, test, all"),
+    ):
+        cfg = config(**changes)
+        with pytest.raises((FileNotFoundError, ValueError), match=words):
+            sources.make_source(cfg, cfg.split)
+
+
+def test_every_kind_of_image_decodes_to_upright_rgb():
+    grey = Image.fromarray(noise(4, 6))
+    deep = Image.fromarray(np.full((4, 6), 257 * 7, np.uint16))
+    clear = Image.new("RGBA", (6, 4), (255, 0, 0, 0))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # Rotate by 90 degrees to show upright.
+    cases = {
+        "grey": encoded(grey),
+        "palette": encoded(grey.convert("P")),
+        "cmyk": encoded(grey.convert("CMYK"), format="JPEG"),
+        "animated": encoded(grey, format="GIF", save_all=True, append_images=[grey.rotate(180)]),
+        "deep": encoded(deep),
+        "clear": encoded(clear),
+    }
+    for name, data in cases.items():
+        image = sources.decode_image(data)
+        assert (image.mode, image.size) == ("RGB", (6, 4)), name
+    red = sources.decode_image(cases["grey"]).getchannel("R")
+    np.testing.assert_array_equal(np.asarray(red), np.asarray(grey))
+    assert np.unique(sources.decode_image(cases["deep"])).tolist() == [7]
+    assert np.unique(sources.decode_image(cases["clear"])).tolist() == [255]
+    assert sources.decode_image(encoded(grey, format="JPEG", exif=turned)).size == (4, 6)
+
+
+# Transforms.
+
+EVERYTHING = Transform(16, "random", (0.2, 0.9), flip=True, shift=2, rotate=10.0, zoom=0.1)
+
+
+def apply(transform, image, seed):
+    draws = np.random.RandomState(seed).random_sample(NUM_DRAWS)
+    return transform.augment(transform.fit(image, draws)[None], draws[None])[0]
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3), (40, 23, 3), (5, 90, 3), (1, 1, 3)])
+@pytest.mark.parametrize("crop", ["random", "center"])
+def test_transforms_are_pure_and_keep_uint8_and_shape(shape, crop):
+    transform = Transform(16, crop, flip=True, shift=2, rotate=10.0, zoom=0.1)
+    image = noise(*shape)
+    original = image.copy()
+    results = [apply(transform, image, seed) for seed in (0, 0, 1)]
+    assert all(r.shape == (16, 16, 3) and r.dtype == np.uint8 for r in results)
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(image, original)
+    assert shape == (1, 1, 3) or (results[0] != results[2]).any()
+
+
+def test_without_randomness_nothing_is_drawn():
+    still = EVERYTHING.without_randomness()
+    image = noise(40, 23, 3)
+    np.testing.assert_array_equal(apply(still, image, 0), apply(still, image, 1))
+
+
+def test_random_crop_keeps_to_its_scale_and_ratio():
+    # A picture of coordinates: the crop's extent can be read from its pixels.
+    x, y = np.meshgrid(np.arange(200), np.arange(200))
+    image = Image.fromarray(np.stack([x, y, x], -1).astype(np.uint8))
+    for draws in np.random.RandomState(0).random_sample((50, 40)):
+        cut = transforms.random_resized_crop(image, 64, draws, (0.2, 0.5)).astype(float)
+        width, height = (np.ptp(cut[..., c]) * 64 / 63 for c in (0, 1))
+        assert 0.19 < width * height / 200**2 < 0.52 and 0.73 < width / height < 1.37
+
+
+def test_center_crop_halves_then_cuts_the_middle():
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[:, 32:96] = 200
+    assert (transforms.center_crop(Image.fromarray(image), 16)[:, 1:-1] == 200).all()
+    same = noise(16, 16, 3)
+    np.testing.assert_array_equal(transforms.center_crop(Image.fromarray(same), 16), same)
+
+
+def test_affine_shift_is_exact_and_rotation_is_counter_clockwise():
+    images, one = noise(1, 8, 8, 3), np.ones(1)
+    moved = transforms.affine(images, 0 * one, one, np.array([[2.0, -1.0]]))
+    np.testing.assert_array_equal(moved[:, :-1, 2:], images[:, 1:, :-2])
+    assert not moved[:, -1].any() and not moved[:, :, :2].any()
+    turned = transforms.affine(images, 90 * one, one, np.zeros((1, 2)))
+    np.testing.assert_allclose(turned[0].astype(int), np.rot90(images[0]), atol=1)
+    larger = transforms.affine(images, 0 * one, 2 * one, np.zeros((1, 2)))
+    # Pixel (3, 3) of 8 lies half a pixel from the centre, so at twice the size a quarter.
+    weights = np.array([0.75, 0.25])
+    expected = np.einsum("y,x,yxc->c", weights, weights, images[0, 3:5, 3:5].astype(float))
+    np.testing.assert_allclose(larger[0, 3, 3], expected, atol=1)
+
+
+def test_each_augmentation_does_only_what_it_says():
+    images = noise(64, 16, 16, 3)
+    draws = np.random.RandomState(1).random_sample((64, NUM_DRAWS))
+    np.testing.assert_array_equal(Transform(16).augment(images, draws), images)
+    flipped = Transform(16, flip=True).augment(images, draws)
+    is_mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    assert ((flipped == images).all((1, 2, 3)) ^ is_mirrored).all() and 16 < is_mirrored.sum() < 48
+    shifted = Transform(16, shift=1).augment(images, draws)
+    offsets = {
+        (dx, dy)
+        for before, after in zip(images, shifted)
+        for dx in (-1, 0, 1)
+        for dy in (-1, 0, 1)
+        if (after[1:-1, 1:-1] == np.roll(before, (dy, dx), (0, 1))[1:-1, 1:-1]).all()
+    }
+    assert len(offsets) == 9
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(crop="middle"), "data.crop is 'middle'; allowed: random, center, none"),
+        (dict(crop_scale=(0.5, 0.1)), "data.crop_scale"),
+        (dict(shift=16), "data.shift is 16"),
+        (dict(rotate=-1.0), "data.rotate"),
+        (dict(zoom=1.0), "data.zoom"),
+        (dict(image_size=0), "data.image_size"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_allowed(changes, words):
+    with pytest.raises(ValueError, match=words):
+        Transform(**{"image_size": 16, **changes})
