@@ -12,6 +12,7 @@ import signal
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 STAGES = {"tokenizer": "flextok_jax.training.tokenizer_stage:TokenizerStage"}
@@ -38,14 +39,18 @@ def main(argv):
     """Runs and returns the exit code."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option begins with --")
-    from flextok_jax.training.checkpoint import WorkdirError
+    from flextok_jax.interop.checkpoint import WorkdirError
     from flextok_jax.training.loop import train
     from flextok_jax.training.signals import PREEMPTED
 
     logging.getLogger("flextok_jax").setLevel(logging.INFO)
     try:
-        outcome = train(make_stage(_CONFIG.value), _CONFIG.value, _WORKDIR.value)
-    except WorkdirError as error:
+        stage = make_stage(_CONFIG.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        outcome = train(stage, _CONFIG.value, _WORKDIR.value)
+    except (WorkdirError, OSError) as error:  # a ValueError may be a fault: its trace is wanted
         sys.exit(f"error: {error}")
     return PREEMPTED if outcome.stopped == signal.SIGTERM else 0
 
@@ -53,12 +58,23 @@ def main(argv):
 def _parse_flags(argv):
     """absl's parser, with a readable line for a key that the config does not have."""
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
         overrides = [arg for arg in argv if arg.startswith("--config.")]
-        sys.exit(f"error: the config has no key {error}; look for it among {' '.join(overrides)}")
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        sys.exit(f"error: the config has no key {error.args[0]}\n  in {' '.join(overrides)}")
+    if flags.FLAGS["verbosity"].using_default_value:
+        # absl's INFO lines are other libraries'; those of this package have their own level.
+        flags.FLAGS.verbosity = absl_logging.WARNING
+    return rest
+
+
+def run():
+    """Parses the command line, trains, exits."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=_parse_flags)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse_flags)
+    run()

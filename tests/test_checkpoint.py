@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_training_state import ToyStage, build, equal, get_config, host, make_mesh
 
-from flextok_jax.training.checkpoint import Checkpoints, WorkdirError, json_config, restore_ema
+from flextok_jax.interop.checkpoint import Checkpoints, WorkdirError, json_config, restore_ema
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
 
 def test_when_nothing_is_readable_it_stops_and_moves_nothing(workdir, program):
     for step in ("1", "2"):
+        damage_config(workdir / "checkpoints" / step)
         damage_truncate(workdir / "checkpoints" / step)
     with pytest.raises(WorkdirError, match="(?s)does not start over.*checkpoint 2.*checkpoint 1"):
         restore(workdir, program)
@@ -133,11 +134,13 @@ def test_keys_that_do_not_change_a_step_may_differ(workdir, program):
 
 
 def test_inference_reads_the_averaged_parameters_alone(saved, workdir):
+    files = sorted(workdir.rglob("*"))
     params, config, step = restore_ema(workdir)
+    assert sorted(workdir.rglob("*")) == files
     assert step == 2 and config["optim"]["lr"] == 0.01
     assert equal(params, saved[1][2].ema)
     assert {type(x) for x in jax.tree.leaves(params)} == {np.ndarray}
-    damage_truncate(workdir / "checkpoints" / "2")
+    damage_config(workdir / "checkpoints" / "2")
     assert restore_ema(workdir)[2] == 1
 
 

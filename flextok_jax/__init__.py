@@ -1,0 +1,26 @@
+"""FlexTok in JAX: images as ordered tokens whose cost follows their number.
+
+    from flextok_jax import FlexTok
+    tok = FlexTok.from_pretrained("demo-digits")
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from flextok_jax.tokenizer import FlexTok as FlexTok
+
+_LAZY = {"FlexTok": "flextok_jax.tokenizer"}
+__all__ = ["FlexTok"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_LAZY])

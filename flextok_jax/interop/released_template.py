@@ -1,0 +1,310 @@
+"""The released FlexTok configuration as one template, for reading and for writing.
+
+A `Field` stands for a field of FlexTokConfig, `Free` for a value without effect; every other value
+is fixed mathematics that a file must agree with.
+"""
+
+import dataclasses
+from typing import Any
+
+from flextok_jax.nn.config import FlexTokConfig
+
+MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A value of the file that is the field `name` of FlexTokConfig ("vae.x" for the VAE's).
+
+    Attributes:
+        name: the field; several places of a file may hold the same one and must agree.
+        form: how the file writes it: "value", "pair" ([x, x]), "list", "one" ([x]), "len".
+        default: what an absent argument means; without one it must be there.
+    """
+
+    name: str
+    form: str = "value"
+    default: Any = MISSING
+
+    def encode(self, cfg: FlexTokConfig):
+        owner, name = (cfg.vae, self.name[4:]) if self.name.startswith("vae.") else (cfg, self.name)
+        value = getattr(owner, name)
+        return {
+            "value": lambda: value,
+            "pair": lambda: [value, value],
+            "list": lambda: list(value),
+            "one": lambda: [value],
+            "len": lambda: len(value),
+        }[self.form]()
+
+    def decode(self, value):
+        """The field's value.
+
+        Raises:
+            ValueError: the file's value has another form.
+        """
+        if self.form == "value" and isinstance(value, (int, float, str, bool)):
+            return value
+        if self.form == "len" and isinstance(value, int):
+            return value
+        if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
+            value = tuple(value)
+            if self.form == "list":
+                return value
+            if self.form == "pair" and len(value) == 2 and value[0] == value[1]:
+                return value[0]
+            if self.form == "one" and len(value) == 1:
+                return value[0]
+        raise ValueError
+
+
+@dataclasses.dataclass(frozen=True)
+class Free:
+    """A value that is written as it stands and read whatever it is."""
+
+    value: Any
+
+
+def _module(target: str, **arguments):
+    return {"_target_": "flextok." + target, **arguments}
+
+
+def _channels(order: str, read: str, write: str):
+    operation = _module(f"model.utils.dict_ops.channels_{order}", _partial_=True)
+    return _module(
+        "model.utils.dict_ops.PerSampleOp", read_key=read, write_key=write, per_sample_op=operation
+    )
+
+
+def _patches(read: str, write: str, count: str, width: str):
+    return _module(
+        "model.preprocessors.patching.PatchEmbedder",
+        input_tensor_list_read_key=read,
+        patches_list_write_key=write,
+        n_patches_write_key=count,
+        channels_in=Field("vae.latent_channels"),
+        dim=Field(width),
+        patch_sizes=Field("patch_size", "pair"),
+        flatten_patches=False,
+    )
+
+
+def _positions(read: str, write: str, width: str, sizes: Field, kind: str):
+    return _module(
+        "model.utils.posembs.PositionalEmbeddingAdder",
+        read_key=read,
+        write_key=write,
+        dim=Field(width),
+        max_sizes=sizes,
+        posemb_type=kind,
+        posemb_scaling="absolute",
+    )
+
+
+def _packer(prefix: str, inputs: list[str], mode: str, **more):
+    return _module(
+        "model.preprocessors.flex_seq_packing.BlockWiseSequencePacker",
+        input_list_read_keys=inputs,
+        packed_seq_write_key=f"{prefix}_packed_seq",
+        block_mask_write_key=f"{prefix}_block_mask",
+        inner_packed_shapes_write_key=f"{prefix}_ps_inner",
+        outer_packed_shapes_write_key=f"{prefix}_ps_outer",
+        mask_mode=mode,
+        pad_to_multiple=128,
+        **more,
+    )
+
+
+def _unpacker(prefix: str, sequence: str, outputs: list[str]):
+    return _module(
+        "model.postprocessors.seq_unpacking.SequenceUnpacker",
+        packed_seq_read_key=sequence,
+        inner_seq_write_keys=outputs,
+        inner_packed_shapes_read_key=f"{prefix}_ps_inner",
+        outer_packed_shapes_read_key=f"{prefix}_ps_outer",
+    )
+
+
+def _transformer(prefix: str, **more):
+    return _module(
+        "model.trunks.transformers.FlexTransformer",
+        input_seq_read_key=f"{prefix}_packed_seq",
+        output_seq_write_key=f"{prefix}_packed_seq",
+        dim=Field(f"{prefix}_width"),
+        depth=Field(f"{prefix}_depth"),
+        head_dim=Field("head_dim", default=64),
+        mlp_ratio=Field("mlp_ratio", default=4.0),
+        block_mask_read_key=f"{prefix}_block_mask",
+        qk_norm=True,
+        gated_mlp=True,
+        **more,
+    )
+
+
+SEQUENTIAL = "model.utils.wrappers.SequentialModuleDictWrapper"
+
+ENCODER = {
+    "enc_channels_to_last": _channels("first_to_last", "vae_latents", "vae_latents_bhwc"),
+    "enc_patch_emb": _patches(
+        "vae_latents_bhwc", "enc_vae_latents_patched", "enc_n_patches", "enc_width"
+    ),
+    "enc_posemb_module": _positions(
+        "enc_vae_latents_patched", "enc_vae_latents_patched", "enc_width", Field("grid", "list"),
+        "sincos",
+    ),
+    "enc_register_module": _module(
+        "model.preprocessors.registers.Registers1D",
+        input_tensor_list_read_key="enc_vae_latents_patched",
+        register_sizes_read_write_key="register_sizes",
+        registers_write_key="enc_registers",
+        dim=Field("enc_width"),
+        n_min=Field("num_tokens"),
+        n_max=Field("num_tokens"),
+        size_sampling_mode=Free("uniform"),  # n_min = n_max: there is nothing to sample
+        ordering_mode="nested",
+    ),
+    "enc_seq_packer": _packer("enc", ["enc_vae_latents_patched", "enc_registers"], "causal_last"),
+    "enc_transformer": _transformer("enc"),
+    "enc_unpacker": _unpacker(
+        "enc", "enc_packed_seq", ["enc_vae_latents_patched", "enc_registers"]
+    ),
+    "enc_to_latents": _module(
+        "model.postprocessors.heads.LinearHead",
+        read_key="enc_registers",
+        write_key="enc_registers",
+        dim=Field("enc_width"),
+        dim_out=Field("levels", "len"),
+        use_mup_readout=False,
+        weight_init_style="zero",
+        dtype_override=None,
+    ),
+}  # fmt: skip
+
+DECODER = {
+    "dec_from_latents": _module(
+        "model.preprocessors.linear.LinearLayer",
+        read_key="enc_registers_quant",
+        write_key="dec_registers_proj",
+        dim_in=Field("levels", "len"),
+        dim=Field("dec_width"),
+    ),
+    "dec_registers_posemb_module": _positions(
+        "dec_registers_proj", "dec_registers_proj", "dec_width", Field("num_tokens", "one"),
+        "learnable_sum",
+    ),
+    "dec_nested_dropout": _module(
+        "model.preprocessors.token_dropout.MaskedNestedDropout",
+        read_write_key="dec_registers_proj",
+        dim=Field("dec_width"),
+        eval_keep_k_read_key="eval_keep_k",
+        train_keep_k_write_key="train_keep_k",
+        size_sampling_mode=Field("keep_mode"),
+    ),
+    "dec_latent_dropout": _module(
+        "model.preprocessors.nullcond.LearnedNullCond",
+        read_write_key="dec_registers_proj",
+        dim=Field("dec_width"),
+        dropout_prob=Field("null_prob"),
+    ),
+    "dec_noise_channels_to_last": _channels(
+        "first_to_last", "vae_latents_noised", "vae_latents_noised_bhwc"
+    ),
+    "dec_noise_patch_emb": _patches(
+        "vae_latents_noised_bhwc", "vae_latents_noised_patched", "dec_n_patches", "dec_width"
+    ),
+    "dec_patches_posemb_module": _positions(
+        "vae_latents_noised_patched", "dec_patches", "dec_width", Field("grid", "list"), "sincos"
+    ),
+    "dec_seq_packer": _packer(
+        "dec", ["dec_patches", "dec_registers_proj"], "full",
+        emb_packing_fn_write_key="emb_packing_fn", per_subseq_embs=True,
+    ),
+    "dec_time_embedder": _module(
+        "model.preprocessors.time_embedding.TimestepEmbedder",
+        timesteps_read_key="timesteps",
+        time_embedding_write_key="dec_temb",
+        dim=Field("dec_width"),
+        frequency_embedding_size=Field("time_frequencies", default=256),
+        max_timestep=Field("max_timestep"),
+    ),
+    "dec_transformer": _transformer(
+        "dec",
+        adaLN_emb_read_key="dec_temb",
+        adaLN_packing_fn_read_key="emb_packing_fn",
+        adaLN_expansion=2,
+        intermediate_layer_write_key="dec_packed_seq_repa_layer",
+        intermediate_layers=[1],
+    ),
+    "dec_unpacker": _unpacker("dec", "dec_packed_seq", ["dec_patches", "dec_registers_proj"]),
+    "dec_repa_unpacker": _unpacker(
+        "dec", "dec_packed_seq_repa_layer", ["dec_patches_repa_layer", "dec_registers_repa_layer"]
+    ),
+    "dec_to_patches": _module(
+        "model.postprocessors.heads.ToPatchesLinearHead",
+        read_key="dec_patches",
+        write_key="dec_patches",
+        dim=Field("dec_width"),
+        channels_out=Field("vae.latent_channels"),
+        patch_sizes=Field("patch_size", "pair"),
+        use_mup_readout=False,
+        adaLN_emb_read_key="dec_temb",
+    ),
+    "dec_channels_to_first": _channels("last_to_first", "dec_patches", "vae_latents_reconst"),
+}  # fmt: skip
+
+VAE = {
+    "images_read_key": "rgb",
+    "vae_latents_read_key": "vae_latents_reconst",
+    "vae_latents_write_key": "vae_latents",
+    "images_reconst_write_key": "rgb_reconst",
+    "vae_kl_loss_write_key": "kl_loss",
+    "latent_channels": Field("vae.latent_channels"),
+    "scaling_factor": Field("vae.scaling_factor"),
+    "dtype_override": "fp32",
+    "sample_posterior": Field("vae.sample_posterior", default=True),
+    "frozen": True,
+}
+RELEASED_VAE = "flextok.vae_wrapper.StableDiffusionVAE"
+# Ours only: the reference does not read these.
+OWN_VAE = "flextok_jax.AutoencoderKL"
+IDENTITY_VAE = "flextok_jax.IdentityVAE"
+VAES = {
+    RELEASED_VAE: VAE,
+    OWN_VAE: VAE | {"norm_groups": Field("vae.norm_groups")},
+    IDENTITY_VAE: {"latent_channels": Field("vae.latent_channels")},
+}
+
+TEMPLATE = {
+    "_target_": "flextok.flextok_wrapper.FlexTok",
+    "encoder": _module(SEQUENTIAL, module_dict=ENCODER),
+    "decoder": _module(SEQUENTIAL, module_dict=DECODER),
+    "regularizer": _module(
+        "regularizers.quantize_fsq.FSQ",
+        latents_read_key="enc_registers",
+        quants_write_key="enc_registers_quant",
+        tokens_write_key="tokens",
+        levels=Field("levels", "list"),
+    ),
+    "flow_matching_noise_module": _module(
+        "flow_matching.noise_modules.MinRFNoiseModule",
+        clean_images_read_key="vae_latents",
+        noised_images_write_key="vae_latents_noised",
+        timesteps_write_key="timesteps",
+        sigmas_write_key="sigmas",
+        ln=Field("log_normal_time", default=False),
+        mode_scale=Field("mode_scale", default=0.25),
+    ),
+    "pipeline": _module(
+        "flow_matching.pipelines.MinRFPipeline",
+        _partial_=True,
+        noise_read_key=None,
+        target_sizes_read_key=None,
+        latents_read_key="enc_registers_quant",
+        timesteps_read_key="timesteps",
+        noised_images_read_key="vae_latents_noised",
+        reconst_write_key="vae_latents_reconst",
+        out_channels=Field("vae.latent_channels"),
+    ),
+}
+OWN_KEY = "flextok_jax"  # Our own top-level entry, written only where a default of ours differs.
+OWN = {"guidance_scale": Field("guidance_scale")}

@@ -1,0 +1,218 @@
+"""Where models come from: a demo's name, a file, a folder, a workdir of ours, or a hub id."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from flextok_jax.interop import names, released, tensor_file, vae_files
+from flextok_jax.nn import flextok
+from flextok_jax.nn.config import FlexTokConfig, VAEConfig, identity_vae
+
+WEIGHTS = "model.safetensors"
+DEMOS = {"demo-digits": "digits"}
+DEMO_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "demos"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A FlexTok model and all that its file must get back when it is saved again.
+
+    Attributes:
+        config: the model.
+        params: {"vae", "encoder", "decoder"}, nested float32 NumPy arrays.
+        metadata: the header of the file as it was, None: to be made from `config`.
+        config_json: the text of the `config.json` that held the configuration, or None.
+        renamed: {tensor name: name in the file} where they differ.
+        origin: where it came from, in words.
+    """
+
+    config: FlexTokConfig
+    params: dict[str, Any]
+    metadata: dict[str, str] | None = None
+    config_json: str | None = None
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
+    origin: str = "memory"
+
+
+def load(source) -> Loaded:
+    """Reads a FlexTok model from any source (see `FlexTok.from_pretrained`).
+
+    Raises:
+        FileNotFoundError: nothing is there; the message says how to get it.
+        ValueError: what is there is not understood; one error lists every reason.
+    """
+    path = resolve(source)
+    if (path / "checkpoints").is_dir():
+        return _load_workdir(path)
+    return _load_released(path / WEIGHTS if path.is_dir() else path)
+
+
+def resolve(source, files=(WEIGHTS,), optional=("config.json",)) -> pathlib.Path:
+    """The local file or folder of a source; a hub id is fetched (or found in the hub's cache)."""
+    text = str(source)
+    path = pathlib.Path(source).expanduser()
+    if text in DEMOS:
+        return DEMO_FOLDER / DEMOS[text]
+    if path.exists():
+        return path.resolve()
+    if _HUB_ID.fullmatch(text) and not text.startswith("."):
+        return _fetch(text, files, optional)
+    raise FileNotFoundError(
+        f"{text!r} is no file, no folder, no hub id (owner/name) and no demo ({', '.join(DEMOS)})"
+    )
+
+
+def _fetch(hub_id: str, files, optional) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    path = None
+    for name in (*optional, *files):
+        try:
+            path = pathlib.Path(huggingface_hub.hf_hub_download(hub_id, name))
+        except Exception as error:  # network, rights, absence: the remedy is the same
+            if name in optional and isinstance(error, EntryNotFoundError | LocalEntryNotFoundError):
+                continue
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise FileNotFoundError(
+                f"{hub_id} could not be fetched from the Hugging Face hub and {name} is not in its "
+                f"local cache ({type(error).__name__}: {reason}). Download {' and '.join(files)} by "
+                f"hand from the page of {hub_id} into a folder, and pass that folder's path instead"
+            ) from error
+    return path.parent
+
+
+def _load_released(path: pathlib.Path) -> Loaded:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. A FlexTok model is a folder with {WEIGHTS}, such a file, or a "
+            "workdir of training with a folder `checkpoints`"
+        )
+    tensors, metadata = tensor_file.read(path)
+    tensors, renamed = vae_files.modern_names(tensors)
+    config_json = None
+    config = released.parse_metadata(metadata)
+    if "encoder" not in config:
+        beside = path.parent / "config.json"
+        if not beside.is_file():
+            raise ValueError(
+                f"{path} has no configuration in its metadata and there is no config.json beside it"
+            )
+        config_json = beside.read_text()
+        config = json.loads(config_json)
+    cfg, problems = released.read_config(config)
+    if cfg is not None:
+        cfg, problems, entries = _check_tensors(cfg, tensors)
+    if problems:
+        raise ValueError(f"{path} is not understood:\n  " + "\n  ".join(problems))
+    params = names.to_params(entries, tensors)
+    params.setdefault("vae", {})
+    return Loaded(cfg, params, metadata, config_json, renamed, str(path))
+
+
+def _check_tensors(cfg: FlexTokConfig, tensors):
+    """The configuration with the VAE's layout, every problem, and the table of tensors."""
+    if cfg.vae.kind != "identity":
+        try:
+            layout = vae_files.infer_layout(
+                tensors,
+                "vae.vae.",
+                norm_groups=cfg.vae.norm_groups,
+                scaling_factor=cfg.vae.scaling_factor,
+                sample_posterior=cfg.vae.sample_posterior,
+            )
+        except ValueError as error:
+            layout, missing = cfg.vae, [str(error)]
+        else:
+            missing = []
+        if not missing and layout.latent_channels != cfg.vae.latent_channels:
+            missing = [
+                f"the VAE's tensors have {layout.latent_channels} latent channels, the "
+                f"configuration says {cfg.vae.latent_channels}"
+            ]
+        if missing:
+            return cfg, missing, []
+        cfg = dataclasses.replace(cfg, vae=layout)
+    entries = list(names.flextok_entries(shapes(cfg)))
+    return cfg, names.compare(entries, tensors), entries
+
+
+@functools.lru_cache(maxsize=8)
+def shapes(cfg: FlexTokConfig):
+    """The shapes of a model's parameters, without making them."""
+    return jax.eval_shape(lambda key: flextok.init(cfg, key), jax.random.key(0))
+
+
+def save(folder, model: Loaded) -> pathlib.Path:
+    """Writes `model.safetensors` in the released format; returns its path."""
+    entries = list(names.flextok_entries(shapes(model.config)))
+    tensors = names.to_tensors(entries, model.params)
+    tensors = {model.renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    metadata = model.metadata
+    if metadata is None:
+        metadata = {k: str(v) for k, v in released.write_config(model.config).items()}
+    path = pathlib.Path(folder) / WEIGHTS
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{folder} is a file: pass a folder")
+    tensor_file.write(path, tensors, metadata)
+    if model.config_json is not None:
+        with tensor_file.atomic(path.parent / "config.json") as temporary:
+            temporary.write_text(model.config_json)
+    return path
+
+
+def _load_workdir(path: pathlib.Path) -> Loaded:
+    from flextok_jax.interop import checkpoint
+
+    params, _, step = checkpoint.restore_ema(path)
+    about_file = path / "config.json"
+    try:
+        about = json.loads(about_file.read_text())["model"]
+        if about["kind"] != "flextok":
+            raise ValueError(f"{path} holds a model of kind {about['kind']!r}, not a tokenizer")
+        cfg = config_from_dict(about["config"])
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{about_file} does not describe a model of this project: {error}") from error
+    params["vae"] = vae_params(about["vae_source"], cfg.vae)
+    params = jax.tree.map(np.asarray, params)
+    return Loaded(cfg, params, origin=f"{path}, step {step}")
+
+
+def config_from_dict(fields: dict) -> FlexTokConfig:
+    """The inverse of `dataclasses.asdict` after a trip through JSON."""
+
+    def tuples(d):
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+
+    return FlexTokConfig(**tuples(fields) | {"vae": VAEConfig(**tuples(fields["vae"]))})
+
+
+IDENTITY = "identity"
+
+
+def vae_config(source: str, scaling_factor: float | None = None) -> VAEConfig:
+    """The configuration of the frozen VAE that `source` names ("identity", a folder, a hub id)."""
+    return identity_vae() if source == IDENTITY else _load_vae(source, scaling_factor)[0]
+
+
+def vae_params(source: str, cfg: VAEConfig) -> dict:
+    """The parameters of that VAE, {} for the identity."""
+    if source == IDENTITY:
+        return {}
+    found, params = _load_vae(source, cfg.scaling_factor)
+    if dataclasses.replace(found, sample_posterior=cfg.sample_posterior) != cfg:
+        raise ValueError(f"the VAE at {source} is {found}; the model was made for {cfg}")
+    return params
+
+
+@functools.lru_cache(maxsize=1)
+def _load_vae(source: str, scaling_factor):
+    folder = resolve(source, files=(vae_files.WEIGHTS, "config.json"), optional=())
+    return vae_files.load_folder(folder, scaling_factor)

@@ -1,0 +1,126 @@
+"""VAE checkpoints in the diffusers AutoencoderKL layout: `config.json` and one safetensors file."""
+
+import json
+import pathlib
+import re
+
+import jax
+
+from flextok_jax.interop import names, tensor_file
+from flextok_jax.nn import vae
+from flextok_jax.nn.config import VAEConfig
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def infer_layout(tensors: dict, prefix: str = "", **known) -> VAEConfig:
+    """The VAE's configuration from the names and shapes of its tensors.
+
+    Args:
+        tensors: name -> array, modern attention names.
+        prefix: of the VAE's names among them.
+        known: fields that shapes do not tell (norm_groups, scaling_factor, sample_posterior).
+
+    Raises:
+        ValueError: the tensors are not those of an AutoencoderKL.
+    """
+
+    def shape(name):
+        if prefix + name not in tensors:
+            raise ValueError(f"no VAE: the tensor {prefix + name} is missing")
+        return tensors[prefix + name].shape
+
+    def count(pattern):
+        found = (re.fullmatch(re.escape(prefix) + pattern, name) for name in tensors)
+        return 1 + max((int(m[1]) for m in found if m), default=-1)
+
+    blocks = count(r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
+    return VAEConfig(
+        in_channels=shape("encoder.conv_in.weight")[1],
+        latent_channels=shape("decoder.conv_in.weight")[1],
+        block_out=tuple(
+            shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(blocks)
+        ),
+        layers_per_block=count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight"),
+        mid_attention=prefix + "encoder.mid_block.attentions.0.to_q.weight" in tensors,
+        quant_conv=prefix + "quant_conv.weight" in tensors,
+        post_quant_conv=prefix + "post_quant_conv.weight" in tensors,
+        **known,
+    )
+
+
+def modern_names(tensors: dict) -> tuple[dict, dict[str, str]]:
+    """Tensors under today's names, and {today's name: name in the file} where they differ.
+
+    Old diffusers files call the attention's layers query, key, value and proj_attn; wrapped
+    modules of training runs leave `_checkpoint_wrapped_module.` in names.
+    """
+    renamed, out = {}, {}
+    for name, tensor in tensors.items():
+        modern = name.replace("_checkpoint_wrapped_module.", "")
+        modern = re.sub(
+            r"(attentions\.0\.)(query|key|value|proj_attn)\.",
+            lambda m: f"{m[1]}{names.OLD_ATTENTION[m[2]]}.",
+            modern,
+        )
+        if modern != name:
+            renamed[modern] = name
+        out[modern] = tensor
+    return out, renamed
+
+
+def params_of(cfg: VAEConfig, tensors: dict, where) -> dict:
+    """Checked parameters of a VAE.
+
+    Raises:
+        ValueError: one error that lists every missing, unknown and misshapen tensor.
+    """
+    shapes = jax.eval_shape(lambda key: vae.init_vae(cfg, key), jax.random.key(0))
+    entries = list(names.vae_entries(shapes))
+    problems = names.compare(entries, tensors)
+    if problems:
+        raise ValueError(f"{where} is not a VAE we can read:\n  " + "\n  ".join(problems))
+    return names.to_params(entries, tensors)
+
+
+def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
+    """A VAE folder -> (configuration, parameters as nested float32 NumPy arrays).
+
+    Args:
+        folder: holds `config.json` and `diffusion_pytorch_model.safetensors`.
+        scaling_factor: overrides the one in `config.json`.
+
+    Raises:
+        ValueError: a missing scaling factor, an unsupported option, wrong tensors.
+        FileNotFoundError: a missing file.
+    """
+    folder = pathlib.Path(folder)
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}: a VAE needs config.json and {WEIGHTS}")
+    released = json.loads((folder / "config.json").read_text())
+    problems = [
+        f"{key}={released[key]!r}; implemented: {allowed!r}"
+        for key, allowed in (
+            ("_class_name", "AutoencoderKL"),
+            ("act_fn", "silu"),
+            ("latents_mean", None),
+            ("latents_std", None),
+            ("shift_factor", None),
+        )
+        if released.get(key, allowed) != allowed
+    ]
+    if problems:
+        raise ValueError(f"{folder}/config.json: " + "; ".join(problems))
+    scaling_factor = released.get("scaling_factor") if scaling_factor is None else scaling_factor
+    if scaling_factor is None:
+        raise ValueError(
+            f"{folder}/config.json names no scaling_factor: set it in the config (vae.scaling_factor)"
+        )
+    tensors, _ = modern_names(tensor_file.read(folder / WEIGHTS)[0])
+    cfg = infer_layout(
+        tensors,
+        norm_groups=released.get("norm_num_groups", 32),
+        scaling_factor=float(scaling_factor),
+    )
+    return cfg, params_of(cfg, tensors, folder / WEIGHTS)

@@ -1,0 +1,127 @@
+"""What a run reports: DIR/metrics.jsonl, TensorBoard events in DIR/tb, and a progress bar."""
+
+import json
+import logging
+import math
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writes one record per logged step. Does nothing in processes other than 0.
+
+    A resumed run first drops the records beyond the step it resumes from, so that no step appears
+    twice and a line torn by a crash disappears. The record of that step itself is opened again.
+
+    Attributes:
+        resumed: the values of that record, {} if there is none (and in processes other than 0).
+    """
+
+    def __init__(self, workdir: str | os.PathLike, start: int, total: int):
+        """Continues the logs of `workdir` after step `start`."""
+        self.resumed = {}
+        self._pending = None
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        import tensorboardX
+        import tqdm
+
+        workdir = pathlib.Path(workdir)
+        path = workdir / "metrics.jsonl"
+        records = _records(path)
+        kept = [json.dumps(record) + "\n" for record in records if record["step"] < start]
+        write_atomic(path, "".join(kept))
+        for record in records:
+            if record.pop("step") == start:
+                self.resumed = record
+                self.add(start, record)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start)
+        self._bar = tqdm.tqdm(initial=start, total=total, unit="step", disable=None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if exc[0] is None:
+            self.flush()
+        if self._active:
+            self._file.close()
+            self._events.close()
+            self._bar.close()
+
+    def advance(self):
+        """One step is done."""
+        if self._active:
+            self._bar.update()
+
+    def add(self, step: int, values: dict):
+        """Adds numbers or arrays, also unfinished ones on the device, to the record of `step`.
+
+        The record is written when one for another step is begun, or by `flush`: until then the
+        host need not wait for the device.
+        """
+        if self._pending and self._pending[0] != step:
+            self.flush()
+        if not self._pending:
+            self._pending = (step, {})
+        self._pending[1].update(values)
+
+    def flush(self):
+        """Writes what is pending. Waits for the device."""
+        if not self._pending:
+            return
+        (step, values), self._pending = self._pending, None
+        if not self._active:
+            return
+        record = {name: _plain(value) for name, value in jax.device_get(values).items()}
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            numbers = {name: value}
+            if isinstance(value, list):
+                numbers = {f"{name}/{i:03d}": x for i, x in enumerate(value)}
+            for tag, number in numbers.items():
+                self._events.add_scalar(tag, math.nan if number is None else number, step)
+        self._events.flush()
+        loss = record.get("loss")
+        if loss is not None:
+            self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        if self._bar.disable:  # No terminal: lines instead of a bar.
+            short = {k: v for k, v in record.items() if not isinstance(v, list)}
+            log.info(
+                "step %d/%d  %s", step, self._bar.total,
+                "  ".join(f"{k}={v if v is None else format(v, '.4g')}" for k, v in short.items()),
+            )  # fmt: skip
+
+
+def write_atomic(path: pathlib.Path, text: str):
+    """Writes a whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _records(path: pathlib.Path) -> list[dict]:
+    """Every whole record."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            log.warning("%s: dropped a torn line", path)
+    return records
+
+
+def _plain(value):
+    """JSON terms: floats and (nested) lists of them, None for what is not finite."""
+    value = np.asarray(value, np.float64)
+    if value.ndim:
+        return [_plain(x) for x in value]
+    return float(value) if np.isfinite(value) else None

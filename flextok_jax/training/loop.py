@@ -1,0 +1,224 @@
+"""The one training loop. It serves every stage and never asks which one it runs."""
+
+import itertools
+import json
+import logging
+import os
+import pathlib
+import signal
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.experimental import multihost_utils
+
+from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.parallel.mesh import make_mesh
+from flextok_jax.parallel.sharding import batch_sharding, param_shardings
+from flextok_jax.interop.checkpoint import Checkpoints, json_config
+from flextok_jax.training.logs import RunLog, write_atomic
+from flextok_jax.training.signals import StopSignals
+from flextok_jax.training.stage import Stage
+from flextok_jax.training.state import TrainState, build
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        state: the state after the last step, which is also the newest checkpoint.
+        stopped: SIGINT or SIGTERM (also for a preemption notice), None: all steps are done.
+    """
+
+    state: TrainState
+    stopped: signal.Signals | None
+
+
+def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
+    """Trains `stage` in `workdir` up to `config.total_steps`, continuing what is there.
+
+    Args:
+        stage: see training/stage.py.
+        config: a ConfigDict.
+        workdir: DIR; gets DIR/checkpoints, DIR/config.json, DIR/metrics.jsonl and DIR/tb.
+
+    Raises:
+        WorkdirError: DIR holds a run with another configuration, or unreadable checkpoints.
+        ValueError: sizes that do not fit each other.
+    """
+    # The order of a run:
+    #   mesh -> shapes -> newest checkpoint, or init_from, or init -> logs -> data -> compile
+    #   for each step: batch -> step -> metrics merge on the device
+    #     when a record is due: begin it, and write the one before (the host waits for nothing new)
+    #     when a save is due: save; when an evaluation is due: evaluate the averaged parameters
+    #     leave after a signal or a preemption notice, saved
+    workdir, total = pathlib.Path(workdir).absolute(), config.total_steps
+    plain, mesh = json_config(config), make_mesh(**config.mesh)
+    _check_sizes(config, mesh)
+    with (
+        jax.set_mesh(mesh),
+        StopSignals() as signals,
+        Checkpoints(workdir, plain, config.checkpoint.keep) as checkpoints,
+    ):
+        program = build(stage, config, mesh)
+        state = _first_state(stage, config, program, checkpoints)
+        start, stopped = int(state.step), None
+        _describe(workdir, plain, stage, program)
+        frozen = stage.load_frozen()
+        frozen = jax.device_put(frozen, param_shardings(mesh, frozen))
+        evaluators = stage.evaluators()
+
+        def evaluation_due(step):
+            every = config.eval_every and step % config.eval_every == 0
+            return bool(evaluators) and step > 0 and (every or step == total)
+
+        def evaluate(step, ema):
+            for name, evaluator in evaluators.items():
+                for metric, value in evaluator(ema, frozen, mesh):
+                    run_log.add(step, {f"eval/{name}/{metric}": value})
+
+        with RunLog(workdir, start, total) as run_log:
+            if evaluation_due(start):  # The run may have ended between saving and evaluating.
+                done = any(name.startswith("eval/") for name in run_log.resumed)
+                if not multihost_utils.broadcast_one_to_all(np.bool_(done)):
+                    evaluate(start, state.ema)
+            run_log.flush()
+            if start >= total:
+                log.info("step %d of %d is reached: nothing left to train", start, total)
+                return Outcome(state, None)
+
+            pipeline = make_pipeline(
+                config.data, seed=config.seed, batch_size=config.batch_size, train=True
+            )
+            batches = _on_mesh(pipeline.iterate(start), batch_sharding(mesh))
+            step_fn, batches = _compile(program.step, state, frozen, batches)
+            window, previous, watch = None, None, Stopwatch(start)
+            for step, batch in enumerate(batches, start + 1):
+                state, metrics = step_fn(state, frozen, batch)
+                window = metrics if window is None else _merge(window, metrics)
+                jax.block_until_ready(previous)  # Two steps in flight: the device never waits,
+                previous = metrics  # and batches do not pile up on it.
+                run_log.advance()
+
+                stopped = signals.received
+                if checkpoints.reached_preemption(step):
+                    stopped = stopped or signal.SIGTERM
+                last = bool(stopped) or step == total
+                every = config.checkpoint.every
+                saving = last or (every and step % every == 0)
+                evaluating = evaluation_due(step) and not stopped
+
+                if saving or evaluating or step % config.log_every == 0:
+                    if watch.done == step - 1:  # Nothing to time yet but this step.
+                        jax.block_until_ready(metrics)
+                        seconds = watch.lap(step)
+                    else:
+                        seconds = watch.lap(step - 1)
+                    speed = {"step_time": seconds, "images_per_s": config.batch_size / seconds}
+                    run_log.add(step, _compute(window) | speed)
+                    window = None
+                    if saving and not evaluating:
+                        run_log.flush()  # What is saved is logged, whatever happens then.
+                    if saving:
+                        checkpoints.save(step, state)
+                    if evaluating:
+                        evaluate(step, state.ema)
+                        run_log.flush()
+                    if saving or evaluating:  # Both wait for the step; their time is not its time.
+                        watch = Stopwatch(step)
+                if last:
+                    break
+    if stopped:
+        log.warning("stopped by %s after step %d, which is saved", stopped.name, step)
+    return Outcome(state, stopped)
+
+
+class Stopwatch:
+    """Seconds per step, over steps that are known to be finished."""
+
+    def __init__(self, done: int):
+        self.done, self._since = done, time.perf_counter()
+
+    def lap(self, done: int) -> float:
+        """The mean since the last lap; step `done` has just finished."""
+        now = time.perf_counter()
+        seconds = (now - self._since) / (done - self.done)
+        self.done, self._since = done, now
+        return seconds
+
+
+def _first_state(stage, config, program, checkpoints) -> TrainState:
+    """The newest checkpoint; without one what `init_from` names; without that a new model."""
+    state = checkpoints.restore(program.shapes)
+    if state is not None:
+        log.info("continuing from step %d", state.step)
+        return state
+    if config.init_from:
+        log.info("starting from %s", config.init_from)
+        return program.init_from(stage.init_from(config.init_from))
+    log.info("starting from step 0")
+    return program.init()
+
+
+def _describe(workdir, plain, stage, program):
+    """DIR/config.json, and the table of parameters in the log."""
+    if jax.process_index() == 0:
+        about = {"config": plain, "model": stage.export_config()}
+        write_atomic(workdir / "config.json", json.dumps(about, indent=2) + "\n")
+        table = parameter_overview.get_parameter_overview(
+            program.shapes.params, include_stats="sharding"
+        )
+        log.info("parameters:\n%s", table)
+
+
+def _compile(step, state, frozen, batches):
+    """The executable for these arguments, the one compilation of a run; and all the batches.
+
+    Ahead of time, so that it is not timed as a step, and that a batch of another shape is an error
+    instead of another compilation.
+    """
+    first = next(batches)
+    begin = time.perf_counter()
+    executable = step.lower(state, frozen, first).compile()
+    log.info("compiled the step in %.1f s", time.perf_counter() - begin)
+    return executable, itertools.chain([first], batches)
+
+
+def _on_mesh(batches, sharding):
+    """Batches of this process's images as arrays of the global batch."""
+    for batch in batches:
+        yield {
+            name: jax.make_array_from_process_local_data(sharding, value)
+            for name, value in batch.items()
+        }
+
+
+@jax.jit
+def _merge(window, metrics):
+    return {name: metric.merge(metrics[name]) for name, metric in window.items()}
+
+
+@jax.jit
+def _compute(window):
+    values = {}
+    for name, metric in window.items():
+        value = metric.compute()
+        if isinstance(value, dict):
+            values |= {f"{name}/{key}": part for key, part in value.items()}
+        else:
+            values[name] = value
+    return values
+
+
+def _check_sizes(config, mesh):
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.optim.accumulate
+    if parts < 1 or config.batch_size % (parts * shards):
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of optim.accumulate={parts} times "
+            f"the {shards} devices of the mesh's data and fsdp axes"
+        )

@@ -1,0 +1,111 @@
+"""AdamW with warm-up, cosine decay, clipping, weight decay by name and muP learning rates."""
+
+import re
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flextok_jax.parallel.sharding import path_string
+
+
+def lr_schedule(config) -> optax.Schedule:
+    """Learning rate of update number n = 0, 1, ...: linear warm-up, then cosine.
+
+    Update n of the warm-up uses lr * (n + 1) / warmup_steps; after it the rate falls along half a
+    cosine and reaches lr * final_lr_fraction at n = total_steps, where it stays.
+    """
+    lr, final = config.optim.lr, config.optim.final_lr_fraction
+    warmup, total = config.optim.warmup_steps, config.total_steps
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.float32)
+        rise = jnp.minimum(1.0, (count + 1) / max(1, warmup))
+        progress = jnp.clip((count - warmup) / max(1, total - warmup), 0.0, 1.0)
+        fall = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return lr * rise * fall
+
+    return schedule
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """The update rule of `config.optim`, for a tree that holds trainable parameters only."""
+    optim = config.optim
+    parts = [
+        optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.get("mu_dtype")),
+        optax.add_decayed_weights(optim.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(lr_schedule(config)),
+    ]
+    if optim.get("grad_clip"):
+        parts.insert(0, optax.clip_by_global_norm(optim.grad_clip))
+    if optim.get("mup_base_width"):
+        parts.append(scale_by_mup(optim.mup_base_width))
+    return optax.chain(*parts)
+
+
+def _is_kernel(path) -> bool:
+    return path_string(path).rsplit("/", 1)[-1] == "kernel"
+
+
+def decayed(params):
+    """True for every matrix named `kernel`: no biases, norms, embeddings or learned vectors."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_kernel(path), params)
+
+
+def scale_by_mup(base_width: int) -> optax.GradientTransformation:
+    """Multiplies the update of each kernel by min(1, base_width / fan_in).
+
+    The Adam column of muP (Yang et al., arXiv 2203.03466, table 3): the rate of a matrix falls with
+    its fan-in, the second last dimension (stacked kernels lead with the depth). The minimum leaves
+    alone what reads a narrow input instead of the width (patches, codes), as muP asks.
+    """
+
+    def scale(path, update):
+        return update * min(1.0, base_width / update.shape[-2]) if _is_kernel(path) else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def trainable_paths(params, is_trainable, freeze: Collection[str]) -> frozenset[str]:
+    """The paths that are trained: `is_trainable(path)` and matched whole by no regex of `freeze`.
+
+    Raises:
+        ValueError: a pattern matches no parameter, or nothing is left to train.
+    """
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    unused = [p for p in freeze if not any(re.fullmatch(p, path) for path in paths)]
+    if unused:
+        raise ValueError(
+            f"freeze: the patterns {unused} match no parameter. A pattern must match a whole path, "
+            f"for example 'encoder/.*'. The paths are: {', '.join(paths)}"
+        )
+    kept = [p for p in paths if is_trainable(p) and not any(re.fullmatch(f, p) for f in freeze)]
+    if not kept:
+        raise ValueError(f"freeze={tuple(freeze)} leaves no parameter to train")
+    return frozenset(kept)
+
+
+def select(tree: dict, paths: Collection[str], prefix: str = "") -> dict:
+    """The part of a nested dictionary whose leaves lie at `paths`; emptied branches are dropped."""
+    out = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            branch = select(value, paths, f"{prefix}{name}/")
+            if branch:
+                out[name] = branch
+        elif prefix + name in paths:
+            out[name] = value
+    return out
+
+
+def overlay(tree: dict, part: dict) -> dict:
+    """`tree` with the leaves of `part` (from `select`) put in their places."""
+    return {
+        name: value
+        if name not in part
+        else overlay(value, part[name])
+        if isinstance(value, dict)
+        else part[name]
+        for name, value in tree.items()
+    }

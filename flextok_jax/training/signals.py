@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+
+import logging
+import signal
+import threading
+
+import jax
+
+PREEMPTED = 143  # Exit code after SIGTERM (128 + 15, as shells have it): saved, start me again.
+
+log = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """While entered, remembers the first SIGINT or SIGTERM in `received` instead of dying of it.
+
+    A second Ctrl-C interrupts at once. With several processes nothing is caught here: all have to
+    stop after the same step, which JAX's preemption service arranges (`reached_preemption`).
+    Outside the main thread Python allows no handlers, and none are set.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._previous = {}
+
+    def _handle(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)
+        log.warning("%s: saving after this step", signal.Signals(number).name)
+
+    def __enter__(self):
+        alone = jax.process_count() == 1
+        if alone and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,45 @@
+"""A stage: what is trained. The loop knows this interface and nothing else about a stage."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+from clu import metrics
+
+Params = dict[str, Any]  # Nested dictionaries of arrays.
+Batch = dict[str, jax.Array]  # Leading dimension: images. Pixels are still uint8.
+Evaluator = Callable[[Params, Params, jax.sharding.Mesh], Iterator[tuple[str, float]]]
+
+
+class Stage(Protocol):
+    """Pure functions over parameter trees; a stage holds its configuration and no arrays."""
+
+    def init(self, key: jax.Array) -> Params:
+        """The float32 parameters at the start. Pure: it is traced and compiled with shardings."""
+
+    def init_from(self, source: str) -> Params:
+        """The same tree as `init`, read from `source` (what `config.init_from` names)."""
+
+    def load_frozen(self) -> Params:
+        """Networks that are used but not trained, {} if none.
+
+        They are sharded by the same rules as parameters, are an argument of every step, and never
+        saved.
+        """
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, metrics.Metric]]:
+        """The mean loss over the batch (float32 scalar), and what to log, as mergeable metrics.
+
+        All randomness comes from `key`.
+        """
+
+    def trainable(self, path: str) -> bool:
+        """False for a parameter ("a/b/c") that is never trained, decayed or averaged."""
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        """Name -> function of (averaged parameters, frozen, mesh) that yields (metric, value)."""
+
+    def export_config(self) -> dict[str, Any]:
+        """The model in JSON terms: enough to rebuild it for inference."""

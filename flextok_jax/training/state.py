@@ -1,0 +1,203 @@
+"""The training state, an object of arrays only, and its one transition."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import metrics as clu_metrics
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flextok_jax.parallel.rng import named, step_key
+from flextok_jax.parallel.sharding import batch_sharding, param_shardings, path_string, replicated
+from flextok_jax.training.optimizer import (
+    lr_schedule,
+    make_optimizer,
+    overlay,
+    select,
+    trainable_paths,
+)
+from flextok_jax.training.stage import Params, Stage
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What is saved, restored and donated. No keys: randomness is a function of seed and step.
+
+    Attributes:
+        step: int32, batches consumed so far.
+        params: the full parameter tree, float32.
+        ema: a tree like `params`: the moving average (a copy where a leaf is not trained).
+        opt_state: optimizer slots of the trained leaves only.
+        skipped: int32, how many of those steps changed nothing because of a non-finite gradient.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    opt_state: Any
+    skipped: jax.Array
+
+
+class Program(NamedTuple):
+    """What is compiled for one stage, configuration and mesh.
+
+    Attributes:
+        shapes: a TrainState of ShapeDtypeStruct with shardings: what `init` makes, `step` takes
+            and a checkpoint is restored to.
+        init: () -> TrainState, from the stage's initialisation.
+        init_from: params -> TrainState, from given parameters.
+        step: (state, frozen, batch) -> (state, metrics); `state` is donated.
+    """
+
+    shapes: TrainState
+    init: Callable[[], TrainState]
+    init_from: Callable[[Params], TrainState]
+    step: Callable[[TrainState, Params, dict], tuple[TrainState, dict[str, clu_metrics.Metric]]]
+
+
+def build(stage: Stage, config, mesh: Mesh) -> Program:
+    """Shapes first, then shardings, then the functions that are compiled with them."""
+    key = named(jax.random.key(config.seed), "init")
+    tx = make_optimizer(config)
+    param_shapes = jax.eval_shape(stage.init, key)
+    trained = trainable_paths(param_shapes, stage.trainable, config.freeze)
+
+    def start(params) -> TrainState:
+        # Copies: buffers shared with each other, or with the caller, could not be donated.
+        return TrainState(
+            step=jnp.int32(0),
+            params=jax.tree.map(jnp.copy, params),
+            ema=jax.tree.map(jnp.copy, params),
+            opt_state=tx.init(select(params, trained)),
+            skipped=jnp.int32(0),
+        )
+
+    shapes = jax.eval_shape(start, param_shapes)
+    by_param, everywhere = param_shardings(mesh, param_shapes), replicated(mesh)
+    shardings = TrainState(
+        step=everywhere,
+        params=by_param,
+        ema=by_param,
+        opt_state=optax.tree.map_params(
+            tx,
+            lambda _, sharding: sharding,
+            shapes.opt_state,
+            select(by_param, trained),
+            transform_non_params=lambda _: everywhere,
+        ),
+        skipped=everywhere,
+    )
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    start_jit = jax.jit(start, out_shardings=shardings)
+
+    def init_from(params) -> TrainState:
+        _check_params(params, param_shapes)
+        return start_jit(jax.tree.map(lambda x, s: np.asarray(x, s.dtype), params, param_shapes))
+
+    step = jax.jit(
+        _make_step(stage, config, mesh, tx, trained, select(by_param, trained)),
+        in_shardings=(shardings, None, batch_sharding(mesh)),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+    init = jax.jit(lambda: start(stage.init(key)), out_shardings=shardings)
+    return Program(shapes, init, init_from, step)
+
+
+def _make_step(stage, config, mesh, tx, trained, shardings):
+    """One optimizer step: gradients of `accumulate` microbatches, update, average."""
+    parts, decay = config.optim.accumulate, config.ema_decay
+    schedule = lr_schedule(config)
+    micro_sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+
+    def microbatches(x):
+        # Every `parts`-th image, so that each microbatch lies on all devices as the batch does.
+        x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, micro_sharding)
+
+    def train_step(state: TrainState, frozen: Params, batch: dict):
+        part, ema_part = select(state.params, trained), select(state.ema, trained)
+        key = named(step_key(config.seed, state.step), "microbatch")
+
+        @jax.jit  # Traced once, for the shapes here and for the loop below.
+        def gradients(part, frozen, batch, index):
+            def loss_fn(part):
+                params = overlay(state.params, part)
+                return stage.loss(params, frozen, batch, jax.random.fold_in(key, index))
+
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(part)
+            return (loss, grads), metrics
+
+        def accumulate(so_far, item):
+            index, batch = item
+            total, merged = so_far
+            terms, metrics = gradients(part, frozen, batch, index)
+            merged = {name: merged[name].merge(metric) for name, metric in metrics.items()}
+            first = partial(jnp.where, index == 0)
+            return (jax.tree.map(jnp.add, total, terms), jax.tree.map(first, metrics, merged)), None
+
+        items = jnp.arange(parts), jax.tree.map(microbatches, batch)
+        index, micro = jax.tree.map(lambda x: x[0], items)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(gradients, part, frozen, micro, index),
+        )
+        ((loss, grads), metrics), _ = jax.lax.scan(accumulate, zeros, items)
+        grads = jax.lax.with_sharding_constraint(grads, shardings)
+        loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
+        norm = optax.tree.norm(grads)
+
+        updates, opt_state = tx.update(grads, state.opt_state, part)
+        moved = optax.apply_updates(part, updates)
+        averaged = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_part, moved)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        moved, averaged, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (moved, averaged, opt_state),
+            (part, ema_part, state.opt_state),
+        )
+        new = TrainState(
+            step=state.step + 1,
+            params=overlay(state.params, moved),
+            ema=overlay(state.ema, averaged),
+            opt_state=opt_state,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+        )
+        average, last = (
+            kind.from_model_output for kind in (clu_metrics.Average, clu_metrics.LastValue)
+        )
+        return new, {
+            "loss": average(loss),
+            **metrics,
+            "grad_norm": average(norm),
+            # The optimizer counts its own updates: a skipped step is not one of them.
+            "lr": last(schedule(state.step - state.skipped)),
+            "skipped": last(new.skipped),
+        }
+
+    return train_step
+
+
+def _check_params(params, expected):
+    """Raises a ValueError that names every missing, extra and misshapen leaf."""
+    given, wanted = (
+        {path_string(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, expected)
+    )
+    faults = [f"missing {path} {wanted[path]}" for path in sorted(wanted.keys() - given.keys())]
+    faults += [f"unexpected {path} {given[path]}" for path in sorted(given.keys() - wanted.keys())]
+    faults += [
+        f"{path} has shape {given[path]}, the configuration needs {wanted[path]}"
+        for path in sorted(given.keys() & wanted.keys())
+        if given[path] != wanted[path]
+    ]
+    if faults:
+        raise ValueError("init_from does not fit this configuration:\n  " + "\n  ".join(faults))

@@ -1,0 +1,196 @@
+"""The tokenizer stage: encoder, quantiser and flow decoder, trained end to end on VAE latents."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics
+
+from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.flow import path as flow
+from flextok_jax.flow import sampler
+from flextok_jax.interop import sources
+from flextok_jax.nn import flextok, vae
+from flextok_jax.nn.config import Compute, FlexTokConfig, identity_vae
+from flextok_jax.nn.decoder import Condition
+from flextok_jax.nn.layers import is_fixed
+from flextok_jax.parallel.rng import named
+from flextok_jax.parallel.sharding import batch_sharding
+from flextok_jax.training.code_usage import CodeUsage
+
+TIME_BINS = 4
+
+
+class TokenizerStage:
+    """Rectified flow on latents, conditioned on a random prefix of the image's tokens."""
+
+    def __init__(self, config):
+        """Reads `model`, `vae`, `compute`, `evaluation` and `data` of the config.
+
+        `vae.source` names the frozen VAE: "identity", a hub id, or a folder in the diffusers
+        layout; `vae.scaling_factor` overrides the factor that its own config has.
+        """
+        source = config.vae.source
+        vae_config = sources.vae_config(source, config.vae.scaling_factor)
+        if source != sources.IDENTITY and pathlib.Path(source).exists():
+            source = str(pathlib.Path(source).resolve())
+        fields = {f.name for f in dataclasses.fields(FlexTokConfig)} - {"vae", "grid"}
+        unknown = sorted(set(config.model) - fields)
+        if unknown:
+            raise ValueError(f"config.model has unknown keys {unknown}; allowed: {sorted(fields)}")
+        patch_pixels = config.model.patch_size * vae_config.downsample
+        side, rest = divmod(config.data.image_size, patch_pixels)
+        if rest:
+            raise ValueError(
+                f"data.image_size={config.data.image_size}: must be a multiple of {patch_pixels}, "
+                f"the patch size {config.model.patch_size} times the VAE's reduction "
+                f"{vae_config.downsample}"
+            )
+        model = {k: tuple(v) if k == "levels" else v for k, v in config.model.items()}
+        self.model = FlexTokConfig(vae=vae_config, grid=(side, side), **model)
+        self.compute = Compute(**config.compute)
+        self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
+
+    def init(self, key):
+        """{"encoder", "decoder"}, float32."""
+        channels = self.model.vae.latent_channels
+        without_vae = dataclasses.replace(self.model, vae=identity_vae(channels))
+        return _own(flextok.init(without_vae, key))
+
+    def init_from(self, source: str):
+        """Encoder and decoder of a released FlexTok, or of a workdir of ours."""
+        return _own(sources.load(source).params)
+
+    def load_frozen(self):
+        """{"vae"}: the VAE's parameters, {} for the identity."""
+        params = sources.vae_params(self._vae_source, self.model.vae)
+        return {"vae": params} if params else {}
+
+    def trainable(self, path: str) -> bool:
+        return not is_fixed(path)
+
+    def loss(self, params, frozen, batch, key):
+        """REFERENCE §5: per image one time, one number of kept tokens, perhaps the null condition.
+
+        Args:
+            batch: "image": uint8 [B, H, W, 3].
+        """
+        cfg, compute = self.model, self.compute
+        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        x0 = self._latents(frozen, images, named(key, "posterior"))
+        batch_size = x0.shape[0]
+        registers = flextok.encode(params, cfg, compute, x0)
+        codes, ids = flextok.quantize(registers, cfg)
+        if cfg.log_normal_time:
+            t = flow.logit_normal_time(named(key, "time"), batch_size)
+        else:
+            u = jax.random.uniform(named(key, "time"), (batch_size,))
+            t = flow.mode_time(u, cfg.mode_scale)
+        keep = flow.sample_keep(named(key, "keep"), batch_size, cfg.num_tokens, cfg.keep_mode)
+        null = jax.random.bernoulli(named(key, "null"), cfg.null_prob, (batch_size,))
+        noise = jax.random.normal(named(key, "noise"), x0.shape)
+        x_t = flow.interpolate(x0, noise, t)
+        (velocity,) = flextok.velocities(
+            params, cfg, compute, x_t, t, (Condition(codes, keep, null),)
+        )
+        per_image = flow.flow_loss(velocity, x0, noise)
+        return jnp.mean(per_image), self._metrics(per_image, t, keep, null, ids)
+
+    def _latents(self, frozen, images, key):
+        cfg = self.model.vae
+        dtype = jnp.dtype(self.compute.dtype)
+        noise = None
+        if cfg.kind != "identity" and cfg.sample_posterior:
+            side = [s // cfg.downsample for s in images.shape[1:3]]
+            noise = jax.random.normal(key, (images.shape[0], *side, cfg.latent_channels))
+        latents = vae.images_to_latents(frozen.get("vae", {}), cfg, images, dtype, noise)
+        return jax.lax.stop_gradient(latents)
+
+    def _metrics(self, per_image, t, keep, null, ids):
+        cfg = self.model
+
+        def mean(mask):
+            return metrics.Average.from_model_output(per_image, mask=mask)
+
+        out = {}
+        edges = np.linspace(0.0, 1.0, TIME_BINS + 1)
+        for low, high in zip(edges, edges[1:]):
+            out[f"loss_by_time/{low:.2f}-{high:.2f}"] = mean((t >= low) & (t < high + (high == 1)))
+        low = 0
+        for i in range(_doublings(cfg.num_tokens)):
+            high = min(2**i, cfg.num_tokens)
+            name = f"{low + 1}-{high}" if high > low + 1 else f"{high}"
+            out[f"loss_by_tokens/{name}"] = mean((keep > low) & (keep <= high) & ~null)
+            low = high
+        out["loss_null"] = mean(null)
+        out["codebook"] = CodeUsage.from_ids(ids, cfg.vocab_size)
+        return out
+
+    def evaluators(self):
+        """"reconstruction": PSNR of held-out images by number of tokens; see `_reconstruction`."""
+        return {"reconstruction": self._reconstruction} if self._evaluation.num_images else {}
+
+    def _reconstruction(self, params, frozen, mesh):
+        """Yields (psnr/K, dB) for K = 1, 2, 4, ..., R, on the first held-out images.
+
+        PSNR has range 2, the images are clipped, and it is averaged over the images; the default
+        guidance of the model, the posterior's mean, noise of seed 0.
+        """
+        cfg, options = self.model, self._evaluation
+        size = options.batch_size
+        pipeline = make_pipeline(self._data, seed=0, batch_size=size, train=False)
+        sharding = batch_sharding(mesh)
+        totals = {}
+        for index, batch in enumerate(pipeline.eval_batches(size)):
+            if index * size >= options.num_images:
+                break
+            images, mask = (
+                jax.make_array_from_process_local_data(sharding, batch[k]) for k in ("image", "mask")
+            )
+            key = jax.random.fold_in(jax.random.key(0), index)
+            for k in (min(2**i, cfg.num_tokens) for i in range(_doublings(cfg.num_tokens))):
+                sums = self._psnr_sum(params, frozen, images, mask, key, jnp.int32(k))
+                totals[k] = totals.get(k, 0) + np.asarray(jax.device_get(sums), np.float64)
+        for k, (total, count) in totals.items():
+            yield f"psnr/{k}", total / max(count, 1)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _psnr_sum(self, params, frozen, images, mask, key, k):
+        """(sum of the PSNR of the images that count, their number)."""
+        cfg, compute = self.model, self.compute
+        params = params | {"vae": frozen.get("vae", {})}
+        images = images.astype(jnp.float32) / 127.5 - 1.0
+        dtype = jnp.dtype(compute.dtype)
+        x0 = vae.images_to_latents(params["vae"], cfg.vae, images, dtype)
+        codes, _ = flextok.quantize(flextok.encode(params, cfg, compute, x0), cfg)
+        keep = jnp.full(x0.shape[:1], k)
+        noise = jax.random.normal(key, x0.shape)
+        scale = cfg.guidance_scale
+        scales = jnp.asarray(sampler.guidance_schedule(scale, self._evaluation.steps))
+        guided = scale != 1
+        x = flextok.decode(params, cfg, compute, codes, keep, noise, scales, guided, guided)
+        out = jnp.clip(vae.latents_to_images(params["vae"], cfg.vae, x, dtype), -1, 1)
+        error = jnp.mean(jnp.square(out - images), axis=(1, 2, 3))
+        psnr = 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
+        return jnp.stack([jnp.sum(jnp.where(mask, psnr, 0)), jnp.sum(mask.astype(jnp.float32))])
+
+    def export_config(self):
+        """What `FlexTok.from_pretrained` needs to rebuild the model from a workdir."""
+        return {
+            "kind": "flextok",
+            "config": dataclasses.asdict(self.model),
+            "vae_source": self._vae_source,
+        }
+
+
+def _own(params):
+    """The trained part of a model's parameters."""
+    return {name: params[name] for name in ("encoder", "decoder")}
+
+
+def _doublings(num_tokens: int) -> int:
+    """How many numbers 1, 2, 4, ..., R there are."""
+    return (num_tokens - 1).bit_length() + 1

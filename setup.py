@@ -1,0 +1,54 @@
+"""Installation: `pip install -e .` brings what training and inference need on a CPU."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "flextok_jax/__init__.py").read_text())[1]
+
+setup(
+    name="flextok_jax",
+    version=VERSION,
+    description="FlexTok in JAX: images as ordered tokens, trained and sampled on TPU and CUDA",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["flextok_jax", "flextok_jax.*"]),
+    package_data={"flextok_jax": ["demos/*/*"]},
+    entry_points={"console_scripts": ["flextok = flextok_jax.cli:main"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "numpy>=2.0",
+        "safetensors>=0.5",
+        "huggingface_hub>=0.30",
+        "Pillow>=10.1",
+        "tqdm>=4.66",
+        # Training, data and evaluation.
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.11.30",
+        "grain>=0.2.12",
+        "array_record>=0.8",
+        "tensorflow-datasets>=4.9.9",
+        "ml_collections>=1.1",
+        "clu>=0.0.12",
+        "absl-py>=2.1",
+        "tensorboardX>=2.6.2",  # event files without TensorFlow
+        "scikit-learn>=1.5",  # the embedded digits, and their judge
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "cuda12": ["jax[cuda12]>=0.10"],
+        "cuda13": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "dev": ["pytest>=8"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,118 @@
+"""Short sequences equal long ones: prefixes of registers, and the folding identity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import TINY, random_params, relative, tiny_tokenizer
+
+from flextok_jax import tokenizer
+from flextok_jax.flow import sampler
+from flextok_jax.nn import flextok, fsq, vae
+from flextok_jax.nn.config import Compute
+from flextok_jax.nn.decoder import Condition
+
+R = TINY.num_tokens
+KS = (1, 2, 7, R - 1, R)
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+
+
+def plain_decode(tok, tokens, keep, noise, scale, normalized, steps=3):
+    """The full-length path: all R registers in every pass, the null pass too."""
+    cfg, params = tok.config, tok.params
+    batch = tokens.shape[0]
+    full = np.zeros((batch, R), np.int32)
+    full[:, : tokens.shape[1]] = tokens
+    codes = fsq.indices_to_codes(jnp.asarray(full), cfg.levels)
+    conditions = [Condition(codes, jnp.asarray(keep), jnp.zeros(batch, bool))]
+    if scale != 1:
+        conditions.append(Condition(codes, jnp.asarray(keep), jnp.ones(batch, bool)))
+
+    def step(x, t):
+        # One pass at a time, each image with its own time.
+        t = jnp.broadcast_to(t, (batch,))
+        return tuple(
+            flextok.velocities(params, cfg, Compute(scan=False), x, t, (c,))[0] for c in conditions
+        )
+
+    scales = jnp.asarray(sampler.guidance_schedule(scale, steps))
+    latents = sampler.euler(step, noise, scales, scale != 1, normalized)
+    return vae.latents_to_images(params["vae"], cfg.vae, latents)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_first_registers_do_not_need_the_others(tok, images, k):
+    assert relative(tok.registers(images, k), tok.registers(images)[:, :k]) < 1e-5
+    np.testing.assert_array_equal(tok.tokenize(images, k), tok.tokenize(images)[:, :k])
+
+
+@pytest.mark.parametrize("keep", [*KS, (1, 7, R), (2, 2, 3)])
+@pytest.mark.parametrize("scale, normalized", [(1.0, False), (3.0, False), (7.5, True)])
+def test_folded_decoding_equals_the_plain_path(tok, images, keep, scale, normalized):
+    tokens = np.asarray(tok.tokenize(images))
+    noise = jax.random.normal(jax.random.key(5), (3, 8, 8, 3))
+    ours = tok.detokenize(
+        tokens, keep, steps=3, guidance_scale=scale, norm_guidance=normalized, noise=noise
+    )
+    keep = np.broadcast_to(np.asarray(keep, np.int32), (3,))
+    plain = plain_decode(tok, tokens, keep, noise, scale, normalized)
+    assert relative(ours, plain) < 1e-5
+
+
+def test_a_prefix_alone_equals_all_tokens_cut_to_it(tok, images):
+    tokens = tok.tokenize(images)
+    cut = tok.detokenize(tokens, 5, steps=2, key=1)
+    np.testing.assert_array_equal(tok.detokenize(tokens[:, :5], steps=2, key=1), cut)
+
+
+def test_every_k_is_served_by_log2_R_plus_1_programs(tok, images):
+    tokens = tok.tokenize(images)
+    encode, decode = tokenizer._encode._cache_size(), tokenizer._decode._cache_size()
+    images = images[:2]  # a batch shape of its own
+    for k in range(1, R + 1):
+        tok.tokenize(images, k)
+        tok.detokenize(tokens[:2], k, steps=1)
+    assert tokenizer._encode._cache_size() - encode <= 5  # log2(16) + 1
+    assert tokenizer._decode._cache_size() - decode <= 5
+    mixed = [(1, 5), (3, 9), (16, 2)]
+    for keep in mixed:
+        tok.detokenize(tokens[:2], keep, steps=1)
+    assert tokenizer._decode._cache_size() - decode <= 5
+
+
+def test_shapes_follow_the_tokens():
+    """The sequence lengths themselves: N + K, N + K + 1 and N + 1."""
+    params, seen = random_params(TINY), []
+    original = jax.nn.dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append(k.shape[1])
+        return original(q, k, v, **options)
+
+    jax.nn.dot_product_attention = spy
+    try:
+        n, k = 16, 4
+        jax.eval_shape(
+            lambda p, x: flextok.encode(p, TINY, Compute(), x, k), params, jnp.zeros((1, 8, 8, 3))
+        )
+        assert max(seen) == n + k
+        seen.clear()
+        jax.eval_shape(
+            lambda p, x: flextok.decode(
+                p, TINY, Compute(), jnp.zeros((1, k, 3)), jnp.array([k]), x, jnp.ones(2), True, True
+            ),
+            params,
+            jnp.zeros((1, 8, 8, 3)),
+        )
+        assert sorted(set(seen)) == [n + 1, n + k + 1]
+    finally:
+        jax.nn.dot_product_attention = original

@@ -1,0 +1,172 @@
+"""The model: running it another way changes nothing; closed forms of its parts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import TINY, golden_io, golden_tokenizer, last, random_params, relative
+
+from flextok_jax.flow import path, sampler
+from flextok_jax.nn import flextok, fsq, layers
+from flextok_jax.nn.config import Compute, FlexTokConfig
+from flextok_jax.nn.decoder import Condition, unconditional
+
+
+def outputs(compute, key=3):
+    """Registers and velocities, and the gradient of a loss through both."""
+    params = random_params(TINY)
+    x0 = jax.random.normal(jax.random.key(key), (2, 8, 8, 3))
+    keep, null = jnp.array([3, 16]), jnp.array([False, True])
+
+    def loss(params):
+        registers = flextok.encode(params, TINY, compute, x0)
+        codes, _ = flextok.quantize(registers, TINY)
+        (v,) = flextok.velocities(
+            params, TINY, compute, x0, jnp.array([0.2, 0.7]), (Condition(codes, keep, null),)
+        )
+        return path.flow_loss(v, x0, 2 * x0).sum(), (registers, v)
+
+    gradient, values = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return jax.tree.leaves((values, gradient))
+
+
+@pytest.mark.parametrize(
+    "compute", [Compute(scan=False), Compute(remat=True), Compute(scan=False, remat=True)]
+)
+def test_unrolling_and_remat_change_nothing(compute):
+    for a, b in zip(outputs(compute), outputs(Compute()), strict=True):
+        assert np.abs(a - b).max() <= 2e-5 * max(np.abs(b).max(), 1e-3)
+
+
+def test_bfloat16_velocity_is_within_2_percent_and_few_tokens_change():
+    tok, io = golden_tokenizer(), golden_io()
+    condition = Condition(
+        jnp.asarray(io["quants"]), jnp.asarray(io["keep_k"], jnp.int32), jnp.zeros(4, bool)
+    )
+
+    def velocity(dtype):
+        (v,) = flextok.velocities(
+            tok.params, tok.config, Compute(dtype), last(io["x_t"]), io["t"], (condition,)
+        )
+        return np.asarray(v)
+
+    exact, rounded = velocity("float32"), velocity("bfloat16")
+    assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2e-2
+    half = dataclasses.replace(tok, compute=Compute("bfloat16"))
+    changed = np.mean(np.asarray(half.tokenize(last(io["images"]))) != io["tokens"])
+    print(f"{changed:.1%} of the tokens change in bfloat16")
+    assert changed < 0.25
+
+
+def test_straight_through_gradient_is_that_of_the_bounded_value():
+    levels, z = (8, 5), jnp.array([[0.3, -0.2], [1.5, 2.0]])
+    half = (np.array(levels) - 1) * 1.001 / 2
+    shift = np.arctanh(np.array([0.5, 0.0]) / half)
+    gradient = jax.grad(lambda z: fsq.quantize(z, levels).sum())(z)
+    expected = (1 - np.tanh(np.asarray(z) + shift) ** 2) * half / (np.array(levels) // 2)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+def test_every_id_survives_the_round_trip_through_codes():
+    levels = (8, 5, 5)
+    ids = jnp.arange(200)
+    codes = fsq.indices_to_codes(ids, levels)
+    assert np.abs(codes).max() <= 1
+    np.testing.assert_array_equal(fsq.codes_to_indices(codes, levels), ids)
+
+
+def test_patches_are_ordered_row_column_channel():
+    x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    patches = layers.patchify(x, 2)
+    np.testing.assert_array_equal(patches[1, 4], np.asarray(x)[1, 2:4, 2:4].reshape(-1))
+    np.testing.assert_array_equal(layers.unpatchify(patches, 2, 4, 6), x)
+
+
+@pytest.mark.parametrize(
+    "mode, allowed",
+    [
+        ("pow2", {1, 2, 4, 8, 16}),
+        ("uniform", set(range(1, 17))),
+        ("uniform_pow2", {1, 2, 4, 8, 16}),
+        ("fixed", {16}),
+    ],
+)
+def test_nested_dropout_samples_what_its_mode_says(mode, allowed):
+    keep = np.asarray(path.sample_keep(jax.random.key(0), 4000, 16, mode))
+    assert set(keep.tolist()) == allowed
+    share = (keep == 16).mean()
+    expected = {"pow2": 1 / 5, "uniform": 1 / 16, "uniform_pow2": 8 / 16, "fixed": 1.0}[mode]
+    assert abs(share - expected) < 0.03
+
+
+def test_uniform_pow2_clamps_to_a_count_that_is_no_power_of_two():
+    keep = path.sample_keep(jax.random.key(0), 1000, 12, "uniform_pow2")
+    assert set(np.asarray(keep).tolist()) == {1, 2, 4, 8, 12}
+
+
+def test_logit_normal_times_have_the_median_of_the_logistic_of_zero():
+    for stratified in (False, True):
+        t = np.asarray(path.logit_normal_time(jax.random.key(1), 4096, stratified))
+        assert abs(np.median(t) - 0.5) < (0.005 if stratified else 0.03)
+        assert abs((t < jax.nn.sigmoid(1.0)).mean() - 0.8413) < (0.002 if stratified else 0.03)
+
+
+def test_euler_is_exact_for_a_constant_velocity_and_calls_guidance_by_time():
+    noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
+    x = sampler.euler(lambda x, t: (jnp.ones_like(x),), noise, jnp.ones(7), False, False)
+    np.testing.assert_allclose(x, noise - 1, atol=1e-5)
+    np.testing.assert_allclose(sampler.guidance_schedule(lambda t: 2 * t, 4), [2, 1.5, 1, 0.5])
+
+
+def apg_in_float64(v_cond, v_null, scale, momentum):
+    """Sadat et al. (arXiv 2410.02416), one image at a time, in float64."""
+    out, carried = np.empty_like(v_cond), np.empty_like(v_cond)
+    for i, (c, n, m) in enumerate(zip(v_cond, v_null, momentum)):
+        m = (c - n) - 0.5 * m
+        u = m * min(1.0, 2.5 / np.sqrt((m**2).sum()))
+        unit = c / np.sqrt((c**2).sum())
+        out[i] = c + (scale - 1) * (u - (u * unit).sum() * unit)
+        carried[i] = m
+    return out, carried
+
+
+def test_adaptive_projected_guidance_equals_the_float64_oracle():
+    rng = np.random.default_rng(0)
+    exact = np.zeros((3, 4, 4, 2))
+    ours = jnp.zeros((3, 4, 4, 2))
+    for _ in range(4):
+        c, n = rng.standard_normal((2, 3, 4, 4, 2)) * np.array([0.1, 1, 3]).reshape(3, 1, 1, 1)
+        wanted, exact = apg_in_float64(c, n, 5.0, exact)
+        v, ours = sampler.adaptive_projected(
+            jnp.asarray(c, jnp.float32), jnp.asarray(n, jnp.float32), 5.0, ours
+        )
+        assert relative(v, wanted) < 1e-5 and relative(ours, exact) < 1e-5
+
+
+def test_sincos_table_follows_its_closed_form():
+    table = np.asarray(layers.sincos_table((3, 5), 16))
+    omega = 10000.0 ** (-np.arange(4) / 4)
+    for row, col in ((0, 0), (2, 1), (1, 4)):
+        parts = (np.sin(row * omega), np.cos(row * omega), np.sin(col * omega), np.cos(col * omega))
+        np.testing.assert_allclose(table[row, col], np.concatenate(parts), atol=1e-6)
+
+
+def test_configurations_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="pow2.*12"):
+        FlexTokConfig(num_tokens=12)
+    with pytest.raises(ValueError, match="enc_width=100"):
+        FlexTokConfig(enc_width=100)
+    with pytest.raises(ValueError, match="float16"):
+        Compute(dtype="float16")
+
+
+def test_null_condition_ignores_the_codes():
+    params, x = random_params(TINY), jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    codes = jax.random.uniform(jax.random.key(1), (2, 16, 3), minval=-1)
+    null = Condition(codes, jnp.array([5, 16]), jnp.ones(2, bool))
+    a, b = flextok.velocities(
+        params, TINY, Compute(), x, jnp.full((1,), 0.5), (null, unconditional(2, 3))
+    )
+    assert relative(a, b) < 1e-5
