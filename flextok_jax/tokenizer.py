@@ -160,10 +160,14 @@ class FlexTok:
         padding = max(0, count - given)
         tokens = np.pad(tokens[:, :count], ((0, 0), (0, padding)))
         noise = self._noise(noise, key, batch, image_size)
-        if steps < 1:
-            raise ValueError(f"steps={steps}: must be at least 1")
+        if not _is_int(steps) or steps < 1:
+            raise ValueError(f"steps={steps!r}: must be an int, at least 1")
         scale = cfg.guidance_scale if guidance_scale is None else guidance_scale
-        scales = sampler.guidance_schedule(scale, steps)
+        if not callable(scale) and (np.ndim(scale) or np.asarray(scale).dtype.kind not in "iuf"):
+            raise ValueError(f"guidance_scale={scale!r}: must be a number or a callable of t")
+        scales = sampler.guidance_schedule(scale, int(steps))
+        if not np.isfinite(scales).all():
+            raise ValueError(f"guidance_scale={scale!r} gives {scales}: must be finite")
         guided = callable(scale) or scale != 1
         with self._on_mesh():
             images = _decode(
@@ -191,10 +195,8 @@ class FlexTok:
         cfg = self.config
         images = self._check_images(images)
         k = cfg.num_tokens if num_tokens is None else num_tokens
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        if not _is_int(k) or not 1 <= k <= cfg.num_tokens:
             raise ValueError(f"num_tokens={k!r}: must be an int in 1..{cfg.num_tokens}")
-        if not 1 <= k <= cfg.num_tokens:
-            raise ValueError(f"num_tokens={k}: must be in 1..{cfg.num_tokens}")
         batch, height, width, _ = images.shape
         noise = None
         if key is not None and cfg.vae.kind != "identity":
@@ -235,8 +237,8 @@ class FlexTok:
 
     def _check_size(self, height: int, width: int):
         most, step = self.config.image_size, self.config.patch_pixels
-        fits = all(0 < s <= m and s % step == 0 for s, m in zip((height, width), most))
-        if not fits:
+        sides = zip((height, width), most)
+        if not all(_is_int(s) and 0 < s <= m and s % step == 0 for s, m in sides):
             raise ValueError(
                 f"image size {height}x{width}: each side must be a multiple of {step} pixels, at "
                 f"most {most[0]}x{most[1]}"
@@ -261,19 +263,20 @@ class FlexTok:
 
     def _noise(self, noise, key, batch: int, image_size):
         cfg = self.config
+        down, channels = cfg.vae.downsample, cfg.vae.latent_channels
+        noise = None if noise is None else jnp.asarray(noise, jnp.float32)
         if image_size is not None:
-            height, width = (image_size,) * 2 if np.ndim(image_size) == 0 else image_size
-            self._check_size(height, width)
-        elif noise is not None and np.ndim(noise) == 4:
-            height, width = (s * cfg.vae.downsample for s in noise.shape[1:3])
-            self._check_size(height, width)
+            size = (image_size,) * 2 if np.ndim(image_size) == 0 else tuple(image_size)
+            if len(size) != 2:
+                raise ValueError(f"image_size={image_size!r}: must be a side or (H, W) in pixels")
+        elif noise is not None and noise.ndim == 4:
+            size = tuple(s * down for s in noise.shape[1:3])
         else:
-            height, width = cfg.image_size
-        down = cfg.vae.downsample
-        shape = (batch, height // down, width // down, cfg.vae.latent_channels)
+            size = cfg.image_size
+        self._check_size(*size)
+        shape = (batch, size[0] // down, size[1] // down, channels)
         if noise is None:
             return jax.random.normal(_key(0 if key is None else key), shape)
-        noise = jnp.asarray(noise, jnp.float32)
         if noise.shape != shape:
             raise ValueError(f"noise has shape {noise.shape}: must be {shape}")
         return noise
@@ -296,6 +299,10 @@ class FlexTok:
         return tuple(place(array) for array in arrays)
 
 
+def _is_int(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _key(key: jax.Array | int) -> jax.Array:
     return jax.random.key(key) if isinstance(key, (int, np.integer)) else key
 
@@ -305,8 +312,8 @@ def _check_keep(num_tokens, batch: int, given: int) -> np.ndarray:
     keep = np.asarray(given if num_tokens is None else num_tokens)
     if not np.issubdtype(keep.dtype, np.integer) or keep.shape not in ((), (batch,)):
         raise ValueError(
-            f"num_tokens is {keep.dtype} of shape {keep.shape}: must be an int, or {batch} ints, "
-            "one per image"
+            f"num_tokens={num_tokens!r}: must be an int, or {batch} ints, one per image, each in "
+            f"1..{given}"
         )
     if keep.min() < 1 or keep.max() > given:
         wrong = keep.min() if keep.min() < 1 else keep.max()

@@ -1,5 +1,9 @@
-"""Strict settings for every test: CPU, float32 matmuls, no implicit rank promotion, a shared compilation cache."""
+"""Strict settings for every test, and shared data.
 
+CPU, float32 matmuls, no implicit rank promotion, one compilation cache.
+"""
+
+import io
 import os
 import pathlib
 
@@ -23,3 +27,46 @@ flags.FLAGS.mark_as_parsed()  # Grain reads absl flags.
 def golden():
     """The folder with the reference numbers."""
     return pathlib.Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_tfds(tmp_path_factory):
+    """A data_dir with a real array_record data set of 30 + 10 digits, written by TFDS itself."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    from flextok_jax.data.sources import digits
+
+    def png(image):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        return stream.getvalue()
+
+    class TinyDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "tiny_digits"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                    "file_name": tfds.features.Text(),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            parts = {"train": (0, 30), "test": (30, 40)}
+            return {name: self._generate_examples(*part) for name, part in parts.items()}
+
+        def _generate_examples(self, start, stop):
+            source = digits("train")
+            for i in range(start, stop):
+                label = int(source.labels[i])
+                yield i, {"image": png(source.images[i]), "label": label, "file_name": f"{i}.png"}
+
+    path = tmp_path_factory.mktemp("tfds")
+    tfds.disable_progress_bar()
+    TinyDigits(data_dir=path, file_format="array_record").download_and_prepare()
+    return path

@@ -1,6 +1,5 @@
 """From a step to its batch: the same for any process count, resumable, not stopped by an image."""
 
-import io
 import itertools
 import logging
 import subprocess
@@ -182,49 +181,8 @@ print(next(make_pipeline(cfg, seed=0, batch_size=4, train=True).iterate())["imag
 # TensorFlow Datasets.
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A data_dir with a real array_record data set of 30 + 10 digits, written by TFDS itself."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    from flextok_jax.data.sources import digits
-
-    def png(image):
-        stream = io.BytesIO()
-        Image.fromarray(image).save(stream, "PNG")
-        return stream.getvalue()
-
-    class TinyDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = "tiny_digits"
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                    "file_name": tfds.features.Text(),
-                }
-            )
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager):
-            parts = {"train": (0, 30), "test": (30, 40)}
-            return {name: self._generate_examples(*part) for name, part in parts.items()}
-
-        def _generate_examples(self, start, stop):
-            source = digits("train")
-            for i in range(start, stop):
-                label = int(source.labels[i])
-                yield i, {"image": png(source.images[i]), "label": label, "file_name": f"{i}.png"}
-
-    path = tmp_path_factory.mktemp("tfds")
-    tfds.disable_progress_bar()
-    TinyDigits(data_dir=path, file_format="array_record").download_and_prepare()
-    return path
-
-
-def test_a_real_tfds_data_set_is_read_without_tensorflow(prepared):
-    where = dict(source="tfds", path=str(prepared), name="tiny_digits", train=False)
+def test_a_real_tfds_data_set_is_read_without_tensorflow(tiny_tfds):
+    where = dict(source="tfds", path=str(tiny_tfds), name="tiny_digits", train=False)
     p = pipeline(eval_split="train", **where)
     (batch,) = p.eval_batches(30)
     from flextok_jax.data.sources import digits
@@ -239,9 +197,9 @@ def test_a_real_tfds_data_set_is_read_without_tensorflow(prepared):
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_says_what_is_missing_and_how_to_prepare_it(prepared):
+def test_tfds_says_what_is_missing_and_how_to_prepare_it(tiny_tfds):
     def read(**changes):
-        where = {"source": "tfds", "path": str(prepared), "name": "tiny_digits"}
+        where = {"source": "tfds", "path": str(tiny_tfds), "name": "tiny_digits"}
         return pipeline(**{**where, **changes})
 
     for name in ("imagenet2012", "tiny_digits:2.0.0"):
@@ -253,10 +211,10 @@ def test_tfds_says_what_is_missing_and_how_to_prepare_it(prepared):
         read(name="")
 
 
-def test_tfds_in_a_format_without_random_access_is_refused_with_the_remedy(prepared, tmp_path):
+def test_tfds_in_a_format_without_random_access_is_refused_with_the_remedy(tiny_tfds, tmp_path):
     version = tmp_path / "tiny_digits" / "1.0.0"
     version.mkdir(parents=True)
-    for file in (prepared / "tiny_digits" / "1.0.0").glob("*.json"):
+    for file in (tiny_tfds / "tiny_digits" / "1.0.0").glob("*.json"):
         (version / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="(?s)stored as tfrecord.*--file_format=array_record"):
         pipeline(source="tfds", path=str(tmp_path), name="tiny_digits")

@@ -244,7 +244,8 @@ def test_ema_follows_its_closed_form():
     for i in range(4):
         state, _ = program.step(state, frozen, get_batch(seed=i))
         history.append(host(state.params))
-    weights = [0.9**4] + [0.1 * 0.9 ** (4 - i) for i in range(1, 5)]
+    decays = [min(0.9, (1 + n) / (10 + n)) for n in range(4)]
+    weights = [np.prod(decays)] + [(1 - d) * np.prod(decays[i + 1 :]) for i, d in enumerate(decays)]
     expected = jax.tree.map(lambda *xs: sum(w * x for w, x in zip(weights, xs)), *history)
     for got, want in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)

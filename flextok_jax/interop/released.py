@@ -7,6 +7,7 @@ evaluated: its values are parsed as Python literals, and a value that does not p
 import ast
 import dataclasses
 import re
+import reprlib
 
 from flextok_jax.interop.released_template import (
     IDENTITY_VAE,
@@ -45,6 +46,9 @@ _ALSO = {
 # Fixed arguments whose absence means the value in the template.
 _MAY_BE_ABSENT = {"flatten_patches", "use_mup_readout", "intermediate_layers", "posemb_scaling"}
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+
 
 def parse_metadata(metadata: dict[str, str]) -> dict:
     """The header of a file, {key: str(python object)}, with its literals parsed."""
@@ -52,7 +56,7 @@ def parse_metadata(metadata: dict[str, str]) -> dict:
     def value(text):
         try:
             return ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return text
 
     return {key: value(text) for key, text in metadata.items()}
@@ -73,7 +77,7 @@ def read_config(released: dict) -> tuple[FlexTokConfig | None, list[str]]:
     if target in VAES:
         template["vae"] = {"_target_": target, **VAES[target]}
     else:
-        problems.append(f"vae._target_ is {target!r}; known: {sorted(VAES)}")
+        problems.append(f"vae._target_ is {_show(target)}; known: {sorted(VAES)}")
     if OWN_KEY in released:
         template[OWN_KEY] = OWN
     for key, expected in template.items():
@@ -142,7 +146,7 @@ def _match(value, expected, place, found, problems):
         try:
             decoded = expected.decode(value)
         except ValueError:
-            what = "is missing" if value is MISSING else f"is {value!r}, which is not understood"
+            what = "is missing" if value is MISSING else f"is {_show(value)}, not a value we know"
             problems.append(f"{place} {what}")
         else:
             found.setdefault(expected.name, []).append((expected, place, decoded))
@@ -150,23 +154,28 @@ def _match(value, expected, place, found, problems):
         pass
     elif isinstance(expected, dict):
         if not isinstance(value, dict):
-            what = "is missing" if value is MISSING else f"is {value!r}, expected a module"
+            what = "is missing" if value is MISSING else f"is {_show(value)}, expected a module"
             problems.append(f"{place} {what}")
             return
         for key, inner in expected.items():
             _match(value.get(key, MISSING), inner, f"{place}.{key}", found, problems)
-        for key in value.keys() - expected.keys():
+        for key in sorted(value.keys() - expected.keys(), key=str):
             allowed = _ALSO.get(key)
             if allowed is not None and value[key] not in allowed:
-                problems.append(f"{place}.{key} is {value[key]!r}; implemented: {allowed}")
-            elif allowed is None and not _NO_EFFECT.fullmatch(key):
-                problems.append(f"{place}.{key}={value[key]!r} is an unknown argument")
+                problems.append(f"{place}.{key} is {_show(value[key])}; implemented: {allowed}")
+            elif allowed is None and not _NO_EFFECT.fullmatch(str(key)):
+                problems.append(f"{place}.{key}={_show(value[key])} is an unknown argument")
     elif name in _ALSO:
         absent = value is MISSING and (name in _MAY_BE_ABSENT or expected is None)
         if not absent and value not in _ALSO[name]:
-            what = "is missing" if value is MISSING else f"is {value!r}"
+            what = "is missing" if value is MISSING else f"is {_show(value)}"
             problems.append(f"{place} {what}; implemented: {_ALSO[name]}")
     elif not _NO_EFFECT.fullmatch(name) and value != expected:
         if value is not MISSING or name not in _MAY_BE_ABSENT:
-            what = "is missing" if value is MISSING else f"is {value!r}"
+            what = "is missing" if value is MISSING else f"is {_show(value)}"
             problems.append(f"{place} {what}; implemented: {expected!r}")
+
+
+def _show(value) -> str:
+    """A value of the file in an error message, short whatever it is."""
+    return _REPR.repr(value)

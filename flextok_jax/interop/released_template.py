@@ -7,7 +7,7 @@ is fixed mathematics that a file must agree with.
 import dataclasses
 from typing import Any
 
-from flextok_jax.nn.config import FlexTokConfig
+from flextok_jax.nn.config import FlexTokConfig, VAEConfig
 
 MISSING = object()
 
@@ -27,8 +27,8 @@ class Field:
     default: Any = MISSING
 
     def encode(self, cfg: FlexTokConfig):
-        owner, name = (cfg.vae, self.name[4:]) if self.name.startswith("vae.") else (cfg, self.name)
-        value = getattr(owner, name)
+        of_vae = self.name.startswith("vae.")
+        value = getattr(cfg.vae if of_vae else cfg, self.name.removeprefix("vae."))
         return {
             "value": lambda: value,
             "pair": lambda: [value, value],
@@ -38,16 +38,20 @@ class Field:
         }[self.form]()
 
     def decode(self, value):
-        """The field's value.
+        """The field's value. Sizes are positive integers; other fields have their default's type.
 
         Raises:
             ValueError: the file's value has another form.
         """
-        if self.form == "value" and isinstance(value, (int, float, str, bool)):
+        owner = VAEConfig if self.name.startswith("vae.") else FlexTokConfig
+        kind = type(getattr(owner, self.name.removeprefix("vae.")))
+        if self.form == "value" and kind is float and type(value) in (int, float):
+            return float(value)
+        if self.form == "value" and kind is type(value) and (kind is not int or value > 0):
             return value
-        if self.form == "len" and isinstance(value, int):
+        if self.form == "len" and _is_size(value):
             return value
-        if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
+        if isinstance(value, (list, tuple)) and all(_is_size(v) for v in value):
             value = tuple(value)
             if self.form == "list":
                 return value
@@ -56,6 +60,10 @@ class Field:
             if self.form == "one" and len(value) == 1:
                 return value[0]
         raise ValueError
+
+
+def _is_size(value) -> bool:
+    return type(value) is int and value > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 from typing import Any
@@ -61,11 +60,12 @@ def resolve(source, files=(WEIGHTS,), optional=("config.json",)) -> pathlib.Path
     if text in DEMOS:
         return DEMO_FOLDER / DEMOS[text]
     if path.exists():
-        return path.resolve()
+        return path.absolute()  # Not resolved: a hub cache links to files under other names.
     if _HUB_ID.fullmatch(text) and not text.startswith("."):
         return _fetch(text, files, optional)
     raise FileNotFoundError(
-        f"{text!r} is no file, no folder, no hub id (owner/name) and no demo ({', '.join(DEMOS)})"
+        f"{text!r} is no file, no folder, no hub id (owner/name) and no demo "
+        f"({', '.join(DEMOS)})"
     )
 
 
@@ -82,9 +82,10 @@ def _fetch(hub_id: str, files, optional) -> pathlib.Path:
                 continue
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise FileNotFoundError(
-                f"{hub_id} could not be fetched from the Hugging Face hub and {name} is not in its "
-                f"local cache ({type(error).__name__}: {reason}). Download {' and '.join(files)} by "
-                f"hand from the page of {hub_id} into a folder, and pass that folder's path instead"
+                f"{hub_id} is no local path, could not be fetched from the Hugging Face hub, and "
+                f"{name} is not in its local cache ({type(error).__name__}: {reason}). Download "
+                f"{' and '.join(files)} by hand from the hub's page of {hub_id} into "
+                "a folder, and pass that folder's path instead"
             ) from error
     return path.parent
 
@@ -105,8 +106,8 @@ def _load_released(path: pathlib.Path) -> Loaded:
             raise ValueError(
                 f"{path} has no configuration in its metadata and there is no config.json beside it"
             )
-        config_json = beside.read_text()
-        config = json.loads(config_json)
+        config = tensor_file.read_json(beside)
+        config_json = beside.read_text(encoding="utf-8")
     cfg, problems = released.read_config(config)
     if cfg is not None:
         cfg, problems, entries = _check_tensors(cfg, tensors)
@@ -128,20 +129,23 @@ def _check_tensors(cfg: FlexTokConfig, tensors):
                 scaling_factor=cfg.vae.scaling_factor,
                 sample_posterior=cfg.vae.sample_posterior,
             )
-        except ValueError as error:
-            layout, missing = cfg.vae, [str(error)]
-        else:
-            missing = []
-        if not missing and layout.latent_channels != cfg.vae.latent_channels:
-            missing = [
-                f"the VAE's tensors have {layout.latent_channels} latent channels, the "
-                f"configuration says {cfg.vae.latent_channels}"
-            ]
-        if missing:
-            return cfg, missing, []
+            if layout.latent_channels != cfg.vae.latent_channels:
+                raise ValueError(
+                    f"the VAE's tensors have {layout.latent_channels} latent channels, the "
+                    f"configuration says {cfg.vae.latent_channels}"
+                )
+        except ValueError as error:  # What the VAE should be is unknown: check all the others.
+            entries = [e for e in _entries(cfg) if not e.name.startswith("vae.")]
+            others = {n: t for n, t in tensors.items() if not n.startswith("vae.")}
+            return cfg, [str(error), *names.compare(entries, others)], []
         cfg = dataclasses.replace(cfg, vae=layout)
-    entries = list(names.flextok_entries(shapes(cfg)))
+    entries = _entries(cfg)
     return cfg, names.compare(entries, tensors), entries
+
+
+def _entries(cfg: FlexTokConfig) -> list[names.Entry]:
+    """The table of the tensors of a model's file."""
+    return list(names.flextok_entries(shapes(cfg)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -152,8 +156,7 @@ def shapes(cfg: FlexTokConfig):
 
 def save(folder, model: Loaded) -> pathlib.Path:
     """Writes `model.safetensors` in the released format; returns its path."""
-    entries = list(names.flextok_entries(shapes(model.config)))
-    tensors = names.to_tensors(entries, model.params)
+    tensors = names.to_tensors(_entries(model.config), model.params)
     tensors = {model.renamed.get(name, name): tensor for name, tensor in tensors.items()}
     metadata = model.metadata
     if metadata is None:
@@ -164,7 +167,7 @@ def save(folder, model: Loaded) -> pathlib.Path:
     tensor_file.write(path, tensors, metadata)
     if model.config_json is not None:
         with tensor_file.atomic(path.parent / "config.json") as temporary:
-            temporary.write_text(model.config_json)
+            temporary.write_text(model.config_json, encoding="utf-8")
     return path
 
 
@@ -174,12 +177,14 @@ def _load_workdir(path: pathlib.Path) -> Loaded:
     params, _, step = checkpoint.restore_ema(path)
     about_file = path / "config.json"
     try:
-        about = json.loads(about_file.read_text())["model"]
+        about = tensor_file.read_json(about_file)["model"]
         if about["kind"] != "flextok":
             raise ValueError(f"{path} holds a model of kind {about['kind']!r}, not a tokenizer")
         cfg = config_from_dict(about["config"])
     except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{about_file} does not describe a model of this project: {error}") from error
+        raise ValueError(
+            f"{about_file} does not describe a model of this project: {error}"
+        ) from error
     params["vae"] = vae_params(about["vae_source"], cfg.vae)
     params = jax.tree.map(np.asarray, params)
     return Loaded(cfg, params, origin=f"{path}, step {step}")

@@ -1,6 +1,7 @@
-"""safetensors files: whole reads, atomic writes, and the identity of parameters."""
+"""Files: whole reads, atomic writes, and the identity of parameters."""
 
 import hashlib
+import json
 import os
 import pathlib
 import tempfile
@@ -14,17 +15,38 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors of a file, and its metadata.
 
     Raises:
-        ValueError: the file is damaged, or is no safetensors file.
+        ValueError: the file is damaged, is no safetensors file, or holds a type we cannot read.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from (
-            error
-        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+    except (AttributeError, KeyError, TypeError) as error:  # from NumPy, which lacks the type
+        raise ValueError(
+            f"{path} holds tensors of a type that cannot be read ({error}); convert them to "
+            "float32, float16 or bfloat16"
+        ) from error
+
+
+def read_json(path) -> dict:
+    """The dictionary in a JSON file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, expected a JSON object")
+    return found
 
 
 def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -61,7 +83,7 @@ class atomic:
 
 
 def fingerprint(params) -> str:
-    """The sha256 over all parameters: path, type, shape and bytes of each, in order of the paths."""
+    """The sha256 over all parameters: path, type, shape and bytes of each, sorted by path."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(params).items()):
         array = np.ascontiguousarray(leaf)

@@ -1,6 +1,5 @@
 """VAE checkpoints in the diffusers AutoencoderKL layout: `config.json` and one safetensors file."""
 
-import json
 import pathlib
 import re
 
@@ -28,14 +27,17 @@ def infer_layout(tensors: dict, prefix: str = "", **known) -> VAEConfig:
     def shape(name):
         if prefix + name not in tensors:
             raise ValueError(f"no VAE: the tensor {prefix + name} is missing")
-        return tensors[prefix + name].shape
+        shape = tensors[prefix + name].shape
+        if len(shape) != 4:
+            raise ValueError(f"no VAE: {prefix + name} has shape {shape}, expected four dimensions")
+        return shape
 
     def count(pattern):
         found = (re.fullmatch(re.escape(prefix) + pattern, name) for name in tensors)
         return 1 + max((int(m[1]) for m in found if m), default=-1)
 
     blocks = count(r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
-    return VAEConfig(
+    layout = VAEConfig(
         in_channels=shape("encoder.conv_in.weight")[1],
         latent_channels=shape("decoder.conv_in.weight")[1],
         block_out=tuple(
@@ -47,6 +49,12 @@ def infer_layout(tensors: dict, prefix: str = "", **known) -> VAEConfig:
         post_quant_conv=prefix + "post_quant_conv.weight" in tensors,
         **known,
     )
+    if not blocks or any(width % layout.norm_groups for width in layout.block_out):
+        raise ValueError(
+            f"no VAE: {layout.norm_groups} groups of its norms must divide the widths of its "
+            f"blocks, {layout.block_out}"
+        )
+    return layout
 
 
 def modern_names(tensors: dict) -> tuple[dict, dict[str, str]]:
@@ -54,6 +62,9 @@ def modern_names(tensors: dict) -> tuple[dict, dict[str, str]]:
 
     Old diffusers files call the attention's layers query, key, value and proj_attn; wrapped
     modules of training runs leave `_checkpoint_wrapped_module.` in names.
+
+    Raises:
+        ValueError: a tensor is there under both names.
     """
     renamed, out = {}, {}
     for name, tensor in tensors.items():
@@ -63,6 +74,8 @@ def modern_names(tensors: dict) -> tuple[dict, dict[str, str]]:
             lambda m: f"{m[1]}{names.OLD_ATTENTION[m[2]]}.",
             modern,
         )
+        if modern in out:
+            raise ValueError(f"the tensor {modern} is there twice, under an old and a new name")
         if modern != name:
             renamed[modern] = name
         out[modern] = tensor
@@ -97,8 +110,10 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
     folder = pathlib.Path(folder)
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}: a VAE needs config.json and {WEIGHTS}")
-    released = json.loads((folder / "config.json").read_text())
+            raise FileNotFoundError(
+                f"{folder} holds no {name}: a VAE needs config.json and {WEIGHTS}"
+            )
+    released = tensor_file.read_json(folder / "config.json")
     problems = [
         f"{key}={released[key]!r}; implemented: {allowed!r}"
         for key, allowed in (
@@ -115,7 +130,8 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
     scaling_factor = released.get("scaling_factor") if scaling_factor is None else scaling_factor
     if scaling_factor is None:
         raise ValueError(
-            f"{folder}/config.json names no scaling_factor: set it in the config (vae.scaling_factor)"
+            f"{folder}/config.json names no scaling_factor: set it in the config "
+            "(vae.scaling_factor)"
         )
     tensors, _ = modern_names(tensor_file.read(folder / WEIGHTS)[0])
     cfg = infer_layout(

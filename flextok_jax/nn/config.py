@@ -1,4 +1,4 @@
-"""Model configurations: frozen dataclasses that hold all that the mathematics needs, and nothing else."""
+"""Model configurations: frozen dataclasses with all that the mathematics needs."""
 
 import dataclasses
 

@@ -1,7 +1,6 @@
 """The training state, an object of arrays only, and its one transition."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax
@@ -113,7 +112,7 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
 
 def _make_step(stage, config, mesh, tx, trained, shardings):
     """One optimizer step: gradients of `accumulate` microbatches, update, average."""
-    parts, decay = config.optim.accumulate, config.ema_decay
+    parts = config.optim.accumulate
     schedule = lr_schedule(config)
     micro_sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
 
@@ -126,8 +125,7 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
         part, ema_part = select(state.params, trained), select(state.ema, trained)
         key = named(step_key(config.seed, state.step), "microbatch")
 
-        @jax.jit  # Traced once, for the shapes here and for the loop below.
-        def gradients(part, frozen, batch, index):
+        def gradients(index, batch):
             def loss_fn(part):
                 params = overlay(state.params, part)
                 return stage.loss(params, frozen, batch, jax.random.fold_in(key, index))
@@ -136,26 +134,24 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
             return (loss, grads), metrics
 
         def accumulate(so_far, item):
-            index, batch = item
+            terms, metrics = gradients(*item)
             total, merged = so_far
-            terms, metrics = gradients(part, frozen, batch, index)
             merged = {name: merged[name].merge(metric) for name, metric in metrics.items()}
-            first = partial(jnp.where, index == 0)
-            return (jax.tree.map(jnp.add, total, terms), jax.tree.map(first, metrics, merged)), None
+            return (jax.tree.map(jnp.add, total, terms), merged), None
 
         items = jnp.arange(parts), jax.tree.map(microbatches, batch)
-        index, micro = jax.tree.map(lambda x: x[0], items)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(gradients, part, frozen, micro, index),
-        )
-        ((loss, grads), metrics), _ = jax.lax.scan(accumulate, zeros, items)
+        result = gradients(*jax.tree.map(lambda x: x[0], items))
+        if parts > 1:
+            rest = jax.tree.map(lambda x: x[1:], items)
+            result, _ = jax.lax.scan(accumulate, result, rest)
+        (loss, grads), metrics = result
         grads = jax.lax.with_sharding_constraint(grads, shardings)
         loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
         norm = optax.tree.norm(grads)
 
         updates, opt_state = tx.update(grads, state.opt_state, part)
         moved = optax.apply_updates(part, updates)
+        decay = ema_decay(config.ema_decay, state.step - state.skipped)
         averaged = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_part, moved)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -184,6 +180,15 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
         }
 
     return train_step
+
+
+def ema_decay(most: float, update):
+    """The average's decay at update n = 0, 1, ...: min(most, (1 + n) / (10 + n)).
+
+    The rise lets a short run forget its random start; a long one does not notice it.
+    """
+    n = jnp.asarray(update, jnp.float32)
+    return jnp.minimum(most, (1 + n) / (10 + n))
 
 
 def _check_params(params, expected):

@@ -148,7 +148,8 @@ class TokenizerStage:
             if index * size >= options.num_images:
                 break
             images, mask = (
-                jax.make_array_from_process_local_data(sharding, batch[k]) for k in ("image", "mask")
+                jax.make_array_from_process_local_data(sharding, batch[name])
+                for name in ("image", "mask")
             )
             key = jax.random.fold_in(jax.random.key(0), index)
             for k in (min(2**i, cfg.num_tokens) for i in range(_doublings(cfg.num_tokens))):

@@ -1,0 +1,80 @@
+"""What several commands do with their arguments."""
+
+import json
+import pathlib
+import sys
+
+from flextok_jax.evaluation.pictures import DIGITS, Pictures
+from flextok_jax.evaluation.reconstruction import Sampling
+from flextok_jax.interop import tensor_file
+from flextok_jax.tokenizer import FlexTok
+
+
+def load_model(args) -> FlexTok:
+    """The model of --model, computing as --dtype and --attention say."""
+    import jax
+
+    if args.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"--attention cudnn needs a CUDA GPU; this is a {jax.default_backend()}: use xla"
+        )
+    return FlexTok.from_pretrained(args.model, dtype=args.dtype, attention=args.attention)
+
+
+def sampling(args) -> Sampling:
+    """--steps, --guidance, --no-norm-guidance and --seed."""
+    return Sampling(args.steps, args.guidance, args.norm_guidance, args.seed)
+
+
+def check_apart(images: str, out: str) -> None:
+    """Refuses results inside the folder of images: the next run would read them as images."""
+    if images == DIGITS:
+        return
+    folder, results = (pathlib.Path(p).expanduser().resolve() for p in (images, out))
+    if results.is_relative_to(folder):
+        raise ValueError(
+            f"--out {out} lies in the image folder {images}, where its pictures would be taken for "
+            "images the next time: pass a folder outside of it"
+        )
+
+
+def write_json(path, content: dict) -> None:
+    """Writes a whole file or nothing."""
+    path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: pass the name of a file")
+    with tensor_file.atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def report_unreadable(pictures: Pictures) -> None:
+    """Names the images that were left out."""
+    if pictures.unreadable:
+        print(
+            f"warning: {len(pictures.unreadable)} of {len(pictures)} images could not be read and "
+            f"were left out:{pictures.complaint()}",
+            file=sys.stderr,
+        )
+
+
+def table(result: dict, columns: dict[str, tuple[str, str]]) -> str:
+    """Numbers by k as lines of text.
+
+    Args:
+        result: of `reconstruction.evaluate`.
+        columns: {key of the result: (title, format)}.
+    """
+    columns = {key: about for key, about in columns.items() if key in result}
+    lines = ["  tokens" + "".join(f"{title:>14}" for title, _ in columns.values())]
+    for k in result["num_tokens"]:
+        numbers = (format(result[key][k], form) for key, (_, form) in columns.items())
+        lines.append(f"{k:8}" + "".join(f"{number:>14}" for number in numbers))
+    return "\n".join(lines)
+
+
+QUALITY = {
+    "psnr": ("PSNR (dB)", ".2f"),
+    "mae": ("MAE", ".4f"),
+    "recognition": ("recognised", ".1%"),
+    "codebook_usage": ("ids used", ".1%"),
+}

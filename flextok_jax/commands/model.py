@@ -1,0 +1,73 @@
+"""`flextok info` and `flextok convert`: what a model is, and its file in the released format."""
+
+import dataclasses
+import json
+import re
+
+import jax
+
+from flextok_jax.interop import sources, tensor_file
+
+
+def convert(args) -> None:
+    """Writes the released format from any source, of a workdir its averaged weights."""
+    model = sources.load(args.model)
+    path = sources.save(args.out, model)
+    print(f"{model.origin}\n-> {path}\nsha256 {tensor_file.fingerprint(model.params)}")
+
+
+def info(args) -> None:
+    """Prints what a model is."""
+    about = describe(args.source)
+    print(json.dumps(about, indent=2) if args.json else _lines(about))
+
+
+def describe(source) -> dict:
+    """What a model is, in JSON terms.
+
+    Returns:
+        "origin"; "step" of training, None but for a workdir; "config": the fields of
+        `FlexTokConfig`; "image_size" [H, W]; "vocab_size"; "parameters": the number of them in
+        "vae", "encoder", "decoder" and in "total"; "sha256" over all of them.
+    """
+    model = sources.load(source)
+    step = re.search(r", step (\d+)$", model.origin)
+    sizes = {
+        part: sum(leaf.size for leaf in jax.tree.leaves(model.params.get(part, {})))
+        for part in ("vae", "encoder", "decoder")
+    }
+    return {
+        "origin": model.origin,
+        "step": int(step[1]) if step else None,
+        "config": dataclasses.asdict(model.config),
+        "image_size": list(model.config.image_size),
+        "vocab_size": model.config.vocab_size,
+        "parameters": sizes | {"total": sum(sizes.values())},
+        "sha256": tensor_file.fingerprint(model.params),
+    }
+
+
+def _lines(about: dict) -> str:
+    c = about["config"]
+    vae, sizes = c["vae"], about["parameters"]
+    height, width = about["image_size"]
+    rows, columns = c["grid"]
+    reduction = height // (rows * c["patch_size"])
+    kind = "none (the model works on pixels)"
+    if vae["kind"] != "identity":
+        kind = f"{vae['latent_channels']} channels, 1/{reduction} of the resolution"
+    levels = " x ".join(str(level) for level in c["levels"])
+    lines = {
+        "origin": about["origin"],
+        "step": about["step"],
+        "images": f"{height} x {width} pixels, {rows} x {columns} patches",
+        "tokens": f"{c['num_tokens']} per image, {about['vocab_size']:,} ids ({levels})",
+        "VAE": f"{kind}; {sizes['vae']:,} parameters",
+    }
+    for part, name in (("encoder", "enc"), ("decoder", "dec")):
+        depth, size = c[f"{name}_depth"], c[f"{name}_width"]
+        lines[part] = f"depth {depth}, width {size}; {sizes[part]:,} parameters"
+    lines["total"] = f"{sizes['total']:,} parameters"
+    lines["guidance"] = f"{c['guidance_scale']:g} by default"
+    lines["sha256"] = about["sha256"]
+    return "\n".join(f"{key:10}{value}" for key, value in lines.items() if value is not None)

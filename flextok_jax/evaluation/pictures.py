@@ -1,0 +1,238 @@
+"""Pictures in and out: images fitted to a model, PNG files that say what made them, grids."""
+
+import collections
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from flextok_jax.data import sources, transforms
+
+DIGITS = "digits"
+GRID_ROWS = 16
+_CELL = 96  # Pixels that a picture of a grid should have at least.
+_GAP, _TITLE = 8, 30
+_INK, _PAPER = (32, 32, 36), (255, 255, 255)
+
+
+class Batch(NamedTuple):
+    """Readable images, in order.
+
+    Attributes:
+        first: the number of readable images before this batch.
+        names: of each image, relative to its folder.
+        images: uint8 [n, S, S, 3].
+        labels: int32 [n], -1 unknown.
+    """
+
+    first: int
+    names: list[str]
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Pictures:
+    """The images of a folder, or "digits": the held-out digits that come with the package.
+
+    Attributes:
+        title: what was asked for.
+        names: of all images, sorted.
+        unreadable: {name: reason} of those that were met so far and could not be read.
+    """
+
+    def __init__(self, images: str, limit: int | None = None):
+        """Lists the images, at most the first `limit` of them.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or no image in it.
+        """
+        self.title = str(images)
+        self.unreadable: dict[str, str] = {}
+        if self.title == DIGITS:
+            self._source = sources.digits("test")
+            labels = self._source.labels
+            names = [f"digit{i:03d}_{label}" for i, label in enumerate(labels)]
+        else:
+            self._source = sources.FolderSource(images, "all")
+            root = pathlib.Path(images).expanduser()
+            names = [pathlib.Path(f).relative_to(root).as_posix() for f in self._source.files]
+        self.names = names[:limit]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, size: int, batch_size: int) -> Iterator[Batch]:
+        """Upright RGB, centre-cropped, resized to `size` x `size`; unreadable images are left out.
+
+        Only the last batch may be smaller than `batch_size`. Files are read ahead by threads.
+
+        Raises:
+            ValueError: not one image could be read.
+        """
+        found, first = [], 0
+        for index, (image, label) in self._readable(size):
+            found.append((self.names[index], image, label))
+            if len(found) == batch_size:
+                yield _batch(first, found)
+                first, found = first + len(found), []
+        if found:
+            yield _batch(first, found)
+        elif first == 0:
+            raise ValueError(f"none of the {len(self)} images could be read{self.complaint()}")
+
+    def complaint(self) -> str:
+        """The unreadable images with their reasons, one per line, at most ten."""
+        lines = [f"\n  {name}: {reason}" for name, reason in self.unreadable.items()]
+        more = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
+        return "".join(lines[:10]) + more
+
+    def _readable(self, size) -> Iterator[tuple]:
+        """(index, (image, label)) of the readable images, in order, read ahead by threads."""
+        workers = min(8, os.cpu_count() or 1)
+        waiting: collections.deque = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            for index in range(len(self)):
+                waiting.append((index, pool.submit(self._read, index, size)))
+                if len(waiting) > 4 * workers:
+                    yield from self._finished(*waiting.popleft())
+            while waiting:
+                yield from self._finished(*waiting.popleft())
+
+    def _finished(self, index, future) -> list[tuple]:
+        try:
+            return [(index, future.result())]
+        except Exception as error:  # Files break in any way there is.
+            lines = f"{type(error).__name__}: {error}".splitlines()
+            self.unreadable[self.names[index]] = lines[0]
+            return []
+
+    def _read(self, index, size):
+        from PIL import Image
+
+        example = self._source[index]
+        image = example["image"]
+        if isinstance(image, bytes):
+            image = sources.decode_image(image)
+        else:
+            image = Image.fromarray(image)
+        return transforms.center_crop(image, size), example["label"]
+
+
+def _batch(first, found) -> Batch:
+    names, images, labels = zip(*found)
+    return Batch(first, list(names), np.stack(images), np.asarray(labels, np.int32))
+
+
+def png_names(names: list[str]) -> list[str]:
+    """The name of the PNG file of each image: its own without the ending.
+
+    Where two images differ in the ending alone, all keep theirs: no picture overwrites another.
+    """
+    stems = []
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        stems.append(stem if suffix.lower() in sources.IMAGE_SUFFIXES else name)
+    clash = len({stem.casefold() for stem in stems}) < len(stems)
+    return [f"{stem}.png" for stem in (names if clash else stems)]
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1], clipped -> uint8."""
+    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def from_uint8(images: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1
+
+
+def write_png(path: pathlib.Path, picture, about: dict) -> None:
+    """Writes a PNG file with text metadata.
+
+    Args:
+        path: its folder is made where it is missing.
+        picture: uint8 [H, W, 3], or a `PIL.Image.Image`.
+        about: what made it; becomes text.
+    """
+    from PIL import Image, PngImagePlugin
+
+    text = PngImagePlugin.PngInfo()
+    for key, value in about.items():
+        text.add_text(key, str(value))
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG", pnginfo=text)
+
+
+def grid(rows: list[list[np.ndarray]], titles: list[str], cell: int = _CELL):
+    """A `PIL.Image.Image` of rows of pictures below their columns' titles.
+
+    Args:
+        rows: equally long lists of uint8 [H, W, 3], all of one size.
+        titles: one per column.
+        cell: pictures smaller than this are enlarged by a whole factor, nearest neighbour, to at
+            least this size.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = rows[0][0].shape[:2]
+    factor = max(1, -(-cell // min(height, width)))
+    height, width = height * factor, width * factor
+    size = (_GAP + len(titles) * (width + _GAP), _TITLE + len(rows) * (height + _GAP))
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        x = _GAP + column * (width + _GAP)
+        font = _font(draw, title, width)
+        draw.text((x + width / 2, _TITLE / 2), title, fill=_INK, font=font, anchor="mm")
+        for row, pictures in enumerate(rows):
+            picture = Image.fromarray(pictures[column])
+            picture = picture.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, _TITLE + row * (height + _GAP)))
+    return sheet
+
+
+def _font(draw, text: str, width: int):
+    """The largest of a few sizes at which the text fits."""
+    from PIL import ImageFont
+
+    for size in (18, 16, 14, 12, 10):
+        font = ImageFont.load_default(size)
+        if draw.textlength(text, font=font) <= width:
+            break
+    return font
+
+
+@contextlib.contextmanager
+def results_folder(out) -> Iterator[pathlib.Path]:
+    """A folder to write into, whose content moves into `out` when the block succeeds.
+
+    Files and folders of the same names are replaced, others stay. Where the block fails nothing
+    has changed.
+
+    Raises:
+        ValueError: `out` is a file.
+    """
+    out = pathlib.Path(out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: pass a folder")
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as temporary:
+            yield pathlib.Path(temporary)
+            for entry in pathlib.Path(temporary).iterdir():
+                target = out / entry.name
+                if target.is_dir() and entry.is_dir():
+                    shutil.rmtree(target)
+                os.replace(entry, target)
+    finally:
+        if made and not any(out.iterdir()):
+            out.rmdir()

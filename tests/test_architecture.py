@@ -1,0 +1,170 @@
+"""The house rules that can be read off the source: imports run downward, files stay small."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+from common import ROOT
+
+PACKAGE = "flextok_jax"
+# An import goes to the same level or a lower one.
+LEVELS = (
+    ("nn", "flow"),
+    ("interop", "parallel"),
+    ("tokenizer", "generator"),
+    ("data", "evaluation"),
+    ("training",),
+    ("commands",),
+    ("main", "cli"),
+)
+LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
+INFERENCE = LEVEL["tokenizer"]  # Levels up to this one run without the libraries of training.
+
+# What inference imports beside the standard library: at the top of a file, and only when used.
+AT_IMPORT = {"jax", "flax", "numpy"}
+WHEN_USED = AT_IMPORT | {"safetensors", "huggingface_hub", "PIL", "tqdm"}
+# Libraries that one place alone may import.
+ONLY_IN = {
+    "orbax": "interop/checkpoint.py",
+    "tensorflow_datasets": "data/tfds_source.py",
+    "grain": "data/",
+}
+CHECKPOINT = "interop/checkpoint.py"  # For training, and for reading a workdir: imported when used.
+
+SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+SCRIPTS = sorted(p for folder in ("tests", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+
+
+def relative_name(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT / PACKAGE))
+
+
+def imports(path: pathlib.Path):
+    """(absolute dotted name, whether it is imported only when a function runs) of each import."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+
+    def visit(node, lazy):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, lazy
+        elif isinstance(node, ast.ImportFrom):
+            above = list(package[: len(package) - node.level + 1]) if node.level else []
+            base = ".".join(above + ([node.module] if node.module else []))
+            for alias in node.names:
+                yield f"{base}.{alias.name}", lazy
+        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, lazy or inside)
+
+    return list(visit(ast.parse(path.read_text()), False))
+
+
+def part_of(path: pathlib.Path) -> str:
+    """The part of the package that a file belongs to: "nn", "tokenizer", ..."""
+    return path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
+
+
+def parts_imported(name: str) -> list[str]:
+    """The part of the package that "flextok_jax.nn.vae.Vae" names; public names lie in a part."""
+    if name.split(".")[0] != PACKAGE:
+        return []
+    part = (name.split(".") + [""])[1]
+    public = {"FlexTok": "tokenizer", "ImageGenerator": "generator"}
+    return [public.get(part, part)] if part and part != "__version__" else []
+
+
+# The package's own file gives out public names, lazily; it stands above nothing and below nothing.
+PARTS = [path for path in SOURCES if path.parent != ROOT / PACKAGE or path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", PARTS, ids=relative_name)
+def test_imports_run_downward(path):
+    part = part_of(path)
+    assert part in LEVEL, f"{part} has no level: add it to LEVELS"
+    for name, _ in imports(path):
+        for other in parts_imported(name):
+            assert other in LEVEL, f"{name}: {other} has no level"
+            assert LEVEL[other] <= LEVEL[part], f"{relative_name(path)} imports {name} above it"
+
+
+@pytest.mark.parametrize("path", SOURCES + CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_each_library_is_called_in_its_place(path):
+    name = str(path.relative_to(ROOT)).removeprefix(f"{PACKAGE}/")
+    for library in {imported.split(".")[0] for imported, _ in imports(path)}:
+        assert library not in ("torch", "torchvision", "tensorflow"), library
+        if library in ONLY_IN:
+            place = ONLY_IN[library]
+            assert name == place or (place.endswith("/") and name.startswith(place)), library
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PARTS if LEVEL.get(part_of(p), 0) <= INFERENCE], ids=relative_name
+)
+def test_inference_stands_on_few_libraries(path):
+    if relative_name(path) == CHECKPOINT:
+        return
+    for name, lazy in imports(path):
+        assert lazy or not name.startswith(f"{PACKAGE}.interop.checkpoint"), name
+        library = name.split(".")[0]
+        if library != PACKAGE and library not in sys.stdlib_module_names:
+            allowed = WHEN_USED if lazy else AT_IMPORT
+            assert library in allowed, f"{name}: allowed here are {sorted(allowed)}"
+
+
+def test_the_check_sees_upward_and_lazy_imports(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / PACKAGE / "nn" / "wrong.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import flextok_jax.data.pipeline\n"
+        "from flextok_jax import FlexTok\n"
+        "from ..training import loop\n"
+        "def f():\n    from flextok_jax.interop import names\n    import torch.nn\n"
+    )
+    assert imports(path) == [
+        ("flextok_jax.data.pipeline", False),
+        ("flextok_jax.FlexTok", False),
+        ("flextok_jax.training.loop", False),
+        ("flextok_jax.interop.names", True),
+        ("torch.nn", True),
+    ]
+    found = [part for name, _ in imports(path) for part in parts_imported(name)]
+    assert found == ["data", "tokenizer", "training", "interop"]
+    with pytest.raises(AssertionError, match="imports flextok_jax.data.pipeline above it"):
+        test_imports_run_downward(path)
+    with pytest.raises(AssertionError, match="torch"):
+        test_each_library_is_called_in_its_place(path)
+
+
+def test_no_text_becomes_code():
+    """Files from outside are data: nothing is evaluated, unpickled or imported by a found name."""
+    # Entry points that import by names of their own, written in their source.
+    by_own_names = {"__init__.py", "main.py", "cli.py"}
+    for path in SOURCES:
+        forbidden = {"eval", "exec", "compile", "__import__"}
+        called = {
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not called & forbidden, (path, called & forbidden)
+        libraries = {name.split(".")[0] for name, _ in imports(path)}
+        assert not libraries & {"pickle", "dill", "marshal", "shelve"}, path
+        assert "importlib" not in libraries or relative_name(path) in by_own_names, path
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {path: len(path.read_text().splitlines()) for path in SOURCES + CONFIGS}
+    assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > 400} == {}
+
+
+def test_no_line_is_wider_than_100_columns():
+    wide = [
+        f"{path.relative_to(ROOT)}:{number}: {len(line)}"
+        for path in SOURCES + CONFIGS + SCRIPTS
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert wide == []

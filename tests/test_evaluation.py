@@ -1,0 +1,263 @@
+"""Metrics, the digits' judge, pictures in and out, and the reports."""
+
+import dataclasses
+import functools
+import html.parser
+import json
+import math
+
+import numpy as np
+import pytest
+from common import TINY, tiny_tokenizer
+from PIL import Image
+
+from flextok_jax.data import sources
+from flextok_jax.evaluation import metrics, pictures, quickstart_report, reconstruction, report
+from flextok_jax.evaluation.digits_judge import evaluate_digits, judge
+
+DIGITS = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return tiny_tokenizer(DIGITS)
+
+
+# Metrics.
+
+
+def test_psnr_and_mae_follow_their_closed_form():
+    originals = np.zeros((2, 4, 4, 3), np.float32)
+    images = originals + np.array([0.1, 1.0], np.float32).reshape(2, 1, 1, 1)
+    np.testing.assert_allclose(metrics.psnr(images, originals), 10 * np.log10([400, 4]), rtol=1e-6)
+    np.testing.assert_allclose(metrics.mae(images, originals), [0.1, 1.0], rtol=1e-6)
+    assert np.isfinite(metrics.psnr(originals, originals)).all()
+
+
+def test_code_usage_counts_ids_and_takes_the_exponential_of_their_entropy():
+    usage = metrics.code_usage(np.array([[7, 0], [7, 1], [7, 2], [7, 2]]))
+    assert usage["distinct"] == [1, 3]
+    entropy = 2 * 0.25 * math.log(4) + 0.5 * math.log(2)
+    assert usage["perplexity"] == pytest.approx([1, math.exp(entropy)])
+
+
+# The digits.
+
+
+def test_the_judge_reads_98_percent_of_the_real_held_out_digits():
+    test = sources.digits("test")
+    right = judge().recognized(pictures.from_uint8(test.images), test.labels)
+    assert right == 290 and len(test) == 297
+
+
+def test_digits_are_reconstructed_and_judged_by_number_of_tokens(tok):
+    seen = []
+    result = evaluate_digits(
+        tok, (16, 1), steps=1, guidance=1.0, limit=20, batch_size=8,
+        visit=lambda batch, drawn: seen.append((batch, drawn)),
+    )  # fmt: skip
+    assert result["num_tokens"] == [1, 16] and result["count"] == 20
+    assert [len(batch.names) for batch, _ in seen] == [8, 8, 4]
+    for k in (1, 16):
+        drawn = np.concatenate([part[k] for _, part in seen])
+        labels = np.concatenate([batch.labels for batch, _ in seen])
+        originals = pictures.from_uint8(np.concatenate([batch.images for batch, _ in seen]))
+        assert np.abs(drawn).max() <= 1
+        assert result["psnr"][k] == pytest.approx(metrics.psnr(drawn, originals).mean())
+        assert result["mae"][k] == pytest.approx(metrics.mae(drawn, originals).mean())
+        assert result["recognition"][k] == judge().recognized(drawn, labels) / 20
+    ids = np.asarray(tok.tokenize(sources.digits("test").images[:20]))
+    assert result["codes"] == metrics.code_usage(ids)
+    assert result["codebook_usage"][16] == len(np.unique(ids)) / DIGITS.vocab_size
+    assert result["guidance"] == 1.0 and not result["norm_guidance"]
+    assert result["model"] == {"origin": "memory", "fingerprint": tok.fingerprint}
+    json.dumps(result)
+
+
+def test_models_of_other_sizes_and_numbers_of_tokens_are_refused(tok):
+    with pytest.raises(ValueError, match="16 x 16.*8 x 8"):
+        evaluate_digits(tiny_tokenizer())
+    with pytest.raises(ValueError, match="num_tokens=17.*1 to 16"):
+        evaluate_digits(tok, (1, 17))
+
+
+def test_counts_are_doublings_up_to_all_unless_they_are_given(tok):
+    assert reconstruction.check_counts(tok, None) == [1, 2, 4, 8, 16]
+    assert reconstruction.check_counts(tok, None, available=6) == [1, 2, 4, 6]
+    assert reconstruction.check_counts(tok, [4, 1, 4]) == [1, 4]
+
+
+# Pictures.
+
+
+def test_pictures_are_upright_cropped_and_the_unreadable_ones_named(tmp_path):
+    rng = np.random.RandomState(0)
+    upright = Image.fromarray(rng.randint(0, 256, (40, 60, 3), np.uint8))
+    rotated = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "Turn right to see it upright."
+    upright.save(tmp_path / "a.png")
+    rotated.save(tmp_path / "b.png", exif=exif)
+    (tmp_path / "c.jpg").write_bytes(b"no image")
+    (tmp_path / "sub").mkdir()
+    upright.convert("L").save(tmp_path / "sub" / "d.png")
+    (tmp_path / "sub" / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:400])
+    found = pictures.Pictures(str(tmp_path))
+    first, second = found.batches(size=16, batch_size=2)
+    assert found.names == ["a.png", "b.png", "c.jpg", "sub/d.png", "sub/e.png"]
+    assert (first.first, first.names) == (0, ["a.png", "b.png"])
+    assert (second.first, second.names) == (2, ["sub/d.png"])
+    np.testing.assert_array_equal(first.images[0], first.images[1])
+    assert first.images.shape == (2, 16, 16, 3) and first.images.dtype == np.uint8
+    assert list(found.unreadable) == ["c.jpg", "sub/e.png"]
+    assert "UnidentifiedImageError" in found.complaint()
+    assert len(pictures.Pictures(str(tmp_path), limit=2)) == 2
+    for name in ("a.png", "b.png", "sub/d.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="(?s)none of the 5 images.*c.jpg"):
+        list(pictures.Pictures(str(tmp_path)).batches(16, 2))
+
+
+def test_no_picture_overwrites_another():
+    assert pictures.png_names(["a.JPG", "s/a.png", "b"]) == ["a.png", "s/a.png", "b.png"]
+    clash = pictures.png_names(["a.jpg", "A.png", "a.jpg.png"])
+    assert len({name.casefold() for name in clash}) == 3
+
+
+def test_every_byte_survives_the_way_to_minus_one_to_one_and_back():
+    values = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(pictures.to_uint8(pictures.from_uint8(values)), values)
+    np.testing.assert_array_equal(pictures.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+
+
+def test_a_grid_enlarges_small_pictures_by_a_whole_factor():
+    rows = np.random.RandomState(0).randint(0, 256, (3, 2, 16, 16, 3), np.uint8)
+    sheet = np.asarray(pictures.grid([list(row) for row in rows], ["original", "k = 1"]))
+    enlarged = rows[2, 1].repeat(6, axis=0).repeat(6, axis=1)
+    bottom, right = sheet.shape[0] - 8, sheet.shape[1] - 8
+    np.testing.assert_array_equal(sheet[bottom - 96 : bottom, right - 96 : right], enlarged)
+    large = pictures.grid([[np.zeros((200, 200, 3), np.uint8)]], ["original"])
+    assert large.width == 200 + 16
+    title = sheet[:30]
+    assert (title < 128).any() and (title[:, :8] == 255).all()
+
+
+def test_results_replace_those_of_before_and_a_failure_changes_nothing(tmp_path):
+    out = tmp_path / "new" / "results"
+    with pytest.raises(KeyboardInterrupt):
+        with pictures.results_folder(out) as folder:
+            (folder / "half").write_text("half")
+            raise KeyboardInterrupt
+    assert not out.exists()
+    for text in ("first", "second"):
+        with pictures.results_folder(out) as folder:
+            (folder / "k0001").mkdir()
+            (folder / "k0001" / text).write_text(text)
+        (out / "mine.txt").write_text("mine")
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*")) == [
+        "k0001", "k0001/second", "mine.txt",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="is a file"):
+        with pictures.results_folder(out / "mine.txt"):
+            pass
+
+
+# Reports.
+
+
+class Page(html.parser.HTMLParser):
+    """Collects the text and the tags of a page, and fails on tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self._open = [], [], []
+        self.feed(text)
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_a_chart_draws_each_finite_point_at_its_place():
+    points = [(1, 0.0), (2, math.nan), (4, 0.5), (16, 1.0)]
+    svg = report.chart("c", "", {"a <b>": points}, "tokens", log2=True, percent=True)
+    page = Page(svg)
+    dots = [attrs for tag, attrs in page.tags if tag == "circle"]
+    x = [float(dot["cx"]) for dot in dots]
+    y = [float(dot["cy"]) for dot in dots]
+    assert len(dots) == 3
+    assert (x[1] - x[0]) / (x[2] - x[0]) == pytest.approx(0.5, abs=0.01)  # One doubling of two.
+    assert (y[0] - y[1]) / (y[0] - y[2]) == pytest.approx(0.5, abs=0.01) and y[0] > y[2]
+    assert "a <b>, 4: 50.0\xa0%" in page.text
+    assert "Nothing was recorded." in report.chart("c", "", {"a": []}, "step")
+
+
+@pytest.mark.parametrize("low, high", [(0.2, 1.53), (10.78, 14.1), (0, 0), (5, 5), (1, 16)])
+def test_ticks_are_few_and_enclose_the_values(low, high):
+    for whole in (False, True):
+        ticks = report._ticks(low, high, whole=whole)
+        assert 2 <= len(ticks) <= 9 and ticks[0] <= low and high <= ticks[-1]
+        assert not whole or all(float(tick).is_integer() for tick in ticks)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tok, tmp_path_factory):
+    """A model with the records of a training run beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    tok.save_pretrained(folder)
+    records = [{"step": s, "loss": 1 / s, "step_time": 0.5} for s in (10, 20, 30)]
+    records.append({"step": 30, "eval/reconstruction/psnr/1": 12.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    config = {"total_steps": 30, "batch_size": 8, "seed": 5}
+    (folder / "config.json").write_text(json.dumps({"config": config}))
+    return folder
+
+
+def test_the_quickstart_report_is_whole_and_needs_nothing_else(run_folder, tmp_path, monkeypatch):
+    quick = functools.partial(evaluate_digits, steps=1, limit=40)
+    monkeypatch.setattr(quickstart_report, "evaluate_digits", quick)
+    out, picture = tmp_path / "report.html", tmp_path / "picture.png"
+    arguments = ["--shipped", str(run_folder), "--trained", str(run_folder), "--out", str(out)]
+    assert quickstart_report.main([*arguments, "--picture", str(picture)]) == 0
+    text = out.read_text()
+    page = Page(text)
+    words = " ".join(page.text)
+    sources_of = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert len(sources_of) == 2 * 10 * 6
+    assert all(src.startswith("data:image/png;base64,") for src in sources_of)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert "http" not in text and "url(" not in text
+    assert "--config.total_steps=30" in words and "30 steps of 8 images, seed 5" in words
+    assert "15 seconds" in words  # 30 steps of half a second.
+    assert "first held-out digit of each class" in words
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    with Image.open(picture) as image:
+        assert image.text["num_tokens"] == "1,2,4,8,16" and image.width > 2 * 6 * 64
+
+
+def test_the_rows_of_the_report_are_the_first_digit_of_each_class(run_folder, monkeypatch):
+    quick = functools.partial(evaluate_digits, steps=1, limit=40)
+    monkeypatch.setattr(quickstart_report, "evaluate_digits", quick)
+    rows = quickstart_report.judged("model", run_folder).rows
+    test = sources.digits("test")
+    assert len(rows) == 10
+    for digit, row in enumerate(rows):
+        first = int(np.flatnonzero(test.labels == digit)[0])
+        np.testing.assert_array_equal(row[0], test.images[first])
+
+
+def test_a_report_without_a_training_run_says_what_is_missing(tmp_path, capsys):
+    arguments = ["--shipped", "demo-digits", "--trained", str(tmp_path), "--out", "unused.html"]
+    assert quickstart_report.main(arguments) == 2
+    assert "metrics.jsonl does not exist" in capsys.readouterr().err

@@ -1,0 +1,428 @@
+"""Files: what is read is what is written; what is not understood is refused, with all reasons."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from common import GOLDEN, TINY, golden_io, last, random_params, small_vae, tiny_tokenizer
+from huggingface_hub import constants as hub_constants
+from safetensors import safe_open
+
+from flextok_jax import FlexTok
+from flextok_jax.interop import names, released, sources, tensor_file, vae_files
+from flextok_jax.nn import vae
+from flextok_jax.nn.config import VAEConfig
+
+WITH_VAE = dataclasses.replace(TINY, vae=small_vae())
+
+
+@pytest.fixture(scope="module")
+def file():
+    """(tensors, metadata) of the golden tokenizer, straight from its file."""
+    return contents(GOLDEN / "tokenizer" / "model.safetensors")
+
+
+def contents(path):
+    with safe_open(str(path), "numpy") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+
+
+def write(folder, tensors, metadata) -> pathlib.Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata)
+    return folder
+
+
+def assert_saved_again_bitwise(source, folder):
+    """Loads `source`, saves it into `folder`: the same keys, metadata and bytes."""
+    tensors, metadata = contents(source / "model.safetensors")
+    FlexTok.from_pretrained(source).save_pretrained(folder)
+    again, metadata_again = contents(folder / "model.safetensors")
+    assert metadata_again == metadata
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype and again[name].shape == tensor.shape, name
+        assert again[name].tobytes() == tensor.tobytes(), name
+
+
+def configuration(metadata) -> dict:
+    return released.parse_metadata(metadata)
+
+
+def as_metadata(config) -> dict:
+    return {key: str(value) for key, value in config.items()}
+
+
+def module(config, path) -> dict:
+    """The module "enc_x" or "dec_x", or the top-level entry of that name."""
+    part = {"enc": "encoder", "dec": "decoder"}.get(path[:3])
+    return config[part]["module_dict"][path] if part else config[path]
+
+
+def test_load_save_load_is_bitwise(tmp_path):
+    assert_saved_again_bitwise(GOLDEN / "tokenizer", tmp_path / "once")
+    assert_saved_again_bitwise(tmp_path / "once", tmp_path / "twice")
+    first, second = (FlexTok.from_pretrained(p) for p in (GOLDEN / "tokenizer", tmp_path / "twice"))
+    assert first.fingerprint == second.fingerprint and first.config == second.config
+
+
+def test_a_configuration_beside_the_file_is_read_and_written_back(file, tmp_path):
+    source = write(tmp_path / "a", file[0], {"format": "pt"})
+    shutil.copy(GOLDEN / "tokenizer" / "config.json", source)
+    assert_saved_again_bitwise(source, tmp_path / "b")
+    written = (tmp_path / "b" / "config.json").read_text()
+    assert written == (source / "config.json").read_text()
+    inside = sources.load(GOLDEN / "tokenizer").config
+    assert sources.load(tmp_path / "b" / "model.safetensors").config == inside
+
+
+def test_no_configuration_at_all_is_refused(file, tmp_path):
+    source = write(tmp_path, file[0], {"format": "pt"})
+    with pytest.raises(ValueError, match="no configuration in its metadata.*config.json"):
+        sources.load(source)
+    (source / "config.json").write_text("{'not': json}")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        sources.load(source)
+
+
+def test_names_of_old_and_of_wrapped_files_are_read_and_written_back(file, tmp_path):
+    tensors, metadata = file
+    old = {}
+    for name, tensor in tensors.items():
+        if "attentions.0." in name:
+            for before, today in names.OLD_ATTENTION.items():
+                name = name.replace(f".{today}.", f".{before}.")
+        name = re.sub(r"(_transformer\.blocks\.\d+\.)", r"\1_checkpoint_wrapped_module.", name)
+        old[name] = tensor
+    assert sum(name not in tensors for name in old) > 16
+    source = write(tmp_path / "old", old, metadata)
+    assert_saved_again_bitwise(source, tmp_path / "again")
+    golden = FlexTok.from_pretrained(GOLDEN / "tokenizer")
+    assert FlexTok.from_pretrained(source).fingerprint == golden.fingerprint
+
+
+def test_a_tensor_under_both_its_names_is_refused(file, tmp_path):
+    tensors, metadata = file
+    twice = "vae.vae.encoder.mid_block.attentions.0.{}.weight"
+    tensors = tensors | {twice.format("query"): tensors[twice.format("to_q")]}
+    with pytest.raises(ValueError, match="to_q.weight is there twice"):
+        sources.load(write(tmp_path, tensors, metadata))
+
+
+def test_bfloat16_files_load_as_their_float32_values(file, tmp_path):
+    tensors, metadata = file
+    half = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    tok = FlexTok.from_pretrained(write(tmp_path, half, metadata))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(tok.params)} == {"float32"}
+    name = "decoder.module_dict.dec_to_patches.proj.weight"
+    kernel = np.asarray(tok.params["decoder"]["head"]["kernel"])
+    np.testing.assert_array_equal(kernel.T, half[name].astype(np.float32))
+
+
+def test_every_fault_of_a_configuration_is_listed_in_one_error(file, tmp_path):
+    tensors, metadata = file
+    config = configuration(metadata)
+    module(config, "enc_to_latents")["_target_"] = "flextok.model.postprocessors.heads.OtherHead"
+    module(config, "enc_seq_packer")["mask_mode"] = "full"
+    module(config, "dec_patches_posemb_module")["posemb_type"] = "learnable"
+    module(config, "dec_transformer")["qk_norm"] = False
+    module(config, "dec_transformer")["window"] = 7
+    module(config, "enc_register_module")["dim"] = 96
+    module(config, "enc_transformer")["depth"] = "two"
+    module(config, "dec_nested_dropout")["size_sampling_mode"] = "cubic"
+    module(config, "dec_seq_packer")["per_subseq_embs"] = False
+    del module(config, "dec_time_embedder")["max_timestep"]
+    config["vae"]["_target_"] = "flextok.vae_wrapper.OtherVAE"
+    with pytest.raises(ValueError) as error:
+        sources.load(write(tmp_path, tensors, as_metadata(config)))
+    lines = str(error.value).splitlines()
+    for words in (
+        "vae._target_ OtherVAE known",
+        "enc_to_latents._target_ OtherHead implemented LinearHead",
+        "enc_seq_packer.mask_mode full implemented causal_last",
+        "dec_patches_posemb_module.posemb_type learnable implemented sincos",
+        "dec_transformer.qk_norm False implemented True",
+        "dec_transformer.window 7 unknown",
+        "must be equal enc_register_module.dim=96 enc_transformer.dim=64",
+        "enc_transformer.depth two",
+        "cubic pow2",
+        "dec_seq_packer.per_subseq_embs False",
+        "dec_time_embedder.max_timestep is missing",
+    ):
+        assert any(all(word in line for word in words.split()) for line in lines), words
+    assert len(lines) == 1 + 11
+
+
+def test_a_value_of_another_type_is_a_fault_and_arguments_without_effect_are_not(file):
+    config = configuration(file[1])
+    module(config, "dec_transformer")["drop_path_rate"] = 0.3
+    module(config, "dec_transformer")["use_act_checkpoint"] = True
+    module(config, "enc_seq_packer")["max_seq_len"] = 9
+    config["something_else"] = {1: 2}
+    assert released.read_config(config)[1] == []
+    for path, key, value in (
+        ("dec_transformer", "depth", True),
+        ("dec_transformer", "depth", 0),
+        ("dec_transformer", "head_dim", 64.0),
+        ("dec_latent_dropout", "dropout_prob", "high"),
+        ("enc_patch_emb", "patch_sizes", [2, 4]),
+        ("dec_transformer", 3, "a key that is no name"),
+        ("regularizer", "levels", [8, -8]),
+    ):
+        broken = configuration(file[1])
+        module(broken, path)[key] = value
+        cfg, problems = released.read_config(broken)
+        assert cfg is None and any(f"{path}.{key}" in line for line in problems), (path, key)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "decoder.module_dict.dec_transformer.blocks.1.mlp.fc2.weight",
+        "vae.vae.encoder.conv_in.weight",  # the VAE's layout is read from it
+    ],
+)
+def test_every_fault_of_the_tensors_is_listed_in_one_error(file, tmp_path, missing):
+    tensors, metadata = dict(file[0]), file[1]
+    misshapen = "encoder.module_dict.enc_register_module.registers"
+    del tensors[missing]
+    tensors["decoder.module_dict.dec_extra.weight"] = np.zeros(3, np.float32)
+    tensors[misshapen] = tensors[misshapen][..., :-1, :-1].copy()
+    with pytest.raises(ValueError) as error:
+        sources.load(write(tmp_path, tensors, metadata))
+    lines = str(error.value).splitlines()
+    assert any(missing in line and "missing" in line for line in lines)
+    assert any("unknown tensor decoder.module_dict.dec_extra.weight" in line for line in lines)
+    assert any(misshapen in line and "expected" in line for line in lines)
+    assert len(lines) == 1 + 3
+
+
+def test_nothing_that_a_file_names_is_imported_or_evaluated(file, tmp_path, monkeypatch):
+    tensors, metadata = file
+    trace = tmp_path / "was_run"
+    code = f"import pathlib; pathlib.Path({str(trace)!r}).touch()"
+    (tmp_path / "named_by_a_file.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    call = f"__import__('os').system('touch {trace}')"
+
+    harmless = metadata | {"note": call, "other": "__import__('named_by_a_file')"}
+    source = write(tmp_path / "a", tensors, harmless)
+    assert_saved_again_bitwise(source, tmp_path / "b")
+
+    config = configuration(metadata)
+    module(config, "dec_transformer")["_target_"] = "named_by_a_file.Anything"
+    hostile = as_metadata(config) | {"pipeline": call, "regularizer": "{[]: named_by_a_file}"}
+    with pytest.raises(ValueError) as error:
+        sources.load(write(tmp_path / "c", tensors, hostile))
+    assert "named_by_a_file.Anything" in str(error.value) and "__import__" in str(error.value)
+    assert not trace.exists() and "named_by_a_file" not in sys.modules
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the hub, and no way out."""
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cached(hub, hub_id, folder):
+    """Puts the files of `folder` into the cache as the hub's own client lays them out."""
+    repo, commit = hub / ("models--" + hub_id.replace("/", "--")), 5 * "01234567"
+    snapshot = repo / "snapshots" / commit
+    for made in (repo / "refs", repo / "blobs", snapshot):
+        made.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    for i, path in enumerate(sorted(folder.iterdir())):
+        shutil.copy(path, repo / "blobs" / f"blob{i}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob{i}")
+    return snapshot
+
+
+def test_a_hub_id_is_found_in_the_cache_of_the_hub_without_a_network(file, hub, tmp_path):
+    inside = write(tmp_path / "inside", *file)
+    snapshot = cached(hub, "owner/flextok_inside", inside)
+    loaded = sources.load("owner/flextok_inside")
+    assert loaded.config == sources.load(GOLDEN / "tokenizer").config
+    assert str(snapshot) in loaded.origin
+
+    beside = write(tmp_path / "beside", file[0], {"format": "pt"})
+    shutil.copy(GOLDEN / "tokenizer" / "config.json", beside)
+    snapshot = cached(hub, "owner/flextok-beside.v1", beside)
+    assert sources.load("owner/flextok-beside.v1").config == loaded.config
+    assert sources.load(snapshot / "model.safetensors").config == loaded.config  # links to a blob
+
+
+def test_a_vae_is_found_in_the_cache_of_the_hub(hub):
+    cached(hub, "owner/vae", GOLDEN / "vae")
+    assert sources.vae_config("owner/vae") == vae_files.load_folder(GOLDEN / "vae")[0]
+
+
+def test_without_a_cache_the_error_says_how_to_download_by_hand(hub):
+    with pytest.raises(FileNotFoundError) as error:
+        sources.load("owner/not_there")
+    download = "Download model.safetensors by hand"
+    for words in ("owner/not_there", download, "pass that folder's path"):
+        assert words in str(error.value)
+    with pytest.raises(FileNotFoundError, match="Download .*diffusion_pytorch_model.* by hand"):
+        sources.vae_config("owner/no_vae")
+
+
+def test_what_is_nowhere_is_named_with_what_a_source_can_be(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file, no folder, no hub id.*demo-digits"):
+        sources.load("a/b/c")
+    with pytest.raises(FileNotFoundError, match="model.safetensors.*checkpoints"):
+        sources.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        TINY,
+        WITH_VAE,
+        dataclasses.replace(TINY, guidance_scale=1.5, max_timestep=1.0, null_prob=0.1),
+        dataclasses.replace(TINY, keep_mode="uniform_pow2", num_tokens=12, log_normal_time=True),
+        dataclasses.replace(TINY, mlp_ratio=3.0, mode_scale=0.0, time_frequencies=64),
+        dataclasses.replace(TINY, grid=(2, 4), patch_size=1, levels=(4, 4), enc_depth=1),
+        dataclasses.replace(WITH_VAE, vae=VAEConfig(latent_channels=8, scaling_factor=0.88)),
+        dataclasses.replace(
+            WITH_VAE, vae=dataclasses.replace(small_vae(), norm_groups=8, sample_posterior=False)
+        ),
+    ],
+)
+def test_configurations_survive_writing_and_reading(cfg):
+    metadata = as_metadata(released.write_config(cfg))
+    again, problems = released.read_config(released.parse_metadata(metadata))
+    assert problems == []
+    shapes = ("block_out", "layers_per_block", "mid_attention", "quant_conv", "post_quant_conv")
+    layout = {name: getattr(cfg.vae, name) for name in shapes}  # What only tensors tell.
+    assert dataclasses.replace(again, vae=dataclasses.replace(again.vae, **layout)) == cfg
+    standard = cfg.vae.kind != "identity" and cfg.vae.block_out == (128, 256, 512, 512)
+    assert ("flextok_jax" in metadata["vae"]) is not standard
+
+
+def test_the_golden_configuration_is_written_as_it_was_read(file):
+    config = configuration(file[1])
+    written = released.write_config(released.read_config(config)[0])
+    for part in ("encoder", "decoder"):
+        ratio = written[part]["module_dict"][f"{part[:3]}_transformer"].pop("mlp_ratio")
+        assert ratio == 4.0  # The default, which that file leaves out.
+    assert written == config
+
+
+@pytest.mark.parametrize("cfg", [TINY, dataclasses.replace(WITH_VAE, guidance_scale=2.0)])
+def test_a_new_model_saved_and_loaded_is_the_same_model(cfg, tmp_path):
+    tok = tiny_tokenizer(cfg)
+    tok.save_pretrained(tmp_path / "new" / "folder")
+    again = FlexTok.from_pretrained(tmp_path / "new" / "folder")
+    assert again.config == cfg and again.fingerprint == tok.fingerprint
+    images = np.random.default_rng(0).integers(0, 256, (2, *cfg.image_size, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(again.tokenize(images), tok.tokenize(images))
+    assert_saved_again_bitwise(tmp_path / "new" / "folder", tmp_path / "again")
+
+
+def test_every_parameter_has_one_name_and_every_name_a_parameter():
+    params = random_params(WITH_VAE)
+    entries = list(names.flextok_entries(params))
+    assert len({e.name for e in entries}) == len(entries)
+    assert len({(e.path, e.block) for e in entries}) == len(entries)
+    modules = {re.sub("/(kernel|bias)$", "", p) for p in names.flatten(params)}
+    for path in (m for m in modules if not m.startswith("vae/")):
+        assert sum(bool(re.fullmatch(ours, path)) for ours, _ in names.FLEXTOK_NAMES) == 1, path
+    for ours, _ in names.FLEXTOK_NAMES:
+        assert any(re.fullmatch(ours, path) for path in modules), ours
+    tensors = names.to_tensors(entries, params)
+    assert names.compare(entries, tensors) == []
+    jax.tree.map(np.testing.assert_array_equal, names.to_params(entries, tensors), params)
+
+
+def test_a_vae_folder_loads_and_encodes_as_its_reference():
+    cfg, params = vae_files.load_folder(GOLDEN / "vae")
+    assert (cfg.scaling_factor, cfg.block_out, cfg.latent_channels) == (0.88, (32, 32, 64), 4)
+    assert vae_files.load_folder(GOLDEN / "vae", scaling_factor=2.0)[0].scaling_factor == 2.0
+    io = safetensors.numpy.load_file(GOLDEN / "vae" / "io.safetensors")
+    encode = jax.jit(vae.encode_moments, static_argnums=1)
+    mean, _ = encode(params, cfg, last(io["images"]))
+    wanted = last(io["mean"])
+    assert np.abs(mean - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"act_fn": "relu"}, "act_fn='relu'; implemented: 'silu'"),
+        ({"shift_factor": 0.1, "_class_name": "VQModel"}, "VQModel.*shift_factor=0.1"),
+        ({"scaling_factor": None}, "no scaling_factor.*vae.scaling_factor"),
+        ({"norm_num_groups": 24}, "24 groups"),
+    ],
+)
+def test_a_vae_that_is_not_implemented_is_refused(tmp_path, change, message):
+    shutil.copytree(GOLDEN / "vae", tmp_path / "vae")
+    about = json.loads((GOLDEN / "vae" / "config.json").read_text()) | change
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=message):
+        vae_files.load_folder(tmp_path / "vae")
+
+
+def test_an_incomplete_vae_folder_lists_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        vae_files.load_folder(tmp_path)
+    shutil.copy(GOLDEN / "vae" / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model.safetensors"):
+        vae_files.load_folder(tmp_path)
+    tensors, _ = contents(GOLDEN / "vae" / vae_files.WEIGHTS)
+    gone, extra = "decoder.conv_out.bias", "decoder.conv_out.scale"
+    tensors[extra] = tensors.pop(gone)
+    safetensors.numpy.save_file(tensors, tmp_path / vae_files.WEIGHTS)
+    with pytest.raises(ValueError, match=f"(?s)missing tensor {gone}.*unknown tensor {extra}"):
+        vae_files.load_folder(tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    tok = tiny_tokenizer()
+    tok.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def interrupted(tensors, path, metadata):
+        pathlib.Path(path).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tok.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="is a file: pass a folder"):
+        tok.save_pretrained(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000, 200_000])
+def test_a_cut_file_is_named_as_such(tmp_path, length):
+    whole = (GOLDEN / "tokenizer" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:length])
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        sources.load(tmp_path)
+
+
+def test_a_type_that_numpy_lacks_is_refused_by_name(tmp_path):
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[3],"data_offsets":[0,3]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
+    with pytest.raises(ValueError, match="type that cannot be read.*float8"):
+        tensor_file.read(path)
+
+
+def test_only_model_safetensors_of_a_folder_is_read(file, tmp_path):
+    source = write(tmp_path, *file)
+    (source / "pytorch_model.bin").write_bytes(b"not looked at")
+    (source / "config.json").write_text("not looked at either: the file has its own")
+    tok = FlexTok.from_pretrained(source)
+    np.testing.assert_array_equal(tok.tokenize(last(golden_io()["images"])), golden_io()["tokens"])
