@@ -110,7 +110,7 @@ def test_pictures_are_upright_cropped_and_the_unreadable_ones_named(tmp_path):
     np.testing.assert_array_equal(first.images[0], first.images[1])
     assert first.images.shape == (2, 16, 16, 3) and first.images.dtype == np.uint8
     assert list(found.unreadable) == ["c.jpg", "sub/e.png"]
-    assert "UnidentifiedImageError" in found.complaint()
+    assert "c.jpg: UnidentifiedImageError: cannot identify image file\n" in found.complaint()
     assert len(pictures.Pictures(str(tmp_path), limit=2)) == 2
     for name in ("a.png", "b.png", "sub/d.png"):
         (tmp_path / name).write_bytes(b"")

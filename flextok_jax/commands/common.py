@@ -76,5 +76,5 @@ QUALITY = {
     "psnr": ("PSNR (dB)", ".2f"),
     "mae": ("MAE", ".4f"),
     "recognition": ("recognised", ".1%"),
-    "codebook_usage": ("ids used", ".1%"),
 }
+USAGE = {"codebook_usage": ("ids used", ".1%")}

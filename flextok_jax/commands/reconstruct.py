@@ -63,6 +63,6 @@ def evaluate_command(args) -> None:
         common.report_unreadable(pictures)
     common.write_json(args.out, result)
     print(f"{result['count']} images from their first k tokens; everything is in {args.out}")
-    print(common.table(result, common.QUALITY))
+    print(common.table(result, common.QUALITY | common.USAGE))
     if "real_recognition" in result:
         print(f"The originals are recognised to {result['real_recognition']:.1%}.")

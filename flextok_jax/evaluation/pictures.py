@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -108,8 +109,9 @@ class Pictures:
         try:
             return [(index, future.result())]
         except Exception as error:  # Files break in any way there is.
-            lines = f"{type(error).__name__}: {error}".splitlines()
-            self.unreadable[self.names[index]] = lines[0]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = re.sub(r" <\S+ object at \w+>", "", reason)  # An address in memory.
+            self.unreadable[self.names[index]] = reason
             return []
 
     def _read(self, index, size):

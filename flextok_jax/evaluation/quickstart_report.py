@@ -31,8 +31,10 @@ TITLES = ["original", "1 token", *(f"{k}" for k in COUNTS[1:])]
 COMMANDS = """./launch/quickstart.sh
 
 # or by hand: train, then compare
-python -m flextok_jax.main --config=configs/tokenizer.py:digits --workdir={trained}{changes}
-python -m flextok_jax.evaluation.quickstart_report {arguments}"""
+python -m flextok_jax.main --config=configs/tokenizer.py:digits \\
+    --workdir={trained}{changes}
+python -m flextok_jax.evaluation.quickstart_report \\
+    {arguments}"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +258,7 @@ def _facts(both: list[Judged], training: Training) -> dict[str, str]:
         "Evaluation": " and ".join(f"{model.seconds:.0f} s ({model.name})" for model in both)
         + ", compilation included",
         "Machine": f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}; "
-        f"computed on {device.device_kind} ({jax.default_backend()})",
+        f"computed on {device.device_kind}",
         "Versions": f"flextok_jax {__version__}, Python {platform.python_version()}, "
         + versions,
     }
@@ -293,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         command = COMMANDS.format(
             trained=_short(args.trained),
             changes=f" --config.total_steps={total}" if total else "",
-            arguments=" ".join(
+            arguments=" \\\n    ".join(
                 f"--{name} {value if name == 'shipped' else _short(value)}"
                 for name, value in vars(args).items()
                 if value
