@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import jax
 
@@ -31,14 +30,13 @@ def describe(source) -> dict:
         "vae", "encoder", "decoder" and in "total"; "sha256" over all of them.
     """
     model = sources.load(source)
-    step = re.search(r", step (\d+)$", model.origin)
     sizes = {
         part: sum(leaf.size for leaf in jax.tree.leaves(model.params.get(part, {})))
         for part in ("vae", "encoder", "decoder")
     }
     return {
         "origin": model.origin,
-        "step": int(step[1]) if step else None,
+        "step": model.step,
         "config": dataclasses.asdict(model.config),
         "image_size": list(model.config.image_size),
         "vocab_size": model.config.vocab_size,

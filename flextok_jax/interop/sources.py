@@ -30,6 +30,7 @@ class Loaded:
         config_json: the text of the `config.json` that held the configuration, or None.
         renamed: {tensor name: name in the file} where they differ.
         origin: where it came from, in words.
+        step: of training, None but for a workdir.
     """
 
     config: FlexTokConfig
@@ -38,6 +39,7 @@ class Loaded:
     config_json: str | None = None
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     origin: str = "memory"
+    step: int | None = None
 
 
 def load(source) -> Loaded:
@@ -187,7 +189,7 @@ def _load_workdir(path: pathlib.Path) -> Loaded:
         ) from error
     params["vae"] = vae_params(about["vae_source"], cfg.vae)
     params = jax.tree.map(np.asarray, params)
-    return Loaded(cfg, params, origin=f"{path}, step {step}")
+    return Loaded(cfg, params, origin=f"{path}, step {step}", step=step)
 
 
 def config_from_dict(fields: dict) -> FlexTokConfig:

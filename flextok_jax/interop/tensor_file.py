@@ -69,14 +69,14 @@ class atomic:
             prefix=f".{self._path.stem}.", suffix=self._path.suffix, dir=self._path.parent
         )
         os.close(handle)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files
         self._temporary = pathlib.Path(name)
         return self._temporary
 
     def __exit__(self, kind, *_):
         if kind is None:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(self._temporary, 0o666 & ~umask)  # private until here
             os.replace(self._temporary, self._path)
         else:
             self._temporary.unlink(missing_ok=True)
