@@ -1,5 +1,7 @@
 """Short sequences equal long ones: prefixes of registers, and the folding identity."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from common import TINY, random_params, relative, tiny_tokenizer
 
 from flextok_jax import tokenizer
 from flextok_jax.flow import sampler
-from flextok_jax.nn import flextok, fsq, vae
+from flextok_jax.nn import flextok, fsq
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.decoder import Condition
 
@@ -26,27 +28,29 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 
 
-def plain_decode(tok, tokens, keep, noise, scale, normalized, steps=3):
+@functools.partial(jax.jit, static_argnames=("guided", "normalized"))
+def plain_latents(params, codes, keep, noise, scales, guided, normalized):
     """The full-length path: all R registers in every pass, the null pass too."""
-    cfg, params = tok.config, tok.params
-    batch = tokens.shape[0]
-    full = np.zeros((batch, R), np.int32)
-    full[:, : tokens.shape[1]] = tokens
-    codes = fsq.indices_to_codes(jnp.asarray(full), cfg.levels)
-    conditions = [Condition(codes, jnp.asarray(keep), jnp.zeros(batch, bool))]
-    if scale != 1:
-        conditions.append(Condition(codes, jnp.asarray(keep), jnp.ones(batch, bool)))
+    batch = noise.shape[0]
+    conditions = [Condition(codes, keep, jnp.zeros(batch, bool))]
+    if guided:
+        conditions.append(Condition(codes, keep, jnp.ones(batch, bool)))
 
     def step(x, t):
         # One pass at a time, each image with its own time.
         t = jnp.broadcast_to(t, (batch,))
         return tuple(
-            flextok.velocities(params, cfg, Compute(scan=False), x, t, (c,))[0] for c in conditions
+            flextok.velocities(params, TINY, Compute(), x, t, (c,))[0] for c in conditions
         )
 
+    return sampler.euler(step, noise, scales, guided, normalized)
+
+
+def plain_decode(tok, tokens, keep, noise, scale, normalized, steps=3):
+    codes = fsq.indices_to_codes(jnp.asarray(tokens), TINY.levels)
     scales = jnp.asarray(sampler.guidance_schedule(scale, steps))
-    latents = sampler.euler(step, noise, scales, scale != 1, normalized)
-    return vae.latents_to_images(params["vae"], cfg.vae, latents)
+    keep = jnp.asarray(keep)
+    return plain_latents(tok.params, codes, keep, noise, scales, scale != 1, normalized)
 
 
 @pytest.mark.parametrize("k", KS)

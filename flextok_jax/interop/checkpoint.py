@@ -12,8 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-# Keys that may change between the runs of one workdir: they alter how long and where it runs and
-# what it reports, not what one step computes.
+# Keys that may change between the runs of one workdir: where it runs, what it reports, and how long
+# (total_steps also stretches the schedule of the learning rate that is still to come).
 HARMLESS = r"total_steps|log_every|eval_every|(checkpoint|mesh)\..*"
 
 log = logging.getLogger(__name__)

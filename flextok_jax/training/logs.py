@@ -94,7 +94,7 @@ class RunLog:
         if loss is not None:
             self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
         if self._bar.disable:  # No terminal: lines instead of a bar.
-            short = {k: v for k, v in record.items() if not isinstance(v, list)}
+            short = {k: v for k, v in record.items() if "/" not in k or k.startswith("eval/")}
             log.info(
                 "step %d/%d  %s", step, self._bar.total,
                 "  ".join(f"{k}={v if v is None else format(v, '.4g')}" for k, v in short.items()),
