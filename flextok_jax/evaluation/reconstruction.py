@@ -9,6 +9,7 @@ import numpy as np
 
 from flextok_jax.evaluation import metrics
 from flextok_jax.evaluation.pictures import Batch, Pictures, from_uint8
+from flextok_jax.nn import flextok
 from flextok_jax.tokenizer import FlexTok
 
 
@@ -71,7 +72,7 @@ def check_counts(tok: FlexTok, counts: Sequence[int] | None, available: int | No
     """
     most = tok.num_tokens if available is None else available
     if counts is None:
-        return [*(2**i for i in range((most - 1).bit_length())), most]
+        return list(flextok.lengths(most))
     wrong = [k for k in counts if not 1 <= k <= most]
     if wrong:
         what = "the model has" if available is None else "there are"

@@ -1,10 +1,12 @@
 """Files: whole reads, atomic writes, and the identity of parameters."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -57,29 +59,22 @@ def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Non
         save_file(tensors, temporary, metadata=metadata or None)
 
 
-class atomic:
-    """A context manager: a temporary path beside `path`, moved onto it if the block succeeds."""
-
-    def __init__(self, path):
-        self._path = pathlib.Path(path)
-
-    def __enter__(self) -> pathlib.Path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{self._path.stem}.", suffix=self._path.suffix, dir=self._path.parent
-        )
-        os.close(handle)
-        self._temporary = pathlib.Path(name)
-        return self._temporary
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(self._temporary, 0o666 & ~umask)  # private until here
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+@contextlib.contextmanager
+def atomic(path) -> Iterator[pathlib.Path]:
+    """A temporary path beside `path`, moved onto it if the block succeeds, else removed."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # private until here
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fingerprint(params) -> str:

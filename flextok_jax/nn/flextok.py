@@ -23,9 +23,14 @@ def init(cfg: FlexTokConfig, key: jax.Array) -> dict:
     }
 
 
+def lengths(num_tokens: int) -> tuple[int, ...]:
+    """1, 2, 4, ... below R, and R: the numbers of tokens that programs are compiled for."""
+    return (*(2**i for i in range((num_tokens - 1).bit_length())), num_tokens)
+
+
 def bucket(k: int, num_tokens: int) -> int:
-    """k rounded up to a power of two, at most R: the lengths that programs are compiled for."""
-    return min(1 << (k - 1).bit_length(), num_tokens)
+    """The smallest of `lengths` that is at least k."""
+    return next(length for length in lengths(num_tokens) if length >= k)
 
 
 def encode(params, cfg: FlexTokConfig, compute: Compute, latents, num_registers=None):

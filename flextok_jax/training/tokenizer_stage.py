@@ -120,8 +120,7 @@ class TokenizerStage:
         for low, high in zip(edges, edges[1:]):
             out[f"loss_by_time/{low:.2f}-{high:.2f}"] = mean((t >= low) & (t < high + (high == 1)))
         low = 0
-        for i in range(_doublings(cfg.num_tokens)):
-            high = min(2**i, cfg.num_tokens)
+        for high in flextok.lengths(cfg.num_tokens):
             name = f"{low + 1}-{high}" if high > low + 1 else f"{high}"
             out[f"loss_by_tokens/{name}"] = mean((keep > low) & (keep <= high) & ~null)
             low = high
@@ -152,7 +151,7 @@ class TokenizerStage:
                 for name in ("image", "mask")
             )
             key = jax.random.fold_in(jax.random.key(0), index)
-            for k in (min(2**i, cfg.num_tokens) for i in range(_doublings(cfg.num_tokens))):
+            for k in flextok.lengths(cfg.num_tokens):
                 sums = self._psnr_sum(params, frozen, images, mask, key, jnp.int32(k))
                 totals[k] = totals.get(k, 0) + np.asarray(jax.device_get(sums), np.float64)
         for k, (total, count) in totals.items():
@@ -190,8 +189,3 @@ class TokenizerStage:
 def _own(params):
     """The trained part of a model's parameters."""
     return {name: params[name] for name in ("encoder", "decoder")}
-
-
-def _doublings(num_tokens: int) -> int:
-    """How many numbers 1, 2, 4, ..., R there are."""
-    return (num_tokens - 1).bit_length() + 1
