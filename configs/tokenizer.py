@@ -119,7 +119,7 @@ def _digits() -> ConfigDict:
         dec_width=64,
         dec_depth=4,
         null_prob=0.1,
-        guidance_scale=1.5,
+        guidance_scale=3.0,
     )
     c.optim.update(lr=2e-3, warmup_steps=200, final_lr_fraction=0.01)
     c.compute.scan = False  # a small model on a CPU runs faster unrolled
