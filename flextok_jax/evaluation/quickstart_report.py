@@ -292,9 +292,10 @@ def main(argv: list[str] | None = None) -> int:
         shipped = judged("the shipped model", args.shipped)
         trained = judged("the model trained here", args.trained)
         total = training.config.get("total_steps")
+        shift = training.config.get("data", {}).get("shift", 0)
         command = COMMANDS.format(
             trained=_short(args.trained),
-            changes=f" --config.total_steps={total}" if total else "",
+            changes=f" --config.total_steps={total} --config.data.shift={shift}" if total else "",
             arguments=" \\\n    ".join(
                 f"--{name} {value if name == 'shipped' else _short(value)}"
                 for name, value in vars(args).items()
