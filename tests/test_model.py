@@ -113,6 +113,13 @@ def test_logit_normal_times_have_the_median_of_the_logistic_of_zero():
         assert abs((t < jax.nn.sigmoid(1.0)).mean() - 0.8413) < (0.002 if stratified else 0.03)
 
 
+def test_shifted_times_divide_the_ratio_of_signal_to_noise_by_the_shift():
+    t = jnp.linspace(0.05, 0.95, 19)
+    shifted = path.shift_time(t, 3.5)
+    np.testing.assert_allclose((1 - shifted) / shifted, (1 - t) / t / 3.5, rtol=2e-5)
+    np.testing.assert_array_equal(path.shift_time(t, 1.0), t)
+
+
 def test_euler_is_exact_for_a_constant_velocity_and_calls_guidance_by_time():
     noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
     x = sampler.euler(lambda x, t: (jnp.ones_like(x),), noise, jnp.ones(7), False, False)

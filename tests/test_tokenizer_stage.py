@@ -130,6 +130,14 @@ def test_full_size_configs_describe_the_paper_models(variant):
         assert count > 0 and c.data.source in ("digits", "folder")
 
 
+def test_the_time_shift_moves_the_images_of_a_batch_towards_noise():
+    stage = TokenizerStage(config(time_shift=50.0))
+    batch = jax.tree.map(jnp.asarray, digits(64))
+    params = stage.init(jax.random.key(0))
+    _, metrics = jax.jit(stage.loss)(params, {}, batch, jax.random.key(1), jnp.int32(0))
+    assert metrics["loss_by_time/0.75-1.00"].count >= 60  # Without the shift about 16 of the 64.
+
+
 def test_loss_is_the_mean_of_its_bins_and_null_images_teach_the_encoder_nothing():
     stage = TokenizerStage(config(model__null_prob=0.5))
     params = jax.tree.map(
@@ -137,13 +145,15 @@ def test_loss_is_the_mean_of_its_bins_and_null_images_teach_the_encoder_nothing(
         stage.init(jax.random.key(0)),
     )
     batch = jax.tree.map(jnp.asarray, digits(64))
-    loss, metrics = jax.jit(stage.loss)(params, {}, batch, jax.random.key(1))
+    loss, metrics = jax.jit(stage.loss)(params, {}, batch, jax.random.key(1), jnp.int32(0))
     for prefix, more in (("loss_by_time/", ()), ("loss_by_tokens/", ("loss_null",))):
         parts = [m for name, m in metrics.items() if name.startswith(prefix) or name in more]
         assert sum(m.count for m in parts) == 64
         np.testing.assert_allclose(sum(m.total for m in parts) / 64, loss, rtol=1e-5)
     everything_null = TokenizerStage(config(model__null_prob=1.0))
-    gradient = jax.grad(lambda p: everything_null.loss(p, {}, batch, jax.random.key(1))[0])(params)
+    gradient = jax.grad(
+        lambda p: everything_null.loss(p, {}, batch, jax.random.key(1), jnp.int32(0))[0]
+    )(params)
     assert all(not np.any(g) for g in jax.tree.leaves(gradient["encoder"]))
     assert np.any(gradient["decoder"]["null"]) and not np.any(gradient["decoder"]["mask"])
 

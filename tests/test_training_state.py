@@ -53,7 +53,7 @@ class ToyStage:
     def load_frozen(self):
         return {"vae": {"scale": np.float32(1.0)}}
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params, frozen, batch, key, step):
         self.traces += 1
         x = batch["image"].reshape(-1, 768) / 127.5 - 1
         x = x * frozen["vae"]["scale"]
@@ -197,7 +197,8 @@ def test_the_update_is_that_of_optax_adamw():
 
     @jax.jit
     def reference(params):
-        grads = jax.grad(lambda p: stage.loss(p, frozen, batch, jax.random.key(0))[0])(params)
+        key = jax.random.key(0)
+        grads = jax.grad(lambda p: stage.loss(p, frozen, batch, key, jnp.int32(0))[0])(params)
         return optax.apply_updates(params, tx.update(grads, tx.init(params))[0])
 
     expected = reference(host(state.params))

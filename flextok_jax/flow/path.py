@@ -14,6 +14,16 @@ def mode_time(u: jax.Array, scale: float) -> jax.Array:
     return 1.0 - u - scale * (jnp.square(jnp.cos(jnp.pi * u / 2)) - 1.0 + u)
 
 
+def shift_time(t: jax.Array, shift: float) -> jax.Array:
+    """Times moved towards noise: t' = s t / (1 + (s - 1) t), any shape (arXiv 2403.03206, eq. 23).
+
+    An image whose pixels repeat each other m-fold shows through noise sqrt(m) times as strong, so
+    the times at which its content is undecided, and its tokens matter, lie nearer to 1. s = 1
+    changes nothing.
+    """
+    return shift * t / (1.0 + (shift - 1.0) * t)
+
+
 def logit_normal_time(key: jax.Array, batch: int, stratified: bool = False) -> jax.Array:
     """t = sigmoid(n), n standard normal; stratified: one draw per 1/batch quantile, shuffled."""
     if not stratified:

@@ -28,11 +28,12 @@ class Stage(Protocol):
         """
 
     def loss(
-        self, params: Params, frozen: Params, batch: Batch, key: jax.Array
+        self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, metrics.Metric]]:
         """The mean loss over the batch (float32 scalar), and what to log, as mergeable metrics.
 
-        All randomness comes from `key`.
+        All randomness comes from `key`. `step` is the int32 number of batches consumed before
+        this one, for what begins late.
         """
 
     def trainable(self, path: str) -> bool:

@@ -84,10 +84,11 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
         ema=by_param,
         opt_state=optax.tree.map_params(
             tx,
-            lambda _, sharding: sharding,
+            lambda slot, sharding: slot if _elsewhere(slot) else sharding,
             shapes.opt_state,
             select(by_param, trained),
             transform_non_params=lambda _: everywhere,
+            is_leaf=_elsewhere,
         ),
         skipped=everywhere,
     )
@@ -110,6 +111,11 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
     return Program(shapes, init, init_from, step)
 
 
+def _elsewhere(slot) -> bool:
+    """Whether a parameter has its slot in the optimizer of another group."""
+    return isinstance(slot, optax.MaskedNode)
+
+
 def _make_step(stage, config, mesh, tx, trained, shardings):
     """One optimizer step: gradients of `accumulate` microbatches, update, average."""
     parts = config.optim.accumulate
@@ -128,7 +134,9 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
         def gradients(index, batch):
             def loss_fn(part):
                 params = overlay(state.params, part)
-                return stage.loss(params, frozen, batch, jax.random.fold_in(key, index))
+                return stage.loss(
+                    params, frozen, batch, jax.random.fold_in(key, index), state.step
+                )
 
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(part)
             return (loss, grads), metrics

@@ -28,7 +28,7 @@ class TokenizerStage:
     """Rectified flow on latents, conditioned on a random prefix of the image's tokens."""
 
     def __init__(self, config):
-        """Reads `model`, `vae`, `compute`, `evaluation` and `data` of the config.
+        """Reads `model`, `vae`, `compute`, `evaluation`, `data` and `time_shift` of the config.
 
         `vae.source` names the frozen VAE: "identity", a hub id, or a folder in the diffusers
         layout; `vae.scaling_factor` overrides the factor that its own config has.
@@ -53,6 +53,7 @@ class TokenizerStage:
         self.model = FlexTokConfig(vae=vae_config, grid=(side, side), **model)
         self.compute = Compute(**config.compute)
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
+        self._time_shift = config.time_shift
 
     def init(self, key):
         """{"encoder", "decoder"}, float32."""
@@ -72,7 +73,7 @@ class TokenizerStage:
     def trainable(self, path: str) -> bool:
         return not is_fixed(path)
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params, frozen, batch, key, step):
         """REFERENCE §5: per image one time, one number of kept tokens, perhaps the null condition.
 
         Args:
@@ -89,6 +90,7 @@ class TokenizerStage:
         else:
             u = jax.random.uniform(named(key, "time"), (batch_size,))
             t = flow.mode_time(u, cfg.mode_scale)
+        t = flow.shift_time(t, self._time_shift)
         keep = flow.sample_keep(named(key, "keep"), batch_size, cfg.num_tokens, cfg.keep_mode)
         null = jax.random.bernoulli(named(key, "null"), cfg.null_prob, (batch_size,))
         noise = jax.random.normal(named(key, "noise"), x0.shape)
