@@ -2,6 +2,11 @@
 
     from flextok_jax import FlexTok
     tok = FlexTok.from_pretrained("demo-digits")
+
+and models that generate such tokens:
+
+    from flextok_jax import ImageGenerator
+    gen = ImageGenerator.from_pretrained("path/of/an/AR/model", tokenizer=tok)
 """
 
 import importlib
@@ -10,10 +15,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from flextok_jax.generator import ImageGenerator as ImageGenerator
     from flextok_jax.tokenizer import FlexTok as FlexTok
 
-_LAZY = {"FlexTok": "flextok_jax.tokenizer"}
-__all__ = ["FlexTok"]
+_LAZY = {"FlexTok": "flextok_jax.tokenizer", "ImageGenerator": "flextok_jax.generator"}
+__all__ = ["FlexTok", "ImageGenerator"]
 
 
 def __getattr__(name: str):

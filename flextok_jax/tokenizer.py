@@ -14,7 +14,7 @@ from flextok_jax.flow import sampler
 from flextok_jax.interop import sources, tensor_file
 from flextok_jax.nn import flextok, fsq, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig
-from flextok_jax.parallel.sharding import batch_sharding, param_shardings
+from flextok_jax.parallel.sharding import param_shardings, spread_batch
 
 Key = jax.Array | int | None
 
@@ -172,7 +172,7 @@ class FlexTok:
         with self._on_mesh():
             images = _decode(
                 self.params,
-                *self._spread(tokens.astype(np.int32), keep, noise),
+                *spread_batch(self.mesh, (tokens.astype(np.int32), keep, noise)),
                 jnp.asarray(scales),
                 cfg=cfg,
                 compute=self.compute,
@@ -206,7 +206,7 @@ class FlexTok:
         with self._on_mesh():
             registers, ids = _encode(
                 self.params,
-                *self._spread(images, noise),
+                *spread_batch(self.mesh, (images, noise)),
                 cfg=cfg,
                 compute=self.compute,
                 count=flextok.bucket(int(k), cfg.num_tokens),
@@ -283,20 +283,6 @@ class FlexTok:
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def _spread(self, *arrays):
-        """Batches on the mesh, padded with copies of the last image to a multiple of its size."""
-        if self.mesh is None:
-            return arrays
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
-        def place(array):
-            if array is None:
-                return None
-            padding = [(0, -array.shape[0] % shards)] + [(0, 0)] * (array.ndim - 1)
-            return jax.device_put(jnp.pad(array, padding, mode="edge"), batch_sharding(self.mesh))
-
-        return tuple(place(array) for array in arrays)
 
 
 def _is_int(value) -> bool:

@@ -13,8 +13,8 @@ import jax
 import pytest
 from common import ROOT, TINY, random_params, small_vae
 
-from flextok_jax.interop import names, sources, tensor_file, vae_files
-from flextok_jax.nn.config import FlexTokConfig, VAEConfig
+from flextok_jax.interop import flexar, names, sources, tensor_file, vae_files
+from flextok_jax.nn.config import ARConfig, FlexTokConfig, VAEConfig
 from flextok_jax.parallel import sharding
 from flextok_jax.parallel.mesh import AXES, make_mesh
 from flextok_jax.training.optimizer import trainable_paths
@@ -122,7 +122,10 @@ def test_frozen_networks_and_loaded_models_have_rules_too():
 
 
 def test_every_rule_is_used():
-    paths = leaves(sources.shapes(FlexTokConfig(vae=VAEConfig())))
+    sizes = dict(vocab_size=8, num_tokens=4, width=64, depth=1, mlp_hidden=64, qk_norm=True)
+    models = (ARConfig(**sizes, num_classes=2), ARConfig(**sizes, text_dim=8, text_hidden=8))
+    paths = {*leaves(sources.shapes(FlexTokConfig(vae=VAEConfig()))), "null_text/text"}
+    paths |= {path for cfg in models for path in leaves(flexar.shapes(cfg))}
     for pattern, _ in sharding.PARAMETER_RULES:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
 

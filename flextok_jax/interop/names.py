@@ -64,6 +64,8 @@ def _to_file(path: str, array):
         return array.transpose(2, 0, 1)[None]
     if path.endswith("register_pos"):  # (R, D) -> (1, 1, D, R)
         return array.T[None, None]
+    if path == "ar/sos":  # (D,) -> (1, 1, D)
+        return array[None, None]
     return array
 
 
@@ -75,6 +77,8 @@ def _from_file(path: str, tensor):
         return tensor[0].transpose(1, 2, 0)
     if path.endswith("register_pos"):
         return tensor[0, 0].T
+    if path == "ar/sos":
+        return tensor[0, 0]
     return tensor
 
 
@@ -100,23 +104,24 @@ def flextok_entries(params) -> Iterator[Entry]:
     for path, leaf in flatten(params).items():
         if path.startswith("vae/"):
             name = "vae.vae." + vae_name(path.removeprefix("vae/"))
-            yield Entry(name, path, None, _file_shape(path, leaf.shape))
+            yield Entry(name, path, None, file_shape(path, leaf.shape))
             continue
         name = _flextok_name(path)
         if "{i}" not in name:
-            yield Entry(name, path, None, _file_shape(path, leaf.shape))
+            yield Entry(name, path, None, file_shape(path, leaf.shape))
             continue
         for i in range(leaf.shape[0]):
-            yield Entry(name.replace("{i}", str(i)), path, i, _file_shape(path, leaf.shape[1:]))
+            yield Entry(name.replace("{i}", str(i)), path, i, file_shape(path, leaf.shape[1:]))
 
 
 def vae_entries(params) -> Iterator[Entry]:
     """Every tensor of a diffusers AutoencoderKL file, for the parameters of a VAE."""
     for path, leaf in flatten(params).items():
-        yield Entry(vae_name(path), path, None, _file_shape(path, leaf.shape))
+        yield Entry(vae_name(path), path, None, file_shape(path, leaf.shape))
 
 
-def _file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in a file of the parameter at `path` (of one block of it)."""
     return _to_file(path, np.empty(shape, np.bool_)).shape if 0 not in shape else shape
 
 

@@ -1,6 +1,7 @@
 """Model configurations: frozen dataclasses with all that the mathematics needs."""
 
 import dataclasses
+import math
 
 SAMPLING_MODES = ("pow2", "uniform", "uniform_pow2", "fixed")
 
@@ -140,6 +141,74 @@ class FlexTokConfig:
         for level in self.levels:
             size *= level
         return size
+
+
+@dataclasses.dataclass(frozen=True)
+class ARConfig:
+    """A decoder-only Transformer over ordered tokens: by class, by text, or without condition.
+
+    Attributes:
+        vocab_size: V, number of token ids.
+        num_tokens: L, number of positions.
+        width, depth: D and the number of blocks.
+        head_dim: channels per attention head.
+        mlp_hidden: hidden width of the SwiGLU.
+        num_classes: number of class embeddings, 0: not conditioned on a class.
+        text_dim: E, channels of the text embeddings that blocks attend to, 0: no text.
+        text_hidden: hidden width of the two layers from E to D, 0 without text.
+        text_gelu_tanh: whether their GELU is the tanh approximation.
+        qk_norm: whether queries and keys are normalised per head.
+        norm_eps: epsilon of every RMSNorm.
+        guidance_scale: what generation uses when it is not told.
+    """
+
+    vocab_size: int = 64000
+    num_tokens: int = 256
+    width: int = 768
+    depth: int = 12
+    head_dim: int = 64
+    mlp_hidden: int = 2048
+    num_classes: int = 0
+    text_dim: int = 0
+    text_hidden: int = 0
+    text_gelu_tanh: bool = True
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    guidance_scale: float = 1.5
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_tokens", "width", "depth", "head_dim", "mlp_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("num_classes", "text_dim", "text_hidden"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 (none) or more")
+        if self.width % self.head_dim:
+            raise ValueError(f"width={self.width}: must be a multiple of head_dim={self.head_dim}")
+        if self.num_classes and self.text_dim:
+            raise ValueError(
+                f"num_classes={self.num_classes} and text_dim={self.text_dim}: a model is "
+                "conditioned on a class or on text; set one of them to 0"
+            )
+        if (self.text_dim > 0) != (self.text_hidden > 0):
+            raise ValueError(
+                f"text_dim={self.text_dim} and text_hidden={self.text_hidden}: both must be "
+                "positive (a text model) or both 0"
+            )
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps={self.norm_eps}: must be positive")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale}: must be finite")
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.width // self.head_dim
+
+    @property
+    def conditional(self) -> bool:
+        """Whether there is a condition, and so something to guide."""
+        return bool(self.num_classes or self.text_dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,394 @@
+"""ImageGenerator: an AR model and a tokenizer. Class or text to tokens to images."""
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flextok_jax.interop import flexar, tensor_file
+from flextok_jax.nn import ar, flextok, generation
+from flextok_jax.nn.ar import ARCondition
+from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.parallel.rng import named
+from flextok_jax.parallel.sharding import param_shardings, spread_batch
+from flextok_jax.tokenizer import FlexTok, Key
+
+Guidance = float | Callable[[int], float] | np.ndarray | None
+
+_generate = jax.jit(generation.generate, static_argnames=("cfg", "compute"))
+_logits = jax.jit(ar.logits, static_argnames=("cfg", "compute"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageGenerator:
+    """An autoregressive model over the tokens of a tokenizer. Make one with `from_pretrained`.
+
+    One program is compiled per batch size, number of prefix tokens (rounded up to a power of two)
+    and use of guidance: not per number of tokens, temperature, filter or scale.
+
+    Attributes:
+        config: the AR model.
+        params: {"ar": …}, float32 arrays.
+        tokenizer: what makes images of tokens, None: tokens and logits only.
+        compute: how the AR model is run (dtype, attention).
+        mesh: the devices it is spread over, None for the default device.
+        origin: where it came from, in words.
+    """
+
+    config: ARConfig
+    params: dict
+    tokenizer: FlexTok | None = None
+    compute: Compute = Compute()
+    mesh: Mesh | None = None
+    origin: str = "memory"
+    _file: flexar.LoadedAR | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.tokenizer is not None:
+            _check_fit(self.config, self.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source,
+        tokenizer: FlexTok | None = None,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        attention: str = "xla",
+    ) -> "ImageGenerator":
+        """Loads an AR model.
+
+        Args:
+            source: a hub id, a folder or `model.safetensors` under the released names, a workdir
+                of our own training (its averaged weights), or the name of a shipped demo model.
+            tokenizer: whose tokens they are; None is enough for tokens and logits.
+            dtype: "float32" or "bfloat16", of the computation; parameters stay float32.
+            mesh: spread batches and parameters over these devices. Axes `data` and `tensor` suit
+                generation; what is cut over `fsdp` is gathered for every token.
+            attention: "xla", or "cudnn" on CUDA GPUs with bfloat16 (of `logits`).
+
+        Raises:
+            FileNotFoundError: the source is not there; the message says how to get it.
+            ValueError: the file is not understood (one error lists every reason), or the
+                tokenizer has other ids.
+        """
+        compute = Compute(dtype=dtype, attention=attention)
+        file = flexar.load(source)
+        made_by = (file.about.get("tokenizer") or {}).get("fingerprint")
+        if tokenizer is not None and made_by not in (None, tokenizer.fingerprint):
+            warnings.warn(
+                f"{file.origin} learned tokens of a tokenizer with the sha256 {made_by[:16]}…, not "
+                f"of {tokenizer.origin} ({tokenizer.fingerprint[:16]}…): where their encoders "
+                "differ, images will make no sense",
+                stacklevel=2,
+            )
+        if mesh is None:
+            params = jax.tree.map(jnp.asarray, file.params)
+        else:
+            params = jax.device_put(file.params, param_shardings(mesh, file.params))
+        file = dataclasses.replace(file, params={})  # the arrays on the devices are the ones
+        return cls(file.config, params, tokenizer, compute, mesh, file.origin, file)
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the most tokens that can be generated."""
+        return self.config.num_tokens
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 over all parameters of the AR model."""
+        return tensor_file.fingerprint(self.params)
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """The tokenizer whose tokens it learned, as training named it; None: the file is silent."""
+        return ((self._file and self._file.about.get("tokenizer")) or {}).get("source")
+
+    def generate_tokens(
+        self,
+        labels=None,
+        num_tokens: int | None = None,
+        prefix=None,
+        guidance_scale: Guidance = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        key: Key = None,
+        text_embeddings=None,
+        text_mask=None,
+        null_embeddings=None,
+        null_mask=None,
+        text=None,
+    ) -> jax.Array:
+        """Tokens, coarse to fine.
+
+        Sample i depends on its condition, its prefix and its key alone, not on the rest of the
+        batch (up to rounding). A position's draw does not depend on `num_tokens` or on where the
+        prefix ends: fewer tokens are a prefix of more, and a continued prefix is the one run.
+
+        Args:
+            labels: int [B], classes; None for models without classes, and for the null branch,
+                whose B is that of `prefix` (of [B, 0] too), else 1.
+            num_tokens: how many tokens in all, the prefix counted; L by default.
+            prefix: int [B, j], the first tokens, j < num_tokens.
+            guidance_scale: logits are u + scale (c - u), c with and u without the condition: a
+                number, a callable of the position (0 is the first token), an array of one per
+                position, or None for the model's own. 1 everywhere halves the cost.
+            temperature: 0 is greedy.
+            top_k: draw from the k likeliest tokens (and what equals the last of them); 0 is off.
+            top_p: then drop the least likely tokens, while their probability together is at most
+                1 - p; 0 is off. Among equals, all are kept.
+            key: a key or an int seed, from which each sample gets its own; or [B] keys or seeds,
+                one per sample. None means seed 0.
+            text_embeddings: [B, T, E], for text models, in place of labels.
+            text_mask: bool or 0/1 [B, T], what of them is no padding; all by default.
+            null_embeddings, null_mask: [1, T', E] and [1, T'], of the empty prompt, for guidance.
+            text: prompts; needs a text encoder, which there is none of yet.
+
+        Returns:
+            int32 [B, num_tokens], the prefix first.
+
+        Raises:
+            ValueError: an argument has a wrong type, shape or value, or does not suit the model.
+        """
+        cfg = self.config
+        if text is not None:
+            raise ValueError("text needs a text encoder, which there is none of: text_embeddings")
+        prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)
+        given = 0 if prefix is None else prefix.shape[1]
+        count = cfg.num_tokens if num_tokens is None else num_tokens
+        if not _is_int(count) or not given < count <= cfg.num_tokens:
+            raise ValueError(
+                f"num_tokens={count!r}: must be an int in {given + 1}..{cfg.num_tokens}, the "
+                f"{given} tokens of the prefix counted"
+            )
+        texts = (text_embeddings, text_mask)
+        condition, batch = self._condition(labels, *texts, None if prefix is None else len(prefix))
+        scale = cfg.guidance_scale if guidance_scale is None else guidance_scale
+        scales = generation.guidance_schedule(scale, int(count), cfg.num_tokens)
+        null = None
+        if (labels is not None or cfg.text_dim) and not (scales[given:count] == 1).all():
+            null = self._null(batch, null_embeddings, null_mask)
+        condition, null = generation.pad_texts(condition, null)
+        how = generation.Sampling(scales, *_check_sampling(temperature, top_k, top_p))
+        room = flextok.bucket(given, cfg.num_tokens) if given else 0
+        padded = np.zeros((batch, room), np.int32)
+        if given:
+            padded[:, :given] = prefix
+        arrays = (condition, null, generation.sample_keys(key, batch), padded)
+        with self._on_mesh():
+            condition, null, keys, padded = spread_batch(self.mesh, arrays)
+            tokens = _generate(
+                self.params,
+                cfg=cfg,
+                compute=self.compute,
+                condition=condition,
+                null=null,
+                sampling=how,
+                keys=keys,
+                prefix=padded,
+                start=np.int32(given),
+                stop=np.int32(count),
+            )
+        return tokens[:batch, :count]
+
+    def logits(
+        self,
+        tokens,
+        labels=None,
+        text_embeddings=None,
+        text_mask=None,
+        null_embeddings=None,
+        null_mask=None,
+    ) -> jax.Array:
+        """Teacher-forced logits: what is predicted for each token from those before it.
+
+        Args:
+            tokens: int [B, k], 1 <= k <= L.
+            labels: int [B]; None is the null branch.
+            text_embeddings, text_mask: [B, T, E] and [B, T], for text models.
+            null_embeddings, null_mask: [1, T, E] and [1, T]: the null branch, in their place.
+
+        Returns:
+            float32 [B, k, V].
+
+        Raises:
+            ValueError: a wrong type, shape or value.
+        """
+        tokens = self._check_tokens(tokens, "tokens", least=1)
+        batch = len(tokens)
+        if self.config.text_dim and text_embeddings is None:
+            condition = self._null(batch, null_embeddings, null_mask)
+        else:
+            condition, _ = self._condition(labels, text_embeddings, text_mask, batch)
+        with self._on_mesh():
+            tokens, condition = spread_batch(self.mesh, (tokens, condition))
+            found = _logits(self.params, self.config, self.compute, tokens, condition)
+        return found[:batch]
+
+    def generate(
+        self,
+        labels=None,
+        steps: int = 20,
+        image_guidance_scale: float | Callable[[float], float] | None = None,
+        norm_guidance: bool = True,
+        key: Key = None,
+        **sampling,
+    ) -> jax.Array:
+        """Images: `generate_tokens`, then the tokenizer's `detokenize`.
+
+        Args:
+            labels, key, sampling: see `generate_tokens`. A sample's noise comes from its own key.
+            steps: number of Euler steps of the tokenizer's decoder.
+            image_guidance_scale: of the decoder, None for the tokenizer's own.
+            norm_guidance: adaptive projected guidance in the decoder.
+
+        Returns:
+            float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
+        """
+        tok = self.tokenizer
+        if tok is None:
+            raise ValueError("no tokenizer: images need from_pretrained(source, tokenizer=...)")
+        tokens = self.generate_tokens(labels, key=key, **sampling)
+        keys = generation.sample_keys(key, len(tokens))
+        side = tuple(s * tok.config.patch_size for s in tok.config.grid)
+        shape = (*side, tok.config.vae.latent_channels)
+        noise = jax.vmap(lambda k: jax.random.normal(named(k, "noise"), shape))(keys)
+        return tok.detokenize(
+            tokens,
+            steps=steps,
+            guidance_scale=image_guidance_scale,
+            norm_guidance=norm_guidance,
+            noise=noise,
+        )
+
+    def save_pretrained(self, folder) -> None:
+        """Writes `model.safetensors` under the released names into `folder`.
+
+        A model that came with a `config.yaml` gets it back. What neither names nor shapes say
+        (guidance, whose tokens they are) lies in the file's header.
+        """
+        file = self._file or flexar.LoadedAR(self.config, {})
+        about = dict(file.about)
+        if about.get("tokenizer") is None and self.tokenizer is not None:
+            tok = self.tokenizer
+            levels = list(tok.config.levels)
+            about["tokenizer"] = {"fingerprint": tok.fingerprint, "levels": levels}
+        params = jax.tree.map(np.asarray, self.params)
+        flexar.save(folder, dataclasses.replace(file, params=params, about=about))
+
+    def _check_tokens(self, tokens, name: str, least: int) -> np.ndarray:
+        tokens, cfg = np.asarray(tokens), self.config
+        integers = np.issubdtype(tokens.dtype, np.integer) or not tokens.size
+        fits = tokens.ndim == 2 and len(tokens) and least <= tokens.shape[1] <= cfg.num_tokens
+        if not (integers and fits):
+            raise ValueError(
+                f"{name} are {tokens.dtype} of shape {tokens.shape}: must be integers [B, k] with "
+                f"B >= 1 and k in {least}..{cfg.num_tokens}"
+            )
+        wrong = tokens[(tokens < 0) | (tokens >= cfg.vocab_size)]
+        if wrong.size:
+            raise ValueError(f"token id {wrong[0]} in {name}: must be in 0..{cfg.vocab_size - 1}")
+        return tokens.astype(np.int32)
+
+    def _condition(self, labels, text, mask, batch: int | None) -> tuple[ARCondition, int]:
+        """The checked condition of `batch` (None: its own number of) sequences, and how many."""
+        cfg = self.config
+        if cfg.text_dim:
+            if labels is not None or text is None:
+                raise ValueError("a text model: give text_embeddings (and text_mask), no labels")
+            condition = _check_text(cfg, text, mask, "text_embeddings", "text_mask")
+            found = len(condition.text)
+            if found == 1 and batch is not None:
+                return generation.repeat(condition, batch), batch
+        else:
+            if text is not None or mask is not None:
+                raise ValueError("not a text model: text_embeddings and text_mask mean nothing")
+            if labels is None:
+                found = 1 if batch is None else batch
+                condition = ARCondition()
+                if cfg.num_classes:
+                    condition = ARCondition(np.full(found, -1, np.int32))
+            else:
+                condition = ARCondition(_check_labels(cfg, labels))
+                found = len(condition.labels)
+        if batch not in (None, found):
+            raise ValueError(f"{found} conditions and {batch} token sequences: must be as many")
+        return condition, found
+
+    def _null(self, batch: int, text, mask) -> ARCondition:
+        """The null condition of `batch` sequences."""
+        if not self.config.text_dim:
+            return ARCondition(np.full(batch, -1, np.int32))
+        if text is None:
+            raise ValueError(
+                "guidance of a text model needs null_embeddings and null_mask, of the empty "
+                "prompt; guidance_scale=1 does without"
+            )
+        null = _check_text(self.config, text, mask, "null_embeddings", "null_mask")
+        if len(null.text) not in (1, batch):
+            raise ValueError(f"null_embeddings of {len(null.text)} prompts: must be 1")
+        return generation.repeat(null, batch) if len(null.text) == 1 else null
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def _check_fit(cfg: ARConfig, tok: FlexTok) -> None:
+    if cfg.vocab_size != tok.config.vocab_size or cfg.num_tokens > tok.num_tokens:
+        raise ValueError(
+            f"the AR model has {cfg.vocab_size} ids and {cfg.num_tokens} positions, the tokenizer "
+            f"{tok.origin} {tok.config.vocab_size} ids and {tok.num_tokens} tokens: the ids must "
+            "be as many, the positions at most as many"
+        )
+
+
+def _check_labels(cfg: ARConfig, labels) -> np.ndarray:
+    labels = np.asarray(labels)
+    if not cfg.num_classes:
+        raise ValueError("not a class-conditional model: labels must be None")
+    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {labels.shape}: must be integers [B], B >= 1"
+        )
+    wrong = labels[(labels < 0) | (labels >= cfg.num_classes)]
+    if wrong.size:
+        raise ValueError(f"label {wrong[0]}: must be in 0..{cfg.num_classes - 1}")
+    return labels.astype(np.int32)
+
+
+def _check_text(cfg: ARConfig, text, mask, name: str, mask_name: str) -> ARCondition:
+    text = np.asarray(text, np.float32)
+    if text.ndim != 3 or not text.size or text.shape[2] != cfg.text_dim:
+        raise ValueError(f"{name} have shape {text.shape}: must be [B, T, {cfg.text_dim}]")
+    mask = np.ones(text.shape[:2], bool) if mask is None else np.asarray(mask)
+    if mask.shape != text.shape[:2] or not np.isin(mask, (0, 1)).all():
+        raise ValueError(
+            f"{mask_name} is {mask.dtype} of shape {mask.shape}: must be bool or 0/1 of shape "
+            f"{text.shape[:2]}"
+        )
+    if not mask.any(axis=1).all():
+        raise ValueError(f"{mask_name}: row {mask.any(axis=1).argmin()} is padding only")
+    return ARCondition(text=text, text_mask=mask.astype(bool))
+
+
+def _check_sampling(temperature, top_k, top_p) -> tuple:
+    """(temperature, top_k, top_p) as arrays."""
+    number = (int, float, np.integer, np.floating)
+    if not isinstance(temperature, number) or not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature={temperature!r}: must be a number, 0 (greedy) or more")
+    if not _is_int(top_k) or top_k < 0:
+        raise ValueError(f"top_k={top_k!r}: must be an int, 0 (off) or more")
+    if not isinstance(top_p, number) or not 0 <= top_p <= 1:
+        raise ValueError(f"top_p={top_p!r}: must be a number in 0 (off) .. 1")
+    return np.float32(temperature), np.int32(min(top_k, 2**31 - 1)), np.float32(top_p)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
