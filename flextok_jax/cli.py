@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     module, function = args.function.split(":")
     try:
         getattr(importlib.import_module(f"flextok_jax.commands.{module}"), function)(args)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error or 'nothing half-written is left'}", file=sys.stderr)
         return 130
     except Exception as error:
         message = _message(error)
@@ -90,20 +90,35 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "tokenize",
         "tokens:tokenize",
-        "images to a file of tokens",
+        "images to a file of tokens, or a data set to shards of tokens to train on",
         "flextok tokenize --model EPFL-VILAB/flextok_d12_d12_in1k --images photos "
-        "--num-tokens 16 --out tokens.npz",
-        "Writes int32 tokens [images, K], the images' names and the model's identity as .npz.",
+        "--num-tokens 16 --out tokens.npz\n"
+        "  flextok tokenize --model demo-digits --data digits --split train --crops 10 --shift 1 "
+        "--out digit_tokens",
+        "Of --images: writes int32 tokens [images, K], the images' names and the model's identity "
+        "as .npz. Of --data: writes DIR/SPLIT with shards and manifest.json, for the AR stage; the "
+        "same command continues what was interrupted.",
     )
     _add_model(p)
-    _add_images(p, "--images")
+    p_from = p.add_mutually_exclusive_group(required=True)
+    p_from.add_argument("--images", metavar="FOLDER", help=_IMAGES)
+    p_from.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="a data set: a folder whose subfolders are the classes; or digits. Beside NAME.jpg "
+        "may lie a caption, NAME.txt, and its embedding, NAME.npy",
+    )
+    p.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
     p.add_argument(
         "--num-tokens",
         type=_positive,
         metavar="K",
         help="tokens per image (all); the cost follows their number",
     )
-    p.add_argument("--out", required=True, metavar="FILE.npz", help="file for the tokens")
+    p.add_argument(
+        "--out", required=True, metavar="OUT", help="FILE.npz for --images, a folder for --data"
+    )
+    _add_shards(p)
     _add_compute(p)
 
     p = _command(
@@ -119,6 +134,53 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", required=True, metavar="FILE.npz", help="made by flextok tokenize")
     _add_counts(p, "use only the first so many, several separated by commas (all there are)")
     p.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    _add_sampling(p)
+    _add_compute(p)
+
+    p = _command(
+        commands,
+        "generate",
+        "generate:generate",
+        "classes to tokens to images, with an AR model",
+        "flextok generate --model demo-digits-ar --labels 0-9 --per-label 10 --out samples",
+        "Writes DIR/grid.png, DIR/k0016/NUMBER_classLABEL.png for every number of tokens and "
+        "sample, DIR/tokens.npz (for flextok detokenize) and DIR/generation.json.",
+    )
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="SOURCE",
+        help="the AR model: a folder or model.safetensors under the released names, a workdir of "
+        "training, a hub id, or demo-digits-ar",
+    )
+    p.add_argument("--tokenizer", metavar="SOURCE", help="its tokenizer (what the model names)")
+    p.add_argument(
+        "--labels",
+        default="all",
+        metavar="LABELS",
+        help="classes: all, numbers and ranges such as 0-9,42, or a file with one per line (all)",
+    )
+    p.add_argument(
+        "--per-label", type=_positive, default=1, metavar="N", help="samples of each label (1)"
+    )
+    _add_counts(p, "draw from the first so many tokens, several separated by commas (all)")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    group = p.add_argument_group("sampling tokens")
+    group.add_argument(
+        "--token-guidance",
+        type=_finite,
+        metavar="SCALE",
+        help="guidance scale of the logits; 1: none, at half the cost (the model's own default)",
+    )
+    group.add_argument(
+        "--temperature", type=_finite, default=1.0, metavar="T", help="0 is greedy (1)"
+    )
+    group.add_argument(
+        "--top-k", type=_seed, default=0, metavar="N", help="of the N likeliest tokens (0: off)"
+    )
+    group.add_argument(
+        "--top-p", type=_finite, default=0.0, metavar="P", help="of the likeliest up to P (0: off)"
+    )
     _add_sampling(p)
     _add_compute(p)
 
@@ -207,6 +269,33 @@ def _add_sampling(parser):
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the noise (0)")
 
 
+def _add_shards(parser):
+    group = parser.add_argument_group("with --data")
+    group.add_argument("--split", choices=("train", "test", "all"), help="of the data set (train)")
+    group.add_argument(
+        "--crops",
+        type=_positive,
+        metavar="N",
+        help="crops per image (1): the first is the centre crop, the others are random",
+    )
+    group.add_argument(
+        "--crop-scale",
+        type=_fraction,
+        metavar="SHARE",
+        help="least share of an image's area that a random crop keeps (0.8)",
+    )
+    group.add_argument(
+        "--flip", action="store_true", default=None, help="mirror half of the random crops"
+    )
+    group.add_argument(
+        "--shift", type=_seed, metavar="PIXELS", help="shift random crops by up to so many (0)"
+    )
+    group.add_argument("--seed", type=_seed, metavar="N", help="of the random crops (0)")
+    group.add_argument(
+        "--shard-size", type=_positive, metavar="N", help="images per file (4096)"
+    )
+
+
 def _add_compute(parser):
     group = parser.add_argument_group("computing")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -235,6 +324,13 @@ def _whole(text: str, low: int, high: int | None) -> int:
         allowed = f"from {low} on" if high is None else f"from {low} to {high}"
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {allowed}")
     return int(text)
+
+
+def _fraction(text: str) -> float:
+    value = _finite(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, at most 1")
+    return value
 
 
 def _finite(text: str) -> float:

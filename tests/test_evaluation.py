@@ -12,8 +12,9 @@ from common import TINY, tiny_tokenizer
 from PIL import Image
 
 from flextok_jax.data import sources
-from flextok_jax.evaluation import metrics, pictures, quickstart_report, reconstruction, report
+from flextok_jax.evaluation import metrics, pictures, reconstruction, report
 from flextok_jax.evaluation.digits_judge import evaluate_digits, judge
+from flextok_jax.evaluation.results import Paused, results_folder
 
 DIGITS = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
 
@@ -105,8 +106,9 @@ def test_pictures_are_upright_cropped_and_the_unreadable_ones_named(tmp_path):
     found = pictures.Pictures(str(tmp_path))
     first, second = found.batches(size=16, batch_size=2)
     assert found.names == ["a.png", "b.png", "c.jpg", "sub/d.png", "sub/e.png"]
-    assert (first.first, first.names) == (0, ["a.png", "b.png"])
-    assert (second.first, second.names) == (2, ["sub/d.png"])
+    assert first.names == ["a.png", "b.png"]
+    assert second.names == ["sub/d.png"]
+    np.testing.assert_array_equal(second.seeds, pictures.name_seeds(["sub/d.png"]))
     np.testing.assert_array_equal(first.images[0], first.images[1])
     assert first.images.shape == (2, 16, 16, 3) and first.images.dtype == np.uint8
     assert list(found.unreadable) == ["c.jpg", "sub/e.png"]
@@ -145,21 +147,57 @@ def test_a_grid_enlarges_small_pictures_by_a_whole_factor():
 def test_results_replace_those_of_before_and_a_failure_changes_nothing(tmp_path):
     out = tmp_path / "new" / "results"
     with pytest.raises(KeyboardInterrupt):
-        with pictures.results_folder(out) as folder:
-            (folder / "half").write_text("half")
+        with results_folder(out, {}) as results:
+            (results.folder / "half").write_text("half")
             raise KeyboardInterrupt
     assert not out.exists()
     for text in ("first", "second"):
-        with pictures.results_folder(out) as folder:
-            (folder / "k0001").mkdir()
-            (folder / "k0001" / text).write_text(text)
+        with results_folder(out, {}) as results:
+            (results.folder / "k0001").mkdir()
+            (results.folder / "k0001" / text).write_text(text)
+            results.add({text: {}})
         (out / "mine.txt").write_text("mine")
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*")) == [
         "k0001", "k0001/second", "mine.txt",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="is a file"):
-        with pictures.results_folder(out / "mine.txt"):
+        with results_folder(out / "mine.txt", {}):
             pass
+
+
+def test_an_interrupted_run_goes_on_and_another_does_not_take_its_results(tmp_path, capsys):
+    out, settings = tmp_path / "out", {"seed": 0}
+    with pytest.raises(Paused, match="1 are finished"):
+        with results_folder(out, settings) as results:
+            (results.folder / "a").write_text("a")
+            results.add({"a": {"psnr": [1.5]}})
+            raise KeyboardInterrupt
+    (journal,) = out.glob(".partial-*/journal.jsonl")
+    journal.write_text(journal.read_text() + '{"b": {"ps')  # Killed in the middle of a line.
+    with results_folder(out, {"seed": 1}) as results:
+        assert results.records == {} and "unfinished results" in capsys.readouterr().err
+    with results_folder(out, settings) as results:
+        assert results.records == {"a": {"psnr": [1.5]}}
+        results.add({"b": {"psnr": [2.5]}})
+    assert [p.name for p in out.iterdir()] == ["a"]
+
+
+def test_an_interrupted_evaluation_equals_an_uninterrupted_one(tok, tmp_path):
+    images, quick = pictures.Pictures("digits", 5), reconstruction.Sampling(1, 1.0)
+    evaluate = functools.partial(reconstruction.evaluate, tok, images, [1, 4], quick, 2)
+    whole = evaluate()
+
+    def stop_at_the_second(batch, drawn):
+        if batch.names[0] == images.names[2]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Paused):
+        with results_folder(tmp_path, {}) as results:
+            evaluate(stop_at_the_second, results)
+    with results_folder(tmp_path, {}) as results:
+        assert list(results.records) == images.names[:2]
+        again = evaluate(results=results)
+    assert again == whole
 
 
 # Reports.
@@ -209,55 +247,3 @@ def test_ticks_are_few_and_enclose_the_values(low, high):
         ticks = report._ticks(low, high, whole=whole)
         assert 2 <= len(ticks) <= 9 and ticks[0] <= low and high <= ticks[-1]
         assert not whole or all(float(tick).is_integer() for tick in ticks)
-
-
-@pytest.fixture(scope="module")
-def run_folder(tok, tmp_path_factory):
-    """A model with the records of a training run beside it."""
-    folder = tmp_path_factory.mktemp("run")
-    tok.save_pretrained(folder)
-    records = [{"step": s, "loss": 1 / s, "step_time": 0.5} for s in (10, 20, 30)]
-    records.append({"step": 30, "eval/reconstruction/psnr/1": 12.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    config = {"total_steps": 30, "batch_size": 8, "seed": 5}
-    (folder / "config.json").write_text(json.dumps({"config": config}))
-    return folder
-
-
-def test_the_quickstart_report_is_whole_and_needs_nothing_else(run_folder, tmp_path, monkeypatch):
-    quick = functools.partial(evaluate_digits, steps=1, limit=40)
-    monkeypatch.setattr(quickstart_report, "evaluate_digits", quick)
-    out, picture = tmp_path / "report.html", tmp_path / "picture.png"
-    arguments = ["--shipped", str(run_folder), "--trained", str(run_folder), "--out", str(out)]
-    assert quickstart_report.main([*arguments, "--picture", str(picture)]) == 0
-    text = out.read_text()
-    page = Page(text)
-    words = " ".join(page.text)
-    sources_of = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(sources_of) == 2 * 10 * 6
-    assert all(src.startswith("data:image/png;base64,") for src in sources_of)
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
-    assert "http" not in text and "url(" not in text
-    assert "--config.total_steps=30" in words and "30 steps of 8 images, seed 5" in words
-    assert "15 seconds" in words  # 30 steps of half a second.
-    assert "first held-out digit of each class" in words
-    assert sum(tag == "svg" for tag, _ in page.tags) == 4
-    with Image.open(picture) as image:
-        assert image.text["num_tokens"] == "1,2,4,8,16" and image.width > 2 * 6 * 64
-
-
-def test_the_rows_of_the_report_are_the_first_digit_of_each_class(run_folder, monkeypatch):
-    quick = functools.partial(evaluate_digits, steps=1, limit=40)
-    monkeypatch.setattr(quickstart_report, "evaluate_digits", quick)
-    rows = quickstart_report.judged("model", run_folder).rows
-    test = sources.digits("test")
-    assert len(rows) == 10
-    for digit, row in enumerate(rows):
-        first = int(np.flatnonzero(test.labels == digit)[0])
-        np.testing.assert_array_equal(row[0], test.images[first])
-
-
-def test_a_report_without_a_training_run_says_what_is_missing(tmp_path, capsys):
-    arguments = ["--shipped", "demo-digits", "--trained", str(tmp_path), "--out", "unused.html"]
-    assert quickstart_report.main(arguments) == 2
-    assert "metrics.jsonl does not exist" in capsys.readouterr().err

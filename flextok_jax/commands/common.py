@@ -18,7 +18,18 @@ def load_model(args) -> FlexTok:
         raise ValueError(
             f"--attention cudnn needs a CUDA GPU; this is a {jax.default_backend()}: use xla"
         )
-    return FlexTok.from_pretrained(args.model, dtype=args.dtype, attention=args.attention)
+    return FlexTok.from_pretrained(
+        args.model, dtype=args.dtype, attention=args.attention, mesh=all_devices()
+    )
+
+
+def all_devices():
+    """A mesh over all devices of this machine, which a batch is cut over; None for a single one."""
+    import jax
+
+    from flextok_jax.parallel.mesh import make_mesh
+
+    return make_mesh() if jax.device_count() > 1 else None
 
 
 def sampling(args) -> Sampling:

@@ -5,14 +5,21 @@ import json
 
 import jax
 
-from flextok_jax.interop import sources, tensor_file
+from flextok_jax.interop import sources, tensor_file, vae_files
 
 
 def convert(args) -> None:
-    """Writes the released format from any source, of a workdir its averaged weights."""
-    model = sources.load(args.model)
-    path = sources.save(args.out, model)
-    print(f"{model.origin}\n-> {path}\nsha256 {tensor_file.fingerprint(model.params)}")
+    """Writes the released format from any source, of a workdir its averaged weights.
+
+    A VAE on its own is written in the layout of diffusers.
+    """
+    if sources.is_vae(args.model):
+        cfg, params = sources.load_vae(args.model)
+        origin, path = args.model, vae_files.save_folder(args.out, cfg, params)
+    else:
+        model = sources.load(args.model)
+        origin, params, path = model.origin, model.params, sources.save(args.out, model)
+    print(f"{origin}\n-> {path}\nsha256 {tensor_file.fingerprint(params)}")
 
 
 def info(args) -> None:
@@ -27,8 +34,18 @@ def describe(source) -> dict:
     Returns:
         "origin"; "step" of training, None but for a workdir; "config": the fields of
         `FlexTokConfig`; "image_size" [H, W]; "vocab_size"; "parameters": the number of them in
-        "vae", "encoder", "decoder" and in "total"; "sha256" over all of them.
+        "vae", "encoder", "decoder" and in "total"; "sha256" over all of them. Of a VAE on its own
+        "kind": "vae", "origin", "config": the fields of `VAEConfig`, "parameters", "sha256".
     """
+    if sources.is_vae(source):
+        cfg, params = sources.load_vae(str(source))
+        return {
+            "kind": "vae",
+            "origin": str(source),
+            "config": dataclasses.asdict(cfg),
+            "parameters": {"total": sum(leaf.size for leaf in jax.tree.leaves(params))},
+            "sha256": tensor_file.fingerprint(params),
+        }
     model = sources.load(source)
     sizes = {
         part: sum(leaf.size for leaf in jax.tree.leaves(model.params.get(part, {})))
@@ -46,6 +63,24 @@ def describe(source) -> dict:
 
 
 def _lines(about: dict) -> str:
+    lines = _vae_lines(about) if about.get("kind") == "vae" else _tokenizer_lines(about)
+    return "\n".join(f"{key:10}{value}" for key, value in lines.items() if value is not None)
+
+
+def _vae_lines(about: dict) -> dict:
+    c = about["config"]
+    reduction = 2 ** (len(c["block_out"]) - 1)
+    return {
+        "origin": about["origin"],
+        "VAE": f"{c['latent_channels']} channels, 1/{reduction} of the resolution",
+        "widths": f"{', '.join(map(str, c['block_out']))}; {c['layers_per_block']} blocks each",
+        "scaling": f"{c['scaling_factor']:g}",
+        "total": f"{about['parameters']['total']:,} parameters",
+        "sha256": about["sha256"],
+    }
+
+
+def _tokenizer_lines(about: dict) -> dict:
     c = about["config"]
     vae, sizes = c["vae"], about["parameters"]
     height, width = about["image_size"]
@@ -68,4 +103,4 @@ def _lines(about: dict) -> str:
     lines["total"] = f"{sizes['total']:,} parameters"
     lines["guidance"] = f"{c['guidance_scale']:g} by default"
     lines["sha256"] = about["sha256"]
-    return "\n".join(f"{key:10}{value}" for key, value in lines.items() if value is not None)
+    return lines

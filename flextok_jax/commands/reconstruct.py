@@ -3,7 +3,8 @@
 from flextok_jax.commands import common
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.digits_judge import evaluate_digits
-from flextok_jax.evaluation.reconstruction import check_counts, evaluate, identity
+from flextok_jax.evaluation.reconstruction import check_counts, evaluate, identity, side
+from flextok_jax.evaluation.results import results_folder
 
 
 def reconstruct(args) -> None:
@@ -15,22 +16,30 @@ def reconstruct(args) -> None:
     sampling = common.sampling(args)
     about = {**identity(tok), **sampling.about(tok)}
     png_name = dict(zip(pictures.names, pics.png_names(pictures.names)))
-    rows = []
-    with pics.results_folder(args.out) as folder:
+    settings = {**about, "images": str(args.images), "limit": args.limit, "num_tokens": counts}
+    with results_folder(args.out, settings | {"dtype": tok.compute.dtype}) as results:
+
+        def path(name, k):
+            return results.folder / f"k{k:04d}" / png_name[name]
 
         def write(batch, drawn):
-            drawn = {k: pics.to_uint8(images) for k, images in drawn.items()}
-            for i, name in enumerate(batch.names):
-                for k, images in drawn.items():
-                    path = folder / f"k{k:04d}" / png_name[name]
-                    pics.write_png(path, images[i], metadata(about, k))
-                if len(rows) < pics.GRID_ROWS:
-                    rows.append([batch.images[i], *(images[i] for images in drawn.values())])
+            for k, images in drawn.items():
+                for name, image in zip(batch.names, pics.to_uint8(images)):
+                    pics.write_png(path(name, k), image, metadata(about, k))
 
-        result = evaluate(tok, pictures, counts, sampling, args.batch_size, write)
+        result = evaluate(tok, pictures, counts, sampling, args.batch_size, write, results)
+        shown = [i for i, n in enumerate(pictures.names) if n in results.records]
+        rows = [
+            [
+                pictures.image(place, side(tok)),
+                *(pics.read_png(path(pictures.names[place], k)) for k in counts),
+            ]
+            for place in shown[: pics.GRID_ROWS]
+        ]
         sheet = pics.grid(rows, ["original", *(f"k = {k}" for k in counts)])
-        pics.write_png(folder / "grid.png", sheet, metadata(about, ",".join(map(str, counts))))
-        common.write_json(folder / "metrics.json", result)
+        about_sheet = metadata(about, ",".join(map(str, counts)))
+        pics.write_png(results.folder / "grid.png", sheet, about_sheet)
+        common.write_json(results.folder / "metrics.json", result)
     common.report_unreadable(pictures)
     print(f"{result['count']} images from their first k tokens, in {args.out}")
     print(common.table(result, common.QUALITY))

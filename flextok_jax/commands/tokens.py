@@ -8,14 +8,35 @@ from flextok_jax.commands import common
 from flextok_jax.commands.reconstruct import metadata
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.reconstruction import check_counts, draw, encode, identity, side
+from flextok_jax.evaluation.results import results_folder
 from flextok_jax.interop import tensor_file
 
+DATA_OPTIONS = {  # Of `flextok tokenize --data`, with what they are when not given.
+    "split": "train",
+    "crops": 1,
+    "crop_scale": 0.8,
+    "flip": False,
+    "shift": 0,
+    "seed": 0,
+    "shard_size": 4096,
+}
 FIELDS = ("tokens", "names", "origin", "fingerprint", "levels", "num_tokens")
 
 
 def tokenize(args) -> None:
-    """Writes the first k tokens of every image, with the model's identity, as .npz."""
+    """Writes the first k tokens of every image, with the model's identity, as .npz.
+
+    With --data: shards to train on, see `tokenize_data`.
+    """
     from tqdm import tqdm
+
+    if args.data:
+        from flextok_jax.commands.tokenize_data import tokenize_data
+
+        return tokenize_data(args)
+    for option in DATA_OPTIONS:
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} goes with --data, not with --images")
 
     pictures = pics.Pictures(args.images, args.limit)
     tok = common.load_model(args)
@@ -47,17 +68,22 @@ def detokenize(args) -> None:
     about = {**identity(tok), **sampling.about(tok)}
     png_names = pics.png_names(names)
     batch_size = min(args.batch_size, len(tokens))
-    with (
-        pics.results_folder(args.out) as folder,
-        tqdm(total=len(tokens) * len(counts), unit="image", disable=None) as bar,
-    ):
-        for first in range(0, len(tokens), batch_size):
-            part = tokens[first : first + batch_size]
-            for k in counts:
-                images = pics.to_uint8(draw(tok, part, k, first, sampling, batch_size))
-                for image, name in zip(images, png_names[first:]):
-                    pics.write_png(folder / f"k{k:04d}" / name, image, metadata(about, k))
-                bar.update(len(part))
+    settings = {**about, "tokens": str(args.tokens), "num_tokens": counts, "dtype": args.dtype}
+    with results_folder(args.out, settings) as results:
+        todo = [i for i, name in enumerate(png_names) if name not in results.records]
+        total, left = len(tokens) * len(counts), len(todo) * len(counts)
+        with tqdm(total=total, initial=total - left, unit="image", disable=None) as bar:
+            for first in range(0, len(todo), batch_size):
+                part = todo[first : first + batch_size]
+                batch_names = [png_names[i] for i in part]
+                seeds = pics.name_seeds([names[i] for i in part])
+                for k in counts:
+                    images = draw(tok, tokens[part], k, seeds, sampling, batch_size)
+                    for image, name in zip(pics.to_uint8(images), batch_names):
+                        path = results.folder / f"k{k:04d}" / name
+                        pics.write_png(path, image, metadata(about, k))
+                    bar.update(len(part))
+                results.add({name: {} for name in batch_names})
     print(f"{len(tokens)} images from {', '.join(map(str, counts))} tokens in {args.out}")
 
 

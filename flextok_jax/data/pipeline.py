@@ -9,17 +9,20 @@ asking for another step, and the global batch is the same for any number of proc
     for batch in p.iterate(1000):   # the same, then 1001, ..., made ahead of time by threads
 """
 
+import dataclasses
 import functools
 import logging
 import operator
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from flextok_jax.data import sources
+from flextok_jax.data.tokens import Crops, TokenSource
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
 MAX_STEPS = 2**31 - 1
@@ -40,12 +43,13 @@ def make_pipeline(
     """Builds the pipeline that the `data` part of a config describes.
 
     Args:
-        cfg: attributes source, path, name, split, eval_split, image_size, crop, crop_scale, flip,
-            shift, rotate, zoom (see `sources.make_source` and `transforms.Transform`).
+        cfg: attributes source, path, name, split, eval_split, and for images image_size, crop,
+            crop_scale, flip, shift, rotate, zoom (see `sources.make_source`,
+            `transforms.Transform`).
         seed: of the order and the augmentations, 0 .. 2**32 - 1.
         batch_size: of the global batch.
         train: read `cfg.split`, augmented as configured; otherwise `cfg.eval_split`, without
-            randomness in the images.
+            randomness in the examples.
         process_index, process_count: this process among all; those of JAX by default.
 
     Raises:
@@ -55,23 +59,84 @@ def make_pipeline(
         import jax
 
         process_index, process_count = jax.process_index(), jax.process_count()
-    transform = Transform(
-        image_size=cfg.image_size,
-        crop=cfg.crop,
-        crop_scale=tuple(cfg.crop_scale),
-        flip=cfg.flip,
-        shift=cfg.shift,
-        rotate=cfg.rotate,
-        zoom=cfg.zoom,
-    )
+    source = sources.make_source(cfg, cfg.split if train else cfg.eval_split)
+    if isinstance(source, TokenSource):
+        examples = Crops(source.manifest["num_tokens"], source.text)
+    else:
+        examples = Images(
+            Transform(
+                image_size=cfg.image_size,
+                crop=cfg.crop,
+                crop_scale=tuple(cfg.crop_scale),
+                flip=cfg.flip,
+                shift=cfg.shift,
+                rotate=cfg.rotate,
+                zoom=cfg.zoom,
+            )
+        )
     return Pipeline(
-        sources.make_source(cfg, cfg.split if train else cfg.eval_split),
-        transform if train else transform.without_randomness(),
+        source,
+        examples if train else examples.without_randomness(),
         seed=seed,
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,
     )
+
+
+class Examples(Protocol):
+    """What a source's examples are, and how they become a batch: pure functions.
+
+    Attributes:
+        num_draws: uniform draws in [0, 1) that an example gets.
+    """
+
+    num_draws: int
+
+    def without_randomness(self) -> "Examples":
+        """The same without a use of the draws: for evaluation."""
+
+    def decode(self, item) -> Any:
+        """What the source holds, decoded. An exception means that it cannot be read."""
+
+    def read(self, example, draws: np.ndarray) -> dict:
+        """One example, as arrays of one shape. A ValueError means a fault of the settings."""
+
+    def padding(self) -> dict:
+        """Stands where there is no example."""
+
+    def augment(self, batch: dict, draws: np.ndarray) -> dict:
+        """What is done for a whole batch: arrays with B in front, draws [B, num_draws]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Batches of "image": uint8 [B, S, S, 3] and "label": int32 [B].
+
+    Attributes:
+        transform: between decoding and the batch.
+    """
+
+    transform: Transform
+    num_draws = NUM_DRAWS
+
+    def without_randomness(self) -> "Images":
+        return Images(self.transform.without_randomness())
+
+    def decode(self, item: dict) -> dict:
+        image = item["image"]
+        return item | {"image": sources.decode_image(image)} if isinstance(image, bytes) else item
+
+    def read(self, example: dict, draws: np.ndarray) -> dict:
+        image = self.transform.fit(example["image"], draws)
+        return {"image": image, "label": np.int32(example["label"])}
+
+    def padding(self) -> dict:
+        size = self.transform.image_size
+        return {"image": np.zeros((size, size, 3), np.uint8), "label": np.int32(-1)}
+
+    def augment(self, batch: dict, draws: np.ndarray) -> dict:
+        return batch | {"image": self.transform.augment(batch["image"], draws)}
 
 
 class Pipeline:
@@ -82,14 +147,14 @@ class Pipeline:
     Attributes:
         source: the examples.
         num_examples: how many there are.
-        unreadable: name → reason of the images that could not be read so far. Each was named once
+        unreadable: name → reason of the examples that could not be read so far. Each was named once
             by a warning, and the next readable one stands in for it.
     """
 
     def __init__(
         self,
         source,
-        transform: Transform,
+        examples: Examples,
         *,
         seed: int,
         batch_size: int,
@@ -103,7 +168,7 @@ class Pipeline:
         self.source = source
         self.num_examples = len(source)
         self.unreadable: dict[str, str] = {}
-        self._transform = transform
+        self._examples = examples
         self._seed = seed
         self._batch_size = batch_size
         self._process = process_index, process_count
@@ -112,24 +177,21 @@ class Pipeline:
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def __getitem__(self, step: int) -> dict:
-        """The batch of `step`: image uint8 [B_local, S, S, 3], label int32 [B_local]."""
+        """The batch of `step`: this process's rows of what `Examples` describe."""
         step = operator.index(step)
         if not 0 <= step < MAX_STEPS:
             raise IndexError(f"step is {step}; allowed: 0 .. {MAX_STEPS - 1}.")
         rows = self._local(self._batch_size)
         # RandomState, because its streams are frozen: no NumPy release changes a run's data.
         draws = np.random.RandomState([self._seed, step, 1]).random_sample(
-            (self._batch_size, NUM_DRAWS)
+            (self._batch_size, self._examples.num_draws)
         )[rows]
         epochs, offsets = np.divmod(
             step * self._batch_size + np.arange(rows.start, rows.stop), self.num_examples
         )
         indices = np.concatenate([self._order(e)[offsets[epochs == e]] for e in np.unique(epochs)])
-        images, labels, _ = zip(*map(self._read, indices, draws))
-        return {
-            "image": self._transform.augment(np.stack(images), draws),
-            "label": np.array(labels, np.int32),
-        }
+        examples = [self._read(*item, self._examples)[0] for item in zip(indices, draws)]
+        return self._examples.augment(_stack(examples), draws)
 
     def iterate(self, start_step: int = 0) -> Iterator[dict]:
         """The batches from `start_step` on, each equal to `self[step]`, made ahead by threads."""
@@ -142,28 +204,24 @@ class Pipeline:
             batch_size: of the global batch.
 
         Yields:
-            image uint8 [B_local, S, S, 3], label int32 [B_local], mask bool [B_local]. The mask is
-            False for the padding of the last batch and for unreadable images; every process yields
-            the same number of batches.
+            The batch, and mask bool [B_local]. The mask is False for the padding of the last batch
+            and for unreadable examples; every process yields the same number of batches.
         """
         rows = self._local(batch_size)
-        transform = self._transform.without_randomness()
-        size, no_draws = transform.image_size, np.zeros(NUM_DRAWS)
-        padding = np.zeros((size, size, 3), np.uint8), -1, False
+        examples = self._examples.without_randomness()
+        draws = np.zeros((rows.stop - rows.start, examples.num_draws))
 
         def make(batch: int) -> dict:
             indices = batch * batch_size + np.arange(rows.start, rows.stop)
-            images, labels, mask = zip(
+            found, mask = zip(
                 *(
-                    self._read(i, no_draws, transform) if i < self.num_examples else padding
-                    for i in indices
+                    self._read(i, none, examples)
+                    if i < self.num_examples
+                    else (examples.padding(), False)
+                    for i, none in zip(indices, draws)
                 )
             )
-            return {
-                "image": np.stack(images),
-                "label": np.array(labels, np.int32),
-                "mask": np.array(mask),
-            }
+            return examples.augment(_stack(found), draws) | {"mask": np.array(mask)}
 
         return _prefetch(grain.MapDataset.range(-(-self.num_examples // batch_size)).map(make))
 
@@ -182,23 +240,19 @@ class Pipeline:
         """The order of one epoch (8 bytes per example)."""
         return np.random.RandomState([self._seed, int(epoch)]).permutation(self.num_examples)
 
-    def _read(self, index: int, draws: np.ndarray, transform: Transform | None = None):
-        """Image uint8 [S, S, 3], label, and False where the next readable image had to stand in."""
+    def _read(self, index: int, draws: np.ndarray, examples: Examples) -> tuple[dict, bool]:
+        """An example, and False where the next readable one had to stand in."""
         for tried in range(min(self.num_examples, MAX_UNREADABLE_IN_A_ROW)):
             index_tried = int((index + tried) % self.num_examples)
             try:
-                example = self.source[index_tried]
-                image = example["image"]
-                if isinstance(image, bytes):
-                    image = sources.decode_image(image)
+                example = examples.decode(self.source[index_tried])
             except Exception as error:  # Pillow raises nearly anything for a broken file.
                 self._record(self.source.name(index_tried), error)
                 continue
             try:
-                image = (transform or self._transform).fit(image, draws)
+                return examples.read(example, draws), tried == 0
             except ValueError as error:
                 raise ValueError(f"{self.source.name(index_tried)}: {error}") from None
-            return image, example["label"], tried == 0
         raise self._too_many(f"the last {tried + 1} tried in a row")
 
     def _record(self, name: str, error: Exception) -> None:
@@ -218,6 +272,11 @@ class Pipeline:
             f"check that data.path is right. So far {len(self.unreadable)} were unreadable, among "
             f"them\n{first}"
         )
+
+
+def _stack(examples: list[dict]) -> dict:
+    """Dictionaries of arrays as one, with a leading dimension."""
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def _prefetch(dataset: grain.MapDataset) -> Iterator[dict]:

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-SOURCES = ("digits", "folder", "tfds")
+SOURCES = ("digits", "photos", "folder", "tfds", "tokens")
 SPLITS = ("train", "test", "all")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TEST_PERCENT = 5  # Share of a folder without train/ and test/ that is held out.
@@ -24,7 +24,8 @@ def make_source(cfg, split: str):
     """The source that `cfg.source` names, restricted to `split`.
 
     Args:
-        cfg: the `data` part of a config: `source`, `path` (but for "digits"), `name` ("tfds").
+        cfg: the `data` part of a config: `source`, `path` (but for "digits" and "photos"), `name`
+            ("tfds"), `image_size` ("photos").
         split: "train", "test" or "all"; for "tfds" any TFDS split, such as "train[:10%]".
 
     Raises:
@@ -32,6 +33,10 @@ def make_source(cfg, split: str):
     """
     if cfg.source == "digits":
         return digits(split)
+    if cfg.source == "photos":
+        from flextok_jax.data.photos import photos
+
+        return photos(split, cfg.image_size)
     if cfg.source not in SOURCES:
         raise ValueError(f"data.source is {cfg.source!r}; allowed are {', '.join(SOURCES)}.")
     if not cfg.path:
@@ -40,6 +45,10 @@ def make_source(cfg, split: str):
         )
     if cfg.source == "folder":
         return FolderSource(cfg.path, split)
+    if cfg.source == "tokens":
+        from flextok_jax.data.tokens import TokenSource
+
+        return TokenSource(cfg.path, split)
     from flextok_jax.data.tfds_source import TfdsSource
 
     return TfdsSource(cfg.name, split, cfg.path)

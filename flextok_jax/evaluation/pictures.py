@@ -2,13 +2,11 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import os
 import pathlib
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,13 +24,13 @@ class Batch(NamedTuple):
     """Readable images, in order.
 
     Attributes:
-        first: the number of readable images before this batch.
+        seeds: uint32 [n], see `name_seeds`.
         names: of each image, relative to its folder.
         images: uint8 [n, S, S, 3].
         labels: int32 [n], -1 unknown.
     """
 
-    first: int
+    seeds: np.ndarray
     names: list[str]
     images: np.ndarray
     labels: np.ndarray
@@ -68,24 +66,32 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batches(self, size: int, batch_size: int) -> Iterator[Batch]:
+    def batches(self, size: int, batch_size: int, skip: Collection[str] = ()) -> Iterator[Batch]:
         """Upright RGB, centre-cropped, resized to `size` x `size`; unreadable images are left out.
 
         Only the last batch may be smaller than `batch_size`. Files are read ahead by threads.
 
+        Args:
+            skip: the names of images that are not wanted.
+
         Raises:
-            ValueError: not one image could be read.
+            ValueError: not one of the wanted images could be read.
         """
-        found, first = [], 0
-        for index, (image, label) in self._readable(size):
+        places = [i for i, name in enumerate(self.names) if name not in skip]
+        found, any_readable = [], not places
+        for index, (image, label) in self._readable(places, size):
             found.append((self.names[index], image, label))
             if len(found) == batch_size:
-                yield _batch(first, found)
-                first, found = first + len(found), []
+                yield _batch(found)
+                found, any_readable = [], True
         if found:
-            yield _batch(first, found)
-        elif first == 0:
-            raise ValueError(f"none of the {len(self)} images could be read{self.complaint()}")
+            yield _batch(found)
+        elif not any_readable:
+            raise ValueError(f"none of the {len(places)} images could be read{self.complaint()}")
+
+    def image(self, place: int, size: int) -> np.ndarray:
+        """One readable image as it is in a batch: uint8 [size, size, 3]."""
+        return self._read(place, size)[0]
 
     def complaint(self) -> str:
         """The unreadable images with their reasons, one per line, at most ten."""
@@ -93,12 +99,12 @@ class Pictures:
         more = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
         return "".join(lines[:10]) + more
 
-    def _readable(self, size) -> Iterator[tuple]:
-        """(index, (image, label)) of the readable images, in order, read ahead by threads."""
+    def _readable(self, places, size) -> Iterator[tuple]:
+        """(place, (image, label)) of the readable images, in order, read ahead by threads."""
         workers = min(8, os.cpu_count() or 1)
         waiting: collections.deque = collections.deque()
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            for index in range(len(self)):
+            for index in places:
                 waiting.append((index, pool.submit(self._read, index, size)))
                 if len(waiting) > 4 * workers:
                     yield from self._finished(*waiting.popleft())
@@ -126,9 +132,17 @@ class Pictures:
         return transforms.center_crop(image, size), example["label"]
 
 
-def _batch(first, found) -> Batch:
+def _batch(found) -> Batch:
     names, images, labels = zip(*found)
-    return Batch(first, list(names), np.stack(images), np.asarray(labels, np.int32))
+    return Batch(name_seeds(names), list(names), np.stack(images), np.asarray(labels, np.int32))
+
+
+def name_seeds(names: Sequence[str]) -> np.ndarray:
+    """What an image's noise is drawn from, beside the seed: a hash of its name, uint32 [n].
+
+    So it does not depend on which other images there are, or can be read.
+    """
+    return np.array([zlib.crc32(os.fsencode(name)) for name in names], np.uint32)
 
 
 def png_names(names: list[str]) -> list[str]:
@@ -173,6 +187,14 @@ def write_png(path: pathlib.Path, picture, about: dict) -> None:
     picture.save(path, format="PNG", pnginfo=text)
 
 
+def read_png(path: pathlib.Path) -> np.ndarray:
+    """The picture of `write_png`: uint8 [H, W, 3]."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def grid(rows: list[list[np.ndarray]], titles: list[str], cell: int = _CELL):
     """A `PIL.Image.Image` of rows of pictures below their columns' titles.
 
@@ -210,31 +232,3 @@ def _font(draw, text: str, width: int):
         if draw.textlength(text, font=font) <= width:
             break
     return font
-
-
-@contextlib.contextmanager
-def results_folder(out) -> Iterator[pathlib.Path]:
-    """A folder to write into, whose content moves into `out` when the block succeeds.
-
-    Files and folders of the same names are replaced, others stay. Where the block fails nothing
-    has changed.
-
-    Raises:
-        ValueError: `out` is a file.
-    """
-    out = pathlib.Path(out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: pass a folder")
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as temporary:
-            yield pathlib.Path(temporary)
-            for entry in pathlib.Path(temporary).iterdir():
-                target = out / entry.name
-                if target.is_dir() and entry.is_dir():
-                    shutil.rmtree(target)
-                os.replace(entry, target)
-    finally:
-        if made and not any(out.iterdir()):
-            out.rmdir()

@@ -9,6 +9,7 @@ import numpy as np
 
 from flextok_jax.evaluation import metrics
 from flextok_jax.evaluation.pictures import Batch, Pictures, from_uint8
+from flextok_jax.evaluation.results import Results
 from flextok_jax.nn import flextok
 from flextok_jax.tokenizer import FlexTok
 
@@ -21,8 +22,8 @@ class Sampling:
         steps: Euler steps.
         guidance: the scale, None: the model's own default.
         norm_guidance: adaptive projected guidance instead of plain guidance.
-        seed: of the noise. Every image has noise of its own, a function of the seed and of the
-            image's place among all, so that the size of the batches changes nothing.
+        seed: of the noise. Every image has noise of its own, a function of the seed and of its
+            name (`pictures.name_seeds`), so that the size of the batches changes nothing.
     """
 
     steps: int = 20
@@ -85,14 +86,14 @@ def check_counts(tok: FlexTok, counts: Sequence[int] | None, available: int | No
 
 def encode(tok: FlexTok, images: np.ndarray, num_tokens: int, batch_size: int) -> np.ndarray:
     """uint8 [n, S, S, 3] -> int32 [n, num_tokens]; run as `batch_size` images, n or more."""
-    return np.asarray(tok.tokenize(_padded(images, batch_size), num_tokens))[: len(images)]
+    return np.asarray(tok.tokenize(padded(images, batch_size), num_tokens))[: len(images)]
 
 
 def draw(
     tok: FlexTok,
     tokens: np.ndarray,
     num_tokens: int,
-    first: int,
+    seeds: np.ndarray,
     sampling: Sampling,
     batch_size: int,
 ) -> np.ndarray:
@@ -100,18 +101,17 @@ def draw(
 
     Args:
         num_tokens: how many of the tokens are used.
-        first: the place of the first image among all.
+        seeds: uint32 [n], of the images' noise, beside `sampling.seed`.
         batch_size: the number of images it is run as, n or more.
     """
     cfg = tok.config
     latent = (*(s // cfg.vae.downsample for s in cfg.image_size), cfg.vae.latent_channels)
-    places = np.arange(first, first + batch_size, dtype=np.uint32)
     images = tok.detokenize(
-        _padded(tokens[:, :num_tokens], batch_size),
+        padded(tokens[:, :num_tokens], batch_size),
         steps=sampling.steps,
         guidance_scale=sampling.guidance,
         norm_guidance=sampling.norm_guidance,
-        noise=_noise(np.uint32(sampling.seed), places, latent),
+        noise=_noise(np.uint32(sampling.seed), padded(seeds, batch_size), latent),
     )
     return np.clip(np.asarray(images)[: len(tokens)], -1, 1)
 
@@ -123,11 +123,13 @@ def evaluate(
     sampling: Sampling = Sampling(),
     batch_size: int = 32,
     visit: Callable[[Batch, dict[int, np.ndarray]], None] | None = None,
+    results: Results | None = None,
 ) -> dict:
     """Reconstructs every picture from its first k tokens, for each k of `counts`.
 
     Args:
         visit: is given each batch and {k: float32 [n, S, S, 3] in [-1, 1]}.
+        results: pictures that are finished there are not done again, those done now are added.
 
     Returns:
         "model", "images", "count", "unreadable", the sampling; by k: "psnr" (dB, range 2) and
@@ -138,21 +140,33 @@ def evaluate(
 
     counts = check_counts(tok, counts)
     size, batch_size = side(tok), min(batch_size, len(pictures))
-    sums = {name: dict.fromkeys(counts, 0.0) for name in ("psnr", "mae")}
-    tokens = []
-    with tqdm(total=len(pictures) * len(counts), unit="image", disable=None) as bar:
-        for batch in pictures.batches(size, batch_size):
+    records = {} if results is None else dict(results.records)
+    done = len(records) * len(counts)
+    total = len(pictures) * len(counts)
+    with tqdm(total=total, initial=done, unit="image", disable=None) as bar:
+        for batch in pictures.batches(size, batch_size, skip=records):
             originals = from_uint8(batch.images)
-            tokens.append(encode(tok, batch.images, counts[-1], batch_size))
-            drawn = {}
+            tokens = encode(tok, batch.images, counts[-1], batch_size)
+            drawn, psnr, mae = {}, [], []
             for k in counts:
-                drawn[k] = draw(tok, tokens[-1], k, batch.first, sampling, batch_size)
-                sums["psnr"][k] += float(metrics.psnr(drawn[k], originals).sum())
-                sums["mae"][k] += float(metrics.mae(drawn[k], originals).sum())
+                drawn[k] = draw(tok, tokens, k, batch.seeds, sampling, batch_size)
+                psnr.append(metrics.psnr(drawn[k], originals))
+                mae.append(metrics.mae(drawn[k], originals))
                 bar.update(len(originals))
             if visit is not None:
                 visit(batch, drawn)
-    tokens = np.concatenate(tokens)
+            rows = zip(np.stack(psnr, 1).tolist(), np.stack(mae, 1).tolist(), tokens.tolist())
+            rows = [dict(zip(("psnr", "mae", "tokens"), row)) for row in rows]
+            new = dict(zip(batch.names, rows))
+            records.update(new)
+            if results is not None:
+                results.add(new)
+    tokens = np.array([record["tokens"] for record in records.values()])
+
+    def mean(name):
+        means = np.mean([record[name] for record in records.values()], axis=0)
+        return dict(zip(counts, means.tolist()))
+
     return {
         "model": identity(tok),
         "images": pictures.title,
@@ -161,7 +175,8 @@ def evaluate(
         **sampling.about(tok),
         "dtype": tok.compute.dtype,
         "num_tokens": counts,
-        **{name: {k: v / len(tokens) for k, v in by_k.items()} for name, by_k in sums.items()},
+        "psnr": mean("psnr"),
+        "mae": mean("mae"),
         "codebook_usage": {
             k: len(np.unique(tokens[:, :k])) / tok.config.vocab_size for k in counts
         },
@@ -169,13 +184,13 @@ def evaluate(
     }
 
 
-def _padded(array: np.ndarray, size: int) -> np.ndarray:
+def padded(array: np.ndarray, size: int) -> np.ndarray:
     """Copies of the last row, so that one program serves every batch."""
     return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _noise(seed, places, shape):
-    """Noise of each place: [n, *shape]."""
+def _noise(seed, seeds, shape):
+    """Noise of each image: [n, *shape]."""
     key = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(places)
+    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(seeds)

@@ -1,0 +1,197 @@
+"""The AR stage: a Transformer over the tokens of a trained tokenizer, by class or by text.
+
+Tokens are made once, several crops of each image, and read from then on:
+
+    flextok tokenize --model demo-digits --data digits --split train --crops 20 --shift 1 \
+        --out runs/digit_tokens
+    flextok tokenize --model demo-digits --data digits --split test --out runs/digit_tokens
+    python -m flextok_jax.main --config=configs/ar.py:digits --workdir=runs/ar \
+        --config.data.path=runs/digit_tokens
+
+    flextok tokenize --model EPFL-VILAB/flextok_d18_d28_in1k --data IMAGENET --split train \
+        --crops 10 --flip --out TOKENS          (and --split test)
+    python -m flextok_jax.main --config=configs/ar.py:c2i_d24 --workdir=DIR \
+        --config.data.path=TOKENS --config.mesh.fsdp=16
+
+or from images, by a frozen tokenizer in every step:
+
+    ... --config.tokenizer.source=MODEL --config.data.source=folder --config.data.path=FOLDER \
+        --config.data.image_size=256 --config.data.crop=center
+
+A text variant learns from images with captions and their embeddings: beside NAME.jpg lie NAME.npy
+(float [T, 2048], of Flan-T5-XL, without padding) and perhaps NAME.txt; null_text.npy in the folder
+is the embedding of the empty prompt. `flextok tokenize` takes them along. No text encoder is part
+of this project.
+
+A variant may carry sizes after commas, which override the variant's own:
+    --config=configs/ar.py:c2i_d24,depth=2,width=64,batch=4,vocab=1000,num_tokens=16
+
+Sources of the numbers: [paper] arXiv 2502.13967, class-conditional models, ImageNet; [released] the
+released inference code and checkpoints; [assumed] recollected or not published, chosen by us.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+C2I = (10, 12, 16, 20, 24, 30)  # Depths; 49 M to 1.33 B parameters in the blocks [paper].
+T2I = (12, 18, 26, 36)  # [released]: 113 M, 382 M, 1 B, 3 B.
+VARIANTS = ("digits", *(f"c2i_d{d}" for d in C2I), *(f"t2i_d{d}" for d in T2I))
+
+IMAGENET, IMAGENET_CLASSES = 1_281_167, 1000
+
+
+def get_config(arg: str = "digits") -> ConfigDict:
+    """The configuration of a variant; see VARIANTS."""
+    variant, *overrides = arg.split(",")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: allowed are {', '.join(VARIANTS)}")
+    kind, _, depth = variant.partition("_d")
+    config = _digits() if kind == "digits" else _full(int(depth), text=kind == "t2i")
+    for item in overrides:
+        name, _, value = item.partition("=")
+        _override(config, name, int(value))
+    return config
+
+
+def _base() -> ConfigDict:
+    """What every variant shares, and every key there is."""
+    return ConfigDict(
+        dict(
+            stage="ar",
+            seed=0,
+            total_steps=0,
+            batch_size=0,
+            log_every=100,
+            eval_every=0,
+            init_from="",  # a released model or a workdir: fine-tuning
+            freeze=(),  # regexes over whole parameter paths, such as "ar/embed"
+            ema_decay=0.9999,  # [assumed]
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the devices that are left
+            checkpoint=dict(every=1000, keep=2),
+            compute=dict(dtype="float32", attention="xla", scan=True, remat=False),
+            evaluation=dict(num_images=256, batch_size=128),
+            tokenizer=dict(source=""),  # images are tokenised in every step; "": data is tokens
+            condition=dict(null_prob=0.1),  # [paper]: class dropout
+            loss=dict(
+                chunk=32,  # positions whose logits exist at a time; no effect on the result
+                z_loss=0.0,  # 1e-4 (PaLM) where logits drift
+            ),
+            data=dict(
+                source="tokens",
+                path="",
+                name="",
+                split="train",
+                eval_split="test",
+                # Of images only, tokenised in every step:
+                image_size=256,
+                crop="none",
+                crop_scale=(0.8, 1.0),
+                flip=False,
+                shift=0,
+                rotate=0.0,
+                zoom=0.0,
+            ),
+            model=dict(
+                vocab_size=64_000,  # [paper]
+                num_tokens=256,  # [paper]
+                width=768,
+                depth=12,
+                head_dim=64,  # [paper]: width 64 d, d heads
+                mlp_hidden=2048,
+                num_classes=0,
+                text_dim=0,
+                text_hidden=0,
+                qk_norm=False,  # [assumed]
+                norm_eps=1e-6,  # [assumed]
+                guidance_scale=1.5,  # [released]: recommended by class
+            ),
+            optim=dict(
+                lr=1.2e-3,  # [paper]: about
+                warmup_steps=1000,
+                final_lr_fraction=0.01,  # [paper]: cosine to 1 %
+                b1=0.9,  # [paper]
+                b2=0.95,  # [paper]
+                eps=1e-8,  # [assumed]
+                weight_decay=0.05,  # [paper]
+                grad_clip=1.0,  # [paper]
+                accumulate=1,
+                mup_base_width=placeholder(int),  # [assumed]: the paper's muP base is not published
+                mu_dtype=placeholder(str),
+            ),
+        )
+    )
+
+
+def _digits() -> ConfigDict:
+    """The tokens of `demo-digits`: 16 per image, 1 000 ids, 10 classes; minutes on a CPU core.
+
+    1 500 images are few: shifted crops of each, weight decay and averaging hold overfitting back,
+    and the run ends where the cross-entropy of the held-out digits is about lowest.
+    """
+    c = _base()
+    c.total_steps, c.batch_size = 1000, 64
+    c.log_every, c.eval_every, c.checkpoint.every = 100, 200, 200
+    c.ema_decay = 0.99
+    c.evaluation.num_images, c.evaluation.batch_size = 297, 160
+    c.data.update(image_size=16, shift=1)
+    c.loss.chunk = 16  # all positions: their logits are small
+    c.model.update(
+        vocab_size=1000,
+        num_tokens=16,
+        width=128,
+        depth=4,
+        head_dim=32,
+        mlp_hidden=mlp_hidden(128),
+        num_classes=10,
+    )
+    c.optim.update(warmup_steps=100, weight_decay=0.2)
+    c.compute.scan = False  # a small model on a CPU runs faster unrolled
+    return c
+
+
+def _full(depth: int, text: bool) -> ConfigDict:
+    """The full-size models: width 64 d, d heads, on tokens of ImageNet by class, or by text.
+
+    300 epochs in batches of 1024, the first 30 of them warm-up (from 1e-6 in the paper, from
+    lr / warmup_steps here) [paper]. The training of the text models is not published: the same
+    recipe, for as many steps.
+    """
+    c = _base()
+    c.batch_size = 1024  # [paper]
+    epoch = IMAGENET / c.batch_size
+    c.total_steps, c.optim.warmup_steps = round(300 * epoch), round(30 * epoch)  # [paper]
+    c.eval_every, c.checkpoint.every = 5000, 5000
+    c.compute.update(dtype="bfloat16", remat=True)  # [assumed]
+    c.evaluation.update(num_images=10_240, batch_size=1024)
+    c.data.crop = "center"  # of images: crops beforehand are the paper's, 10 of each image
+    width = 64 * depth
+    c.model.update(width=width, depth=depth, mlp_hidden=mlp_hidden(width))
+    if text:
+        # Flan-T5-XL, 2048 channels, and a hidden width of 2048; scale 3 [released].
+        c.model.update(text_dim=2048, text_hidden=2048, guidance_scale=3.0)
+    else:
+        c.model.num_classes = IMAGENET_CLASSES
+    return c
+
+
+def mlp_hidden(width: int) -> int:
+    """int(8/3 width), at which a block has 12 width^2 weights [paper], up to a multiple of 128."""
+    return -(-int(8 * width / 3) // 128) * 128
+
+
+def _override(config: ConfigDict, name: str, value: int):
+    """One size of a variant's argument."""
+    model = {"vocab": "vocab_size", "num_tokens": "num_tokens", "depth": "depth"}
+    if name == "width":
+        config.model.update(width=value, mlp_hidden=mlp_hidden(value))
+    elif name == "batch":
+        config.batch_size = value
+    elif name == "text" and config.model.text_dim:
+        config.model.text_dim = config.model.text_hidden = value
+    elif name in model:
+        config.model[model[name]] = value
+    else:
+        raise ValueError(
+            f"{name!r} cannot be set after the variant: allowed are width, depth, batch, vocab, "
+            "num_tokens, and text (channels) of a text variant; anything else by --config.KEY=VALUE"
+        )

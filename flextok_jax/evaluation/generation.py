@@ -1,0 +1,75 @@
+"""Conditions to tokens to images, over lists of labels of any length."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from flextok_jax.evaluation.reconstruction import Sampling, draw, padded
+from flextok_jax.generator import ImageGenerator
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSampling:
+    """How tokens are drawn; see `ImageGenerator.generate_tokens`.
+
+    Attributes:
+        guidance: the scale, None: the model's own default.
+        temperature: 0 is greedy.
+        top_k, top_p: filters, 0 is off.
+    """
+
+    guidance: float | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def about(self, gen: ImageGenerator) -> dict:
+        """What is used, in words for a file."""
+        scale = gen.config.guidance_scale if self.guidance is None else self.guidance
+        return {
+            "token_guidance": scale,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
+
+def generate(
+    gen: ImageGenerator,
+    labels: np.ndarray,
+    places: np.ndarray,
+    counts: Sequence[int],
+    how: TokenSampling,
+    sampling: Sampling,
+    batch_size: int,
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """One batch of class-conditional samples, coarse to fine.
+
+    Args:
+        labels: int [n].
+        places: uint32 [n], of the samples among all: a sample depends on the seed and its place,
+            not on the size of the batches.
+        counts: numbers of tokens to draw images from.
+        batch_size: the number of samples it is run as, n or more.
+
+    Returns:
+        (tokens int32 [n, K], K the largest count; {k: float32 [n, S, S, 3] in [-1, 1]}).
+    """
+    key = jax.random.key(sampling.seed)
+    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(padded(places, batch_size))
+    tokens = gen.generate_tokens(
+        padded(labels, batch_size),
+        num_tokens=max(counts),
+        guidance_scale=how.guidance,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+        key=keys,
+    )
+    tokens = np.asarray(tokens)[: len(labels)]
+    images = {
+        k: draw(gen.tokenizer, tokens, k, places, sampling, batch_size) for k in sorted(counts)
+    }
+    return tokens, images

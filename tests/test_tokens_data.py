@@ -1,0 +1,279 @@
+"""Shards of tokens: what is written is read, interrupted work is continued, nothing is mixed."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+from common import tiny_tokenizer
+from PIL import Image
+
+from flextok_jax import FlexTok, cli
+from flextok_jax.commands import tokenize_data
+from flextok_jax.data import tokens
+from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.data.tokens import Record
+
+TOKENIZER = {"source": "a", "origin": "model A", "fingerprint": "aaaa", "levels": [8, 5]}
+
+
+def settings(**changes):
+    return {
+        "tokenizer": TOKENIZER, "vocab_size": 40, "num_tokens": 4, "crops": 3, "num_shards": 3,
+    } | changes  # fmt: skip
+
+
+def records(shard, text=False):
+    rng = np.random.RandomState(shard)
+    return [
+        Record(
+            rng.randint(0, 40, (3, 4)),
+            int(rng.randint(10)),
+            f"été {i}" if text else None,
+            rng.standard_normal((1 + i % 3, 6)).astype(np.float16) if text else None,
+        )
+        for i in range(5)
+    ]
+
+
+def write(folder, split="train", text=False, **changes):
+    def make(shard):
+        return records(shard, text), {"broken.jpg": "no image"} if shard == 1 else {}
+
+    null = np.ones((2, 6)) if text else None
+    return tokens.write_split(folder / split, settings(**changes), make, null)
+
+
+def pipeline(folder, train=True, seed=0, batch_size=6, index=0, count=1):
+    cfg = types.SimpleNamespace(
+        source="tokens", path=str(folder), split="train", eval_split="train"
+    )
+    return make_pipeline(
+        cfg, seed=seed, batch_size=batch_size, train=train, process_index=index, process_count=count
+    )
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# Records.
+
+
+@pytest.mark.parametrize("vocab, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_a_record_comes_back_with_the_smallest_integers_that_hold_the_ids(vocab, dtype):
+    record = Record(np.array([[0, vocab - 1]]), 7, "Ein Würfel", np.ones((3, 5), np.float16))
+    data = tokens.to_bytes(record, vocab)
+    again = tokens.from_bytes(data)
+    assert again.tokens.dtype == dtype and again.embedding.dtype == np.float16
+    assert (again.label, again.caption) == (7, "Ein Würfel")
+    np.testing.assert_array_equal(again.tokens, record.tokens)
+    plain = tokens.from_bytes(tokens.to_bytes(Record(record.tokens, -1), vocab))
+    assert (plain.label, plain.caption, plain.embedding) == (-1, None, None)
+    for wrong in (vocab, -1):
+        with pytest.raises(ValueError, match=f"id {wrong}: must be in 0..{vocab - 1}"):
+            tokens.to_bytes(Record(np.array([[wrong]]), 0), vocab)
+
+
+def test_shards_hold_every_record_in_order_and_the_manifest_says_so(tmp_path):
+    manifest = write(tmp_path)
+    source = tokens.TokenSource(tmp_path, "train")
+    expected = [record for shard in range(3) for record in records(shard)]
+    assert len(source) == len(expected) == 15
+    for i, record in enumerate(expected):
+        found = tokens.from_bytes(source[i])
+        np.testing.assert_array_equal(found.tokens, record.tokens)
+        assert found.label == record.label
+    assert manifest["unreadable"] == {"broken.jpg": "no image"}
+    assert manifest == json.loads((tmp_path / "train" / "manifest.json").read_text())
+    for name, about in manifest["shards"].items():
+        data = (tmp_path / "train" / name).read_bytes()
+        assert about["bytes"] == len(data) and about["records"] == 5 and about["max_label"] <= 9
+
+
+# Batches.
+
+
+def test_a_batch_is_one_crop_of_each_image_by_seed_and_step(tmp_path):
+    write(tmp_path)
+    p = pipeline(tmp_path)
+    batch = p[0]
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        "tokens": ((6, 4), np.int32), "label": ((6,), np.int32),
+    }  # fmt: skip
+    everything = [record for shard in range(3) for record in records(shard)]
+    crops = set()
+    for step in range(60):
+        for row, label in zip(p[step]["tokens"], p[step]["label"]):
+            at = [(i, c) for i, r in enumerate(everything) for c in range(3)
+                  if (r.tokens[c] == row).all() and r.label == label]  # fmt: skip
+            assert len(at) == 1
+            crops.add(at[0])
+    assert len(crops) == 45  # All crops of all images come, in 24 epochs.
+    again = pipeline(tmp_path)[3]
+    np.testing.assert_array_equal(again["tokens"], p[3]["tokens"])
+    assert (pipeline(tmp_path, seed=1)[3]["tokens"] != p[3]["tokens"]).any()
+    parts = [pipeline(tmp_path, index=i, count=2)[3]["tokens"] for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(parts), p[3]["tokens"])
+    np.testing.assert_array_equal(next(p.iterate(3))["tokens"], p[3]["tokens"])
+
+
+def test_evaluation_sees_the_plain_crop_of_every_image_once(tmp_path):
+    write(tmp_path)
+    batches = list(pipeline(tmp_path, train=False).eval_batches(6))
+    assert [b["mask"].tolist() for b in batches] == [[True] * 6] * 2 + [[True] * 3 + [False] * 3]
+    rows = np.concatenate([b["tokens"] for b in batches])[:15]
+    expected = [record.tokens[0] for shard in range(3) for record in records(shard)]
+    np.testing.assert_array_equal(rows, expected)
+
+
+def test_text_is_padded_to_the_longest_caption_with_a_mask(tmp_path):
+    write(tmp_path, text=True, text_dim=6)
+    (batch, *_) = pipeline(tmp_path, train=False).eval_batches(5)
+    assert batch["text"].shape == (5, 3, 6) and batch["text"].dtype == np.float16
+    assert batch["text_mask"].sum(1).tolist() == [1, 2, 3, 1, 2]
+    for row, mask, record in zip(batch["text"], batch["text_mask"], records(0, text=True)):
+        np.testing.assert_array_equal(row[mask], record.embedding)
+        assert not row[~mask].any()
+
+
+# Interruption, damage, mixing.
+
+
+def test_a_run_killed_between_shards_continues_to_the_same_files(tmp_path):
+    write(tmp_path / "whole")
+    made = []
+
+    def killed(shard):
+        made.append(shard)
+        if shard == 2 and made.count(2) == 1:
+            raise KeyboardInterrupt
+        return records(shard), {"broken.jpg": "no image"} if shard == 1 else {}
+
+    folder = tmp_path / "killed" / "train"
+    with pytest.raises(KeyboardInterrupt):
+        tokens.write_split(folder, settings(), killed)
+    with pytest.raises(ValueError, match="2 of 3 shards.*run it again"):
+        tokens.TokenSource(tmp_path / "killed", "train")
+    (folder / ".tokens-00002-of-00003.half.array_record").write_bytes(b"half")
+    tokens.write_split(folder, settings(), killed)
+    assert made == [0, 1, 2, 2]
+    assert contents(folder) == contents(tmp_path / "whole" / "train")
+
+
+def test_a_damaged_shard_is_noticed_and_made_again(tmp_path):
+    write(tmp_path)
+    before = contents(tmp_path / "train")
+    shard = tmp_path / "train" / "tokens-00001-of-00003.array_record"
+    shard.write_bytes(before[shard.name][:-9])
+    with pytest.raises(ValueError, match="tokens-00001.*is damaged"):
+        tokens.TokenSource(tmp_path, "train")
+    data = bytearray(before[shard.name])
+    data[100] ^= 1  # The same length.
+    shard.write_bytes(data)
+    write(tmp_path)
+    assert contents(tmp_path / "train") == before
+
+
+def test_tokenizers_and_settings_are_not_mixed(tmp_path):
+    write(tmp_path)
+    before = contents(tmp_path / "train")
+    other = TOKENIZER | {"origin": "model B", "fingerprint": "bbbb"}
+    for split in ("train", "test"):  # Also beside it.
+        with pytest.raises(ValueError, match="(?s)'aaaa' there, 'bbbb' now.*'model A'.*'model B'"):
+            write(tmp_path, split, tokenizer=other)
+    with pytest.raises(ValueError, match="crops: 3 there, 4 now"):
+        write(tmp_path, crops=4)
+    assert contents(tmp_path / "train") == before and not (tmp_path / "test").exists()
+    write(tmp_path, "test", tokenizer=TOKENIZER | {"origin": "A elsewhere"})  # The same weights.
+
+
+def test_a_missing_split_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="flextok tokenize.*--split test"):
+        tokens.TokenSource(tmp_path, "test")
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Six images in two classes with captions and embeddings, one broken."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.RandomState(0)
+    for i in range(6):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.randint(0, 256, (12, 9 + i, 3), np.uint8)).save(path)
+        path.with_suffix(".txt").write_text(f"image {i}\n")
+        np.save(path.with_suffix(".npy"), np.full((1 + i, 6), i, np.float32))
+    np.save(folder / tokens.NULL_TEXT, np.zeros((1, 6), np.float32))
+    (folder / "class0" / "2.png").write_bytes(b"this is no image")
+    return folder
+
+
+def run(*arguments):
+    return cli.main([str(a) for a in ("tokenize", *arguments)])
+
+
+def test_the_command_writes_the_tokens_of_each_crop(model, images, tmp_path, capsys):
+    args = ["--model", model, "--data", images, "--split", "all", "--out", tmp_path / "out"]
+    args += ["--crops", 3, "--num-tokens", 4, "--shard-size", 4, "--batch-size", 5]
+    assert run(*args) == 0
+    out, err = capsys.readouterr()
+    assert "4 tokens of each of 5 images" in out
+    assert "1 of 6 images" in err and "class0/2.png: UnidentifiedImageError" in err
+    source = tokens.TokenSource(tmp_path / "out", "all")
+    manifest, tok = source.manifest, FlexTok.from_pretrained(model)
+    assert manifest["tokenizer"]["fingerprint"] == tok.fingerprint
+    assert (manifest["classes"], manifest["vocab_size"]) == (["class0", "class1"], 200)
+    found = [tokens.from_bytes(source[i]) for i in range(len(source))]
+    assert [r.label for r in found] == [0, 0, 1, 1, 1]
+    assert [r.caption for r in found] == [f"image {i}" for i in (0, 4, 1, 3, 5)]
+    assert [len(r.embedding) for r in found] == [1, 5, 2, 4, 6] and source.text == (6, 6)
+    from flextok_jax.data.sources import decode_image
+    from flextok_jax.data.transforms import center_crop
+
+    plain = center_crop(decode_image((images / "class0" / "0.png").read_bytes()), 8)
+    np.testing.assert_array_equal(found[0].tokens[0], tok.tokenize(plain[None], 4)[0])
+    assert all(len(np.unique(r.tokens, axis=0)) > 1 for r in found)
+    # Other sizes of batches and shards change nothing; another order of work does not either.
+    args[args.index("--out") + 1] = tmp_path / "again"
+    args[-1], args[-3] = 2, 99
+    assert run(*args) == 0
+    again = tokens.TokenSource(tmp_path / "again", "all")
+    assert [again[i] for i in range(5)] == [source[i] for i in range(5)]
+
+
+def test_an_interrupted_command_continues(model, tmp_path, capsys, monkeypatch):
+    args = ["--model", model, "--data", "digits", "--limit", 9, "--out", tmp_path]
+    args += ["--shard-size", 4, "--split", "test"]
+    monkeypatch.setattr("flextok_jax.commands.tokenize_data.side", lambda tok: 16)
+    calls = []
+
+    def encode(tok, images, k, batch_size):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return np.zeros((len(images), k), np.int32)
+
+    monkeypatch.setattr(tokenize_data, "encode", encode)
+    assert run(*args) == 130 and "interrupted" in capsys.readouterr().err
+    assert run(*args) == 0 and calls == [4, 4, 4, 1]
+    assert len(tokens.TokenSource(tmp_path, "test")) == 9
+    assert run(*args) == 0 and len(calls) == 4  # Nothing is left to do.
+
+
+def test_options_of_one_form_are_refused_with_the_other(model, images, tmp_path, capsys):
+    out = ["--model", model, "--out", tmp_path / "x.npz"]
+    assert run(*out, "--images", images, "--crops", 2) == 2
+    assert "--crops goes with --data" in capsys.readouterr().err
+    assert run(*out[:3], images / "inside", "--data", images) == 2
+    assert "lies in the image folder" in capsys.readouterr().err
