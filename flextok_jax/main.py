@@ -4,6 +4,9 @@ python -m flextok_jax.main --config=configs/FILE.py:VARIANT --workdir=DIR [--con
 
 The same command continues an interrupted run. Exit codes: 0 done, or stopped by Ctrl-C and saved;
 143 stopped by SIGTERM or a preemption notice and saved: start it again.
+
+On several machines the same command runs on each. TPU pods and Slurm are recognised; elsewhere add
+--coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import importlib
@@ -15,12 +18,19 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-STAGES = {"tokenizer": "flextok_jax.training.tokenizer_stage:TokenizerStage"}
+STAGES = {
+    "vae": "flextok_jax.training.vae_stage:VAEStage",
+    "tokenizer": "flextok_jax.training.tokenizer_stage:TokenizerStage",
+    "ar": "flextok_jax.training.ar_stage:ARStage",
+}
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py:VARIANT; any key by --config.KEY=VALUE", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and logs")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are more")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0")
 
 
 def make_stage(config):
@@ -40,11 +50,13 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option begins with --")
     from flextok_jax.interop.checkpoint import WorkdirError
+    from flextok_jax.parallel import startup
     from flextok_jax.training.loop import train
     from flextok_jax.training.signals import PREEMPTED
 
     logging.getLogger("flextok_jax").setLevel(logging.INFO)
     try:
+        startup.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         stage = make_stage(_CONFIG.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

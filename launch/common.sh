@@ -30,3 +30,28 @@ setup_venv() {
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
     echo "$wanted" >"$VENV/.installed"
 }
+
+# setup_gpu: setup_venv with the CUDA that this machine's driver can run; JAX_PLATFORMS=cpu: without.
+setup_gpu() {
+    local driver extra=
+    if [ "${JAX_PLATFORMS:-cuda}" != cpu ]; then
+        if ! driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then
+            echo "error: no NVIDIA GPU answers to nvidia-smi; JAX_PLATFORMS=cpu runs without one" >&2
+            return 2
+        fi
+        # CUDA 13 needs driver 580 or newer (NVIDIA's compatibility table).
+        if [ "${driver%%.*}" -ge 580 ]; then extra=cuda13; else extra=cuda12; fi
+        export JAX_PLATFORMS=cuda
+    fi
+    setup_venv $extra || return
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
+}
+
+# shown WORD ...: the command as one can type it.
+shown() {
+    local word out=()
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then out+=("$word"); else out+=("${word@Q}"); fi
+    done
+    echo "${out[*]}"
+}

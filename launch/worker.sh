@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# What tpu.sh runs on each worker of a slice:
+#
+#   worker.sh setup [BUCKET]    environment, and the bucket as the folder /gcs/BUCKET
+#   worker.sh start ARGUMENTS   python -m flextok_jax.main ARGUMENTS, detached from the connection
+#   worker.sh state             one line: "flextok-worker HOST none|running|exit:CODE|lost"
+#   worker.sh log [N] [follow]  the last N lines of the log
+#   worker.sh stop              SIGTERM, and after 60 s SIGKILL
+set -euo pipefail
+VENV=${VENV:-$HOME/flextok-venv}  # Outside the code, which `tpu.sh setup` replaces.
+source "$(dirname "$0")/common.sh"
+RUN=$HOME/flextok-run
+mkdir -p "$RUN"
+
+# The images of TPU VMs are Ubuntu 22.04, whose Python is 3.10.
+ensure_python() {
+    if ! find_python >/dev/null 2>&1; then
+        # https://docs.astral.sh/uv/guides/install-python/
+        python3 -m pip install --quiet --user uv
+        python3 -m uv python install 3.12
+        PYTHON=$(python3 -m uv python find 3.12)
+        export PYTHON
+    fi
+}
+
+# https://cloud.google.com/storage/docs/cloud-storage-fuse/install
+install_gcsfuse() {
+    local key=/usr/share/keyrings/cloud.google.asc base=https://packages.cloud.google.com/apt
+    curl -fsSL "$base/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+    echo "deb [signed-by=$key] $base gcsfuse-$(lsb_release -c -s) main" |
+        sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+    # A new machine may be updating itself and hold apt's lock.
+    sudo apt-get -o DPkg::Lock::Timeout=600 update -q
+    sudo apt-get -o DPkg::Lock::Timeout=600 install -q -y gcsfuse
+}
+
+# https://cloud.google.com/storage/docs/cloud-storage-fuse/cli-options
+# No cached metadata: what one worker writes into a checkpoint, the others must see. The limit lets a
+# finished checkpoint get its name in a bucket without hierarchical namespace.
+mount_bucket() {
+    local target=/gcs/$1
+    if mountpoint -q "$target"; then return; fi
+    command -v gcsfuse >/dev/null || install_gcsfuse
+    sudo mkdir -p "$target"
+    sudo chown "$(id -u):$(id -g)" "$target"
+    gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+        --rename-dir-limit=100000 "$1" "$target"
+}
+
+# Whoever holds the lock is the run. It is inherited by the training, and gone when that is gone,
+# however it went: no process id has to be believed.
+lock() {
+    exec 9>"$RUN/lock"
+    flock -n 9
+}
+
+case ${1:-} in
+setup)
+    ensure_python
+    setup_venv tpu
+    if [ -n "${2:-}" ]; then mount_bucket "$2"; fi
+    ;;
+start)
+    shift
+    if ! lock; then
+        echo "error: a run is going on on $(hostname)" >&2
+        exit 1
+    fi
+    rm -f "$RUN/exit"
+    # shellcheck disable=SC2016  # for the inner shell
+    setsid bash -c 'trap : TERM # the training gets it too, and its exit code is to be written
+        echo "--- $(date) ${*:2}"
+        code=0
+        "$1" -u -m flextok_jax.main "${@:2}" || code=$?
+        echo "$code" >"$0/exit.tmp" && mv "$0/exit.tmp" "$0/exit"' \
+        "$RUN" "$VENV/bin/python" "$@" >>"$RUN/log" 2>&1 </dev/null &
+    echo $! >"$RUN/group"
+    ;;
+state)
+    if [ ! -e "$RUN/lock" ]; then
+        found=none
+    elif ! lock; then
+        found=running
+    elif [ -e "$RUN/exit" ]; then
+        found=exit:$(cat "$RUN/exit")
+    else
+        found=lost # the machine was restarted
+    fi
+    echo "flextok-worker $(hostname) $found"
+    ;;
+log)
+    tail -n "${2:-50}" ${3:+-F} "$RUN/log"
+    ;;
+stop)
+    if [ ! -e "$RUN/group" ] || lock; then exit; fi
+    group=$(cat "$RUN/group")
+    kill -TERM -- "-$group" 2>/dev/null || true
+    for ((i = 0; i < 60; i++)); do
+        if lock; then exit; fi
+        sleep 1
+    done
+    kill -KILL -- "-$group" 2>/dev/null || true
+    ;;
+*)
+    echo "usage: $0 setup|start|state|log|stop" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,155 @@
+"""Several processes find each other by the environment or by flags, and train what one trains."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+from common import ROOT
+from conftest import CACHE
+from test_training_state import ToyStage, get_config
+
+from flextok_jax import main
+from flextok_jax.parallel import startup
+from flextok_jax.training.loop import train
+
+SLURM = dict.fromkeys(startup.SLURM, "0") | {"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-2]"}
+
+
+@pytest.mark.parametrize(
+    "env, platforms, expected",
+    [
+        ({}, None, None),
+        ({}, "cpu", None),
+        ({}, "cuda", None),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None, None),  # what JAX sets where there is no TPU chip
+        ({}, "tpu,cpu", "tpu"),  # what JAX sets on a TPU VM
+        ({"TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", None),  # no metadata server, no names of hosts
+        ({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", "tpu"),  # GKE
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "cpu", None),  # JAX_PLATFORMS=cpu on a TPU host
+        (SLURM, "cuda", "slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, "cuda", None),  # one task keeps all its GPUs
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, "cuda", None),  # no srun
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "cuda", None),  # any pod of any cluster
+    ],
+)
+def test_the_environment_tells_whether_there_are_others(env, platforms, expected):
+    assert startup.environment(env, platforms) == expected
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The calls of jax.distributed.initialize, which does nothing."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    for name in startup.SLURM:
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_alone_nothing_is_started(started):
+    startup.start()
+    assert started == []
+
+
+def test_slurm_and_flags_choose_how_jax_starts(started, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    startup.start()
+    startup.start("node0:1234", 2, 1)
+    assert started == [
+        ((), {"cluster_detection_method": "slurm"}),
+        (("node0:1234", 2, 1), {"cluster_detection_method": "deactivate"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (("node0:1234", None, None), "--num_processes and --process_id must be given too"),
+        (("node0:1234", 2, None), "--process_id must be given too"),
+        ((None, None, 0), "--coordinator and --num_processes must be given too"),
+        (("node0", 2, 0), "HOST:PORT is needed"),
+        ((":1234", 2, 0), "HOST:PORT is needed"),
+        (("node0:1234", 2, 2), "--process_id=2 must be 0 .. 1"),
+        (("node0:1234", 2, -1), "--process_id=-1 must be 0 .. 1"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_with_the_remedy(started, flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        startup.start(*flags)
+    assert started == []
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def losses(workdir) -> list[float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+# The true command line, with the small stage of test_training_state.
+TOY = """
+from flextok_jax import main
+main.STAGES["toy"] = "test_training_state:ToyStage"
+main.run()
+"""
+TOY_CONFIG = """
+from test_training_state import get_config as toy
+def get_config():
+    return toy(total_steps=2, mesh__data=-1)
+"""
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    config = tmp_path / "toy.py"
+    config.write_text(TOY_CONFIG)
+    paths = [str(ROOT), str(ROOT / "tests")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_DEFAULT_MATMUL_PRECISION": "float32",
+    }
+    command = [sys.executable, "-c", TOY, f"--config={config}", f"--workdir={tmp_path / 'two'}"]
+    leader = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [*command, *leader, f"--process_id={process_id}", "--config.mesh.fsdp=2"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process_id in (0, 1)
+    ]
+    try:
+        config = get_config(total_steps=2)  # meanwhile, one process
+        train(ToyStage(config), config, tmp_path / "one")
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "process 0 of 2" in outputs[0] and "process 1 of 2" in outputs[1]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 2 and two == pytest.approx(one, rel=1e-6)
+    assert (tmp_path / "two" / "checkpoints" / "2").is_dir()
+
+
+def test_the_command_line_tells_of_a_forgotten_flag(tmp_path):
+    done = subprocess.run(
+        [sys.executable, main.__file__, "--config=configs/tokenizer.py:digits"]
+        + [f"--workdir={tmp_path}", "--num_processes=2"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "error: --coordinator and --process_id must" in done.stderr
