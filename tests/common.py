@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from flextok_jax import FlexTok
-from flextok_jax.nn import flextok
-from flextok_jax.nn.config import FlexTokConfig, VAEConfig, identity_vae
+from flextok_jax import FlexTok, ImageGenerator
+from flextok_jax.nn import ar, flextok
+from flextok_jax.nn.config import ARConfig, FlexTokConfig, VAEConfig, identity_vae
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 ROOT = GOLDEN.parent.parent
@@ -69,3 +69,11 @@ def tiny_tokenizer(cfg: FlexTokConfig = TINY) -> FlexTok:
 
 def small_vae(channels: int = 4) -> VAEConfig:
     return VAEConfig(latent_channels=channels, block_out=(32, 32), layers_per_block=1)
+
+
+def tiny_generator(cfg: FlexTokConfig) -> ImageGenerator:
+    """A class-conditional AR model of random weights over the tokens of a tiny tokenizer."""
+    tok = tiny_tokenizer(cfg)
+    sizes = dict(width=32, depth=1, head_dim=16, mlp_hidden=64, num_classes=10)
+    ar_cfg = ARConfig(vocab_size=cfg.vocab_size, num_tokens=cfg.num_tokens, **sizes)
+    return ImageGenerator(ar_cfg, ar.init(ar_cfg, jax.random.key(0)), tok)

@@ -67,7 +67,8 @@ def config(path, variant="digits", **changes):
     c.update(total_steps=4, log_every=2, eval_every=0)
     c.checkpoint.every = 2
     c.mesh.data = 1
-    c.data.path = str(path)
+    c.tokenizer.source = ""
+    c.data.update(source="tokens", path=str(path))
     c.loss.chunk = 5
     c.optim.warmup_steps = 1
     c.evaluation.update(num_images=20, batch_size=8)

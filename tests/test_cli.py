@@ -18,7 +18,9 @@ from flextok_jax.evaluation import metrics, reconstruction
 from flextok_jax.evaluation.pictures import from_uint8
 from flextok_jax.interop.checkpoint import Checkpoints
 
-COMMANDS = ("reconstruct", "tokenize", "detokenize", "evaluate", "convert", "info")
+COMMANDS = (
+    "reconstruct", "tokenize", "detokenize", "generate", "evaluate", "convert", "info",
+)  # fmt: skip
 FAST = ["--steps", "2", "--guidance", "1.5"]
 
 

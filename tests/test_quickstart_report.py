@@ -5,13 +5,11 @@ import functools
 import html.parser
 import json
 
-import jax
 import numpy as np
 import pytest
-from common import TINY, tiny_tokenizer
+from common import TINY, tiny_generator
 from PIL import Image
 
-from flextok_jax import ImageGenerator
 from flextok_jax.data import sources
 from flextok_jax.evaluation import quickstart_parts, quickstart_report
 from flextok_jax.evaluation.digits_judge import evaluate_digits
@@ -19,25 +17,13 @@ from flextok_jax.evaluation.digits_samples import evaluate_samples, nearest, nea
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import from_uint8
 from flextok_jax.evaluation.reconstruction import Sampling
-from flextok_jax.nn import ar
-from flextok_jax.nn.config import ARConfig
 
 QUICK = Sampling(steps=1, guidance=1.0)
 
 
 @pytest.fixture(scope="module")
 def gen():
-    tok = tiny_tokenizer(dataclasses.replace(TINY, patch_size=4))  # 16 x 16 pixels
-    cfg = ARConfig(
-        vocab_size=tok.config.vocab_size,
-        num_tokens=16,
-        width=32,
-        depth=1,
-        head_dim=16,
-        mlp_hidden=64,
-        num_classes=10,
-    )
-    return ImageGenerator(cfg, ar.init(cfg, jax.random.key(0)), tok)
+    return tiny_generator(dataclasses.replace(TINY, patch_size=4))  # 16 x 16 pixels
 
 
 @pytest.fixture(scope="module")

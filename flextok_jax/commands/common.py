@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import DIGITS, Pictures
 from flextok_jax.evaluation.reconstruction import Sampling
 from flextok_jax.interop import tensor_file
@@ -37,6 +38,11 @@ def sampling(args) -> Sampling:
     return Sampling(args.steps, args.guidance, args.norm_guidance, args.seed)
 
 
+def token_sampling(args) -> TokenSampling:
+    """--token-guidance, --temperature, --top-k and --top-p."""
+    return TokenSampling(args.token_guidance, args.temperature, args.top_k, args.top_p)
+
+
 def check_apart(images: str, out: str) -> None:
     """Refuses results inside the folder of images: the next run would read them as images."""
     if images == DIGITS:
@@ -56,6 +62,12 @@ def write_json(path, content: dict) -> None:
         raise ValueError(f"{path} is a folder: pass the name of a file")
     with tensor_file.atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def print_speed(images: int, seconds: float) -> None:
+    """What a long run is judged by."""
+    if images:
+        print(f"{images / seconds:.2f} images/s over {seconds:.0f} s, compilation included")
 
 
 def report_unreadable(pictures: Pictures) -> None:

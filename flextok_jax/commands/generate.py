@@ -10,7 +10,6 @@ from flextok_jax.commands import common
 from flextok_jax.commands.reconstruct import metadata
 from flextok_jax.commands.tokens import write_tokens
 from flextok_jax.evaluation import pictures as pics
-from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.generation import generate as generate_batch
 from flextok_jax.evaluation.reconstruction import check_counts, identity
 from flextok_jax.evaluation.results import results_folder
@@ -30,10 +29,10 @@ def generate(args) -> None:
     gen = load_generator(args)
     tok = gen.tokenizer
     labels = np.repeat(read_labels(args.labels, gen.config.num_classes), args.per_label)
-    names = [f"{place:06d}_class{label}" for place, label in enumerate(labels)]
+    names = [f"{place:06d}_class{label}.png" for place, label in enumerate(labels)]
     counts = check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
     sampling = common.sampling(args)
-    how = TokenSampling(args.token_guidance, args.temperature, args.top_k, args.top_p)
+    how = common.token_sampling(args)
     ar = {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
     about = {**identity(tok), **ar, **sampling.about(tok), **how.about(gen)}
     settings = {**about, "labels": labels.tolist(), "num_tokens": counts, "dtype": args.dtype}
@@ -41,7 +40,7 @@ def generate(args) -> None:
     with results_folder(args.out, settings) as results:
 
         def path(name, k):
-            return results.folder / f"k{k:04d}" / f"{name}.png"
+            return results.folder / f"k{k:04d}" / name
 
         todo = [i for i, name in enumerate(names) if name not in results.records]
         started = time.perf_counter()
@@ -49,26 +48,26 @@ def generate(args) -> None:
             total=len(names), initial=len(names) - len(todo), unit="image", disable=None
         ) as bar:
             for first in range(0, len(todo), batch_size):
-                places = np.array(todo[first : first + batch_size], np.uint32)
+                part = todo[first : first + batch_size]
+                seeds = pics.name_seeds([names[i] for i in part])  # As `flextok detokenize` does.
                 tokens, drawn = generate_batch(
-                    gen, labels[places], places, counts, how, sampling, batch_size
+                    gen, labels[part], seeds, counts, how, sampling, batch_size
                 )
                 for k, images in drawn.items():
-                    for i, image in zip(places, pics.to_uint8(images)):
+                    for i, image in zip(part, pics.to_uint8(images)):
                         what = {"label": labels[i], **metadata(about, k)}
                         pics.write_png(path(names[i], k), image, what)
-                results.add({names[i]: {"tokens": t} for i, t in zip(places, tokens.tolist())})
-                bar.update(len(places))
+                results.add({names[i]: {"tokens": t} for i, t in zip(part, tokens.tolist())})
+                bar.update(len(part))
         seconds = time.perf_counter() - started
         tokens = np.array([results.records[name]["tokens"] for name in names])
-        write_tokens(results.folder / "tokens.npz", tok, tokens, [f"{name}.png" for name in names])
+        write_tokens(results.folder / "tokens.npz", tok, tokens, names)
         rows, titles = _sheet(labels, names, counts, path)
         sheet = pics.grid(rows, titles)
         pics.write_png(results.folder / "grid.png", sheet, metadata(about, counts))
         common.write_json(results.folder / "generation.json", settings | {"count": len(names)})
     print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
-    if todo:
-        print(f"{len(todo) / seconds:.2f} samples/s, compilation included")
+    common.print_speed(len(todo), seconds)
 
 
 def load_generator(args) -> ImageGenerator:

@@ -5,17 +5,20 @@ import json
 
 import jax
 
-from flextok_jax.interop import sources, tensor_file, vae_files
+from flextok_jax.interop import flexar, sources, tensor_file, vae_files
 
 
 def convert(args) -> None:
     """Writes the released format from any source, of a workdir its averaged weights.
 
-    A VAE on its own is written in the layout of diffusers.
+    A VAE on its own is written in the layout of diffusers, an AR model under the released names.
     """
     if sources.is_vae(args.model):
         cfg, params = sources.load_vae(args.model)
         origin, path = args.model, vae_files.save_folder(args.out, cfg, params)
+    elif flexar.is_ar(args.model):
+        model = flexar.load(args.model)
+        origin, params, path = model.origin, model.params, flexar.save(args.out, model)
     else:
         model = sources.load(args.model)
         origin, params, path = model.origin, model.params, sources.save(args.out, model)
@@ -35,7 +38,9 @@ def describe(source) -> dict:
         "origin"; "step" of training, None but for a workdir; "config": the fields of
         `FlexTokConfig`; "image_size" [H, W]; "vocab_size"; "parameters": the number of them in
         "vae", "encoder", "decoder" and in "total"; "sha256" over all of them. Of a VAE on its own
-        "kind": "vae", "origin", "config": the fields of `VAEConfig`, "parameters", "sha256".
+        "kind": "vae", "origin", "config": the fields of `VAEConfig`, "parameters", "sha256". Of an
+        AR model the same with "kind": "ar", `ARConfig`, "step" and "tokenizer", whose tokens it
+        makes.
     """
     if sources.is_vae(source):
         cfg, params = sources.load_vae(str(source))
@@ -45,6 +50,17 @@ def describe(source) -> dict:
             "config": dataclasses.asdict(cfg),
             "parameters": {"total": sum(leaf.size for leaf in jax.tree.leaves(params))},
             "sha256": tensor_file.fingerprint(params),
+        }
+    if flexar.is_ar(source):
+        model = flexar.load(source)
+        return {
+            "kind": "ar",
+            "origin": model.origin,
+            "step": model.step,
+            "config": dataclasses.asdict(model.config),
+            "tokenizer": model.about.get("tokenizer"),
+            "parameters": {"total": sum(leaf.size for leaf in jax.tree.leaves(model.params))},
+            "sha256": tensor_file.fingerprint(model.params),
         }
     model = sources.load(source)
     sizes = {
@@ -63,8 +79,24 @@ def describe(source) -> dict:
 
 
 def _lines(about: dict) -> str:
-    lines = _vae_lines(about) if about.get("kind") == "vae" else _tokenizer_lines(about)
+    lines = {"vae": _vae_lines, "ar": _ar_lines}.get(about.get("kind"), _tokenizer_lines)(about)
     return "\n".join(f"{key:10}{value}" for key, value in lines.items() if value is not None)
+
+
+def _ar_lines(about: dict) -> dict:
+    c, tokenizer = about["config"], about["tokenizer"] or {}
+    condition = f"{c['num_classes']} classes" if c["num_classes"] else "no classes"
+    condition = "text" if c["text_dim"] else condition
+    return {
+        "origin": about["origin"],
+        "step": about["step"],
+        "AR model": f"{c['num_tokens']} tokens of {c['vocab_size']:,} ids; {condition}",
+        "blocks": f"{c['depth']} of width {c['width']}, heads of {c['head_dim']}",
+        "guidance": f"{c['guidance_scale']:g}",
+        "tokenizer": tokenizer.get("source") or tokenizer.get("fingerprint"),
+        "total": f"{about['parameters']['total']:,} parameters",
+        "sha256": about["sha256"],
+    }
 
 
 def _vae_lines(about: dict) -> dict:

@@ -1,8 +1,9 @@
-"""`flextok reconstruct` and `flextok evaluate`: images from their first tokens, and numbers."""
+"""`flextok reconstruct`: images from their first tokens, and numbers."""
+
+import time
 
 from flextok_jax.commands import common
 from flextok_jax.evaluation import pictures as pics
-from flextok_jax.evaluation.digits_judge import evaluate_digits
 from flextok_jax.evaluation.reconstruction import check_counts, evaluate, identity, side
 from flextok_jax.evaluation.results import results_folder
 
@@ -27,7 +28,9 @@ def reconstruct(args) -> None:
                 for name, image in zip(batch.names, pics.to_uint8(images)):
                     pics.write_png(path(name, k), image, metadata(about, k))
 
+        before, started = len(results.records), time.perf_counter()
         result = evaluate(tok, pictures, counts, sampling, args.batch_size, write, results)
+        seconds = time.perf_counter() - started
         shown = [i for i, n in enumerate(pictures.names) if n in results.records]
         rows = [
             [
@@ -43,35 +46,10 @@ def reconstruct(args) -> None:
     common.report_unreadable(pictures)
     print(f"{result['count']} images from their first k tokens, in {args.out}")
     print(common.table(result, common.QUALITY))
+    common.print_speed(result["count"] - before, seconds)
 
 
 def metadata(about: dict, num_tokens) -> dict:
     """What a PNG file says of itself."""
     about = dict(about)
     return {"model": about.pop("origin"), "num_tokens": num_tokens, **about}
-
-
-def evaluate_command(args) -> None:
-    """Writes the metrics of a whole set of images by number of tokens."""
-    pictures = pics.Pictures(args.data, args.limit)
-    tok = common.load_model(args)
-    counts = check_counts(tok, args.num_tokens)
-    if args.data == pics.DIGITS:
-        result = evaluate_digits(
-            tok,
-            counts,
-            args.steps,
-            args.guidance,
-            args.seed,
-            norm_guidance=args.norm_guidance,
-            batch_size=args.batch_size,
-            limit=args.limit,
-        )
-    else:
-        result = evaluate(tok, pictures, counts, common.sampling(args), args.batch_size)
-        common.report_unreadable(pictures)
-    common.write_json(args.out, result)
-    print(f"{result['count']} images from their first k tokens; everything is in {args.out}")
-    print(common.table(result, common.QUALITY | common.USAGE))
-    if "real_recognition" in result:
-        print(f"The originals are recognised to {result['real_recognition']:.1%}.")

@@ -1,6 +1,7 @@
 """`flextok tokenize` and `flextok detokenize`: images to a file of tokens, and back."""
 
 import pathlib
+import time
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def tokenize(args) -> None:
     tok = common.load_model(args)
     (k,) = check_counts(tok, [args.num_tokens or tok.num_tokens])
     size, batch_size = side(tok), min(args.batch_size, len(pictures))
-    tokens, names = [], []
+    tokens, names, started = [], [], time.perf_counter()
     with tqdm(total=len(pictures), unit="image", disable=None) as bar:
         for batch in pictures.batches(size, batch_size):
             tokens.append(encode(tok, batch.images, k, batch_size))
@@ -52,6 +53,7 @@ def tokenize(args) -> None:
     write_tokens(args.out, tok, tokens, names)
     common.report_unreadable(pictures)
     print(f"{k} tokens of each of {len(names)} images in {args.out}")
+    common.print_speed(len(names), time.perf_counter() - started)
 
 
 def detokenize(args) -> None:
@@ -71,6 +73,7 @@ def detokenize(args) -> None:
     settings = {**about, "tokens": str(args.tokens), "num_tokens": counts, "dtype": args.dtype}
     with results_folder(args.out, settings) as results:
         todo = [i for i, name in enumerate(png_names) if name not in results.records]
+        started = time.perf_counter()
         total, left = len(tokens) * len(counts), len(todo) * len(counts)
         with tqdm(total=total, initial=total - left, unit="image", disable=None) as bar:
             for first in range(0, len(todo), batch_size):
@@ -85,6 +88,7 @@ def detokenize(args) -> None:
                     bar.update(len(part))
                 results.add({name: {} for name in batch_names})
     print(f"{len(tokens)} images from {', '.join(map(str, counts))} tokens in {args.out}")
+    common.print_speed(len(todo), time.perf_counter() - started)
 
 
 def write_tokens(path, tok, tokens: np.ndarray, names: list[str]) -> None:

@@ -39,7 +39,7 @@ class TokenSampling:
 def generate(
     gen: ImageGenerator,
     labels: np.ndarray,
-    places: np.ndarray,
+    seeds: np.ndarray,
     counts: Sequence[int],
     how: TokenSampling,
     sampling: Sampling,
@@ -49,8 +49,8 @@ def generate(
 
     Args:
         labels: int [n].
-        places: uint32 [n], of the samples among all: a sample depends on the seed and its place,
-            not on the size of the batches.
+        seeds: uint32 [n], of the samples: a sample depends on `sampling.seed` and its own, not on
+            the size of the batches.
         counts: numbers of tokens to draw images from.
         batch_size: the number of samples it is run as, n or more.
 
@@ -58,7 +58,7 @@ def generate(
         (tokens int32 [n, K], K the largest count; {k: float32 [n, S, S, 3] in [-1, 1]}).
     """
     key = jax.random.key(sampling.seed)
-    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(padded(places, batch_size))
+    keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(padded(seeds, batch_size))
     tokens = gen.generate_tokens(
         padded(labels, batch_size),
         num_tokens=max(counts),
@@ -70,6 +70,6 @@ def generate(
     )
     tokens = np.asarray(tokens)[: len(labels)]
     images = {
-        k: draw(gen.tokenizer, tokens, k, places, sampling, batch_size) for k in sorted(counts)
+        k: draw(gen.tokenizer, tokens, k, seeds, sampling, batch_size) for k in sorted(counts)
     }
     return tokens, images

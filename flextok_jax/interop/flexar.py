@@ -82,6 +82,22 @@ def load(source) -> LoadedAR:
     return _load_file(path / sources.WEIGHTS if path.is_dir() else path)
 
 
+def is_ar(source) -> bool:
+    """Whether a source is an AR model (see `load`).
+
+    Raises:
+        FileNotFoundError, ValueError: nothing readable is there.
+    """
+    path = sources.resolve(source, optional=(CONFIG,))
+    if (path / "checkpoints").is_dir():
+        about = path / "config.json"
+        kind = tensor_file.read_json(about).get("model", {}).get("kind") if about.is_file() else ""
+        return kind == "ar"
+    path = path / sources.WEIGHTS if path.is_dir() else path
+    names_there = tensor_file.tensor_names(path) if path.is_file() else ()
+    return any(name.startswith(MODEL) for name in names_there)
+
+
 def save(folder, model: LoadedAR) -> pathlib.Path:
     """Writes `model.safetensors` under the released names, and the `config.yaml` it came with."""
     path = pathlib.Path(folder) / sources.WEIGHTS

@@ -35,6 +35,19 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ) from error
 
 
+def tensor_names(path) -> list[str]:
+    """The names in a safetensors file; none of its tensors is read. Raises as `read` does."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+
+
 def read_json(path) -> dict:
     """The dictionary in a JSON file.
 
