@@ -1,37 +1,54 @@
 #!/usr/bin/env bash
-# From nothing to pictures in minutes: installs, reconstructs held-out digits with the shipped model,
-# trains the same configuration briefly from scratch, and writes quickstart/report.html.
+# From nothing to pictures in minutes: installs, reconstructs held-out digits and draws new ones with
+# the shipped models, trains all three stages briefly from scratch, and writes quickstart/report.html.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 started=$SECONDS
 setup_venv
 OUT=$ROOT/quickstart
-STEPS=${STEPS:-3000}
+PYTHON="$VENV/bin/python"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
+# Two virtual devices keep two cores busier than one device with two threads.
+DEVICES=${JAX_NUM_CPU_DEVICES:-2}
 mkdir -p "$OUT"
 
+# train STAGE CONFIG [ARGUMENTS]: from scratch, into $OUT/STAGE.
+train() {
+    local stage=$1 config=$2
+    shift 2
+    rm -rf "${OUT:?}/$stage"
+    JAX_NUM_CPU_DEVICES=$DEVICES "$PYTHON" -m flextok_jax.main --config="$config" \
+        --workdir="$OUT/$stage" "$@"
+}
+
 echo
-echo "1/3  The shipped model reconstructs held-out digits from 1, 2, 4, 8 and 16 tokens"
+echo "1/5  The shipped models: held-out digits from 1, 2, 4, 8 and 16 tokens; new digits by class"
 "$VENV/bin/flextok" reconstruct --model demo-digits --images digits --limit 10 \
-    --num-tokens 1,2,4,8,16 --out "$OUT/shipped"
+    --num-tokens 1,2,4,8,16 --out "$OUT/reconstructions"
+"$VENV/bin/flextok" generate --model demo-digits-ar --labels all --per-label 10 \
+    --batch-size 100 --out "$OUT/samples"
 
 echo
-echo "2/3  The same configuration from scratch, $STEPS steps (a few minutes)"
-# Two virtual devices keep two cores busier than one device with two threads.
-if [ "$JAX_PLATFORMS" = cpu ]; then export JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-2}; fi
-rm -rf "$OUT/run"
-# Without shifted copies a short run learns to use its tokens sooner.
-"$VENV/bin/python" -m flextok_jax.main --config=configs/tokenizer.py:digits --workdir="$OUT/run" \
-    --config.total_steps="$STEPS" --config.data.shift=0 --config.evaluation.num_images=0
-unset JAX_NUM_CPU_DEVICES
+echo "2/5  Stage 0 from scratch: a VAE (a minute)"
+train vae configs/vae.py:digits --config.total_steps="${VAE_STEPS:-600}"
 
 echo
-echo "3/3  Both models on all 297 held-out digits, and the report"
-"$VENV/bin/python" -m flextok_jax.evaluation.quickstart_report --shipped demo-digits \
-    --trained "$OUT/run" --out "$OUT/report.html" --picture "$OUT/reconstructions.png"
+echo "3/5  Stage 1 from scratch: a tokenizer (some minutes)"
+train tokenizer configs/tokenizer.py:digits --config.total_steps="${TOKENIZER_STEPS:-2500}" \
+    --config.evaluation.num_images=0
+
+echo
+echo "4/5  Stage 2 from scratch: an AR model of its tokens (a minute)"
+train ar configs/ar.py:digits --config.tokenizer.source="$OUT/tokenizer" \
+    --config.total_steps="${AR_STEPS:-600}"
+
+echo
+echo "5/5  All models on all 297 held-out digits, 100 new digits of each AR model, and the report"
+"$PYTHON" -m flextok_jax.evaluation.quickstart_report --shipped demo-digits \
+    --shipped-ar demo-digits-ar --runs "$OUT" --out "$OUT/report.html" --picture "$OUT/digits.png"
 
 echo
 echo "Done in $((SECONDS - started)) s. Look at:"
 echo "  $OUT/report.html"
-echo "  $OUT/reconstructions.png"
+echo "  $OUT/digits.png"

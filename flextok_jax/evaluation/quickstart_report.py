@@ -21,9 +21,8 @@ python -m flextok_jax.main --config=configs/vae.py:digits --workdir={runs}/vae \
     --config.total_steps={vae}
 python -m flextok_jax.main --config=configs/tokenizer.py:digits --workdir={runs}/tokenizer \\
     --config.total_steps={tokenizer}
-flextok tokenize --model {runs}/tokenizer --data digits --out {runs}/tokens
 python -m flextok_jax.main --config=configs/ar.py:digits --workdir={runs}/ar \\
-    --config.data.path={runs}/tokens --config.total_steps={ar}
+    --config.tokenizer.source={runs}/tokenizer --config.total_steps={ar}
 python -m flextok_jax.evaluation.quickstart_report --shipped {shipped} \\
     --shipped-ar {shipped_ar} --runs {runs} --out {out}"""
 

@@ -79,7 +79,8 @@ def load(source) -> LoadedAR:
     path = sources.resolve(source, optional=(CONFIG,))
     if (path / "checkpoints").is_dir():
         return _load_workdir(path)
-    return _load_file(path / sources.WEIGHTS if path.is_dir() else path)
+    found = _load_file(path / sources.WEIGHTS if path.is_dir() else path)
+    return dataclasses.replace(found, origin=source) if source in sources.DEMOS else found
 
 
 def is_ar(source) -> bool:

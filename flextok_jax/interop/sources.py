@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 from typing import Any
@@ -14,7 +15,7 @@ from flextok_jax.nn import flextok
 from flextok_jax.nn.config import FlexTokConfig, VAEConfig, identity_vae
 
 WEIGHTS = "model.safetensors"
-DEMOS = {"demo-digits": "digits"}
+DEMOS = {"demo-digits": "digits", "demo-digits-ar": "digits_ar"}
 DEMO_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "demos"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -52,7 +53,8 @@ def load(source) -> Loaded:
     path = resolve(source)
     if (path / "checkpoints").is_dir():
         return _load_workdir(path)
-    return _load_released(path / WEIGHTS if path.is_dir() else path)
+    found = _load_released(path / WEIGHTS if path.is_dir() else path)
+    return dataclasses.replace(found, origin=source) if source in DEMOS else found
 
 
 def resolve(source, files=(WEIGHTS,), optional=("config.json",)) -> pathlib.Path:
@@ -177,49 +179,104 @@ def _load_workdir(path: pathlib.Path) -> Loaded:
     from flextok_jax.interop import checkpoint
 
     params, _, step = checkpoint.restore_ema(path)
-    about_file = path / "config.json"
-    try:
-        about = tensor_file.read_json(about_file)["model"]
-        if about["kind"] != "flextok":
-            raise ValueError(f"{path} holds a model of kind {about['kind']!r}, not a tokenizer")
-        cfg = config_from_dict(about["config"])
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{about_file} does not describe a model of this project: {error}"
-        ) from error
+    about, cfg = _about(path, "flextok", config_from_dict)
     params["vae"] = vae_params(about["vae_source"], cfg.vae)
     params = jax.tree.map(np.asarray, params)
     return Loaded(cfg, params, origin=f"{path}, step {step}", step=step)
 
 
+def _about(path: pathlib.Path, kind: str, config_of):
+    """What a workdir's `config.json` says about its model of this kind, and its configuration."""
+    file = path / "config.json"
+    try:
+        about = tensor_file.read_json(file)["model"]
+        if about["kind"] != kind:
+            raise ValueError(f"{path} holds a model of kind {about['kind']!r}, not {kind!r}")
+        return about, config_of(about["config"])
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a model of this project: {error}") from error
+
+
 def config_from_dict(fields: dict) -> FlexTokConfig:
     """The inverse of `dataclasses.asdict` after a trip through JSON."""
+    return FlexTokConfig(**_tuples(fields) | {"vae": _vae_from_dict(fields["vae"])})
 
-    def tuples(d):
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
 
-    return FlexTokConfig(**tuples(fields) | {"vae": VAEConfig(**tuples(fields["vae"]))})
+def _vae_from_dict(fields: dict) -> VAEConfig:
+    return VAEConfig(**_tuples(fields))
+
+
+def _tuples(fields: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 IDENTITY = "identity"
+MEASURED = "eval/latents/scaling_factor"  # Where the VAE stage logs it.
 
 
 def vae_config(source: str, scaling_factor: float | None = None) -> VAEConfig:
     """The configuration of the frozen VAE that `source` names ("identity", a folder, a hub id)."""
-    return identity_vae() if source == IDENTITY else _load_vae(source, scaling_factor)[0]
+    return identity_vae() if source == IDENTITY else load_vae(source, scaling_factor)[0]
 
 
 def vae_params(source: str, cfg: VAEConfig) -> dict:
     """The parameters of that VAE, {} for the identity."""
     if source == IDENTITY:
         return {}
-    found, params = _load_vae(source, cfg.scaling_factor)
+    found, params = load_vae(source, cfg.scaling_factor)
     if dataclasses.replace(found, sample_posterior=cfg.sample_posterior) != cfg:
         raise ValueError(f"the VAE at {source} is {found}; the model was made for {cfg}")
     return params
 
 
 @functools.lru_cache(maxsize=1)
-def _load_vae(source: str, scaling_factor):
-    folder = resolve(source, files=(vae_files.WEIGHTS, "config.json"), optional=())
-    return vae_files.load_folder(folder, scaling_factor)
+def load_vae(source: str, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
+    """A VAE on its own: a workdir of the VAE stage, a folder in the diffusers layout, a hub id.
+
+    Args:
+        source: as text.
+        scaling_factor: instead of the one that was measured (workdir) or recorded (folder).
+
+    Returns:
+        The configuration, and its parameters as nested float32 NumPy arrays.
+
+    Raises:
+        FileNotFoundError: nothing is there; the message says how to get it.
+        ValueError: what is there is not understood, or has no scaling factor.
+    """
+    path = resolve(source, files=(vae_files.WEIGHTS, "config.json"), optional=())
+    if not (path / "checkpoints").is_dir():
+        return vae_files.load_folder(path, scaling_factor)
+    from flextok_jax.interop import checkpoint
+
+    _, cfg = _about(path, "vae", _vae_from_dict)
+    params, _, step = checkpoint.restore_ema(path)
+    if scaling_factor is None:
+        scaling_factor = _measured(path / "metrics.jsonl", step)
+    return dataclasses.replace(cfg, scaling_factor=scaling_factor), params["vae"]
+
+
+def is_vae(source) -> bool:
+    """Whether a local source is a VAE on its own, as `load_vae` reads it."""
+    path = pathlib.Path(source).expanduser()
+    if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
+        return tensor_file.read_json(path / "config.json").get("model", {}).get("kind") == "vae"
+    return (path / vae_files.WEIGHTS).is_file()
+
+
+def _measured(log: pathlib.Path, step: int) -> float:
+    """The scaling factor that a VAE's workdir measured last, not after the checkpoint's step."""
+    found = None
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # A line that a crash cut short.
+        if record["step"] <= step:
+            found = record.get(MEASURED) or found
+    if found is None:
+        raise ValueError(
+            f"{log} holds no {MEASURED} up to step {step}: it is measured with each evaluation and "
+            "at the end of a run. Finish the run, or set the factor (vae.scaling_factor)"
+        )
+    return found

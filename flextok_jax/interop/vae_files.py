@@ -1,5 +1,6 @@
 """VAE checkpoints in the diffusers AutoencoderKL layout: `config.json` and one safetensors file."""
 
+import json
 import pathlib
 import re
 
@@ -140,3 +141,42 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
         scaling_factor=float(scaling_factor),
     )
     return cfg, params_of(cfg, tensors, folder / WEIGHTS)
+
+
+def save_folder(folder, cfg: VAEConfig, params) -> pathlib.Path:
+    """Writes a VAE as diffusers reads it, its scaling factor included; returns the weights' path.
+
+    Raises:
+        ValueError: the identity VAE, or `folder` is a file.
+    """
+    folder = pathlib.Path(folder)
+    if cfg.kind == "identity":
+        raise ValueError("the identity VAE has no file: it is no network")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: pass a folder")
+    tensors = names.to_tensors(list(names.vae_entries(params)), params)
+    tensor_file.write(folder / WEIGHTS, tensors, {"format": "pt"})
+    with tensor_file.atomic(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(_diffusers_config(cfg), indent=2) + "\n", encoding="utf-8")
+    return folder / WEIGHTS
+
+
+def _diffusers_config(cfg: VAEConfig) -> dict:
+    """The `config.json` of diffusers' AutoencoderKL."""
+    levels = len(cfg.block_out)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(cfg.block_out),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": cfg.in_channels,
+        "latent_channels": cfg.latent_channels,
+        "layers_per_block": cfg.layers_per_block,
+        "mid_block_add_attention": cfg.mid_attention,
+        "norm_num_groups": cfg.norm_groups,
+        "out_channels": cfg.in_channels,
+        "scaling_factor": cfg.scaling_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": cfg.post_quant_conv,
+        "use_quant_conv": cfg.quant_conv,
+    }

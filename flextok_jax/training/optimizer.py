@@ -10,6 +10,9 @@ import optax
 from flextok_jax.parallel.sharding import path_string
 
 
+_MAIN = ""  # The label of what is in no group.
+
+
 def lr_schedule(config) -> optax.Schedule:
     """Learning rate of update number n = 0, 1, ...: linear warm-up, then cosine.
 
@@ -30,7 +33,41 @@ def lr_schedule(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """The update rule of `config.optim`, for a tree that holds trainable parameters only."""
+    """The update rule of `config.optim`, for a tree that holds trainable parameters only.
+
+    `optim.groups` = {name: {key: value}} gives the parameters below "name/" an optimizer of their
+    own, clipping included: that of `optim` with these values instead. A group without parameters
+    is idle.
+
+    Raises:
+        ValueError: a group sets a key that it cannot.
+    """
+    groups = config.optim.get("groups") or {}
+    if not groups:
+        return _chain(config)
+    rules = {name: _chain(_of_group(config, name)) for name in groups} | {_MAIN: _chain(config)}
+
+    def labels(params):
+        def label(path, _):
+            first = path_string(path).split("/")[0]
+            return first if first in groups else _MAIN
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.partition(rules, labels)
+
+
+def _of_group(config, name: str):
+    """The configuration with the values of one group."""
+    config, values = config.copy_and_resolve_references(), config.optim.groups[name].to_dict()
+    unknown = sorted(values.keys() - (set(config.optim) - {"groups", "accumulate"}))
+    if unknown:
+        raise ValueError(f"optim.groups.{name} cannot set {unknown}: allowed are keys of optim")
+    config.optim.update(values)
+    return config
+
+
+def _chain(config) -> optax.GradientTransformation:
     optim = config.optim
     parts = [
         optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.get("mu_dtype")),

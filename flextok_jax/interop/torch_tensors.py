@@ -1,0 +1,207 @@
+"""Tensors out of a PyTorch file (`.pth`), without PyTorch, and without unpickling.
+
+A pickle is a program for a small stack machine. Here its instructions are read (`pickletools` only
+decodes them) and the few that describe nested dictionaries of tensors are followed; nothing is
+imported or called by a name found in the file. Any other instruction or name is refused.
+
+Both layouts are read: the zip archive that PyTorch writes today (`*/data.pkl` and one entry per
+storage) and the sequence of pickles that it wrote before version 1.6, as the published weights of
+VGG16 are.
+"""
+
+import math
+import pathlib
+import pickletools
+import struct
+import zipfile
+
+import numpy as np
+
+# Where the layout before 1.6 begins: its magic number, then the version of the protocol.
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_TYPES = {
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+}
+_MARK = object()
+_FROM_ARGUMENT = {
+    "BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG", "BINUNICODE", "SHORT_BINUNICODE",
+    "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING", "BINFLOAT", "FLOAT",
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+
+
+def read(path) -> dict[str, np.ndarray]:
+    """All tensors of a file that holds a dictionary of them (a state dict).
+
+    Returns:
+        Name -> array of its own; entries that are no tensors are left out.
+
+    Raises:
+        ValueError: the file is damaged, or holds anything else but tensors, numbers and texts.
+    """
+    path = pathlib.Path(path)
+    try:
+        with path.open("rb") as file:
+            archive = zipfile.is_zipfile(file)
+            file.seek(0)
+            found = _read_zip(file) if archive else _read_sequence(file)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, expected a dictionary of tensors")
+        tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
+        if not tensors:
+            raise ValueError("it holds no tensors")
+        return {name: tensor() for name, tensor in tensors.items()}
+    except (KeyError, IndexError, TypeError, struct.error, zipfile.BadZipFile) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise ValueError(f"{path} is no whole PyTorch file: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class _Global(str):
+    """A name in a file, "module name": never looked up."""
+
+
+class _Storage:
+    """The numbers behind tensors, `data` bytes that may arrive later."""
+
+    def __init__(self, dtype: str, count: int):
+        self.dtype, self.count, self.data = np.dtype(dtype), count, None
+
+
+class _Tensor:
+    """A view of a storage; calling it makes the array."""
+
+    def __init__(self, storage, offset, shape, strides):
+        numbers = (offset, *shape, *strides)
+        if not isinstance(storage, _Storage) or len(shape) != len(strides):
+            raise ValueError("a tensor without a storage, or with a wrong number of strides")
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {offset}")
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
+        if math.prod(shape) and last >= storage.count:
+            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
+        self._view = storage, offset, shape, strides
+
+    def __call__(self) -> np.ndarray:
+        storage, offset, shape, strides = self._view
+        if storage.data is None or len(storage.data) != storage.count * storage.dtype.itemsize:
+            raise ValueError("a storage is missing or cut short")
+        flat = np.frombuffer(storage.data, storage.dtype)[offset:]
+        steps = [s * storage.dtype.itemsize for s in strides]
+        return np.lib.stride_tricks.as_strided(flat, shape, steps).copy()
+
+
+def _read_zip(file):
+    with zipfile.ZipFile(file) as archive:
+        (pickle,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        root = pickle.removesuffix("data.pkl")
+        if root + "byteorder" in archive.namelist():
+            if archive.read(root + "byteorder") != b"little":
+                raise ValueError("big-endian files are not read")
+        storages = {}
+        found = _run(archive.read(pickle), storages)
+        for key, storage in storages.items():
+            storage.data = archive.read(f"{root}data/{key}")
+        return found
+
+
+def _read_sequence(file):
+    if _run(file, {}) != _MAGIC or _run(file, {}) != _PROTOCOL:
+        raise ValueError("no PyTorch file")
+    if not _run(file, {}).get("little_endian", True):
+        raise ValueError("big-endian files are not read")
+    storages = {}
+    found = _run(file, storages)
+    for key in _run(file, {}):  # In the order of the bytes that follow, each after its length.
+        storage = storages[key]
+        (count,) = struct.unpack("<q", file.read(8))
+        if count != storage.count:
+            raise ValueError(f"a storage has {count} elements, {storage.count} were announced")
+        storage.data = file.read(count * storage.dtype.itemsize)
+    return found
+
+
+def _run(pickle, storages: dict):
+    """The value that one pickle describes; storages are collected by their keys."""
+    stack, memo = [], {}
+
+    def since_mark():
+        at = len(stack) - 1 - stack[::-1].index(_MARK)
+        items = stack[at + 1 :]
+        del stack[at:]
+        return items
+
+    for op, argument, _ in pickletools.genops(pickle):
+        name = op.name
+        if name in _FROM_ARGUMENT:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
+            stack.append({"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": ()}[name])
+        elif name in ("DICT", "LIST", "TUPLE"):
+            items = since_mark()
+            if name == "DICT":
+                items = dict(zip(items[::2], items[1::2]))
+            stack.append(tuple(items) if name == "TUPLE" else items)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name in ("SETITEM", "SETITEMS"):
+            items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            stack[-1].update(zip(items[::2], items[1::2]))
+        elif name in ("APPEND", "APPENDS"):
+            items = since_mark() if name == "APPENDS" else [stack.pop()]
+            stack[-1].extend(items)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "GLOBAL":
+            stack.append(_Global(argument))
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop(), storages))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = stack.pop()
+            stack.append(_make(stack.pop(), arguments))
+        elif name == "BUILD":
+            stack.pop()  # Attributes of dictionaries and parameters: versions, whether trained.
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"the instruction {name} is not part of a dictionary of tensors")
+    raise ValueError("the file ends too early")
+
+
+def _storage(identity, storages: dict) -> _Storage:
+    """("storage", type, key, device, number of elements[, view])"""
+    kind, dtype, key, _, count, *view = identity
+    module, _, short = str(dtype).rpartition(" ")
+    if kind != "storage" or module != "torch" or short not in _TYPES or any(view):
+        raise ValueError(f"a storage of the kind {identity!r} is not read")
+    return storages.setdefault(key, _Storage(_TYPES[short], count))
+
+
+def _make(name, arguments):
+    """What a call in the file stands for: one of these few, built here."""
+    if isinstance(name, _Global):
+        if name == "collections OrderedDict":
+            return dict(*arguments)
+        if name in ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor"):
+            return _Tensor(*arguments[:4])
+        if name in ("torch._utils _rebuild_parameter", "torch.nn.parameter Parameter"):
+            return arguments[0]
+    raise ValueError(f"it wants to call {name!r}, which is no part of a dictionary of tensors")
