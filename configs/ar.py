@@ -122,8 +122,8 @@ def _digits() -> ConfigDict:
     """The tokens of `demo-digits`: 16 per image, 1 000 ids, 10 classes; minutes on a CPU core.
 
     1 500 images are few: slightly turned and scaled copies, tokenised in every step, weight decay
-    and averaging hold overfitting back. The shipped model `demo-digits-ar` was made by this variant;
-    its numbers lie beside its weights.
+    and averaging hold overfitting back. The shipped model `demo-digits-ar` was made by this
+    variant; its numbers lie beside its weights.
     """
     c = _base()
     c.total_steps, c.batch_size = 1500, 64

@@ -107,7 +107,7 @@ def _digits() -> ConfigDict:
     c.total_steps, c.batch_size = 2000, 32
     c.log_every, c.eval_every, c.checkpoint.every = 100, 1000, 500
     c.ema_decay = 0.99
-    c.evaluation.update(num_images=297, batch_size=99)
+    c.evaluation.update(num_images=297, batch_size=160)
     c.data.shift = 1
     c.model.update(
         latent_channels=1,
@@ -130,7 +130,7 @@ def _photos() -> ConfigDict:
     c.total_steps, c.batch_size = 4000, 4
     c.log_every, c.eval_every, c.checkpoint.every = 100, 500, 500
     c.ema_decay = 0.99
-    c.evaluation.update(num_images=33, num_latents=256, batch_size=33)
+    c.evaluation.update(num_images=33, num_latents=256, batch_size=32)
     c.data.update(
         source="photos",
         image_size=64,

@@ -30,7 +30,8 @@ def _reconstruction(args) -> None:
             limit=args.limit,
         )
     else:
-        result = evaluate_reconstruction(tok, pictures, counts, common.sampling(args), args.batch_size)
+        sampling = common.sampling(args)
+        result = evaluate_reconstruction(tok, pictures, counts, sampling, args.batch_size)
         common.report_unreadable(pictures)
     common.write_json(args.out, result)
     print(f"{result['count']} images from their first k tokens; everything is in {args.out}")

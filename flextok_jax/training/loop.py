@@ -222,3 +222,9 @@ def _check_sizes(config, mesh):
             f"batch_size={config.batch_size} must be a multiple of optim.accumulate={parts} times "
             f"the {shards} devices of the mesh's data and fsdp axes"
         )
+    size = config.get("evaluation", {}).get("batch_size", shards)
+    if size % shards:
+        raise ValueError(
+            f"evaluation.batch_size={size} must be a multiple of the {shards} devices of the "
+            "mesh's data and fsdp axes"
+        )

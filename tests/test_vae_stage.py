@@ -1,0 +1,380 @@
+"""The VAE stage: two networks under one loss, a measured scaling factor, files for diffusers."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import GOLDEN, ROOT, relative
+from PIL import Image
+from safetensors.numpy import load_file
+
+from flextok_jax.commands import model as commands
+from flextok_jax.data.sources import digits
+from flextok_jax.interop import sources, vae_files
+from flextok_jax.nn import lpips, vae
+from flextok_jax.nn.config import VAEConfig
+from flextok_jax.parallel.mesh import make_mesh
+from flextok_jax.parallel.rng import named
+from flextok_jax.training import optimizer, vae_stage
+from flextok_jax.training.loop import train
+from flextok_jax.training.state import build
+from flextok_jax.training.vae_stage import VAEStage
+
+
+def config_file(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / f"configs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CONFIGS = config_file("vae")
+FULL_SIZE = {"c4": 83_653_863, "c8": 83_709_419, "c16": 83_821_011}
+
+
+def config(variant="digits,width=8,batch=8", **changes):
+    """A small run with both networks, of one resolution: there is little to compile."""
+    c = CONFIGS.get_config(variant)
+    c.update(total_steps=12, log_every=1, eval_every=0)
+    c.checkpoint.every = 6
+    c.evaluation.update(num_images=20, num_latents=64, batch_size=16)
+    c.mesh.data, c.model.block_out, c.optim.warmup_steps = 1, (8,), 1
+    c.discriminator.update(width=8, layers=2)
+    c.loss.update(gan_weight=0.5, gan_start=6)
+    for key, value in changes.items():
+        owner, _, name = key.rpartition("__")
+        (c[owner] if owner else c)[name] = value
+    return c
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of twelve steps: (workdir, outcome)."""
+    workdir = tmp_path_factory.mktemp("vae")
+    return workdir, train(VAEStage(config()), config(), workdir)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """A stage, parameters, a batch, and its loss and gradient as a function of the step."""
+    stage = VAEStage(config())
+    params = jax.jit(stage.init)(jax.random.key(0))
+    # Logits of such a size that some lie inside the hinge.
+    params["discriminator"]["conv_out"]["kernel"] *= 50
+    batch, key = {"image": jnp.asarray(digits("train").images[:8])}, jax.random.key(1)
+    compiled = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))
+
+    def loss(step):
+        (value, logged), grads = compiled(params, {}, batch, key, jnp.int32(step))
+        return value, {name: float(metric.compute()) for name, metric in logged.items()}, grads
+
+    return types.SimpleNamespace(stage=stage, params=params, batch=batch, key=key, loss=loss)
+
+
+def own_terms(networks, params):
+    """(images, made, |x - y|, G, KL), straight from the definitions."""
+    cfg, images = networks.stage.model, networks.batch["image"] / 127.5 - 1.0
+    mean, logvar = vae.encode_moments(params, cfg, images)
+    noise = jax.random.normal(named(networks.key, "posterior"), mean.shape)
+    made = vae.decode_latents(params, cfg, mean + jnp.exp(logvar / 2) * noise)
+    fooled = -judge(networks, networks.params["discriminator"], made).mean()
+    return images, made, jnp.abs(made - images).mean(), fooled, vae.kl(mean, logvar).mean()
+
+
+def judge(networks, params, images):
+    return networks.stage.discriminator.apply({"params": params}, images)
+
+
+@pytest.fixture(scope="module")
+def own_gradients(networks):
+    """Of |x - y|, of G and of the KL by the VAE's parameters, stacked."""
+    gradient = jax.jit(jax.grad(lambda p, w: w @ jnp.stack(own_terms(networks, p)[2:])))
+    each = [gradient(networks.params["vae"], one) for one in jnp.eye(3)]
+    return jax.tree.map(lambda *g: jnp.stack(g), *each)
+
+
+def close(a, b, rtol=1e-3):
+    """Leaf by leaf, to `rtol` of the largest number in the tree."""
+    scale = max(np.abs(y).max() for y in jax.tree.leaves(b))
+    named_leaves = jax.tree_util.tree_leaves_with_path(a)
+    for (path, x), y in zip(named_leaves, jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * scale, err_msg=str(path))
+
+
+def test_the_discriminator_gets_the_gradient_of_its_own_loss_alone(networks):
+    images, made, *_ = jax.jit(lambda p: own_terms(networks, p))(networks.params["vae"])
+
+    def hinge(p):
+        real, fake = (judge(networks, p, x) for x in (images, made))
+        return jnp.maximum(0, 1 - real).mean() / 2 + jnp.maximum(0, 1 + fake).mean() / 2
+
+    _, logged, grads = networks.loss(6)
+    value, expected = jax.jit(jax.value_and_grad(hinge))(networks.params["discriminator"])
+    assert all(np.any(x) for x in jax.tree.leaves(expected))
+    close(grads["discriminator"], expected, rtol=1e-4)
+    np.testing.assert_allclose(logged["d_loss"], value, rtol=1e-5)
+
+
+def test_the_vae_gets_the_gradient_of_its_own_terms_with_the_adaptive_weight(
+    networks, own_gradients
+):
+    value, logged, grads = networks.loss(6)
+    norms = jnp.linalg.norm(own_gradients["decoder"]["conv_out"]["kernel"].reshape(3, -1), axis=1)
+    weight = 0.5 * norms[0] / (norms[1] + 1e-4)
+    assert 0 < weight < 0.5e4
+    np.testing.assert_allclose(logged["adaptive_weight"], weight, rtol=1e-3)
+    terms = jnp.array([1, weight, 1e-6 / (16 * 16 * 3)])
+    close(grads["vae"], jax.tree.map(lambda g: jnp.tensordot(terms, g, 1), own_gradients))
+    total = terms @ jnp.array([logged["rec"], logged["g_loss"], logged["kl"]]) + logged["d_loss"]
+    np.testing.assert_allclose(value, total, rtol=1e-5)
+
+
+def test_before_its_start_the_discriminator_changes_nothing(networks, own_gradients):
+    value, logged, grads = networks.loss(5)
+    assert not any(np.any(x) for x in jax.tree.leaves(grads["discriminator"]))
+    assert logged["d_loss"] == logged["g_loss"] == logged["adaptive_weight"] == 0
+    terms = jnp.array([1, 0, 1e-6 / (16 * 16 * 3)])
+    close(grads["vae"], jax.tree.map(lambda g: jnp.tensordot(terms, g, 1), own_gradients))
+    np.testing.assert_allclose(value, terms[0] * logged["rec"] + terms[2] * logged["kl"], rtol=1e-5)
+
+
+def test_the_adaptive_weight_is_bounded():
+    weight = vae_stage.adaptive_weight
+    np.testing.assert_allclose(weight(6.0, 2.0), 6 / 2.0001, rtol=1e-6)
+    assert weight(1.0, 0.0) == 1e4 and weight(2.0, 0.0) == 1e4 and weight(0.0, 0.0) == 0
+
+
+def test_lpips_counts_when_its_files_are_named_and_is_said_to_be_off_when_not(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert VAEStage(config()).load_frozen() == {} and not caplog.records  # Not asked for.
+        stage = VAEStage(config(loss__lpips_weight=0.3, loss__gan_weight=0.0))
+        assert stage.load_frozen() == {}
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["no LPIPS term"]
+    with pytest.raises(ValueError, match="both files"):
+        VAEStage(config(lpips__vgg="vgg.pth"))
+    with pytest.raises(FileNotFoundError, match="vgg.pth"):
+        named_files = config(lpips__vgg="vgg.pth", lpips__heads="x.pth", loss__lpips_weight=1.0)
+        VAEStage(named_files).load_frozen()
+    random = np.random.RandomState(0)
+    frozen = jax.tree.map(
+        lambda s: random.randn(*s.shape).astype(np.float32) / np.sqrt(s.size // s.shape[-1]),
+        lpips.shapes(),
+    )
+    images = jnp.asarray(random.uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
+    made, with_lpips = images * 0.5, {"lpips": frozen}
+    value, logged = jax.jit(stage._fidelity)(with_lpips, images, made)
+    distance = logged["lpips"].compute()
+    assert distance > 1e-3
+    np.testing.assert_allclose(value, jnp.abs(made - images).mean() + 0.3 * distance, rtol=1e-5)
+
+
+def test_a_run_logs_all_terms_and_trains_both_networks(trained):
+    workdir, outcome = trained
+    records = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["d_loss"] > 0 for r in records] == 6 * [False] + 6 * [True]
+    assert records[-1]["rec"] < 0.8 * records[0]["rec"]
+    for name in ("loss", "rec", "kl", "g_loss", "d_loss", "adaptive_weight", "logits/real",
+                 "logits/fake", "eval/reconstruction/psnr", "eval/reconstruction/psnr_downsampled",
+                 "eval/latents/std", "eval/latents/scaling_factor"):  # fmt: skip
+        assert name in records[-1], name
+    assert int(outcome.state.skipped) == 0
+    first = jax.jit(VAEStage(config()).init)(named(jax.random.key(0), "init"))
+    for name, network in outcome.state.params.items():
+        moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (network, first[name])))]
+        assert np.mean(moved) > 0.8, name  # Opposite hinges may cancel in a bias.
+
+
+def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    again = train(VAEStage(config()), config(), tmp_path / "run")
+    for a, b in zip(*map(jax.tree.leaves, (again.state, trained[1].state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    copy = sources.load_vae(str(tmp_path / "run"))[0]
+    assert copy == sources.load_vae(str(trained[0]))[0]
+
+
+def test_the_scaling_factor_makes_the_latents_unit_variance(trained):
+    cfg, params = sources.load_vae(str(trained[0]))
+    images = digits("train").images[:200] / np.float32(127.5) - 1
+    mean, _ = vae.encode_moments(params, cfg, images)
+    noise = np.random.RandomState(0).randn(*mean.shape).astype(np.float32)
+    latents = vae.images_to_latents(params, cfg, images, noise=noise)
+    assert cfg.scaling_factor != 1 and abs(np.std(latents) - 1) < 0.03
+    for a, b in zip(*map(jax.tree.leaves, (params, trained[1].state.ema["vae"])), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_workdir_that_measured_nothing_says_so(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    with pytest.raises(ValueError, match="scaling_factor up to step 12.*vae.scaling_factor"):
+        sources.load_vae(str(tmp_path / "run"))
+    assert sources.load_vae(str(tmp_path / "run"), 0.5)[0].scaling_factor == 0.5
+
+
+def test_a_workdir_becomes_a_diffusers_folder(trained, tmp_path, capsys):
+    workdir, out = str(trained[0]), tmp_path / "vae"
+    commands.convert(types.SimpleNamespace(model=workdir, out=str(out)))
+    assert {p.name for p in out.iterdir()} == {"config.json", vae_files.WEIGHTS}
+    for a, b in zip(vae_files.load_folder(out), sources.load_vae(workdir), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b) if isinstance(a, dict) else None
+        assert isinstance(a, dict) or a == b
+    about = [commands.describe(source) for source in (workdir, out)]
+    assert about[0]["sha256"] == about[1]["sha256"] and about[0]["config"] == about[1]["config"]
+    commands.info(types.SimpleNamespace(source=str(out), json=False))
+    assert "1 channels, 1/1 of the resolution" in capsys.readouterr().out
+
+
+def test_the_reference_folder_round_trips(tmp_path):
+    cfg, params = vae_files.load_folder(GOLDEN / "vae")
+    vae_files.save_folder(tmp_path, cfg, params)
+    old, new = (load_file(folder / vae_files.WEIGHTS) for folder in (GOLDEN / "vae", tmp_path))
+    assert old.keys() == new.keys()
+    for name in old:
+        np.testing.assert_array_equal(old[name], new[name])
+    old, new = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / "vae", tmp_path))
+    assert new.items() <= old.items()
+    missing = {k: v for k, v in old.items() if k not in new and v is not None}
+    assert missing.keys() == {"_diffusers_version", "sample_size", "force_upcast"}
+    again, params = vae_files.load_folder(tmp_path)
+    assert again == cfg
+    io = load_file(GOLDEN / "vae" / "io.safetensors")
+    images = np.moveaxis(io["images"], 1, -1)
+    mean, _ = jax.jit(vae.encode_moments, static_argnums=1)(params, cfg, images)
+    assert relative(mean, np.moveaxis(io["mean"], 1, -1)) < 1e-5
+
+
+def test_a_workdir_is_the_frozen_vae_of_a_tokenizer(trained, tmp_path):
+    from flextok_jax import FlexTok
+    from flextok_jax.training.tokenizer_stage import TokenizerStage
+
+    c = config_file("tokenizer").get_config("digits,width=64,enc_depth=1,dec_depth=1,batch=8")
+    c.update(total_steps=1, eval_every=0)
+    c.evaluation.num_images, c.mesh.data, c.vae.source = 0, 1, str(trained[0])
+    assert int(train(TokenizerStage(c), c, tmp_path).state.skipped) == 0
+    tok = FlexTok.from_pretrained(tmp_path)
+    assert tok.config.vae == sources.load_vae(str(trained[0]))[0]
+    tokens = tok.tokenize(digits("test").images[:2], 4)
+    assert np.isfinite(tok.detokenize(tokens, steps=1)).all()
+
+
+def test_fine_tuning_starts_from_a_vae(trained):
+    stage = VAEStage(config())
+    params = stage.init_from(str(trained[0]))
+    close(params["vae"], trained[1].state.ema["vae"], rtol=0)
+    assert set(params) == {"vae", "discriminator"}
+    with pytest.raises(ValueError, match="latent_channels=4.*latent_channels=1"):
+        stage.init_from(str(GOLDEN / "vae"))
+
+
+@pytest.mark.parametrize("variant", CONFIGS.VARIANTS)
+def test_every_variant_takes_a_real_step_when_cut_down(variant, tiny_tfds, tmp_path):
+    size = 16 if variant == "digits" else 32
+    c = CONFIGS.get_config(f"{variant},width=32,layers=1,channels=2,batch=4,image={size}")
+    c.update(total_steps=1, eval_every=0)
+    c.mesh.data, c.discriminator.width = 1, 16
+    c.evaluation.update(num_images=0, num_latents=4, batch_size=4)
+    if variant in FULL_SIZE:
+        c.data.update(path=str(tiny_tfds), name="tiny_digits", eval_split="test")
+        c.loss.gan_start = 0
+    stage = VAEStage(c)
+    state = train(stage, c, tmp_path).state
+    assert int(state.step) == 1 and int(state.skipped) == 0
+    assert ("discriminator" in state.params) == (variant in FULL_SIZE)
+    cfg, _ = sources.load_vae(str(tmp_path))
+    assert cfg.latent_channels == 2 and cfg.scaling_factor > 0
+
+
+@pytest.mark.parametrize("variant", CONFIGS.VARIANTS)
+def test_full_size_configs_describe_the_released_vaes(variant):
+    stage = VAEStage(CONFIGS.get_config(variant))
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    count = sum(x.size for x in jax.tree.leaves(shapes["vae"]))
+    if variant in FULL_SIZE:
+        assert count == FULL_SIZE[variant]
+        assert stage.model == VAEConfig(latent_channels=int(variant[1:]))
+        assert sum(x.size for x in jax.tree.leaves(shapes["discriminator"])) == 2_765_633
+    else:
+        assert count < 1_000_000 and set(shapes) == {"vae"}
+
+
+def test_each_group_has_an_optimizer_of_its_own():
+    c = config(total_steps=10)
+    c.optim.update(lr=0.1, warmup_steps=0, grad_clip=0.5)
+    c.optim.groups.discriminator.update(lr=0.01, b1=0.5)
+    params = {"vae": {"kernel": jnp.ones((2, 2))}, "discriminator": {"kernel": jnp.ones((2, 2))}}
+    grads = jax.tree.map(lambda x: 100 * x, params)
+    grads["discriminator"]["kernel"] *= 1e-4  # Not clipped: the other's norm is not its own.
+    tx = optimizer.make_optimizer(c)
+    updates, state = tx.update(grads, tx.init(params), params)
+    for name, lr, b1, b2 in (("vae", 0.1, 0.9, 0.99), ("discriminator", 0.01, 0.5, 0.9)):
+        alone = config(total_steps=10).unlock()
+        alone.optim.update(lr=lr, b1=b1, b2=b2, warmup_steps=0, grad_clip=0.5)
+        del alone.optim.groups
+        own = optimizer.make_optimizer(alone)
+        expected, own_state = own.update(grads[name], own.init(params[name]), params[name])
+        np.testing.assert_array_equal(updates[name]["kernel"], expected["kernel"])
+        inner = state.inner_states["" if name == "vae" else name]
+        got = optax.tree.get(inner, "nu")[name]
+        np.testing.assert_array_equal(got["kernel"], optax.tree.get(own_state, "nu")["kernel"])
+    c.optim.groups.discriminator.rate = 1.0
+    with pytest.raises(ValueError, match=r"groups.discriminator cannot set \['rate'\]"):
+        optimizer.make_optimizer(c)
+
+
+def test_slots_of_every_group_lie_as_their_parameters():
+    c = config()
+    program = build(VAEStage(c), c, make_mesh(devices=jax.devices()[:1]))
+    slots = program.shapes.opt_state.inner_states
+    assert set(slots) == {"", "discriminator"}
+    for label, network in (("", "vae"), ("discriminator", "discriminator")):
+        mu = optax.tree.get(slots[label], "mu")
+        assert jax.tree.leaves(mu) == jax.tree.leaves(mu[network])
+        params = program.shapes.params[network]
+        for slot, param in zip(*map(jax.tree.leaves, (mu[network], params))):
+            assert (slot.shape, slot.sharding) == (param.shape, param.sharding)
+
+
+@pytest.mark.parametrize("values", [768, 1000])
+def test_the_small_image_is_an_area_average_enlarged_as_pillow_does(values):
+    images = np.random.RandomState(0).uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
+    side = int(np.ceil(np.sqrt(values / 3)))
+    expected = np.empty_like(images)
+    for b, c in np.ndindex(2, 3):
+        fine = images[b, :, :, c].repeat(side, 0).repeat(side, 1)
+        small = fine.reshape(side, 64, side, 64).mean((1, 3))
+        large = Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
+        expected[b, :, :, c] = large
+    assert relative(vae_stage.downsampled(jnp.asarray(images), values), expected) < 1e-4
+
+
+def test_bad_configs_say_what_is_wrong():
+    for change, message in (
+        (dict(data__image_size=18), "image_size=18.*multiple of 16.*discriminator"),
+        (
+            dict(data__image_size=17, loss__gan_weight=0.0, model__block_out=(8, 8)),
+            "image_size=17.*reduction",
+        ),
+        (dict(loss__reconstruction="l3"), "'l3'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VAEStage(config(**change))
+    with pytest.raises(ValueError, match="'c5'.*photos"):
+        CONFIGS.get_config("c5")
+    with pytest.raises(ValueError, match="'depth'.*width"):
+        CONFIGS.get_config("c4,depth=3")
+    c = config()
+    with c.unlocked():
+        c.model.scaling_factor = 1.0
+    with pytest.raises(ValueError, match="scaling_factor"):
+        VAEStage(c)
+    assert dataclasses.asdict(VAEStage(config()).model)["scaling_factor"] == 1.0
