@@ -30,7 +30,7 @@ echo "1/5  The shipped models: held-out digits from 1, 2, 4, 8 and 16 tokens; ne
     --batch-size 100 --out "$OUT/samples"
 
 echo
-echo "2/5  Stage 0 from scratch: a VAE (a minute)"
+echo "2/5  Stage 0 from scratch: a VAE (a minute or two)"
 train vae configs/vae.py:digits --config.total_steps="${VAE_STEPS:-600}"
 
 echo
