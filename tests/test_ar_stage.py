@@ -68,7 +68,7 @@ def config(path, variant="digits", **changes):
     c.checkpoint.every = 2
     c.mesh.data = 1
     c.tokenizer.source = ""
-    c.data.update(source="tokens", path=str(path))
+    c.data.update(source="tokens", path=str(path), rotate=0.0, zoom=0.0)
     c.loss.chunk = 5
     c.optim.warmup_steps = 1
     c.evaluation.update(num_images=20, batch_size=8)

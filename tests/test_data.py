@@ -117,7 +117,7 @@ def test_missing_and_empty_folders_and_unknown_names_say_what_to_do(tmp_path):
         (dict(source="folder", path=f"{tmp_path}/no"), "no' does not exist.*--config.data.path"),
         (dict(source="folder", path=str(tmp_path)), "holds no images.*\\.png"),
         (dict(source="folder"), "needs a folder.*--config.data.path"),
-        (dict(source="cloud"), "'cloud'; allowed are digits, folder, tfds"),
+        (dict(source="cloud"), "'cloud'; allowed are digits, photos, folder, tfds"),
         (dict(split="dev"), "'dev'; the digits have train, test, all"),
     ):
         cfg = config(**changes)

@@ -10,6 +10,16 @@ from flextok_jax.evaluation.reconstruction import Sampling
 from flextok_jax.interop import tensor_file
 from flextok_jax.tokenizer import FlexTok
 
+DATA_OPTIONS = {  # Of `flextok tokenize --data`, with what they are when not given.
+    "split": "train",
+    "crops": 1,
+    "crop_scale": 0.8,
+    "flip": False,
+    "shift": 0,
+    "seed": 0,
+    "shard_size": 4096,
+}
+
 
 def load_model(args) -> FlexTok:
     """The model of --model, computing as --dtype and --attention say."""

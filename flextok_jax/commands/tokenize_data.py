@@ -9,7 +9,6 @@ import sys
 import numpy as np
 
 from flextok_jax.commands import common
-from flextok_jax.commands.tokens import DATA_OPTIONS
 from flextok_jax.data import sources, tokens
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 from flextok_jax.evaluation.pictures import DIGITS
@@ -20,7 +19,7 @@ def tokenize_data(args) -> None:
     """Writes --out/SPLIT: shards and manifest.json; continues what was interrupted."""
     from tqdm import tqdm
 
-    for option, default in DATA_OPTIONS.items():
+    for option, default in common.DATA_OPTIONS.items():
         if getattr(args, option) is None:
             setattr(args, option, default)
     common.check_apart(args.data, args.out)

@@ -12,15 +12,6 @@ from flextok_jax.evaluation.reconstruction import check_counts, draw, encode, id
 from flextok_jax.evaluation.results import results_folder
 from flextok_jax.interop import tensor_file
 
-DATA_OPTIONS = {  # Of `flextok tokenize --data`, with what they are when not given.
-    "split": "train",
-    "crops": 1,
-    "crop_scale": 0.8,
-    "flip": False,
-    "shift": 0,
-    "seed": 0,
-    "shard_size": 4096,
-}
 FIELDS = ("tokens", "names", "origin", "fingerprint", "levels", "num_tokens")
 
 
@@ -35,7 +26,7 @@ def tokenize(args) -> None:
         from flextok_jax.commands.tokenize_data import tokenize_data
 
         return tokenize_data(args)
-    for option in DATA_OPTIONS:
+    for option in common.DATA_OPTIONS:
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} goes with --data, not with --images")
 
