@@ -102,7 +102,7 @@ def _base() -> ConfigDict:
 
 
 def _digits() -> ConfigDict:
-    """16x16 digits to 8x8 latents of 1 channel: two minutes on two CPU cores."""
+    """16x16 digits to 8x8 latents of 1 channel: 600 steps take a minute on two CPU cores."""
     c = _base()
     c.total_steps, c.batch_size = 2000, 32
     c.log_every, c.eval_every, c.checkpoint.every = 100, 1000, 500
@@ -124,7 +124,9 @@ def _digits() -> ConfigDict:
 def _photos() -> ConfigDict:
     """Crops of photographs, 64x64, to 16x16 latents of 12 channels.
 
-    An image's latents are 3072 numbers, as many as its average over 2x2 pixels has: 32x32x3.
+    An image's latents are 3072 numbers, as many as its average over 2x2 pixels has: 32x32x3. What
+    that average keeps has not been reached in minutes on a CPU: earlier settings of this variant
+    were at 25.6 dB after 2000 steps of 4 tiles of 32x32 pixels, where it has 36.3.
     """
     c = _base()
     c.total_steps, c.batch_size = 4000, 4
