@@ -109,6 +109,8 @@ def test_labels_may_come_from_a_file(tmp_path):
     "arguments, complaint",
     [
         (["--labels", "0-10"], "label 10; the model has the classes 0 to 9"),
+        (["--labels", "0-99999999999999"], "label 99999999999999; the model has the classes"),
+        (["--labels", "3-1"], "a range goes from less to more"),
         (["--labels", "cat"], "'cat' is no label"),
         (["--num-tokens", "17"], "allowed are 1 to 16"),
         (["--top-p", "2"], "top_p"),

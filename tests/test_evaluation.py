@@ -200,6 +200,23 @@ def test_an_interrupted_evaluation_equals_an_uninterrupted_one(tok, tmp_path):
     assert again == whole
 
 
+def test_what_is_left_may_be_unreadable_when_a_run_goes_on(tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    found = pictures.Pictures(str(tmp_path))
+    assert not list(found.batches(8, 2, skip={"a.png": {}})) and list(found.unreadable) == ["b.png"]
+
+
+def test_a_fault_in_the_middle_keeps_what_is_finished_and_says_so(tmp_path, capsys):
+    with pytest.raises(OSError, match="No space left"):
+        with results_folder(tmp_path, {}) as results:
+            results.add({"a": {}})
+            raise OSError(28, "No space left on device")
+    assert "1 are finished and kept" in capsys.readouterr().err
+    with results_folder(tmp_path, {}) as results:
+        assert list(results.records) == ["a"]
+
+
 # Reports.
 
 

@@ -21,8 +21,8 @@ DATA_OPTIONS = {  # Of `flextok tokenize --data`, with what they are when not gi
 }
 
 
-def load_model(args) -> FlexTok:
-    """The model of --model, computing as --dtype and --attention say."""
+def load_model(args, source: str | None = None) -> FlexTok:
+    """The tokenizer of `source`, --model by default, computing as --dtype and --attention say."""
     import jax
 
     if args.attention == "cudnn" and jax.default_backend() != "gpu":
@@ -30,7 +30,7 @@ def load_model(args) -> FlexTok:
             f"--attention cudnn needs a CUDA GPU; this is a {jax.default_backend()}: use xla"
         )
     return FlexTok.from_pretrained(
-        args.model, dtype=args.dtype, attention=args.attention, mesh=all_devices()
+        source or args.model, dtype=args.dtype, attention=args.attention, mesh=all_devices()
     )
 
 

@@ -46,7 +46,10 @@ def _generation(args) -> None:
             f"--data {args.data}: generated images are judged for the digits only so far"
         )
     gen = load_generator(args)
-    (k,) = check_counts(gen.tokenizer, args.num_tokens or [gen.num_tokens], gen.num_tokens)
+    counts = check_counts(gen.tokenizer, args.num_tokens or [gen.num_tokens], gen.num_tokens)
+    if len(counts) > 1:
+        raise ValueError(f"--num-tokens {','.join(map(str, counts))}: one number to generate from")
+    (k,) = counts
     how, sampling = common.token_sampling(args), common.sampling(args)
     result = evaluate_samples(gen, args.per_label, k, how, sampling, args.batch_size)
     common.write_json(args.out, result)

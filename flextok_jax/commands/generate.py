@@ -73,12 +73,12 @@ def generate(args) -> None:
 def load_generator(args) -> ImageGenerator:
     """The AR model of --model with the tokenizer of --tokenizer, or the one its file names."""
     gen = ImageGenerator.from_pretrained(args.model, dtype=args.dtype, mesh=common.all_devices())
-    args.model = args.tokenizer or gen.tokenizer_source
-    if not args.model:
+    source = args.tokenizer or gen.tokenizer_source
+    if not source:
         raise ValueError(
             f"{gen.origin} does not say whose tokens it makes: pass --tokenizer SOURCE"
         )
-    return dataclasses.replace(gen, tokenizer=common.load_model(args))
+    return dataclasses.replace(gen, tokenizer=common.load_model(args, source))
 
 
 def read_labels(text: str, num_classes: int) -> np.ndarray:
@@ -97,13 +97,15 @@ def read_labels(text: str, num_classes: int) -> np.ndarray:
                 f"--labels {text!r}: {part!r} is no label. Pass all, labels and ranges such as "
                 "0-9,42, or a file with one label per line"
             )
-        labels += range(int(first), int(last or first) + 1)
-    wrong = [label for label in labels if label >= num_classes]
-    if wrong or not labels:
-        raise ValueError(
-            f"--labels {text!r}: " + (f"label {wrong[0]}" if wrong else "no label")
-            + f"; the model has the classes 0 to {num_classes - 1}"
-        )
+        first, last = int(first), int(last or first)
+        if max(first, last) >= num_classes:  # Before a range is written out: it may be endless.
+            raise ValueError(
+                f"--labels {text!r}: label {max(first, last)}; the model has the classes 0 to "
+                f"{num_classes - 1}"
+            )
+        labels += range(first, last + 1)
+    if not labels:
+        raise ValueError(f"--labels {text!r}: no label; a range goes from less to more")
     return np.array(labels)
 
 

@@ -75,10 +75,10 @@ class Pictures:
             skip: the names of images that are not wanted.
 
         Raises:
-            ValueError: not one of the wanted images could be read.
+            ValueError: nothing is skipped, and not one image could be read.
         """
         places = [i for i, name in enumerate(self.names) if name not in skip]
-        found, any_readable = [], not places
+        found, any_readable = [], bool(skip) or not places
         for index, (image, label) in self._readable(places, size):
             found.append((self.names[index], image, label))
             if len(found) == batch_size:

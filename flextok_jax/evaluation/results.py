@@ -90,6 +90,14 @@ def results_folder(out, settings: dict) -> Iterator[Results]:
         raise Paused(
             f"{len(results.records)} are finished; the same command goes on from there"
         ) from error
+    except Exception:
+        if results.records:
+            print(
+                f"note: {len(results.records)} are finished and kept in {folder}; the same command "
+                "goes on from there",
+                file=sys.stderr,
+            )
+        raise
     finally:
         if not results.records:
             shutil.rmtree(folder)
