@@ -14,6 +14,10 @@ import pytest
 from common import ROOT
 
 yaml = pytest.importorskip("yaml")
+# The dev extra puts it beside the interpreter, which need not be on PATH.
+SHELLCHECK = shutil.which(
+    "shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+)
 
 FAKES = ROOT / "tests" / "fakes"
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -309,8 +313,8 @@ def test_nothing_of_ours_is_written_into_the_scripts():
         assert not zones and not re.search(r"gs://[a-z0-9]", text), path.name
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
 def test_shellcheck_passes():
-    command = ["shellcheck", "-x", "-P", "launch", *(str(p.relative_to(ROOT)) for p in SCRIPTS)]
+    command = [SHELLCHECK, "-x", "-P", "launch", *(str(p.relative_to(ROOT)) for p in SCRIPTS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
