@@ -3,7 +3,9 @@
 python -m flextok_jax.main --config=configs/FILE.py:VARIANT --workdir=DIR [--config.KEY=VALUE ...]
 
 The same command continues an interrupted run. Exit codes: 0 done, or stopped by Ctrl-C and saved;
-143 stopped by SIGTERM or a preemption notice and saved: start it again.
+143 stopped by SIGTERM or a preemption notice and saved: start it again; anything else an error.
+
+--config.profile=A:B records steps A to B in DIR/profile, for TensorBoard or ui.perfetto.dev.
 
 On several machines the same command runs on each. TPU pods and Slurm are recognised; elsewhere add
 --coordinator=HOST:PORT --num_processes=N --process_id=I.
@@ -53,6 +55,7 @@ def main(argv):
     from flextok_jax.parallel import startup
     from flextok_jax.training.loop import train
     from flextok_jax.training.signals import PREEMPTED
+    from flextok_jax.training.skips import Diverged
 
     logging.getLogger("flextok_jax").setLevel(logging.INFO)
     try:
@@ -62,7 +65,7 @@ def main(argv):
         sys.exit(f"error: {error}")
     try:
         outcome = train(stage, _CONFIG.value, _WORKDIR.value)
-    except (WorkdirError, OSError) as error:  # a ValueError may be a fault: its trace is wanted
+    except (WorkdirError, Diverged, OSError) as error:  # The trace of a ValueError is wanted.
         sys.exit(f"error: {error}")
     return PREEMPTED if outcome.stopped == signal.SIGTERM else 0
 

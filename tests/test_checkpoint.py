@@ -90,13 +90,49 @@ def damage_everything(folder):
     folder.mkdir()
 
 
+def damage_silently(folder):
+    """One bit of the array data, which Orbax does not notice."""
+    data = bytearray(data_files(folder)[0].read_bytes())
+    data[len(data) // 2] ^= 1
+    data_files(folder)[0].write_bytes(data)
+
+
+def damage_sharding(folder):
+    """A file that `restore` could do without, but inference could not."""
+    os.truncate(folder / "state" / "_sharding", 99)
+
+
+def damage_config_value(folder):
+    """Still JSON, of another configuration; which is then not what refuses the run."""
+    path = folder / "config" / "metadata"
+    text = path.read_text()
+    assert '"batch_size": 8' in text
+    path.write_text(text.replace('"batch_size": 8', '"batch_size": 9'))
+
+
+def damage_checksums(folder):
+    os.truncate(folder / "checksums" / "metadata", 9)
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_delete, damage_config, damage_everything]
+    "damage",
+    [
+        damage_truncate,
+        damage_delete,
+        damage_config,
+        damage_everything,
+        damage_silently,
+        damage_config_value,
+        damage_sharding,
+        damage_checksums,
+    ],
 )
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
     damage, saved, workdir, program, caplog
 ):
     damage(workdir / "checkpoints" / "2")
+    if damage is damage_sharding:  # The others may have hit what only training reads.
+        assert restore_ema(workdir)[2] == 1
     with caplog.at_level(logging.WARNING):
         state = restore(workdir, program)
     assert equal(host(state), saved[1][1])
@@ -107,6 +143,62 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
     with Checkpoints(workdir, json_config(get_config())) as checkpoints:
         checkpoints.save(2, state)
     assert equal(host(restore(workdir, program)), saved[1][1])
+
+
+def test_inference_notices_a_changed_bit_too(workdir, caplog):
+    for path in data_files(workdir / "checkpoints" / "2"):  # Some hold the optimizer's arrays only.
+        if path.stat().st_size > 1000:
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert restore_ema(workdir)[2] == 1
+    assert "checkpoint 2 is unreadable" in caplog.text
+
+
+def test_checkpoints_from_before_there_were_checksums_are_read(saved, program, workdir):
+    shutil.rmtree(workdir / "checkpoints" / "2" / "checksums")
+    (workdir / "saved.json").unlink()
+    assert equal(host(restore(workdir, program)), saved[1][2])
+    assert restore_ema(workdir)[2] == 2
+
+
+def test_lost_checkpoints_are_not_taken_for_a_new_run(workdir, program):
+    shutil.rmtree(workdir / "checkpoints" / "1")
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    for _ in range(2):  # An empty folder, then none.
+        with pytest.raises(WorkdirError, match="step 2 had been saved.*does not start over"):
+            restore(workdir, program)
+        shutil.rmtree(workdir / "checkpoints")
+    (workdir / "saved.json").write_text("{")
+    with pytest.raises(WorkdirError, match="saved.json is damaged.*remove it"):
+        restore(workdir, program)
+
+
+def test_a_vanished_newest_checkpoint_is_told(saved, workdir, program, caplog):
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    with caplog.at_level(logging.WARNING):
+        assert equal(host(restore(workdir, program)), saved[1][1])
+    assert "checkpoint 2 had been completed and is gone" in caplog.text
+    assert "continuing from checkpoint 1" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_the_others(
+    saved, workdir, program, monkeypatch
+):
+    state = program.init()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(WorkdirError, match="checkpoint 3 could not be written.*No space left"):
+        with Checkpoints(workdir, json_config(get_config())) as checkpoints:
+            with monkeypatch.context() as patch:
+                patch.setattr("orbax.checkpoint.JsonCheckpointHandler.finalize", full)
+                checkpoints.save(3, state)
+                while True:  # As the loop does after every step.
+                    checkpoints.poll()
+    assert equal(host(restore(workdir, program)), saved[1][2])
 
 
 def test_when_nothing_is_readable_it_stops_and_moves_nothing(workdir, program):

@@ -1,4 +1,7 @@
-"""Several processes find each other by the environment or by flags, and train what one trains."""
+"""Several processes find each other by the environment or by flags.
+
+That they then train what one trains: test_processes.py.
+"""
 
 import json
 import os
@@ -9,12 +12,9 @@ import sys
 import jax
 import pytest
 from common import ROOT
-from conftest import CACHE
-from test_training_state import ToyStage, get_config
 
 from flextok_jax import main
 from flextok_jax.parallel import startup
-from flextok_jax.training.loop import train
 
 SLURM = dict.fromkeys(startup.SLURM, "0") | {"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-2]"}
 
@@ -101,47 +101,6 @@ from flextok_jax import main
 main.STAGES["toy"] = "test_training_state:ToyStage"
 main.run()
 """
-TOY_CONFIG = """
-from test_training_state import get_config as toy
-def get_config():
-    return toy(total_steps=2, mesh__data=-1)
-"""
-
-
-def test_two_processes_train_what_one_trains(tmp_path):
-    config = tmp_path / "toy.py"
-    config.write_text(TOY_CONFIG)
-    paths = [str(ROOT), str(ROOT / "tests")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_DEFAULT_MATMUL_PRECISION": "float32",
-    }
-    command = [sys.executable, "-c", TOY, f"--config={config}", f"--workdir={tmp_path / 'two'}"]
-    leader = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
-    processes = [
-        subprocess.Popen(
-            [*command, *leader, f"--process_id={process_id}", "--config.mesh.fsdp=2"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for process_id in (0, 1)
-    ]
-    try:
-        config = get_config(total_steps=2)  # meanwhile, one process
-        train(ToyStage(config), config, tmp_path / "one")
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    assert "process 0 of 2" in outputs[0] and "process 1 of 2" in outputs[1]
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 2 and two == pytest.approx(one, rel=1e-6)
-    assert (tmp_path / "two" / "checkpoints" / "2").is_dir()
-
 
 def test_the_command_line_tells_of_a_forgotten_flag(tmp_path):
     done = subprocess.run(

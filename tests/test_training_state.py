@@ -104,6 +104,8 @@ def get_config(**changes):
             "freeze": (),
             "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
             "checkpoint": {"every": 3, "keep": 3},
+            "max_skipped_in_row": 20,
+            "profile": "",
             "data": {
                 "source": "digits", "path": "", "name": "", "split": "train", "eval_split": "test",
                 "image_size": 16, "crop": "none", "crop_scale": (0.5, 1.0), "flip": False,

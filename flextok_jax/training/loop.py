@@ -15,11 +15,13 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 
 from flextok_jax.data.pipeline import make_pipeline
-from flextok_jax.parallel.mesh import make_mesh
+from flextok_jax.parallel.mesh import compiler_options, make_mesh
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings
 from flextok_jax.interop.checkpoint import Checkpoints, json_config
 from flextok_jax.training.logs import RunLog, write_atomic
+from flextok_jax.training.profile import Profile
 from flextok_jax.training.signals import StopSignals
+from flextok_jax.training.skips import Skips
 from flextok_jax.training.stage import Stage
 from flextok_jax.training.state import TrainState, build
 
@@ -44,15 +46,19 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
     Args:
         stage: see training/stage.py.
         config: a ConfigDict.
-        workdir: DIR; gets DIR/checkpoints, DIR/config.json, DIR/metrics.jsonl and DIR/tb.
+        workdir: DIR; gets DIR/checkpoints, DIR/saved.json, DIR/config.json, DIR/metrics.jsonl,
+            DIR/tb and, if asked for, DIR/profile.
 
     Raises:
-        WorkdirError: DIR holds a run with another configuration, or unreadable checkpoints.
+        WorkdirError: DIR holds a run with another configuration, its checkpoints are unreadable or
+            lost, or one cannot be written.
+        Diverged: max_skipped_in_row steps were skipped; the state before them is saved.
         ValueError: sizes that do not fit each other.
     """
     # The order of a run:
     #   mesh -> shapes -> newest checkpoint, or init_from, or init -> logs -> data -> compile
     #   for each step: batch -> step -> metrics merge on the device
+    #     the step before is finished: was it skipped?
     #     when a record is due: begin it, and write the one before (the host waits for nothing new)
     #     when a save is due: save; when an evaluation is due: evaluate the averaged parameters
     #     leave after a signal or a preemption notice, saved
@@ -67,6 +73,8 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         program = build(stage, config, mesh)
         state = _first_state(stage, config, program, checkpoints)
         start, stopped = int(state.step), None
+        skips = Skips(state, config.max_skipped_in_row)
+        profile = Profile(config.profile, workdir, start, total)
         _describe(workdir, plain, stage, program)
         frozen = stage.load_frozen()
         frozen = jax.device_put(frozen, param_shardings(mesh, frozen))
@@ -81,7 +89,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
                 for metric, value in evaluator(ema, frozen, mesh):
                     run_log.add(step, {f"eval/{name}/{metric}": value})
 
-        with RunLog(workdir, start, total) as run_log:
+        with RunLog(workdir, start, total) as run_log, profile:
             if evaluation_due(start):  # The run may have ended between saving and evaluating.
                 done = any(name.startswith("eval/") for name in run_log.resumed)
                 if not multihost_utils.broadcast_one_to_all(np.bool_(done)):
@@ -95,14 +103,19 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
                 config.data, seed=config.seed, batch_size=config.batch_size, train=True
             )
             batches = _on_mesh(pipeline.iterate(start), batch_sharding(mesh))
-            step_fn, batches = _compile(program.step, state, frozen, batches)
+            step_fn, batches = _compile(program.step, mesh, state, frozen, batches)
             window, previous, watch = None, None, Stopwatch(start)
             for step, batch in enumerate(batches, start + 1):
+                profile.before(step, previous)
                 state, metrics = step_fn(state, frozen, batch)
                 window = metrics if window is None else _merge(window, metrics)
-                jax.block_until_ready(previous)  # Two steps in flight: the device never waits,
-                previous = metrics  # and batches do not pile up on it.
+                if previous is not None:
+                    jax.block_until_ready(previous)  # Two steps in flight: the device never waits,
+                    skips.see(step - 1, previous)  # and batches do not pile up on it.
+                previous = metrics
+                profile.after(step, metrics)
                 run_log.advance()
+                checkpoints.poll()
 
                 stopped = signals.received
                 if checkpoints.reached_preemption(step):
@@ -110,6 +123,9 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
                 last = bool(stopped) or step == total
                 every = config.checkpoint.every
                 saving = last or (every and step % every == 0)
+                if last or skips.too_many:
+                    skips.see(step, metrics)
+                    _stop_if_diverged(skips, state, checkpoints)
                 evaluating = evaluation_due(step) and not stopped
 
                 if saving or evaluating or step % config.log_every == 0:
@@ -151,6 +167,16 @@ class Stopwatch:
         return seconds
 
 
+def _stop_if_diverged(skips, state, checkpoints):
+    """Saves the last good state, if that is still to do, and raises, after too many skips."""
+    if skips.too_many:
+        newest = checkpoints.newest()
+        if newest is None or newest < skips.good:
+            newest = skips.good
+            checkpoints.save(newest, skips.last_good(state))
+        raise skips.error(newest)
+
+
 def _first_state(stage, config, program, checkpoints) -> TrainState:
     """The newest checkpoint; without one what `init_from` names; without that a new model."""
     state = checkpoints.restore(program.shapes)
@@ -160,7 +186,7 @@ def _first_state(stage, config, program, checkpoints) -> TrainState:
     if config.init_from:
         log.info("starting from %s", config.init_from)
         return program.init_from(stage.init_from(config.init_from))
-    log.info("starting from step 0")
+    log.info("starting from step 0: no checkpoint was ever completed here")
     return program.init()
 
 
@@ -175,7 +201,7 @@ def _describe(workdir, plain, stage, program):
         log.info("parameters:\n%s", table)
 
 
-def _compile(step, state, frozen, batches):
+def _compile(step, mesh, state, frozen, batches):
     """The executable for these arguments, the one compilation of a run; and all the batches.
 
     Ahead of time, so that it is not timed as a step, and that a batch of another shape is an error
@@ -183,7 +209,8 @@ def _compile(step, state, frozen, batches):
     """
     first = next(batches)
     begin = time.perf_counter()
-    executable = step.lower(state, frozen, first).compile()
+    lowered = step.lower(state, frozen, first)
+    executable = lowered.compile(compiler_options=compiler_options(mesh))
     log.info("compiled the step in %.1f s", time.perf_counter() - begin)
     return executable, itertools.chain([first], batches)
 

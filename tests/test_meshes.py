@@ -1,0 +1,137 @@
+"""Eight devices compute what one computes, on every mesh: training, and generation.
+
+The quantiser is discontinuous: where a code lies within a rounding error of the border of two
+levels, another order of summation may give another token, and the losses part for good. Seeds and
+sizes are chosen so that it does not happen; if it does, the failure names the step.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from common import ROOT
+from test_ar_stage import config as ar_config
+from test_ar_stage import write
+from test_tokenizer_stage import config as tokenizer_config
+
+from flextok_jax import main
+from flextok_jax.training.loop import train
+
+RUNS = [("tokenizer", sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2))]  # data, fsdp, tensor
+RUNS += [("ar", (2, 2, 2))]  # the vocabulary over `tensor`
+STEPS = 20
+
+
+def configs(tokens):
+    """Kind -> configuration of a small run in float32, with `tokens` a folder of AR data."""
+    tok = tokenizer_config("digits,width=64,enc_depth=1,dec_depth=1,batch=16")
+    ar = ar_config(tokens, batch_size=16, evaluation__num_images=0)
+    for c in (tok, ar):
+        c.update(total_steps=STEPS, log_every=1)
+        c.checkpoint.every = 0
+        c.optim.update(lr=1e-3, warmup_steps=5)
+        c.compute.scan = True
+    return {"tokenizer": tok, "ar": ar}
+
+
+def run(config, mesh, workdir):
+    """Trains; returns how many steps were compiled."""
+    compiled = []
+
+    def listen(event, duration, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration" and "train_step" in fun_name:
+            compiled.append(fun_name)
+
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh)))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    train(main.make_stage(config), config, workdir)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return len(compiled)
+
+
+ON_EIGHT = """
+import json, pathlib, sys
+import conftest
+import jax
+import numpy as np
+from common import TINY, tiny_generator
+from test_meshes import RUNS, configs, run
+from flextok_jax import FlexTok, ImageGenerator
+from flextok_jax.interop.checkpoint import Checkpoints
+from flextok_jax.parallel.mesh import make_mesh
+from flextok_jax.parallel.sharding import param_shardings
+
+Checkpoints.save = lambda *_: None  # test_processes.py saves on several devices, and it takes time.
+assert jax.device_count() == 8
+folder, labels = pathlib.Path(sys.argv[1]), np.arange(5)
+compiled = [
+    run(configs(folder / "tokens")[kind], sizes, folder / f"{kind} {sizes}") for kind, sizes in RUNS
+]
+plain = tiny_generator(TINY)
+mesh = make_mesh(2, 2, 2)
+tree = {"ar": plain.params, "tokenizer": plain.tokenizer.params}
+spread = {name: jax.device_put(tree[name], param_shardings(mesh, tree[name])) for name in tree}
+gen = ImageGenerator(
+    plain.config, spread["ar"], FlexTok(TINY, spread["tokenizer"], mesh=mesh), mesh=mesh
+)
+wanted, images = plain.generate_tokens(labels, key=0), plain.generate(labels, key=0, steps=2)
+again, embed = gen.generate(labels, key=0, steps=2), gen.params["ar"]["embed"]
+generated = dict(
+    same_tokens=bool((gen.generate_tokens(labels, key=0) == wanted).all()),
+    error=float(np.abs(again - images).max() / np.abs(images).max()),
+    rows=embed.addressable_shards[0].data.shape[0] / embed.shape[0],
+)
+print(json.dumps(dict(compiled=compiled, generated=generated)))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(the folder of all runs, what the process with eight devices found)."""
+    folder = tmp_path_factory.mktemp("meshes")
+    write(folder / "tokens", "train")
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAX_NUM_CPU_DEVICES": "8",
+    }
+    command = [sys.executable, "-c", ON_EIGHT, str(folder)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        for kind, config in configs(folder / "tokens").items():  # meanwhile, one device
+            assert run(config, (1, 1, 1), folder / f"{kind} one") == 1
+        output, errors = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    return folder, json.loads(output.splitlines()[-1])
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind, sizes", RUNS, ids=str)
+def test_the_losses_are_those_of_one_device(kind, sizes, runs):
+    one, eight = records(runs[0] / f"{kind} one"), records(runs[0] / f"{kind} {sizes}")
+    assert [r["step"] for r in eight] == [r["step"] for r in one] == [*range(1, STEPS + 1)]
+    assert one[-1]["loss"] < one[0]["loss"]
+    for a, b in zip(one, eight):
+        used = "codebook/usage"  # Of the tokenizer: the share of the ids that each position used.
+        assert a.get(used) == b.get(used), f"a quantiser rounding flipped at step {a['step']}"
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), f"step {a['step']}"
+
+
+def test_every_run_compiles_its_step_once(runs):
+    assert runs[1]["compiled"] == [1] * len(RUNS)
+
+
+def test_generation_gives_the_same_tokens_and_images(runs):
+    """`tokenize` and `detokenize` alone: test_tokenizer.py."""
+    found = runs[1]["generated"]
+    assert found["same_tokens"] and found["error"] < 1e-5
+    assert found["rows"] == 1 / 2  # the vocabulary over `tensor`
