@@ -42,7 +42,8 @@ def programs(cfg: ARConfig, compute: Compute, args, chunks):
     def compiled(chunk):
         def loss(params, tokens, labels):
             hidden = ar.hidden(params, cfg, compute, tokens, ar.ARCondition(labels))
-            out = cross_entropy(lambda h: ar.head(params, cfg, h), hidden, tokens, chunk)
+            weights = ar.head_weights(params, hidden.dtype)
+            out = cross_entropy(lambda h: ar.head(weights, h), hidden, tokens, chunk)
             return jnp.mean(out.loss)
 
         return jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
@@ -60,7 +61,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="0: memory only, nothing is run")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    cfg, compute = model_config(options.depth), Compute(dtype=options.dtype, remat=True)
+    cfg, compute = model_config(options.depth), Compute(dtype=options.dtype, remat="full")
 
     def arguments():
         shape = options.batch, cfg.num_tokens

@@ -82,7 +82,8 @@ def recompute(params, cfg, compute, tokens, how, keys, everywhere):
     labels = jnp.concatenate([jnp.arange(batch), jnp.full(batch, -1)])
     inputs = jnp.pad(jnp.concatenate([tokens, tokens]), ((0, 0), (0, 1)))  # Position n is asked.
     x = ar.hidden(params, cfg, compute, inputs, ARCondition(labels))
-    given, null = jnp.split(ar.head(params, cfg, x if everywhere else x[:, -1:]), 2)
+    weights = ar.head_weights(params, x.dtype)
+    given, null = jnp.split(ar.head(weights, x if everywhere else x[:, -1:]), 2)
     logits = null + how.guidance[0] * (given - null)
     return generation.sample(logits[:, -1], keys, how), logits
 

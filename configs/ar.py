@@ -64,7 +64,9 @@ def _base() -> ConfigDict:
             ema_decay=0.9999,  # [assumed]
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the devices that are left
             checkpoint=dict(every=1000, keep=2),
-            compute=dict(dtype="float32", attention="xla", scan=True, remat=False),
+            max_skipped_in_row=20,  # steps without a finite gradient, then the run stops
+            profile="",  # "A:B": steps A to B, recorded in DIR/profile
+            compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
             evaluation=dict(num_images=256, batch_size=128),
             tokenizer=dict(source=""),  # images are tokenised in every step; "": data is tokens
             condition=dict(null_prob=0.1),  # [paper]: class dropout
@@ -83,6 +85,7 @@ def _base() -> ConfigDict:
                 crop="none",
                 crop_scale=(0.8, 1.0),
                 flip=False,
+                quarter_turns=False,
                 shift=0,
                 rotate=0.0,
                 zoom=0.0,
@@ -159,7 +162,7 @@ def _full(depth: int, text: bool) -> ConfigDict:
     epoch = IMAGENET / c.batch_size
     c.total_steps, c.optim.warmup_steps = round(300 * epoch), round(30 * epoch)  # [paper]
     c.eval_every, c.checkpoint.every = 5000, 5000
-    c.compute.update(dtype="bfloat16", remat=True)  # [assumed]
+    c.compute.update(dtype="bfloat16", remat="full")  # [assumed]
     c.evaluation.update(num_images=10_240, batch_size=1024)
     c.data.crop = "center"  # of images: crops beforehand are the paper's, 10 of each image
     width = 64 * depth

@@ -47,7 +47,9 @@ def _base() -> ConfigDict:
             time_shift=1.0,  # moves the sampled times towards noise; see flow.path.shift_time
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the devices that are left
             checkpoint=dict(every=1000, keep=2),
-            compute=dict(dtype="float32", attention="xla", scan=True, remat=False),
+            max_skipped_in_row=20,  # steps without a finite gradient, then the run stops
+            profile="",  # "A:B": steps A to B, recorded in DIR/profile
+            compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
             evaluation=dict(num_images=256, batch_size=128, steps=20),
             vae=dict(source="identity", scaling_factor=placeholder(float)),
             data=dict(
@@ -60,6 +62,7 @@ def _base() -> ConfigDict:
                 crop="none",
                 crop_scale=(0.08, 1.0),
                 flip=False,
+                quarter_turns=False,
                 shift=0,
                 rotate=0.0,
                 zoom=0.0,
@@ -164,7 +167,7 @@ def _imagenet(variant: str) -> ConfigDict:
     c.total_steps, c.batch_size = 381_470, 2048
     c.log_every, c.eval_every = 100, 10_000
     c.checkpoint.every = 5000
-    c.compute.update(dtype="bfloat16", remat=True)  # bfloat16 [assumed]
+    c.compute.update(dtype="bfloat16", remat="full")  # bfloat16 [assumed]
     c.evaluation.update(num_images=2048, batch_size=256, steps=25)
     c.vae.source = "EPFL-VILAB/flextok_vae_c16"  # frozen; its posterior is sampled [assumed]
     c.data.update(

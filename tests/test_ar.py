@@ -11,7 +11,7 @@ from common import relative
 
 from flextok_jax.interop.flexar import shapes
 from flextok_jax.interop.names import flatten, unflatten
-from flextok_jax.nn import ar
+from flextok_jax.nn import ar, layout
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.parallel import sharding
@@ -112,12 +112,12 @@ def test_every_parameter_has_one_sharding_rule_and_the_vocabulary_is_cut(cfg):
     mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES)
     wide = dataclasses.replace(cfg, vocab_size=64000, width=768, head_dim=64, mlp_hidden=2048)
     for path, leaf in flatten(shapes(wide)).items():
-        rules = [r for r, _ in sharding.PARAMETER_RULES if re.fullmatch(r, path)]
+        rules = [r for r, _ in layout.PARAMETER_RULES if re.fullmatch(r, path)]
         assert len(rules) == 1, (path, rules)
-        spec = sharding.param_spec(path, leaf.shape, mesh)
+        spec = layout.param_spec(path, leaf.shape, mesh)
         if leaf.size > 1_000_000:
             assert {"fsdp", "tensor"} <= set(spec), (path, spec)
-    spec = sharding.param_spec("ar/embed", (64000, 768), mesh)
+    spec = layout.param_spec("ar/embed", (64000, 768), mesh)
     assert tuple(spec) == ("tensor", "fsdp")
 
 

@@ -15,8 +15,8 @@ LEVELS = (
     ("tokenizer", "generator"),
     ("data", "evaluation"),
     ("training",),
-    ("commands",),
-    ("main", "cli"),
+    ("commands", "aot"),
+    ("main", "cli", "compile"),
 )
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 INFERENCE = LEVEL["tokenizer"]  # Levels up to this one run without the libraries of training.

@@ -33,7 +33,7 @@ def outputs(compute, key=3):
 
 
 @pytest.mark.parametrize(
-    "compute", [Compute(scan=False), Compute(remat=True), Compute(scan=False, remat=True)]
+    "compute", [Compute(scan=False), Compute(remat="full"), Compute(scan=False, remat="dots")]
 )
 def test_unrolling_and_remat_change_nothing(compute):
     for a, b in zip(outputs(compute), outputs(Compute()), strict=True):

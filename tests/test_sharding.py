@@ -14,6 +14,7 @@ import pytest
 from common import ROOT, TINY, random_params, small_vae
 
 from flextok_jax.interop import flexar, names, sources, tensor_file, vae_files
+from flextok_jax.nn import layout
 from flextok_jax.nn.config import ARConfig, FlexTokConfig, VAEConfig
 from flextok_jax.parallel import sharding
 from flextok_jax.parallel.mesh import AXES, make_mesh
@@ -69,7 +70,7 @@ def local_size(leaf) -> int:
 
 
 def rules_of(path) -> list[str]:
-    return [pattern for pattern, _ in sharding.PARAMETER_RULES if re.fullmatch(pattern, path)]
+    return [pattern for pattern, _ in layout.PARAMETER_RULES if re.fullmatch(pattern, path)]
 
 
 def test_every_parameter_average_and_optimizer_slot_has_one_rule(run):
@@ -113,7 +114,7 @@ def test_frozen_networks_and_loaded_models_have_rules_too():
     cfg = FlexTokConfig(vae=VAEConfig())
     for path, leaf in leaves(sources.shapes(cfg)).items():
         assert len(rules_of(path)) == 1, path
-        spec = sharding.param_spec(path, leaf.shape, MESH)
+        spec = layout.param_spec(path, leaf.shape, MESH)
         if leaf.size > BIG and not re.fullmatch(WHOLE, path):
             assert any(spec), path
     frozen = {"vae": sources.shapes(cfg)["vae"]}  # As the loop places it.
@@ -126,17 +127,17 @@ def test_every_rule_is_used():
     models = (ARConfig(**sizes, num_classes=2), ARConfig(**sizes, text_dim=8, text_hidden=8))
     paths = {*leaves(sources.shapes(FlexTokConfig(vae=VAEConfig()))), "null_text/text"}
     paths |= {path for cfg in models for path in leaves(flexar.shapes(cfg))}
-    for pattern, _ in sharding.PARAMETER_RULES:
+    for pattern, _ in layout.PARAMETER_RULES:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
 
 
 def test_a_path_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="0 sharding rules match the parameter 'decoder/new'"):
-        sharding.logical_axes("decoder/new")
+        layout.logical_axes("decoder/new")
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
-    spec = sharding.param_spec("decoder/blocks/mlp/fc1/kernel", (28, 1792, 4779), MESH)
+    spec = layout.param_spec("decoder/blocks/mlp/fc1/kernel", (28, 1792, 4779), MESH)
     assert tuple(spec) == (None, "fsdp", None)
 
 

@@ -2,8 +2,8 @@
 
 Whole photographs are held out, so that no pixel of a test image was seen in training, in whatever
 crop. The two views of the motorcycle are one scene and lie on the same side. Every photograph is
-halved (averages of 2x2 pixels), because pixels as stored are interpolated from a sensor's colour
-mosaic, or compressed, and hold little detail of their own.
+reduced to a third of its side (averages of 3x3 pixels), because pixels as stored are interpolated
+from a sensor's colour mosaic, or compressed, and hold little detail of their own.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def _photographs() -> dict[str, np.ndarray]:
     found = {"motorcycle_left": left, "motorcycle_right": right}
     found |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
     found |= {name: getattr(data, name)() for name in SPLITS["all"] if name not in found}
-    halved = {name: np.asarray(Image.fromarray(photo).reduce(2)) for name, photo in found.items()}
-    for photo in halved.values():
+    small = {name: np.asarray(Image.fromarray(photo).reduce(3)) for name, photo in found.items()}
+    for photo in small.values():
         photo.setflags(write=False)
-    return halved
+    return small

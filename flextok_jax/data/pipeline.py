@@ -69,6 +69,7 @@ def make_pipeline(
                 crop=cfg.crop,
                 crop_scale=tuple(cfg.crop_scale),
                 flip=cfg.flip,
+                quarter_turns=cfg.quarter_turns,
                 shift=cfg.shift,
                 rotate=cfg.rotate,
                 zoom=cfg.zoom,

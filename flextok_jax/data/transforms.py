@@ -10,7 +10,7 @@ import math
 import numpy as np
 from PIL import Image
 
-CROPS = ("random", "center", "none")
+CROPS = ("random", "window", "center", "none")
 CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)
 FLIP, ANGLE, ZOOM, SHIFT_X, SHIFT_Y, CROP = range(6)  # Columns of the draws; CROP to the end.
@@ -23,9 +23,11 @@ class Transform:
 
     Attributes:
         image_size: side S of the result, in pixels.
-        crop: "random" (`random_resized_crop`), "center" (`center_crop`), "none": already S x S.
+        crop: "random" (`random_resized_crop`), "window" (`random_window`), "center"
+            (`center_crop`), "none": already S x S.
         crop_scale: smallest and largest share of the area that a random crop keeps.
         flip: mirror half of the images.
+        quarter_turns: turn by 0, 90, 180 or 270 degrees.
         shift: translate by up to so many whole pixels.
         rotate: turn by up to so many degrees either way.
         zoom: enlarge or shrink by up to this fraction.
@@ -35,6 +37,7 @@ class Transform:
     crop: str = "none"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: bool = False
+    quarter_turns: bool = False
     shift: int = 0
     rotate: float = 0.0
     zoom: float = 0.0
@@ -54,7 +57,7 @@ class Transform:
 
     def without_randomness(self) -> "Transform":
         """The transform of evaluation: a random crop becomes the centre crop, the rest is off."""
-        crop = "center" if self.crop == "random" else self.crop
+        crop = "center" if self.crop in ("random", "window") else self.crop
         return Transform(self.image_size, crop)
 
     def fit(self, image, draws: np.ndarray) -> np.ndarray:
@@ -79,6 +82,8 @@ class Transform:
                     f"{self.image_size} and data.crop is 'none': use 'center' or 'random'."
                 )
             return array
+        if self.crop == "window":
+            return random_window(np.asarray(image), self.image_size, draws[CROP:])
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         if self.crop == "center":
@@ -86,7 +91,7 @@ class Transform:
         return random_resized_crop(image, self.image_size, draws[CROP:], self.crop_scale)
 
     def augment(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Flip, rotation, zoom and shift, each where it is on.
+        """Flip, turns, rotation, zoom and shift, each where it is on.
 
         Args:
             images: uint8 [B, S, S, 3].
@@ -99,6 +104,9 @@ class Transform:
             mirrored = draws[:, FLIP] < 0.5
             images = images.copy()
             images[mirrored] = images[mirrored, :, ::-1]
+        if self.quarter_turns:
+            turns = (4 * draws[:, ANGLE]).astype(int)
+            images = np.stack([np.rot90(image, turn) for image, turn in zip(images, turns)])
         if self.shift or self.rotate or self.zoom:
             signed = 2 * draws - 1
             images = affine(
@@ -108,6 +116,27 @@ class Transform:
                 shift=np.floor((2 * self.shift + 1) * draws[:, SHIFT_X : SHIFT_Y + 1]) - self.shift,
             )
         return images
+
+
+def random_window(image: np.ndarray, size: int, draws: np.ndarray) -> np.ndarray:
+    """A square of `size` pixels, as they are, at a place that is uniform over the image.
+
+    Args:
+        image: uint8 [H, W, 3], no side smaller than `size`.
+        size: side of the result.
+        draws: two or more in [0, 1).
+
+    Raises:
+        ValueError: a smaller image.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) < size:
+        raise ValueError(
+            f"the image is {width} x {height} pixels: a window of data.image_size {size} does not "
+            "fit; use data.crop='random', which enlarges"
+        )
+    y, x = (int(draw * (side - size + 1)) for draw, side in zip(draws, (height, width)))
+    return image[y : y + size, x : x + size]
 
 
 def random_resized_crop(

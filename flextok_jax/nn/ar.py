@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flextok_jax.nn import layers
+from flextok_jax.nn import attention, layers, layout
 from flextok_jax.nn.config import ARConfig, Compute
 
 SOS = -1  # The "token" before the first one.
@@ -128,8 +128,8 @@ class Block(nn.Module):
             return RMSNorm(cfg.norm_eps, name=f"norm_{i}")
 
         def whole(q, k, v):
-            how = self.compute.attention
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=how), None
+            how, scale = self.compute.attention, cfg.head_dim**-0.5
+            return attention.attend(q, k, v, how, scale, causal=True), None
 
         def continued(q, k, v):
             k, v = (
@@ -158,6 +158,7 @@ class Block(nn.Module):
         ratio = 1.5 * (cfg.mlp_hidden + 0.5) / cfg.width
         mlp = layers.SwiGLU(cfg.width, ratio, dtype, name="mlp")
         x = x + mlp(norm(3 if cfg.text_dim else 2)(x))
+        x = layout.batch_first(x)
         return x, None if cache is None else BlockCache(*kept, cross, cache.index + x.shape[1])
 
 
@@ -189,7 +190,7 @@ def init(cfg: ARConfig, key: jax.Array) -> dict:
         params["text_fc1"] = {"kernel": layers.xavier(first, (cfg.text_dim, cfg.text_hidden))}
         params["text_fc2"] = {"kernel": layers.xavier(second, (cfg.text_hidden, cfg.width))}
         context = x, jnp.ones((1, 1), bool)
-    blocks = layers.stack(Block, cfg, Compute(), cfg.depth)
+    blocks = layers.stack(Block, cfg, Compute(), cfg.depth, "ar/blocks")
     params["blocks"] = blocks.init(keys["blocks"], x, (context, None))["params"]
     return {"ar": params}
 
@@ -252,19 +253,24 @@ def hidden(
     previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=SOS)
     x = embed(params, cfg, dtype, previous, 0, condition.labels)
     shared = (context(params, cfg, dtype, condition), None)
-    blocks = layers.stack(Block, cfg, compute, cfg.depth)
+    blocks = layers.stack(Block, cfg, compute, cfg.depth, "ar/blocks")
     x, _ = blocks.apply({"params": params["ar"]["blocks"]}, x, shared)
     return rms_norm(x, params["ar"]["norm"]["scale"], cfg.norm_eps)
 
 
-def head(params, cfg: ARConfig, hidden: jax.Array) -> jax.Array:
-    """Features [..., D] -> logits float32 [..., V]; the product is in the type of the features."""
-    kernel = params["ar"]["head"]["kernel"].astype(hidden.dtype)
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+def head_weights(params, dtype) -> jax.Array:
+    """The matrix of the head in the compute type, whole along `fsdp`: [D, V]."""
+    return layout.gather(params["ar"]["head"], "ar/head", dtype)["kernel"]
+
+
+def head(weights: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Features [..., D] -> logits float32 [..., V]; weights: see `head_weights`."""
+    return jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
 
 
 def logits(
     params, cfg: ARConfig, compute: Compute, tokens: jax.Array, condition: ARCondition
 ) -> jax.Array:
     """Teacher-forced logits, float32 [B, T, V]; see `hidden`."""
-    return head(params, cfg, hidden(params, cfg, compute, tokens, condition))
+    features = hidden(params, cfg, compute, tokens, condition)
+    return head(head_weights(params, features.dtype), features)

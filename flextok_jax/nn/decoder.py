@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.nn import layers
+from flextok_jax.nn import attention, layers, layout
 from flextok_jax.nn.config import Compute, FlexTokConfig
 
 
@@ -43,6 +43,8 @@ def unconditional(batch: int, num_features: int) -> Condition:
 
 def _segments(modulation: jax.Array, num_patches: int, num_registers: int) -> jax.Array:
     """[B', 2, D] (for patches, for registers) -> [B', N + M, D]."""
+    if num_patches == num_registers:  # The same, with a gradient that is one sum per half.
+        return jnp.repeat(modulation, num_patches, axis=1)
     is_patch = jnp.arange(num_patches + num_registers) < num_patches
     return jnp.where(is_patch[None, :, None], modulation[:, :1], modulation[:, 1:])
 
@@ -73,7 +75,8 @@ class DecoderBlock(nn.Module):
 
         def one_pass(x, bias):
             def core(q, k, v):
-                return layers.attend(q, k, v, self.compute.attention, bias=bias)
+                scale = 8.0 / cfg.head_dim  # the muP form; 1/sqrt(64) at 64
+                return attention.attend(q, k, v, self.compute.attention, scale, bias=bias)
 
             gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = (
                 _segments(modulation[:, :, i], n, x.shape[1] - n) for i in range(6)
@@ -83,7 +86,7 @@ class DecoderBlock(nn.Module):
             y = mlp(_modulate(layers.layer_norm(x), shift_mlp, scale_mlp))
             return x + gate_mlp * y
 
-        passes = tuple(one_pass(x, bias) for x, bias in zip(passes, biases))
+        passes = tuple(layout.batch_first(one_pass(x, b)) for x, b in zip(passes, biases))
         if self.capture is not None:
             features = jnp.where(index == self.capture, passes[0][:, :n], features)
         return (passes, features, index + 1), None
@@ -120,8 +123,9 @@ class Decoder(nn.Module):
         registers, biases = zip(*self._registers(conditions, n))
         passes = tuple(jnp.concatenate([patches, r], axis=1) for r in registers)
         blocks = layers.stack(
-            DecoderBlock, cfg, self.compute, cfg.dec_depth, num_patches=n, capture=capture
-        )
+            DecoderBlock, cfg, self.compute, cfg.dec_depth, "decoder/blocks",
+            num_patches=n, capture=capture,
+        )  # fmt: skip
         features = None if capture is None else jnp.zeros_like(patches)
         carry = (passes, features, jnp.zeros((), jnp.int32))
         (passes, features, _), _ = blocks(carry, (temb.astype(dtype), biases))

@@ -5,19 +5,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.nn import layers
+from flextok_jax.nn import attention, layers, layout
 from flextok_jax.nn.config import Compute, FlexTokConfig
 
 
-def causal_last(num_patches: int, implementation: str) -> layers.AttentionCore:
+def causal_last(num_patches: int, implementation: str, scale: float) -> layers.AttentionCore:
     """Patches attend to patches; register i attends to all patches and to registers <= i."""
     n = num_patches
 
     def core(q, k, v):
-        patches = layers.attend(q[:, :n], k[:, :n], v[:, :n], implementation)
         count = q.shape[1] - n
         mask = np.concatenate([np.ones((count, n), bool), np.tri(count, dtype=bool)], axis=1)
-        registers = layers.attend(q[:, n:], k, v, implementation, mask=mask[None, None])
+        if implementation == "splash":  # leaves out the blocks that the mask empties
+            above = np.concatenate([np.ones((n, n), bool), np.zeros((n, count), bool)], axis=1)
+            mask = np.concatenate([above, mask])
+            return attention.attend(q, k, v, implementation, scale, mask)
+        patches = attention.attend(q[:, :n], k[:, :n], v[:, :n], implementation, scale)
+        registers = attention.attend(q[:, n:], k, v, implementation, scale, mask)
         return jnp.concatenate([patches, registers], axis=1)
 
     return core
@@ -34,11 +38,12 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: jax.Array, _):
         """x: [B, N + K, D] -> (the same shape, None)."""
         cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
-        core = causal_last(self.num_patches, self.compute.attention)
+        scale = 8.0 / cfg.head_dim  # the muP form; 1/sqrt(64) at 64
+        core = causal_last(self.num_patches, self.compute.attention, scale)
         attn = layers.Attention(cfg.enc_width, cfg.head_dim, dtype, name="attn")
         x = x + attn(layers.layer_norm(x), core)
         x = x + layers.SwiGLU(cfg.enc_width, cfg.mlp_ratio, dtype, name="mlp")(layers.layer_norm(x))
-        return x, None
+        return layout.batch_first(x), None
 
 
 class Encoder(nn.Module):
@@ -72,7 +77,8 @@ class Encoder(nn.Module):
         )
         x = jnp.concatenate([x, registers], axis=1)
         blocks = layers.stack(
-            EncoderBlock, cfg, self.compute, cfg.enc_depth, num_patches=num_patches
+            EncoderBlock, cfg, self.compute, cfg.enc_depth, "encoder/blocks",
+            num_patches=num_patches,
         )
         x, _ = blocks(x, None)
         x = layers.layer_norm(x[:, num_patches:])

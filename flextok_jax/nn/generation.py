@@ -61,7 +61,7 @@ def generate(
     dtype = jnp.dtype(compute.dtype)
     batch, given = prefix.shape
     params = jax.tree.map(lambda p: p.astype(dtype), params)  # Once, not once per token.
-    stacked = params["ar"]["blocks"]
+    stacked, weights = params["ar"]["blocks"], ar.head_weights(params, dtype)
     # Unstacked, so that each product reads its matrix where it lies instead of a copied slice.
     layers = [jax.tree.map(lambda p: p[i], stacked) for i in range(cfg.depth)]
     branches = 1 if null is None else 2
@@ -98,7 +98,7 @@ def generate(
             x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(batch, 2, -1), 1, 0)
             x = (other + sampling.guidance[i] * (x - other)).astype(dtype)
         draws = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        token = sample(ar.head(params, cfg, x), draws, sampling)
+        token = sample(ar.head(weights, x), draws, sampling)
         return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), caches
 
     for room in _rooms(shape[2], cfg.num_tokens):

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flextok_jax.nn import attention, layout
+
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
@@ -24,25 +26,6 @@ def layer_norm(x: jax.Array) -> jax.Array:
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5)
     return y.astype(x.dtype)
-
-
-def attend(q, k, v, implementation: str, mask=None, bias=None) -> jax.Array:
-    """Softmax attention with logits scaled by 8/head_dim (the muP form; 1/sqrt(64) at 64).
-
-    Args:
-        q: [B, T, H, head_dim]. k, v: [B, S, H, head_dim].
-        implementation: "xla" or "cudnn".
-        mask: bool, [1, 1, T, S], True where attention is allowed, or None.
-        bias: [1, 1, 1, S] added to the logits, or None.
-
-    Returns:
-        [B, T, H, head_dim].
-    """
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (1, 1, q.shape[1], k.shape[1])).astype(q.dtype)
-    return jax.nn.dot_product_attention(
-        q, k, v, bias=bias, mask=mask, scale=8.0 / q.shape[-1], implementation=implementation
-    )
 
 
 class Attention(nn.Module):
@@ -69,7 +52,11 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """fc2(silu(fc1 x) * fc3 x) without biases; hidden width int(2/3 * ratio * D)."""
+    """fc2(silu(fc1 x) * fc3 x) without biases; hidden width int(2/3 * ratio * D).
+
+    It computes with `hidden` filled up by zeros to a multiple of 128, the width of a TPU's lanes;
+    the parameters keep their sizes.
+    """
 
     width: int
     ratio: float
@@ -77,15 +64,27 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def dense(features, name):
-            return nn.Dense(
-                features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name=name
-            )
-
+        """x: [B, S, D] -> [B, S, D]."""
         hidden = int(2 * self.ratio * self.width / 3)
-        return dense(self.width, "fc2")(
-            nn.silu(dense(hidden, "fc1")(x)) * dense(hidden, "fc3")(x)
-        )
+        fill = -hidden % 128 if hidden > 128 else 0
+        up = _Padded((self.width, hidden), ((0, 0), (0, fill)), self.dtype, name="fc1")
+        gate = _Padded((self.width, hidden), ((0, 0), (0, fill)), self.dtype, name="fc3")
+        down = _Padded((hidden, self.width), ((0, fill), (0, 0)), self.dtype, name="fc2")
+        return down(nn.silu(up(x)) * gate(x))
+
+
+class _Padded(nn.Module):
+    """A matrix product without bias, with zeros around the kernel."""
+
+    shape: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", xavier, self.shape)
+        x, kernel = x.astype(self.dtype), jnp.pad(kernel.astype(self.dtype), self.padding)
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def patchify(x: jax.Array, p: int) -> jax.Array:
@@ -163,15 +162,33 @@ def time_frequencies(t: jax.Array, size: int, max_timestep: float) -> jax.Array:
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def stack(block, cfg, compute, depth: int, **fields):
+# What the backward pass finds instead of computing it again.
+_KEPT = {
+    "full": None,  # each block's input
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
+    ),
+}
+
+
+def stack(block, cfg, compute, depth: int, prefix: str, **fields):
     """`depth` copies of a block module as one module, parameters stacked on a leading axis.
 
     The block is called as block(carry, shared) -> (carry, None). `compute.scan=False` unrolls the
-    loop, `compute.remat=True` recomputes each block in the backward pass; parameters and results
-    are the same.
+    loop, `compute.remat` computes parts of each block again in the backward pass; parameters and
+    results are the same. `prefix` is where the parameters lie ("encoder/blocks"), for
+    `layout.gather`.
     """
-    if compute.remat:
-        block = nn.remat(block, prevent_cse=False)
+    dtype = jnp.dtype(compute.dtype)
+    block = nn.map_variables(
+        block,
+        "params",
+        trans_in_fn=lambda tree: {"params": layout.gather(tree["params"], prefix, dtype)},
+        init=True,
+    )
+    if compute.remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=_KEPT[compute.remat])
     loop = nn.scan(
         block,
         variable_axes={"params": 0},

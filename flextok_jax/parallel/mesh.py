@@ -30,3 +30,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
         )
     auto = (jax.sharding.AxisType.Auto,) * 3
     return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+
+
+# Without them the compiler cuts matrix products into pieces as small as a device's part of the
+# weights, to overlap them with their gathering: the pieces fill a fraction of the matrix units.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What `jax.stages.Lowered.compile` is to be told for these devices."""
+    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}

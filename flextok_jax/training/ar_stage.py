@@ -32,11 +32,12 @@ class Perplexity(metrics.Average):
 class ARStage:
     """Cross-entropy of every token, conditioned on the class or the text, or on nothing."""
 
-    def __init__(self, config):
+    def __init__(self, config, made_by: dict | None = None):
         """Reads `model`, `compute`, `tokenizer`, `condition`, `loss`, `evaluation` and `data`.
 
         The data is either tokens (`data.source="tokens"`, `data.path`: what `flextok tokenize`
-        wrote) or images, which `tokenizer.source` turns into tokens in every step.
+        wrote) or images, which `tokenizer.source` turns into tokens in every step. With `made_by`,
+        the identity of the tokenizer that makes the tokens, nothing is looked up.
 
         Raises:
             ValueError: the model does not fit the tokens, or splits were made by different
@@ -56,7 +57,9 @@ class ARStage:
                 f"data.source={config.data.source!r} and tokenizer.source={self._source!r}: either "
                 "the data is tokens, which name their tokenizer, or images and a tokenizer"
             )
-        self._about = self._online() if self._source else self._made_before()
+        if made_by is None:
+            made_by = self._online() if self._source else self._made_before()
+        self._about = made_by
 
     def _made_before(self) -> dict:
         """The identity of the tokenizer that made the data; refuses what does not fit."""
@@ -175,7 +178,7 @@ class ARStage:
     def _predict(self, params, tokens, condition):
         cfg = self.model
         hidden = ar.hidden(params, cfg, self.compute, tokens, condition)
-        head = functools.partial(ar.head, params, cfg)
+        head = functools.partial(ar.head, ar.head_weights(params, hidden.dtype))
         return cross_entropy(head, hidden, tokens, self._loss.chunk)
 
     def _by_position(self, out, mask) -> dict[str, metrics.Average]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from flextok_jax.parallel.sharding import path_string
 
@@ -70,7 +71,7 @@ def _of_group(config, name: str):
 def _chain(config) -> optax.GradientTransformation:
     optim = config.optim
     parts = [
-        optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.get("mu_dtype")),
+        _direction(optim),
         optax.add_decayed_weights(optim.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(lr_schedule(config)),
     ]
@@ -79,6 +80,29 @@ def _chain(config) -> optax.GradientTransformation:
     if optim.get("mup_base_width"):
         parts.append(scale_by_mup(optim.mup_base_width))
     return optax.chain(*parts)
+
+
+def _direction(optim) -> optax.GradientTransformation:
+    """Adam, or with `optim.rule="muon"` Muon for the kernels of convolutions and Adam for the rest.
+
+    Muon (Jordan et al., 2024; momentum, orthogonalised) takes a kernel [height, width, in, out] as
+    a matrix from height * width * in to out.
+    """
+    adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.get("mu_dtype"))
+    rule = optim.get("rule", "adam")
+    if rule not in ("adam", "muon"):
+        raise ValueError(f"optim.rule={rule!r}: allowed are 'adam' and 'muon'")
+    if rule == "adam":
+        return adam
+    matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))
+    muon = optax.contrib.scale_by_muon(
+        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree)
+    )
+
+    def labels(params):
+        return jax.tree.map(lambda x: "muon" if x.ndim == 4 else "adam", params)
+
+    return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
 def _is_kernel(path) -> bool:

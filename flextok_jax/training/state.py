@@ -61,9 +61,12 @@ class Program(NamedTuple):
 
 def build(stage: Stage, config, mesh: Mesh) -> Program:
     """Shapes first, then shardings, then the functions that are compiled with them."""
-    key = named(jax.random.key(config.seed), "init")
     tx = make_optimizer(config)
-    param_shapes = jax.eval_shape(stage.init, key)
+
+    def first():
+        return stage.init(named(jax.random.key(config.seed), "init"))
+
+    param_shapes = jax.eval_shape(first)
     trained = trainable_paths(param_shapes, stage.trainable, config.freeze)
 
     def start(params) -> TrainState:
@@ -107,7 +110,7 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
-    init = jax.jit(lambda: start(stage.init(key)), out_shardings=shardings)
+    init = jax.jit(lambda: start(first()), out_shardings=shardings)
     return Program(shapes, init, init_from, step)
 
 
@@ -144,14 +147,18 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
         def accumulate(so_far, item):
             terms, metrics = gradients(*item)
             total, merged = so_far
+            total = total[0], jax.lax.with_sharding_constraint(total[1], shardings)
             merged = {name: merged[name].merge(metric) for name, metric in metrics.items()}
             return (jax.tree.map(jnp.add, total, terms), merged), None
 
-        items = jnp.arange(parts), jax.tree.map(microbatches, batch)
-        result = gradients(*jax.tree.map(lambda x: x[0], items))
-        if parts > 1:
-            rest = jax.tree.map(lambda x: x[1:], items)
-            result, _ = jax.lax.scan(accumulate, result, rest)
+        if parts == 1:
+            result = gradients(0, batch)
+        else:
+            items = jnp.arange(parts), jax.tree.map(microbatches, batch)
+            shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], items))
+            # Every metric is a sum, so zeros are an empty one.
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            result, _ = jax.lax.scan(accumulate, zeros, items)
         (loss, grads), metrics = result
         grads = jax.lax.with_sharding_constraint(grads, shardings)
         loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))

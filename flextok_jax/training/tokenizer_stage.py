@@ -14,7 +14,7 @@ from flextok_jax.flow import path as flow
 from flextok_jax.flow import sampler
 from flextok_jax.interop import sources
 from flextok_jax.nn import flextok, vae
-from flextok_jax.nn.config import Compute, FlexTokConfig, identity_vae
+from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig, identity_vae
 from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.layers import is_fixed
 from flextok_jax.parallel.rng import named
@@ -27,14 +27,16 @@ TIME_BINS = 4
 class TokenizerStage:
     """Rectified flow on latents, conditioned on a random prefix of the image's tokens."""
 
-    def __init__(self, config):
+    def __init__(self, config, vae_config: VAEConfig | None = None):
         """Reads `model`, `vae`, `compute`, `evaluation`, `data` and `time_shift` of the config.
 
         `vae.source` names the frozen VAE: "identity", a hub id, or a folder in the diffusers
-        layout; `vae.scaling_factor` overrides the factor that its own config has.
+        layout; `vae.scaling_factor` overrides the factor that its own config has. With
+        `vae_config` nothing is looked up.
         """
         source = config.vae.source
-        vae_config = sources.vae_config(source, config.vae.scaling_factor)
+        if vae_config is None:
+            vae_config = sources.vae_config(source, config.vae.scaling_factor)
         if source != sources.IDENTITY and pathlib.Path(source).exists():
             source = str(pathlib.Path(source).resolve())
         fields = {f.name for f in dataclasses.fields(FlexTokConfig)} - {"vae", "grid"}
@@ -77,11 +79,11 @@ class TokenizerStage:
         """REFERENCE §5: per image one time, one number of kept tokens, perhaps the null condition.
 
         Args:
-            batch: "image": uint8 [B, H, W, 3].
+            batch: "image": uint8 [B, H, W, 3]; or "moments": [B, h, w, 2C], mean and log variance
+                of the VAE's posterior, made before.
         """
         cfg, compute = self.model, self.compute
-        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        x0 = self._latents(frozen, images, named(key, "posterior"))
+        x0 = self._latents(frozen, batch, named(key, "posterior"))
         batch_size = x0.shape[0]
         registers = flextok.encode(params, cfg, compute, x0)
         codes, ids = flextok.quantize(registers, cfg)
@@ -101,15 +103,18 @@ class TokenizerStage:
         per_image = flow.flow_loss(velocity, x0, noise)
         return jnp.mean(per_image), self._metrics(per_image, t, keep, null, ids)
 
-    def _latents(self, frozen, images, key):
+    def _latents(self, frozen, batch, key):
+        """Scaled latents float32 [B, h, w, C], a sample of the posterior where the VAE has one."""
         cfg = self.model.vae
-        dtype = jnp.dtype(self.compute.dtype)
-        noise = None
+        if "moments" in batch:
+            mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+        else:
+            images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+            params, dtype = frozen.get("vae", {}), jnp.dtype(self.compute.dtype)
+            mean, logvar = vae.encode_moments(params, cfg, images, dtype)
         if cfg.kind != "identity" and cfg.sample_posterior:
-            side = [s // cfg.downsample for s in images.shape[1:3]]
-            noise = jax.random.normal(key, (images.shape[0], *side, cfg.latent_channels))
-        latents = vae.images_to_latents(frozen.get("vae", {}), cfg, images, dtype, noise)
-        return jax.lax.stop_gradient(latents)
+            mean = vae.sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
+        return jax.lax.stop_gradient(mean * cfg.scaling_factor)
 
     def _metrics(self, per_image, t, keep, null, ids):
         cfg = self.model

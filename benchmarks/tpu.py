@@ -1,0 +1,165 @@
+"""The TPU compiler's estimates for every full-size configuration: the tables of docs/tpu.md.
+
+    python -m benchmarks.tpu                     (about an hour on two cores)
+    python -m benchmarks.tpu --only 'd18_d28.*v5e'
+
+Compiles the training step of each configuration on its recommended topology, and the frozen VAE of
+the tokenizers, by `python -m flextok_jax.compile`; no TPU is needed, and nothing runs on one. Keeps
+the numbers in docs/tpu.json, with the compiler's version and the commit, and writes the tables anew
+from it; `--only` (a regular expression over "CONFIG on TOPOLOGY") compiles a part of them.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "docs/tpu.json", ROOT / "docs/tpu.md"
+BEGIN, END = "<!-- written by benchmarks/tpu.py -->", "<!-- end -->"
+
+LARGE = ("tokenizer.py:d18_d28", "ar.py:c2i_d24", "ar.py:c2i_d30")
+OTHERS = (
+    *("tokenizer.py:d12_d12", "tokenizer.py:d18_d18"),
+    *(f"ar.py:c2i_d{depth}" for depth in (10, 12, 16, 20)),
+    *(f"ar.py:t2i_d{depth}" for depth in (12, 18, 26, 36)),
+)
+# Chips that are rented together, with images per chip and microbatch such that a tenth of the
+# memory stays free while the results of matrix products are kept for the backward pass.
+TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
+WANTED = [(config, topology) for topology in TOPOLOGIES for config in LARGE]
+WANTED += [(config, "v5e:4x4") for config in OTHERS]
+
+
+def flags(config: str, topology: str) -> list[str]:
+    """What is recommended for training `config` on `topology`, as command-line flags."""
+    return [
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=16",
+        "--config.compute.attention=splash",
+        "--config.compute.remat=dots",
+        f"--config.optim.accumulate={ACCUMULATE[config.split(':')[0]][topology.split(':')[0]]}",
+    ]
+
+
+ACCUMULATE = {
+    "tokenizer.py": {"v5e": 16, "v5p": 4, "v6e": 8},
+    "ar.py": {"v5e": 4, "v5p": 1, "v6e": 2},
+}
+
+
+def compile_one(config: str, topology: str, program: str, options: list[str]) -> dict:
+    """The numbers of `flextok_jax.compile`, or {"error"}."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "out.json"
+        command = [
+            sys.executable, "-m", "flextok_jax.compile", f"--config={ROOT}/configs/{config}",
+            f"--topology={topology}", f"--program={program}", f"--out={out}", *options,
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            return {"error": done.stderr.strip().splitlines()[-1][:300]}
+        return json.loads(out.read_text())
+
+
+def commit() -> str:
+    """The commit of this checkout, with a + if files differ from it."""
+
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout
+
+    changed = git("status", "--porcelain", "--", "flextok_jax", "configs")
+    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
+
+
+def row(key: str, found: dict) -> str:
+    """One line of the table."""
+    config, topology = key.split(" on ")
+    if "error" in found["train"]:
+        return f"| {config} | {topology} | {found['train']['error']} |||||||||"
+    step, options = found["train"], dict(f.split("=") for f in found["flags"])
+    memory, batch = step["memory"], found["batch"]
+    parts = int(options["--config.optim.accumulate"])
+    images_per_chip = batch // step["chips"] // parts
+    vae = parts * found.get("vae", {}).get("seconds", 0)
+    hours = step["seconds"] * found["steps"] * step["chips"] / 3600
+    return (
+        f"| {config.removesuffix('.py').replace('.py:', ' ')} | {topology} | {images_per_chip} "
+        f"| {memory['total'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f} GiB "
+        f"({1 - memory['total'] / memory['chip']:.0%} free) | {step['seconds']:.2f} s "
+        f"| **{step['mfu']:.1%}** | {step['mfu_without_kernels']:.1%} "
+        f"| {step['collectives_seconds']:.2f} s | {f'{vae:.2f} s' if vae else '-'} | {hours:,.0f} "
+        f"| {step['compile_seconds']:.0f} s |"
+    )
+
+
+HEAD = (
+    "| configuration | topology | images per chip at a time | memory per chip | step | MFU "
+    "| without Pallas | collectives alone | frozen VAE | chip-hours | compiled in |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def write_page(results: dict):
+    """Puts the tables between the marks of docs/tpu.md."""
+    lines = [HEAD]
+    for config, topology in WANTED:
+        key = f"{config} on {topology}"
+        if key in results:
+            lines.append(row(key, results[key]))
+    stamps = {
+        f"libtpu {r['train']['versions']['libtpu']}, jax {r['train']['versions']['jax']}, "
+        f"commit {r['commit']}"
+        for r in results.values()
+        if "versions" in r["train"]
+    }
+    lines += ["", "Compiled by: " + "; ".join(sorted(stamps)) + "."]
+    page = PAGE.read_text()
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="a regular expression over CONFIG on TOPOLOGY")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for config, topology in WANTED:
+        key = f"{config} on {topology}"
+        if not re.search(options.only, key):
+            continue
+        about = load(config)
+        given = flags(config, topology)
+        found = {
+            "train": compile_one(config, topology, "train", given),
+            "flags": given,
+            "batch": about.batch_size,
+            "steps": about.total_steps,
+            "commit": commit(),
+        }
+        if about.stage == "tokenizer":
+            same = (r for k, r in results.items() if k.endswith(topology) and "vae" in r)
+            old = next((r for r in same if r["commit"] == found["commit"]), None)
+            found["vae"] = old["vae"] if old else compile_one(config, topology, "vae", given)
+        results[key] = found
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_page(results)
+        print(row(key, found), flush=True)
+
+
+def load(config: str):
+    """A configuration by "FILE.py:VARIANT"."""
+    file, variant = config.split(":")
+    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The TPUs that programs are compiled for.
+
+Memory and peak rates: cloud.google.com/tpu/docs (system architecture of each version). Clock rates
+follow from the peak and the size of the matrix units, which the compiler's own estimate of a large
+matrix product confirms (within 2 %).
+"""
+
+import os
+from typing import NamedTuple
+
+
+
+class Chip(NamedTuple):
+    """One kind of TPU.
+
+    Attributes:
+        memory: bytes of HBM per chip.
+        peak: bfloat16 FLOP/s per chip.
+        bandwidth: bytes/s of the HBM per chip.
+        interconnect: bytes/s to other chips of the slice, all links together.
+        mxu: side of a matrix unit.
+        cores: devices per chip, as the compiler sees it.
+        flops_per_cycle: of one device.
+    """
+
+    memory: int
+    peak: float
+    bandwidth: float
+    interconnect: float
+    mxu: int
+    cores: int
+    flops_per_cycle: int
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second."""
+        return self.peak / self.cores / self.flops_per_cycle
+
+
+GIB = 2**30
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, 128, 2, 131_072),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, 128, 1, 131_072),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, 128, 1, 262_144),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9, 256, 1, 524_288),
+}
+
+
+class Topology(NamedTuple):
+    """A number of chips in a certain arrangement.
+
+    Attributes:
+        name: such as "v5e:4x4", or "2*v5e:4x4" for two slices.
+        chip: their kind.
+        devices: what a mesh is made of; they can compile but not run.
+    """
+
+    name: str
+    chip: Chip
+    devices: list
+
+    @property
+    def num_chips(self) -> int:
+        """How many chips there are."""
+        return len(self.devices) // self.chip.cores
+
+
+def topology(name: str) -> Topology:
+    """The devices of "KIND:AxB", "KIND:AxBxC" or, of several slices, "N*KIND:AxB".
+
+    Raises:
+        ValueError: an unknown kind or arrangement, or libtpu is missing.
+    """
+    from jax.experimental import topologies
+
+    slices, _, shape = name.rpartition("*")
+    kind = shape.partition(":")[0]
+    if kind not in CHIPS or ":" not in shape or (slices and not slices.isdigit()):
+        raise ValueError(
+            f"topology {name!r}: KIND:AxB or N*KIND:AxB, such as v5e:4x4, v5p:2x2x4 or 2*v6e:4x4; "
+            f"the kinds are {', '.join(CHIPS)}"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU here to ask.
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+    options = {"num_slices": int(slices)} if slices else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
+    except Exception as error:  # The plugin raises whatever it likes.
+        raise ValueError(
+            f"topology {name!r}: {str(error).splitlines()[0]}\n(the TPU compiler comes with "
+            "`pip install libtpu`; arrangements: cloud.google.com/tpu/docs)"
+        ) from error
+    return Topology(name, CHIPS[kind], list(found.devices))
+
