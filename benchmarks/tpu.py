@@ -33,23 +33,24 @@ OTHERS = (
 TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 WANTED = [(config, topology) for topology in TOPOLOGIES for config in LARGE]
 WANTED += [(config, "v5e:4x4") for config in OTHERS]
+# Microbatches of a step.
+ACCUMULATE = {
+    "tokenizer.py": {"v5e": 16, "v5p": 4, "v6e": 8},
+    "ar.py": {"v5e": 4, "v5p": 1, "v6e": 2},
+}
 
 
 def flags(config: str, topology: str) -> list[str]:
     """What is recommended for training `config` on `topology`, as command-line flags."""
+    file, _, variant = config.partition(":")
+    accumulate = ACCUMULATE[file][topology.partition(":")[0]] * (2 if variant == "t2i_d36" else 1)
     return [
         "--config.mesh.data=1",
         "--config.mesh.fsdp=16",
         "--config.compute.attention=splash",
         "--config.compute.remat=dots",
-        f"--config.optim.accumulate={ACCUMULATE[config.split(':')[0]][topology.split(':')[0]]}",
+        f"--config.optim.accumulate={accumulate}",
     ]
-
-
-ACCUMULATE = {
-    "tokenizer.py": {"v5e": 16, "v5p": 4, "v6e": 8},
-    "ar.py": {"v5e": 4, "v5p": 1, "v6e": 2},
-}
 
 
 def compile_one(config: str, topology: str, program: str, options: list[str]) -> dict:

@@ -82,6 +82,7 @@ def topology(name: str) -> Topology:
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU here to ask.
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # Nothing is locked by compiling.
     options = {"num_slices": int(slices)} if slices else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)

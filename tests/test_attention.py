@@ -1,0 +1,114 @@
+"""Attention without logits, and what is computed with padding, equal the plain formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from flextok_jax.nn import attention, decoder, layers
+from flextok_jax.nn.encoder import causal_last
+
+B, T, H, D = 2, 256, 2, 64
+SCALE = 8.0 / D
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernel, run by XLA on a CPU."""
+    make = splash_attention.make_splash_mha_single_device
+    make = functools.partial(make, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", make)
+
+
+def inputs(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return tuple(jax.random.normal(key, (B, T, H, D)) for key in keys)
+
+
+def plain(mask):
+    """softmax(scale q k^T) v by its definition."""
+
+    def core(q, k, v):
+        logits = SCALE * jnp.einsum("bthd,bshd->bhts", q, k)
+        weights = jax.nn.softmax(jnp.where(mask[None, None], logits, -jnp.inf), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    return core
+
+
+def registers_last(n):
+    """Patches see patches; register i sees patches and registers up to itself."""
+    mask = np.zeros((T, T), bool)
+    mask[:, :n] = True
+    mask[n:, n:] = np.tri(T - n, dtype=bool)
+    return mask
+
+
+CASES = {
+    "full": (
+        lambda *qkv: attention.attend(*qkv, "splash", SCALE),
+        np.ones((T, T), bool),
+    ),
+    "causal": (
+        lambda *qkv: attention.attend(*qkv, "splash", SCALE, causal=True),
+        np.tri(T, dtype=bool),
+    ),
+    "encoder": (causal_last(128, "splash", SCALE), registers_last(128)),
+    "encoder by xla": (causal_last(128, "xla", SCALE), registers_last(128)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_implementation_is_the_definition_with_its_gradient(case, interpreted):
+    core, mask = CASES[case]
+    *qkv, weight = inputs()
+
+    def value(core):
+        def loss(q, k, v):
+            out = core(q, k, v)
+            return jnp.sum(out * weight), out
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*qkv)
+
+    (_, found), found_grads = value(core)
+    (_, expected), expected_grads = value(plain(mask))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    for a, b in zip(found_grads, expected_grads):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_the_tpu_kernel_is_called_only_where_it_can_compute():
+    q, k, v, _ = inputs()
+    bias = np.zeros((1, 1, 1, T), np.float32)
+    called = {
+        name: "pallas_call" in str(jax.make_jaxpr(f)(q, k, v))
+        for name, f in {
+            "alone": lambda q, k, v: attention.attend(q, k, v, "splash", SCALE),
+            "bias": lambda q, k, v: attention.attend(q, k, v, "splash", SCALE, bias=bias),
+            "odd": lambda q, k, v: attention.attend(
+                q[:, :100], k[:, :100], v[:, :100], "splash", SCALE
+            ),
+        }.items()
+    }
+    assert called == {"alone": True, "bias": False, "odd": False}
+
+
+def test_a_padded_hidden_width_changes_nothing():
+    mlp = layers.SwiGLU(width=64, ratio=4.0, dtype=jnp.float32)  # hidden 170, computed as 256
+    x = jax.random.normal(jax.random.key(0), (2, 3, 64))
+    params = mlp.init(jax.random.key(1), x)
+    fc = {name: leaf["kernel"] for name, leaf in params["params"].items()}
+    assert fc["fc1"].shape == fc["fc3"].shape == (64, 170) and fc["fc2"].shape == (170, 64)
+    expected = (jax.nn.silu(x @ fc["fc1"]) * (x @ fc["fc3"])) @ fc["fc2"]
+    np.testing.assert_allclose(mlp.apply(params, x), expected, atol=1e-5)
+
+
+def test_modulation_of_equal_halves_is_that_of_any_segments():
+    modulation = jax.random.normal(jax.random.key(0), (2, 2, 8))
+    equal, more = (decoder._segments(modulation, 4, count) for count in (4, 5))
+    np.testing.assert_array_equal(equal, more[:, :8])
+    np.testing.assert_array_equal(equal[:, 3], modulation[:, 0])
+    np.testing.assert_array_equal(equal[:, 4], modulation[:, 1])
