@@ -1,7 +1,7 @@
 """What the TPU compiler says of a configuration, without a TPU:
 
 python -m flextok_jax.compile --config=configs/tokenizer.py:d18_d28 --topology=v5e:4x4 \
-    [--config.mesh.fsdp=16] [--program=train] [--out=FILE.json]
+    [--config.mesh.fsdp=16] [--program=train] [--out=FILE.json] [--text=FILE.txt]
 
 Needs libtpu (`pip install libtpu`, Linux). Kinds: v4, v5e, v5p, v6e; "2*v5e:8x8" is two slices. The
 programs are train (on moments of the VAE or tokens that were made before), and of a tokenizer vae
@@ -22,6 +22,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _TOPOLOGY = flags.DEFINE_string("topology", None, "KIND:AxB, such as v5e:4x4")
 _PROGRAM = flags.DEFINE_string("program", "train", "train, vae, tokenize, detokenize or generate")
 _OUT = flags.DEFINE_string("out", None, "write the numbers to this file as JSON")
+_TEXT = flags.DEFINE_string("text", None, "write the compiled program to this file")
 
 GIB, GB = 2**30, 1e9
 
@@ -74,15 +75,16 @@ def main(argv):
     from flextok_jax.interop.tensor_file import atomic
 
     try:
-        found = verdict(_PROGRAM.value, _CONFIG.value, topology(_TOPOLOGY.value))
+        found, text = verdict(_PROGRAM.value, _CONFIG.value, topology(_TOPOLOGY.value))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except DoesNotFit as error:
         sys.exit(f"does not fit: {error}")
     print(report(found))
-    if _OUT.value:
-        with atomic(_OUT.value) as file:
-            file.write_text(json.dumps(found, indent=2) + "\n")
+    for path, content in ((_OUT.value, json.dumps(found, indent=2) + "\n"), (_TEXT.value, text)):
+        if path:
+            with atomic(path) as file:
+                file.write_text(content)
     return 0
 
 

@@ -121,15 +121,18 @@ def size(kind: str, shape: tuple[int, ...]) -> int:
 
 def collectives(found: list[Instruction]) -> dict[str, dict[str, int]]:
     """{kind: {"count", "bytes"}} of one call, bytes of the largest array of each on one device."""
-    out = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    channels = {}
     for instruction in found:
-        kind = _COLLECTIVE.search(instruction.text)
-        if kind:
-            row = out[kind[1]]
-            row["count"] += instruction.times
-            row["bytes"] += instruction.times * max(
-                (size(*shape) for shape in shapes(instruction.text)), default=0
-            )
+        if _COLLECTIVE.search(instruction.text):
+            # One that overlaps with computation is printed once for every piece of it.
+            channel = re.search(r"channel_id=(\d+)", instruction.text)
+            channels[channel[1] if channel else len(channels)] = instruction
+    out = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for instruction in channels.values():
+        row = out[_COLLECTIVE.search(instruction.text)[1]]
+        largest = max((size(*shape) for shape in shapes(instruction.text)), default=0)
+        row["count"] += instruction.times
+        row["bytes"] += instruction.times * largest
     return dict(out)
 
 

@@ -16,7 +16,7 @@ class DoesNotFit(RuntimeError):
     """The program needs more memory than a chip has; the message says how much."""
 
 
-def verdict(name: str, config, topology: Topology) -> dict:
+def verdict(name: str, config, topology: Topology) -> tuple[dict, str]:
     """Compiles a program of a configuration for a topology.
 
     Args:
@@ -25,7 +25,7 @@ def verdict(name: str, config, topology: Topology) -> dict:
         topology: see `chips.topology`.
 
     Returns:
-        A dictionary that JSON takes:
+        The text of the compiled program, after a dictionary that JSON takes:
             program, topology, chips, mesh, versions;
             compile_seconds;
             memory: bytes per chip by kind, "total" and "chip" (what there is);
@@ -57,12 +57,13 @@ def verdict(name: str, config, topology: Topology) -> dict:
             reason = str(error).split("RESOURCE_EXHAUSTED: ")[1].splitlines()[0]
             raise DoesNotFit(reason) from error
         seconds = time.perf_counter() - begin
-    found = list(hlo.instructions(compiled.as_text()))
+    text = compiled.as_text()
+    found = list(hlo.instructions(text))
     kernels = hlo.kernels(found)
     cycles = sum(instruction.cycles for instruction in found)
     of_kernels = sum(_kernel_cycles(kernel, chip) for kernel in kernels)
     exchanged = hlo.collectives(found)
-    return {
+    numbers = {
         "program": name,
         "topology": topology.name,
         "chips": topology.num_chips,
@@ -80,6 +81,7 @@ def verdict(name: str, config, topology: Topology) -> dict:
         "mfu": _mfu(program.flops, cycles + of_kernels, topology),
         "mfu_without_kernels": _mfu(program.flops, cycles, topology),
     }
+    return numbers, text
 
 
 def _mfu(flops, cycles, topology):

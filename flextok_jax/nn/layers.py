@@ -3,6 +3,7 @@
 B batch, S sequence, D width, H heads, N patches, R registers, C latent channels, p patch side.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -83,8 +84,23 @@ class _Padded(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", xavier, self.shape)
-        x, kernel = x.astype(self.dtype), jnp.pad(kernel.astype(self.dtype), self.padding)
+        x, kernel = x.astype(self.dtype), _pad(self.padding, kernel.astype(self.dtype))
         return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pad(padding, x):
+    return jnp.pad(x, padding)
+
+
+def _pad_backward(padding, _, grad):
+    # A barrier, because the TPU compiler fails where a gradient is cut twice: for the devices, and
+    # here.
+    grad = jax.lax.optimization_barrier(grad)
+    return (grad[tuple(slice(a, n - b) for (a, b), n in zip(padding, grad.shape))],)
+
+
+_pad.defvjp(lambda padding, x: (_pad(padding, x), None), _pad_backward)
 
 
 def patchify(x: jax.Array, p: int) -> jax.Array:

@@ -1,0 +1,147 @@
+"""Programs compiled by the TPU compiler, here, without a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from common import ROOT
+
+from flextok_jax.aot import flops, hlo
+from flextok_jax.nn import ar
+from flextok_jax.nn.config import ARConfig, FlexTokConfig, identity_vae
+
+pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86_64")
+
+SMALL = "ar.py:c2i_d24,depth=2,width=256,batch=64,vocab=1024,num_tokens=128"  # hidden width 768
+
+
+def run(*args, config=SMALL, topology="v5e:2x2"):
+    command = [
+        sys.executable, "-m", "flextok_jax.compile", f"--config={ROOT}/configs/{config}",
+        f"--topology={topology}", *args,
+    ]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def verdict(tmp_path_factory):
+    """(what is printed, the JSON, the program's text) of a small AR model's training step."""
+    folder = tmp_path_factory.mktemp("compile")
+    done = run(
+        "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.compute.attention=splash",
+        "--config.compute.remat=dots", f"--out={folder}/out.json", f"--text={folder}/out.txt",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((folder / "out.json").read_text())
+    return done.stdout, found, (folder / "out.txt").read_text()
+
+
+def test_a_training_step_compiles_for_four_chips_within_a_memory_ceiling(verdict):
+    _, found, _ = verdict
+    memory = found["memory"]
+    assert found["chips"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    kinds = sum(size for kind, size in memory.items() if kind not in ("total", "chip"))
+    assert memory["total"] == kinds < 1.0 * 2**30
+    # Parameters, averages and two moments, a quarter of each on every chip.
+    state = memory["parameters"] + memory["averages"] + memory["optimizer"]
+    cfg = ARConfig(
+        vocab_size=1024, num_tokens=128, width=256, depth=2, mlp_hidden=768, num_classes=1000
+    )
+    params = jax.eval_shape(lambda: ar.init(cfg, jax.random.key(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert state == pytest.approx(4 * 4 * count / 4, rel=0.05)
+
+
+def test_no_weight_of_a_block_travels_whole_in_float32(verdict):
+    _, _, text = verdict
+    gathered = [
+        shape
+        for instruction in hlo.instructions(text)
+        if " all-gather" in instruction.text
+        for shape in hlo.shapes(instruction.text)
+    ]
+    assert any(kind == "bf16" for kind, _ in gathered)  # They do travel.
+    matrices = {(256, 256), (256, 768), (768, 256), (256, 1024)}
+    whole = {shape[-2:] for kind, shape in gathered if kind == "f32" and len(shape) >= 2}
+    assert not whole & matrices
+
+
+def test_the_report_says_what_it_is_and_holds_the_numbers(verdict):
+    text, found, _ = verdict
+    assert "by the compiler's estimate; nothing ran" in text
+    assert f"MFU {found['mfu']:.1%}" in text and "all-gather" in text
+    assert 0 < found["mfu"] < found["mfu_without_kernels"] < 1
+    assert found["kernels"] == 2 + 2 and found["open_loops"] == 0  # forwards and backwards
+    assert found["seconds"] > found["seconds_without_kernels"] > 0
+    assert found["collectives"]["all-gather"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        (dict(topology="v9:2x2"), "the kinds are v4, v5e, v5p, v6e"),
+        (dict(topology="v5e:3x5"), "topology 'v5e:3x5'"),
+        (dict(config="vae.py:c16"), "'vae' has none yet"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_with_what_can(args, complaint):
+    done = run(**args)
+    assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_model_flops_are_those_of_the_formula():
+    # One matrix of each kind, written out: D = 8, hidden 21, N = 4, R = 2.
+    cfg = FlexTokConfig(
+        vae=identity_vae(3), grid=(2, 2), num_tokens=2, levels=(2, 2), enc_width=8, enc_depth=3,
+        dec_width=8, dec_depth=5, head_dim=4, time_frequencies=6,
+    )  # fmt: skip
+    block = 4 * 8 * 8 + 3 * 8 * 21
+    encoder = 3 * block * 6 + 12 * 8 * 4 + 8 * 2 * 2
+    decoder = 5 * (block * 6 + 8 * 96) + 12 * 8 * 4 + 2 * 8 * 2 + 6 * 8 + 8 * 8 + 8 * 16 + 8 * 12 * 4
+    pairs = 3 * (4 * 4 + 2 * 4 + 3) + 5 * 6 * 6
+    assert flops.tokenizer(cfg) == 6 * (encoder + decoder) + 12 * pairs * 8
+    cfg = ARConfig(vocab_size=10, num_tokens=4, width=8, depth=2, head_dim=4, mlp_hidden=16)
+    assert flops.ar_model(cfg) == 6 * 4 * (2 * (4 * 64 + 3 * 128) + 80) + 12 * 2 * 10 * 8
+
+
+PROGRAM = """HloModule toy
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %fusion.1 = bf16[8,4]{1,0} fusion(%x), kind=kLoop, calls=%inside, metadata={op_name="a/b"}, \
+backend_config={"estimated_cycles":"10"}
+  %all-gather.1 = bf16[16,4]{1,0} all-gather(%fusion.1), channel_id=1, dimensions={0}
+}
+%inside (q: bf16[8,4]) -> bf16[8,4] {
+  %all-reduce.3 = f32[8,4]{1,0} all-reduce(%q), channel_id=2, to_apply=%add
+  %all-reduce.4 = f32[8,4]{1,0} all-reduce(%q), channel_id=2, to_apply=%add
+}
+%rest (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %fusion.4 = f32[3]{0} fusion(%y), kind=kLoop, calls=%none, \
+backend_config={"estimated_cycles":"10"}
+}
+%condition (p: (s32[], bf16[8,4])) -> pred[] {
+  %constant.1 = s32[] constant(7)
+}
+%open (p: (s32[])) -> pred[] {
+  ROOT %lt = pred[] compare(%a, %b), direction=LT
+}
+ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
+  %while.1 = (s32[], bf16[8,4]) while(%t), condition=%condition, body=%body
+  %while.2 = (s32[], bf16[8,4]) while(%t), condition=%open, body=%rest
+  %fusion.2 = f32[3]{0} fusion(%y), kind=kLoop, calls=%other, \
+backend_config={"estimated_cycles":"5"}
+}
+"""
+
+
+def test_instructions_count_as_often_as_the_loops_around_them_run():
+    found = list(hlo.instructions(PROGRAM))
+    assert sum(instruction.cycles for instruction in found) == 7 * 10 + 10 + 5
+    assert hlo.open_loops(found) == 1
+    assert hlo.collectives(found) == {
+        "all-gather": {"count": 7, "bytes": 7 * 16 * 4 * 2},
+        "all-reduce": {"count": 7, "bytes": 7 * 8 * 4 * 4},  # From inside the fusion.
+    }
