@@ -1,7 +1,9 @@
-"""The TPU compiler's estimates for every full-size configuration: the tables of docs/tpu.md.
+"""The TPU compiler's estimates for every full-size configuration: the tables of docs/tpu.md and of
+costs in docs/training.md.
 
     python -m benchmarks.tpu                     (about an hour on two cores)
     python -m benchmarks.tpu --only 'd18_d28.*v5e'
+    python -m benchmarks.tpu --pages             (the tables again from the numbers kept)
 
 Compiles the training step of each configuration on its recommended topology, and the frozen VAE of
 the tokenizers, by `python -m flextok_jax.compile`; no TPU is needed, and nothing runs on one. Keeps
@@ -19,7 +21,8 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "docs/tpu.json", ROOT / "docs/tpu.md"
+RESULTS = ROOT / "docs/tpu.json"
+PAGE, COSTS = ROOT / "docs/tpu.md", ROOT / "docs/training.md"
 BEGIN, END = "<!-- written by benchmarks/tpu.py -->", "<!-- end -->"
 
 LARGE = ("tokenizer.py:d18_d28", "ar.py:c2i_d24", "ar.py:c2i_d30")
@@ -105,13 +108,31 @@ HEAD = (
 )
 
 
-def write_page(results: dict):
-    """Puts the tables between the marks of docs/tpu.md."""
-    lines = [HEAD]
-    for config, topology in WANTED:
-        key = f"{config} on {topology}"
-        if key in results:
-            lines.append(row(key, results[key]))
+def cost(key: str, found: dict) -> str:
+    """One line of the table of costs."""
+    config, topology = key.split(" on ")
+    step = found["train"]
+    vae = int(found["flags"][-1].split("=")[1]) * found.get("vae", {}).get("seconds", 0)
+    hours = [s * found["steps"] / 3600 for s in (step["seconds"], step["seconds"] + vae)]
+    return (
+        f"| {config.replace('.py:', ' ')} | {topology} | {found['steps']:,} x {found['batch']} "
+        f"| {hours[0] * step['chips']:,.0f} | {hours[1] * step['chips']:,.0f} "
+        f"| {hours[1] / 24:.0f} days |"
+    )
+
+
+COST_HEAD = (
+    "| configuration | topology | steps x images | chip-hours | with the frozen VAE in the step "
+    "| on this slice |\n|---|---|---|---|---|---|"
+)
+
+
+def write_pages(results: dict):
+    """Puts the tables between the marks of docs/tpu.md and docs/training.md."""
+    keys = [key for key in (f"{c} on {t}" for c, t in WANTED) if key in results]
+    costs = [COST_HEAD, *(cost(k, results[k]) for k in keys if "error" not in results[k]["train"])]
+    _write(COSTS, costs)
+    lines = [HEAD, *(row(key, results[key]) for key in keys)]
     stamps = {
         f"libtpu {r['train']['versions']['libtpu']}, jax {r['train']['versions']['jax']}, "
         f"commit {r['commit']}"
@@ -119,20 +140,24 @@ def write_page(results: dict):
         if "versions" in r["train"]
     }
     lines += ["", "Compiled by: " + "; ".join(sorted(stamps)) + "."]
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
+    _write(PAGE, lines)
+
+
+def _write(page: pathlib.Path, lines: list[str]):
+    before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
-    PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+    page.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a regular expression over CONFIG on TOPOLOGY")
+    parser.add_argument("--pages", action="store_true", help="compile nothing, write the tables")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for config, topology in WANTED:
         key = f"{config} on {topology}"
-        if not re.search(options.only, key):
+        if options.pages or not re.search(options.only, key):
             continue
         about = load(config)
         given = flags(config, topology)
@@ -149,8 +174,9 @@ def main():
             found["vae"] = old["vae"] if old else compile_one(config, topology, "vae", given)
         results[key] = found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        write_page(results)
+        write_pages(results)
         print(row(key, found), flush=True)
+    write_pages(results)
 
 
 def load(config: str):

@@ -137,7 +137,7 @@ def _photos() -> ConfigDict:
     c.evaluation.update(num_images=14, num_latents=256, batch_size=14)
     c.data.update(source="photos", image_size=64, crop="window", flip=True, quarter_turns=True)
     c.model.update(
-        latent_channels=16,
+        latent_channels=8,
         block_out=(16, 32, 64, 128),
         layers_per_block=1,
         norm_groups=1,  # more groups discard more of an image's brightness and contrast

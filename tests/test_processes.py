@@ -3,6 +3,7 @@
 Also what they share: a checkpoint of two processes is read by any other number of devices.
 """
 
+import functools
 import os
 import shutil
 import signal
@@ -115,26 +116,36 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """The same six steps by 2 processes of 4 devices, by 4 of 1, and by this one: outputs."""
-    outputs = {}
-    sizes = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-    for name, *group in (("two", 2, 4, *sizes), ("four", 4, 1, "--config.checkpoint.every=0")):
-        processes = train_by(folder / name, *group, code=WATCHED + TOY)
-        codes, outputs[name] = finish(folder / name, processes)
-        assert codes == [0] * len(processes), "\n".join(outputs[name])
+    """name -> outputs of its processes; the same six steps are run when they are asked for."""
+    groups = {
+        "two": (2, 4, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+        "four": (4, 1, "--config.checkpoint.every=0"),
+    }
+
+    @functools.cache
+    def outputs(name):
+        processes = train_by(folder / name, *groups[name], code=WATCHED + TOY)
+        codes, found = finish(folder / name, processes)
+        assert codes == [0] * len(processes), "\n".join(found)
+        return found
+
     config = get_config()
-    train(ToyStage(config), config, folder / "one" / "run")
+    train(ToyStage(config), config, folder / "one" / "run")  # one process
     return outputs
 
 
-@pytest.mark.parametrize("name", ["two", "four"])
+BY = ["two", pytest.param("four", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", BY)
 def test_several_processes_train_what_one_trains(name, runs, folder):
+    runs(name)
     one, several = losses(folder / "one" / "run"), losses(folder / name / "run")
     assert len(one) == 6 and one[-1] < one[0]
     assert several == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["two", "four"])
+@pytest.mark.parametrize("name", BY)
 def test_only_process_0_writes_outside_of_checkpoints(name, runs, folder):
     workdir = f"{folder / name / 'run'}/"
 
@@ -142,7 +153,7 @@ def test_only_process_0_writes_outside_of_checkpoints(name, runs, folder):
         paths = [line.removeprefix("WRITES ") for line in output.splitlines()]
         return {p.removeprefix(workdir).split("/")[0] for p in paths if p.startswith(workdir)}
 
-    first, *others = map(written, runs[name])
+    first, *others = map(written, runs(name))
     assert {"metrics.jsonl", "tb", "checkpoints"} <= first
     for found in others:
         assert found <= {"checkpoints"}
@@ -151,10 +162,11 @@ def test_only_process_0_writes_outside_of_checkpoints(name, runs, folder):
 @pytest.fixture(scope="module")
 def alone(runs, folder):
     """The checkpoint of 2 processes of 4 devices, as one process of one device reads it."""
+    runs("two")
     return read_by(folder / "1x1", 1, 1, [folder / "two" / "run"])[0][0]
 
 
-@pytest.mark.parametrize("count, devices", [(1, 8), (4, 2)])
+@pytest.mark.parametrize("count, devices", [(1, 8), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_two_processes_is_read_bitwise_by_others(count, devices, alone, folder):
     workdirs = [folder / "two" / "run"] * count
     found, _ = read_by(folder / f"{count}x{devices}", count, devices, workdirs)
