@@ -131,13 +131,13 @@ def _photos() -> ConfigDict:
     An image's latents are 1024 numbers, as many as a thumbnail of 19x19 colour pixels has.
     """
     c = _base()
-    c.total_steps, c.batch_size = 5000, 4
+    c.total_steps, c.batch_size = 4500, 4
     c.log_every, c.eval_every, c.checkpoint.every = 100, 500, 500
     c.ema_decay = 0.99
     c.evaluation.update(num_images=14, num_latents=256, batch_size=14)
     c.data.update(source="photos", image_size=64, crop="window", flip=True, quarter_turns=True)
     c.model.update(
-        latent_channels=8,
+        latent_channels=16,
         block_out=(16, 32, 64, 128),
         layers_per_block=1,
         norm_groups=1,  # more groups discard more of an image's brightness and contrast

@@ -101,7 +101,8 @@ def test_model_flops_are_those_of_the_formula():
     )  # fmt: skip
     block = 4 * 8 * 8 + 3 * 8 * 21
     encoder = 3 * block * 6 + 12 * 8 * 4 + 8 * 2 * 2
-    decoder = 5 * (block * 6 + 8 * 96) + 12 * 8 * 4 + 2 * 8 * 2 + 6 * 8 + 8 * 8 + 8 * 16 + 8 * 12 * 4
+    decoder = 5 * (block * 6 + 8 * 96) + 12 * 8 * 4 + 2 * 8 * 2 + 6 * 8 + 8 * 8
+    decoder += 8 * 16 + 8 * 12 * 4  # the head's modulation, the head
     pairs = 3 * (4 * 4 + 2 * 4 + 3) + 5 * 6 * 6
     assert flops.tokenizer(cfg) == 6 * (encoder + decoder) + 12 * pairs * 8
     cfg = ARConfig(vocab_size=10, num_tokens=4, width=8, depth=2, head_dim=4, mlp_hidden=16)

@@ -17,6 +17,7 @@ def config(**changes):
     values = dict(
         source="digits", path="", name="", split="train", eval_split="test", image_size=16,
         crop="none", crop_scale=(0.08, 1.0), flip=False, shift=0, rotate=0.0, zoom=0.0,
+        quarter_turns=False,
     )  # fmt: skip
     return types.SimpleNamespace(**{**values, **changes})
 
@@ -188,6 +189,15 @@ def test_random_crop_keeps_to_its_scale_and_ratio():
         assert 0.19 < width * height / 200**2 < 0.52 and 0.73 < width / height < 1.37
 
 
+def test_a_random_window_is_any_square_of_the_image_as_it_is():
+    image = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    windows = {image[y : y + 4, x : x + 4].tobytes() for y in range(2) for x in range(4)}
+    draws = np.random.RandomState(0).random_sample((200, NUM_DRAWS))
+    assert {Transform(4, "window").fit(image, d).tobytes() for d in draws} == windows
+    with pytest.raises(ValueError, match="7 x 5 pixels: a window of data.image_size 6"):
+        Transform(6, "window").fit(image, draws[0])
+
+
 def test_center_crop_halves_then_cuts_the_middle():
     image = np.zeros((64, 128, 3), np.uint8)
     image[:, 32:96] = 200
@@ -217,6 +227,9 @@ def test_each_augmentation_does_only_what_it_says():
     flipped = Transform(16, flip=True).augment(images, draws)
     is_mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
     assert ((flipped == images).all((1, 2, 3)) ^ is_mirrored).all() and 16 < is_mirrored.sum() < 48
+    turned = Transform(16, quarter_turns=True).augment(images, draws)
+    for turn in range(4):
+        assert 8 < (turned == np.rot90(images, turn, (1, 2))).all((1, 2, 3)).sum() < 24
     shifted = Transform(16, shift=1).augment(images, draws)
     offsets = {
         (dx, dy)

@@ -17,6 +17,7 @@ def pipeline(train=True, seed=0, batch_size=8, index=0, count=1, **changes):
     values = dict(
         source="digits", path="", name="", split="train", eval_split="test", image_size=16,
         crop="none", crop_scale=(0.08, 1.0), flip=True, shift=2, rotate=10.0, zoom=0.1,
+        quarter_turns=False,
     )  # fmt: skip
     cfg = types.SimpleNamespace(**{**values, **changes})
     return make_pipeline(
@@ -169,7 +170,8 @@ def test_it_works_in_a_program_that_parses_no_absl_flags():
 import types
 from flextok_jax.data.pipeline import make_pipeline
 cfg = types.SimpleNamespace(source="digits", split="train", image_size=16, crop="none",
-                            crop_scale=(0.1, 1.0), flip=False, shift=0, rotate=0.0, zoom=0.0)
+                            crop_scale=(0.1, 1.0), flip=False, quarter_turns=False, shift=0,
+                            rotate=0.0, zoom=0.0)
 print(next(make_pipeline(cfg, seed=0, batch_size=4, train=True).iterate())["image"].shape)
 """
     done = subprocess.run(
