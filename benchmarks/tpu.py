@@ -96,7 +96,7 @@ def row(key: str, found: dict) -> str:
         f"| {memory['total'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f} GiB "
         f"({1 - memory['total'] / memory['chip']:.0%} free) | {step['seconds']:.2f} s "
         f"| **{step['mfu']:.1%}** | {step['mfu_without_kernels']:.1%} "
-        f"| {step['collectives_seconds']:.2f} s | {f'{vae:.2f} s' if vae else '-'} | {hours:,.0f} "
+        f"| {_seconds(step['collectives_seconds'])} | {_seconds(vae)} | {hours:,.0f} "
         f"| {step['compile_seconds']:.0f} s |"
     )
 
@@ -106,6 +106,10 @@ HEAD = (
     "| without Pallas | collectives alone | frozen VAE | chip-hours | compiled in |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|"
 )
+
+
+def _seconds(value: float | None) -> str:
+    return f"{value:.2f} s" if value else "-"
 
 
 def cost(key: str, found: dict) -> str:

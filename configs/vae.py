@@ -126,9 +126,12 @@ def _digits() -> ConfigDict:
 
 
 def _photos() -> ConfigDict:
-    """Crops of photographs, 64x64, to 8x8 latents of 16 channels; NN minutes on a CPU core.
+    """Windows of photographs, 64x64, to 8x8 latents of 16 channels; about half an hour on a CPU.
 
-    An image's latents are 1024 numbers, as many as a thumbnail of 19x19 colour pixels has.
+    An image's latents are 1024 numbers, nearly as many as a thumbnail of 19x19 pixels has. What that
+    thumbnail keeps, enlarged, is to be beaten by 1 dB, and has not been: 0.95 dB more was seen after
+    4000 steps of a variant (photographs softer by a little, 64 channels at the coarsest level), and
+    no run of this one has come to its end.
     """
     c = _base()
     c.total_steps, c.batch_size = 4500, 4
@@ -144,7 +147,7 @@ def _photos() -> ConfigDict:
         mid_attention=False,
     )
     c.loss.update(reconstruction="l2", lpips_weight=0.0, gan_weight=0.0)  # l2: what PSNR counts
-    # With Adam the same PSNR takes some four times as many steps.
+    # Adam was 3 dB behind it after 250 steps, and 3 dB after 2000.
     c.optim.update(rule="muon", lr=1e-2, warmup_steps=100)
     return c
 

@@ -98,9 +98,9 @@ def test_shapes_follow_the_tokens():
     params, seen = random_params(TINY), []
     original = jax.nn.dot_product_attention
 
-    def spy(q, k, v, **options):
+    def spy(q, k, v, *args, **options):
         seen.append(k.shape[1])
-        return original(q, k, v, **options)
+        return original(q, k, v, *args, **options)
 
     jax.nn.dot_product_attention = spy
     try:

@@ -125,10 +125,10 @@ def _ar(name, stage, config, mesh) -> Program:
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch_sharding(mesh))
     scalar = {kind: jax.ShapeDtypeStruct((), kind) for kind in (jnp.int32, jnp.float32)}
     how = Sampling(
-        scalar[jnp.float32],
-        scalar[jnp.int32],
-        scalar[jnp.float32],
-        jax.ShapeDtypeStruct((cfg.num_tokens,), jnp.float32),
+        guidance=jax.ShapeDtypeStruct((cfg.num_tokens,), jnp.float32),
+        temperature=scalar[jnp.float32],
+        top_k=scalar[jnp.int32],
+        top_p=scalar[jnp.float32],
     )
     start, stop = scalar[jnp.int32], scalar[jnp.int32]
     return Program(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flextok_jax.parallel.sharding import path_string
+from flextok_jax.nn.layout import path_string
 
 # (our path, released name); {i} is the index of a block, which we stack on a leading axis.
 FLEXTOK_NAMES = (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from flextok_jax.parallel.sharding import path_string
+from flextok_jax.nn.layout import path_string
 
 
 _MAIN = ""  # The label of what is in no group.

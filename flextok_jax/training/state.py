@@ -11,8 +11,9 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flextok_jax.nn.layout import path_string
 from flextok_jax.parallel.rng import named, step_key
-from flextok_jax.parallel.sharding import batch_sharding, param_shardings, path_string, replicated
+from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from flextok_jax.training.optimizer import (
     lr_schedule,
     make_optimizer,

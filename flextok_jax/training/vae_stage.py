@@ -33,10 +33,11 @@ from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.interop import lpips_files, sources
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.layout import path_string
 from flextok_jax.nn.lpips import lpips
 from flextok_jax.nn.patchgan import PatchGAN
 from flextok_jax.parallel.rng import named
-from flextok_jax.parallel.sharding import batch_sharding, path_string
+from flextok_jax.parallel.sharding import batch_sharding
 
 MAX_ADAPTIVE_WEIGHT = 1e4
 FIRST_LOGVAR = -6.0
