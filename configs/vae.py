@@ -130,8 +130,8 @@ def _photos() -> ConfigDict:
 
     An image's latents are 1024 numbers, nearly as many as a thumbnail of 19x19 pixels has (25.1 dB
     on held-out photographs, enlarged). To beat it by 1 dB has not been shown: a run was at +0.45 dB
-    after 3000 steps, when it was stopped; a variant (photographs a little softer, 64 channels at the
-    coarsest level, 4000 steps) ended at +0.95.
+    after 3000 steps, when it was stopped; a variant (photographs a little softer, 64 channels at
+    the coarsest level, 4000 steps) ended at +0.95.
     """
     c = _base()
     c.total_steps, c.batch_size = 4500, 4
