@@ -9,9 +9,10 @@ import jax
 import pytest
 from common import ROOT
 
-from flextok_jax.aot import flops, hlo
+from flextok_jax.aot import chips, flops, hlo
 from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig, FlexTokConfig, identity_vae
+from flextok_jax.parallel.mesh import make_mesh
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86_64")
 
@@ -107,6 +108,16 @@ def test_model_flops_are_those_of_the_formula():
     assert flops.tokenizer(cfg) == 6 * (encoder + decoder) + 12 * pairs * 8
     cfg = ARConfig(vocab_size=10, num_tokens=4, width=8, depth=2, head_dim=4, mlp_hidden=16)
     assert flops.ar_model(cfg) == 6 * 4 * (2 * (4 * 64 + 3 * 128) + 80) + 12 * 2 * 10 * 8
+
+
+def test_slices_lie_along_data_and_a_v4_is_one_device():
+    two = chips.topology("2*v5e:2x2")
+    mesh = make_mesh(data=2, fsdp=4, devices=two.devices)
+    of = [{device.slice_index for device in row.flat} for row in mesh.devices]
+    assert sorted(map(sorted, of)) == [[0], [1]]
+    with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 slices"):
+        make_mesh(data=1, fsdp=8, devices=two.devices)
+    assert chips.topology("v4:2x2x1").num_chips == 4
 
 
 PROGRAM = """HloModule toy

@@ -19,8 +19,7 @@ class Chip(NamedTuple):
         bandwidth: bytes/s of the HBM per chip.
         interconnect: bytes/s to other chips of the slice, all links together.
         mxu: side of a matrix unit.
-        cores: devices per chip, as the compiler sees it.
-        flops_per_cycle: of one device.
+        flops_per_cycle: of one chip.
     """
 
     memory: int
@@ -28,21 +27,20 @@ class Chip(NamedTuple):
     bandwidth: float
     interconnect: float
     mxu: int
-    cores: int
     flops_per_cycle: int
 
     @property
     def clock(self) -> float:
         """Cycles per second."""
-        return self.peak / self.cores / self.flops_per_cycle
+        return self.peak / self.flops_per_cycle
 
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, 128, 2, 131_072),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, 128, 1, 131_072),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, 128, 1, 262_144),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9, 256, 1, 524_288),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, 128, 262_144),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, 128, 131_072),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, 128, 262_144),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9, 256, 524_288),
 }
 
 
@@ -62,7 +60,7 @@ class Topology(NamedTuple):
     @property
     def num_chips(self) -> int:
         """How many chips there are."""
-        return len(self.devices) // self.chip.cores
+        return len(self.devices)
 
 
 def topology(name: str) -> Topology:
@@ -84,6 +82,8 @@ def topology(name: str) -> Topology:
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # Nothing is locked by compiling.
     options = {"num_slices": int(slices)} if slices else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # As JAX sees a v4: its two cores are one device.
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
     except Exception as error:  # The plugin raises whatever it likes.

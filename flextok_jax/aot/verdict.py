@@ -95,20 +95,20 @@ def _kernel_cycles(kernel: hlo.Kernel, chip) -> float:
     or the memory's rate, if that is slower."""
     share = min(0.5, kernel.head_dim / chip.mxu)
     compute = kernel.flops / (share * chip.flops_per_cycle)
-    return max(compute, kernel.bytes / (chip.bandwidth / chip.cores) * chip.clock)
+    return max(compute, kernel.bytes / chip.bandwidth * chip.clock)
 
 
 def _memory(state, compiled, chip) -> dict[str, int]:
     """Bytes per chip."""
 
     def local(tree):
-        return chip.cores * sum(
+        return sum(
             hlo.size("f32", x.sharding.shard_shape(x.shape)) * x.dtype.itemsize // 4
             for x in jax.tree.leaves(tree)
         )
 
     analysis = compiled.memory_analysis()
-    arguments = chip.cores * analysis.argument_size_in_bytes
+    arguments = analysis.argument_size_in_bytes
     kinds = {"parameters": local(state)}
     if hasattr(state, "opt_state"):
         kinds = {
@@ -118,7 +118,7 @@ def _memory(state, compiled, chip) -> dict[str, int]:
         }
     kinds["other arguments"] = max(0, arguments - sum(kinds.values()))
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    kinds["results"] = chip.cores * max(0, fresh)
-    kinds["temporaries"] = chip.cores * analysis.temp_size_in_bytes
-    kinds["program"] = chip.cores * analysis.generated_code_size_in_bytes
+    kinds["results"] = max(0, fresh)
+    kinds["temporaries"] = analysis.temp_size_in_bytes
+    kinds["program"] = analysis.generated_code_size_in_bytes
     return kinds | {"total": sum(kinds.values()), "chip": chip.memory}

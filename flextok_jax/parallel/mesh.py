@@ -1,6 +1,7 @@
 """The device mesh: three integers, `data`, `fsdp` and `tensor`."""
 
 import jax
+from jax.experimental import mesh_utils
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -13,7 +14,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
         devices: the devices to use, all of them by default.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or `data` is not a multiple
+            of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -29,6 +31,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
             "the three must multiply to that number (one of them may be -1)"
         )
     auto = (jax.sharding.AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ValueError(
+                f"mesh data={sizes[0]} must be a multiple of the {slices} slices: only gradients "
+                "should travel between them"
+            )
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+        return jax.sharding.Mesh(grid, AXES, axis_types=auto)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
 
 
