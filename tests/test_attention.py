@@ -97,13 +97,24 @@ def test_the_tpu_kernel_is_called_only_where_it_can_compute():
 
 
 def test_a_padded_hidden_width_changes_nothing():
-    mlp = layers.SwiGLU(width=64, ratio=4.0, dtype=jnp.float32)  # hidden 170, computed as 256
-    x = jax.random.normal(jax.random.key(0), (2, 3, 64))
+    width, hidden, computed = 96, 250, 256
+    mlp = layers.SwiGLU(width=width, ratio=1.5 * hidden / width + 1e-3, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, 3, width))
     params = mlp.init(jax.random.key(1), x)
     fc = {name: leaf["kernel"] for name, leaf in params["params"].items()}
-    assert fc["fc1"].shape == fc["fc3"].shape == (64, 170) and fc["fc2"].shape == (170, 64)
-    expected = (jax.nn.silu(x @ fc["fc1"]) * (x @ fc["fc3"])) @ fc["fc2"]
-    np.testing.assert_allclose(mlp.apply(params, x), expected, atol=1e-5)
+    assert fc["fc1"].shape == fc["fc3"].shape == (width, hidden) == fc["fc2"].shape[::-1]
+
+    def plain(params, x):
+        fc1, fc2, fc3 = (params["params"][f"fc{i}"]["kernel"] for i in (1, 2, 3))
+        return (jax.nn.silu(x @ fc1) * (x @ fc3)) @ fc2
+
+    for f in (lambda f: f(params, x), lambda f: jax.grad(lambda p: jnp.sum(f(p, x) ** 2))(params)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                     f(mlp.apply), f(plain))  # fmt: skip
+    assert f"{computed}]" in str(jax.make_jaxpr(mlp.apply)(params, x))
+    small = layers.SwiGLU(width=64, ratio=4.0, dtype=jnp.float32)  # 170 would cost half more
+    params = small.init(jax.random.key(1), x[..., :64])
+    assert "256]" not in str(jax.make_jaxpr(small.apply)(params, x[..., :64]))
 
 
 def test_modulation_of_equal_halves_is_that_of_any_segments():

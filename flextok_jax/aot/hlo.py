@@ -6,6 +6,7 @@ the estimates, nor are Pallas kernels: both are listed apart.
 """
 
 import collections
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -113,10 +114,7 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def size(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of an array."""
-    total = _BYTES[kind]
-    for n in shape:
-        total *= n
-    return total
+    return _BYTES[kind] * math.prod(shape)
 
 
 def collectives(found: list[Instruction]) -> dict[str, dict[str, int]]:

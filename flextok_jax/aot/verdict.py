@@ -3,6 +3,7 @@
 All of it is the compiler's estimate; nothing ran.
 """
 
+import math
 import time
 
 import jax
@@ -103,7 +104,7 @@ def _memory(state, compiled, chip) -> dict[str, int]:
 
     def local(tree):
         return sum(
-            hlo.size("f32", x.sharding.shard_shape(x.shape)) * x.dtype.itemsize // 4
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             for x in jax.tree.leaves(tree)
         )
 
