@@ -1,0 +1,152 @@
+"""What the subcommands' options share: groups of them, their words, and the types of values."""
+
+import argparse
+import math
+import textwrap
+
+SOURCE = (
+    "a folder or model.safetensors in the released format, a workdir of training (its averaged "
+    "weights), a hub id such as EPFL-VILAB/flextok_d12_d12_in1k, or demo-digits"
+)
+IMAGES = "a folder, searched with its subfolders; or digits: the held-out digits of the demo"
+
+
+def command(commands, name, function, summary, example, description):
+    """A subcommand's parser; `function` is MODULE:FUNCTION below flextok_jax.commands."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, 80),
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(function=function)
+    return parser
+
+
+def add_model(parser):
+    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
+
+
+def add_images(parser, flag):
+    parser.add_argument(flag, required=True, metavar="FOLDER", help=IMAGES)
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
+
+
+def add_counts(parser, text):
+    parser.add_argument("--num-tokens", type=counts, metavar="K[,K...]", help=text)
+
+
+def add_generation(parser):
+    group = parser.add_argument_group("generating")
+    group.add_argument("--tokenizer", metavar="SOURCE", help="of the AR model (what it names)")
+    group.add_argument(
+        "--per-label", type=positive, default=1, metavar="N", help="samples of each label (1)"
+    )
+    group.add_argument(
+        "--token-guidance",
+        type=finite,
+        metavar="SCALE",
+        help="guidance scale of the logits; 1: none, at half the cost (the model's own default)",
+    )
+    group.add_argument(
+        "--temperature", type=finite, default=1.0, metavar="T", help="0 is greedy (1)"
+    )
+    group.add_argument(
+        "--top-k", type=seed, default=0, metavar="N", help="of the N likeliest tokens (0: off)"
+    )
+    group.add_argument(
+        "--top-p", type=finite, default=0.0, metavar="P", help="of the likeliest up to P (0: off)"
+    )
+
+
+def add_sampling(parser):
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--steps", type=positive, default=20, metavar="N", help="Euler steps (20)")
+    group.add_argument(
+        "--guidance",
+        type=finite,
+        metavar="SCALE",
+        help="guidance scale; 1: none, at half the cost (the model's own default)",
+    )
+    group.add_argument(
+        "--no-norm-guidance",
+        dest="norm_guidance",
+        action="store_false",
+        help="plain guidance instead of adaptive projected guidance",
+    )
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
+
+
+def add_shards(parser):
+    group = parser.add_argument_group("with --data")
+    group.add_argument("--split", choices=("train", "test", "all"), help="of the data set (train)")
+    group.add_argument(
+        "--crops",
+        type=positive,
+        metavar="N",
+        help="crops per image (1): the first is the centre crop, the others are random",
+    )
+    group.add_argument(
+        "--crop-scale",
+        type=fraction,
+        metavar="SHARE",
+        help="least share of an image's area that a random crop keeps (0.8)",
+    )
+    group.add_argument(
+        "--flip", action="store_true", default=None, help="mirror half of the random crops"
+    )
+    group.add_argument(
+        "--shift", type=seed, metavar="PIXELS", help="shift random crops by up to so many (0)"
+    )
+    group.add_argument("--seed", type=seed, metavar="N", help="of the random crops (0)")
+    group.add_argument(
+        "--shard-size", type=positive, metavar="N", help="images per file (4096)"
+    )
+
+
+def add_compute(parser):
+    group = parser.add_argument_group("computing")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    group.add_argument(
+        "--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: GPUs with bfloat16"
+    )
+    group.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="images at a time (32)"
+    )
+
+
+def positive(text: str) -> int:
+    return whole(text, 1, None)
+
+
+def seed(text: str) -> int:
+    return whole(text, 0, 2**32 - 1)
+
+
+def counts(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def whole(text: str, low: int, high: int | None) -> int:
+    if not text.strip().isdecimal() or not low <= int(text) <= (math.inf if high is None else high):
+        allowed = f"from {low} on" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {allowed}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    value = finite(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, at most 1")
+    return value
+
+
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
