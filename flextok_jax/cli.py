@@ -163,20 +163,24 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "evaluate",
         "evaluate:evaluate",
-        "numbers: reconstructions by number of tokens, or generated images",
+        "numbers and a report: reconstructions, generated images, registers",
         "flextok evaluate --model demo-digits --data digits --num-tokens 1,2,4,8,16 "
-        "--out evaluation.json\n"
+        "--guidance 1,3 --out evaluation\n"
         "  flextok evaluate --task generation --model demo-digits-ar --data digits --per-label 100 "
-        "--out samples.json",
-        "Reconstruction: PSNR, MAE and codebook usage of a whole set of images; for the digits "
-        "also the share that a classifier of real digits still recognises. Generation, of digits "
-        "so far: the share taken for the class asked for, and the distance to the training set.",
+        "--out samples_evaluation\n"
+        "  flextok evaluate --task probe --model demo-digits --data digits --out evaluation",
+        "Draws at every combination of --num-tokens, --steps and --guidance and writes "
+        "DIR/points/NAME.json, numbers with a stamp of how they were made, and DIR/report.html; "
+        "goes on where it was stopped. Reconstruction: PSNR, MAE, SSIM, LPIPS, error by frequency, "
+        "codebook usage, FID, Inception score, precision, recall. Generation: those that need no "
+        "original. Probe: classes read linearly from the first k registers. The digits have a "
+        "network of their own in place of Inception.",
     )
     p.add_argument(
         "--task",
-        choices=("reconstruction", "generation"),
+        choices=("reconstruction", "generation", "probe"),
         default="reconstruction",
-        help="of --data, or of new images (reconstruction)",
+        help="of --data, of new images compared with --data, of registers (reconstruction)",
     )
     p.add_argument(
         "--model",
@@ -186,12 +190,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.add_images(p, "--data")
     options.add_counts(
-        p, "numbers of tokens, by commas (1, 2, 4, ... up to all); to generate, one (all)"
+        p, "numbers of tokens, by commas (1, 2, 4, ... up to all; for generation all)"
     )
-    p.add_argument("--out", required=True, metavar="FILE.json", help="file for the numbers")
-    options.add_sampling(p)
-    options.add_generation(p)
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    options.add_sampling(p, several=True)
+    options.add_measuring(p)
+    options.add_generation(p, several=True)
     options.add_compute(p)
+
+    p = options.command(
+        commands,
+        "compare",
+        "compare:compare",
+        "two results of evaluate: how their numbers and their protocols differ",
+        "flextok compare a/points/k0016_steps20_guidance3.json "
+        "b/points/k0016_steps20_guidance3.json",
+        "Prints the numbers side by side, and every line in which the stamps differ.",
+    )
+    p.add_argument("first", metavar="A.json", help="a result of flextok evaluate")
+    p.add_argument("second", metavar="B.json", help="another")
 
     p = options.command(
         commands,

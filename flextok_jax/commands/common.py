@@ -53,6 +53,11 @@ def token_sampling(args) -> TokenSampling:
     return TokenSampling(args.token_guidance, args.temperature, args.top_k, args.top_p)
 
 
+def pictures(args, size: int, split: str | None = None) -> Pictures:
+    """The images of --data and --limit, of --split by default."""
+    return Pictures(args.data, args.limit, split or args.split, size)
+
+
 def check_apart(images: str, out: str) -> None:
     """Refuses results inside the folder of images: the next run would read them as images."""
     if images == DIGITS:

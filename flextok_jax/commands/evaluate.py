@@ -1,62 +1,216 @@
-"""`flextok evaluate`: numbers of reconstructions, and of generated images."""
+"""`flextok evaluate`: numbers of reconstructions, of generated images, of registers; a report."""
+
+import dataclasses
+import pathlib
+import sys
+
+import numpy as np
 
 from flextok_jax.commands import common
-from flextok_jax.commands.generate import load_generator
+from flextok_jax.commands.generate import load_generator, read_labels
+from flextok_jax.evaluation import measure, networks, probe, protocol, statistics, sweep, sweep_report
 from flextok_jax.evaluation import pictures as pics
-from flextok_jax.evaluation.digits_judge import evaluate_digits
-from flextok_jax.evaluation.digits_samples import evaluate_samples
-from flextok_jax.evaluation.reconstruction import check_counts
-from flextok_jax.evaluation.reconstruction import evaluate as evaluate_reconstruction
+from flextok_jax.evaluation.measure import Instruments, Reference
+from flextok_jax.evaluation.reconstruction import Sampling, check_counts, identity, side
+from flextok_jax.evaluation.subjects import Reconstructions, Samples
+from flextok_jax.interop import tensor_file
+
+CROP = (
+    "centre: halved by 2x2 averages while the short side is at least twice the size, then bicubic "
+    "to the size, then the middle (as ADM)"
+)
+PROBE = "probe.json"
+COLUMNS = {  # Of the printed table: title, format.
+    "psnr": ("PSNR", ".2f"),
+    "mae": ("MAE", ".4f"),
+    "ssim": ("SSIM", ".4f"),
+    "lpips": ("LPIPS", ".4f"),
+    "fid": ("FID", ".3f"),
+    "inception_score": ("IS", ".2f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "recognition": ("recognised", ".1%"),
+    "codebook_usage": ("ids used", ".1%"),
+    "seconds_per_image": ("s/image", ".4f"),
+}
 
 
 def evaluate(args) -> None:
-    """Writes the metrics of a whole set of images as JSON."""
-    (_generation if args.task == "generation" else _reconstruction)(args)
+    """Writes results, each with its stamp, and report.html into --out."""
+    task = {"reconstruction": _reconstruction, "generation": _generation, "probe": _probe}
+    task[args.task](args)
 
 
 def _reconstruction(args) -> None:
-    pictures = pics.Pictures(args.data, args.limit)
     tok = common.load_model(args)
+    pictures = common.pictures(args, side(tok))
     counts = check_counts(tok, args.num_tokens)
-    if args.data == pics.DIGITS:
-        result = evaluate_digits(
-            tok,
-            counts,
-            args.steps,
-            args.guidance,
-            args.seed,
-            norm_guidance=args.norm_guidance,
-            batch_size=args.batch_size,
-            limit=args.limit,
-        )
-    else:
-        sampling = common.sampling(args)
-        result = evaluate_reconstruction(tok, pictures, counts, sampling, args.batch_size)
-        common.report_unreadable(pictures)
-    common.write_json(args.out, result)
-    print(f"{result['count']} images from their first k tokens; everything is in {args.out}")
-    print(common.table(result, common.QUALITY | common.USAGE))
-    if "real_recognition" in result:
-        print(f"The originals are recognised to {result['real_recognition']:.1%}.")
+    batch_size = min(args.batch_size, len(pictures))
+    subject = Reconstructions(tok, pictures, counts[-1], batch_size)
+    points = sweep.grid(counts, _scales(args.guidance, tok.config.guidance_scale), args.steps)
+    _sweep(args, {"model": identity(tok)}, subject, pictures, points, batch_size)
 
 
 def _generation(args) -> None:
-    if args.data != pics.DIGITS:
-        raise ValueError(
-            f"--data {args.data}: generated images are judged for the digits only so far"
-        )
     gen = load_generator(args)
-    counts = check_counts(gen.tokenizer, args.num_tokens or [gen.num_tokens], gen.num_tokens)
-    if len(counts) > 1:
-        raise ValueError(f"--num-tokens {','.join(map(str, counts))}: one number to generate from")
-    (k,) = counts
-    how, sampling = common.token_sampling(args), common.sampling(args)
-    result = evaluate_samples(gen, args.per_label, k, how, sampling, args.batch_size)
-    common.write_json(args.out, result)
-    near = result["nearest"]
-    print(f"{result['count']} samples from {k} tokens; everything is in {args.out}")
-    print(f"{result['recognition']:.1%} are read as the class that was asked for.")
-    print(
-        f"Distance to the closest training digit, median: {near['samples']:.3f}; of real held-out "
-        f"digits {near['held_out']:.3f}. {near['closer']:.1%} lie closer than 95 % of those do."
+    tok = gen.tokenizer
+    pictures = common.pictures(args, side(tok))
+    counts = check_counts(tok, args.num_tokens or [gen.num_tokens], gen.num_tokens)
+    labels = np.tile(read_labels("all", gen.config.num_classes), args.per_label)
+    hows = tuple(
+        dataclasses.replace(common.token_sampling(args), guidance=scale)
+        for scale in _scales(args.token_guidance, gen.config.guidance_scale)
     )
+    batch_size = min(args.batch_size, len(labels))
+    subject = Samples(gen, labels, counts[-1], hows, args.seed, batch_size)
+    guidances = _scales(args.guidance, tok.config.guidance_scale)
+    points = sweep.grid(counts, guidances, args.steps, [how.guidance for how in hows])
+    about = {
+        "model": {"origin": gen.origin, "fingerprint": gen.fingerprint},
+        "tokenizer": identity(tok),
+        "samples": {
+            "per_label": args.per_label,
+            "labels": gen.config.num_classes,
+            "num_tokens_drawn": counts[-1],
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+        },
+    }
+    _sweep(args, about, subject, pictures, points, batch_size)
+
+
+def _sweep(args, about: dict, subject, pictures, points, batch_size: int) -> None:
+    """What both kinds of drawing share."""
+    if args.export and len(points) > 1:
+        raise ValueError(f"--export is for one setting; this is a sweep of {len(points)}")
+    common.check_apart(args.data, args.out)
+    instruments = _instruments(args)
+    reference, about_reference = _reference(args, pictures)
+    stamp = {
+        "format": 1,
+        "task": args.task,
+        "data": _about(pictures),
+        "crop": CROP,
+        "image_size": side(subject.tok),
+        "rounding": "8 bits",
+        "reference": about_reference,
+        "networks": instruments.about(),
+        **about,
+        "sampling": {"seed": args.seed, "norm_guidance": args.norm_guidance},
+        "dtype": args.dtype,
+        "batch_size": batch_size,
+    }
+    out = pathlib.Path(args.out).expanduser()
+    run = sweep.Sweep(
+        out,
+        stamp,
+        subject,
+        reference,
+        instruments,
+        Sampling(norm_guidance=args.norm_guidance, seed=args.seed),
+        batch_size,
+        args.process,
+        args.export and pathlib.Path(args.export).expanduser(),
+    )
+    results = run.run(points)
+    common.report_unreadable(pictures)
+    if len(results) < len(points):
+        print(
+            f"{len(results)} of {len(points)} settings are finished; the others wait for chunks of "
+            "other processes. When those have ended, the same command without --process finishes."
+        )
+        return
+    beside = out / PROBE
+    known = tensor_file.read_json(beside) if beside.exists() else None
+    sweep_report.write(out / "report.html", *sweep.everything(out), known)
+    _print(results)
+    print(f"Results with their stamps are in {out / sweep.POINTS}; the report is {out}/report.html")
+
+
+def _probe(args) -> None:
+    tok = common.load_model(args)
+    counts = check_counts(tok, args.num_tokens)
+    train, test = (common.pictures(args, side(tok), split) for split in ("train", "test"))
+    both = [probe.registers(tok, part, counts[-1], args.batch_size) for part in (train, test)]
+    metrics = probe.probe(*both, counts)
+    for part in (train, test):
+        common.report_unreadable(part)
+    result = {
+        "stamp": {
+            "format": 1,
+            "task": args.task,
+            "data": {"train": _about(train), "test": _about(test)},
+            "crop": CROP,
+            "image_size": side(tok),
+            "model": identity(tok),
+            "classifier": "logistic regression on standardised registers before quantisation, its "
+            f"strength by {probe.FOLDS}-fold cross-validation of the training images",
+            "dtype": args.dtype,
+            **protocol.circumstances(),
+        },
+        "metrics": metrics,
+        "warnings": [],
+    }
+    out = pathlib.Path(args.out).expanduser()
+    common.write_json(out / PROBE, result)
+    print(f"Classes read linearly from the first k registers, of {metrics['count']} images:")
+    for k, accuracy in metrics["accuracy"].items():
+        print(f"{k:8} {accuracy:8.1%}")
+    print(f"The commonest class alone is {metrics['chance']:.1%}. Everything is in {out / PROBE}")
+
+
+def _instruments(args) -> Instruments:
+    features, perceptual = None, None
+    if args.inception:
+        features = networks.inception_network(args.inception)
+    elif args.data == pics.DIGITS:
+        features = networks.digits_features()
+    else:
+        print(f"note: {networks.NO_FEATURES}", file=sys.stderr)
+    if args.lpips_vgg and args.lpips_heads:
+        perceptual = networks.perceptual_network(args.lpips_vgg, args.lpips_heads)
+    elif args.lpips_vgg or args.lpips_heads:
+        raise ValueError("LPIPS needs both files: --lpips-vgg and --lpips-heads")
+    elif args.task == "reconstruction":
+        print(f"note: {networks.NO_LPIPS}", file=sys.stderr)
+    for network in (features, perceptual):
+        if network:
+            words = ", ".join(f"{k} {v}" for k, v in network.about.items() if "sha256" in k)
+            print(f"{network.about['name']}: {words}", file=sys.stderr)
+    return Instruments(features, perceptual)
+
+
+def _reference(args, pictures) -> tuple[Reference, dict]:
+    """--reference in place of statistics of --data."""
+    if not args.reference:
+        return Reference(pictures), {"from": "the pictures of data"}
+    gaussian, digest = statistics.read_gaussian(args.reference)
+    return Reference(pictures, gaussian), {"from": "a file", "sha256": digest}
+
+
+def _about(pictures: pics.Pictures) -> dict:
+    """For the stamp."""
+    return {"title": pictures.title, "images": len(pictures)}
+
+
+def _scales(given: list[float] | None, default: float) -> list[float]:
+    return sorted(set(given)) if given else [default]
+
+
+def _print(results: list[dict]) -> None:
+    """A table of all settings, and what is to be known of the numbers."""
+    first = results[0]["metrics"]
+    columns = {key: about for key, about in COLUMNS.items() if key in first}
+    varied = [key for key in ("num_tokens", "steps", "guidance", "token_guidance")
+              if len({r["stamp"]["point"][key] for r in results}) > 1 or key == "num_tokens"]
+    titles = [key.replace("_", " ").replace("num ", "") for key in varied]
+    print("".join(f"{t:>16}" for t in titles) + "".join(f"{t:>12}" for t, _ in columns.values()))
+    for result in results:
+        point, numbers = result["stamp"]["point"], result["metrics"]
+        print(
+            "".join(f"{point[key]:>16g}" for key in varied)
+            + "".join(f"{format(numbers[key], form):>12}" for key, (_, form) in columns.items())
+        )
+    for text in dict.fromkeys(text for result in results for text in result["warnings"]):
+        print(f"warning: {text}", file=sys.stderr)

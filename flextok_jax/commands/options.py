@@ -37,7 +37,8 @@ def add_counts(parser, text):
     parser.add_argument("--num-tokens", type=counts, metavar="K[,K...]", help=text)
 
 
-def add_generation(parser):
+def add_generation(parser, several: bool = False):
+    """How tokens are drawn; `several`: at more than one scale of guidance."""
     group = parser.add_argument_group("generating")
     group.add_argument("--tokenizer", metavar="SOURCE", help="of the AR model (what it names)")
     group.add_argument(
@@ -45,8 +46,8 @@ def add_generation(parser):
     )
     group.add_argument(
         "--token-guidance",
-        type=finite,
-        metavar="SCALE",
+        type=numbers if several else finite,
+        metavar="SCALE[,SCALE...]" if several else "SCALE",
         help="guidance scale of the logits; 1: none, at half the cost (the model's own default)",
     )
     group.add_argument(
@@ -60,13 +61,20 @@ def add_generation(parser):
     )
 
 
-def add_sampling(parser):
+def add_sampling(parser, several: bool = False):
+    """How images are drawn; `several`: at more than one number of steps and scale of guidance."""
     group = parser.add_argument_group("drawing")
-    group.add_argument("--steps", type=positive, default=20, metavar="N", help="Euler steps (20)")
+    group.add_argument(
+        "--steps",
+        type=counts if several else positive,
+        default=[20] if several else 20,
+        metavar="N[,N...]" if several else "N",
+        help="Euler steps (20)",
+    )
     group.add_argument(
         "--guidance",
-        type=finite,
-        metavar="SCALE",
+        type=numbers if several else finite,
+        metavar="SCALE[,SCALE...]" if several else "SCALE",
         help="guidance scale; 1: none, at half the cost (the model's own default)",
     )
     group.add_argument(
@@ -76,6 +84,40 @@ def add_sampling(parser):
         help="plain guidance instead of adaptive projected guidance",
     )
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
+
+
+def add_measuring(parser):
+    """What images are compared by and with."""
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--split", metavar="NAME", help="of the data (test of digits and photos, else all)"
+    )
+    group.add_argument(
+        "--inception",
+        metavar="FILE",
+        help="pt_inception-2015-12-05-6726825d.pth, or .safetensors: FID, Inception score, "
+        "precision, recall",
+    )
+    group.add_argument("--lpips-vgg", metavar="FILE", help="vgg16-397923af.pth or .safetensors")
+    group.add_argument("--lpips-heads", metavar="FILE", help="weights/v0.1/vgg.pth of lpips")
+    group.add_argument(
+        "--reference",
+        metavar="FILE.npz",
+        help="arrays mu and sigma for FID, in place of those of --data",
+    )
+    group.add_argument(
+        "--save-reference", metavar="FILE.npz", help="write those of --data for the next time"
+    )
+    group.add_argument(
+        "--export", metavar="FILE.npz", help="write the images of one setting as the array arr_0"
+    )
+    group.add_argument(
+        "--process",
+        type=share,
+        default=(0, 1),
+        metavar="I/N",
+        help="this one of N processes that share --out, from 0/N on",
+    )
 
 
 def add_shards(parser):
@@ -126,6 +168,17 @@ def seed(text: str) -> int:
 
 def counts(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
+
+
+def numbers(text: str) -> list[float]:
+    return [finite(part) for part in text.split(",")]
+
+
+def share(text: str) -> tuple[int, int]:
+    first, slash, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
+    return int(first), int(count)
 
 
 def whole(text: str, low: int, high: int | None) -> int:

@@ -57,19 +57,32 @@ def generate(
     Returns:
         (tokens int32 [n, K], K the largest count; {k: float32 [n, S, S, 3] in [-1, 1]}).
     """
-    key = jax.random.key(sampling.seed)
-    keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(padded(seeds, batch_size))
+    tokens = sample_tokens(gen, labels, seeds, max(counts), how, sampling.seed, batch_size)
+    images = {
+        k: draw(gen.tokenizer, tokens, k, seeds, sampling, batch_size) for k in sorted(counts)
+    }
+    return tokens, images
+
+
+def sample_tokens(
+    gen: ImageGenerator,
+    labels: np.ndarray,
+    seeds: np.ndarray,
+    num_tokens: int,
+    how: TokenSampling,
+    seed: int,
+    batch_size: int,
+) -> np.ndarray:
+    """The tokens of one batch of samples; see `generate`: int32 [n, num_tokens]."""
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda one: jax.random.fold_in(key, one))(padded(seeds, batch_size))
     tokens = gen.generate_tokens(
         padded(labels, batch_size),
-        num_tokens=max(counts),
+        num_tokens=num_tokens,
         guidance_scale=how.guidance,
         temperature=how.temperature,
         top_k=how.top_k,
         top_p=how.top_p,
         key=keys,
     )
-    tokens = np.asarray(tokens)[: len(labels)]
-    images = {
-        k: draw(gen.tokenizer, tokens, k, seeds, sampling, batch_size) for k in sorted(counts)
-    }
-    return tokens, images
+    return np.asarray(tokens)[: len(labels)]

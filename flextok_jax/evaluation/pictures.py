@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from flextok_jax.data import sources, transforms
+from flextok_jax.data.photos import photos
 
-DIGITS = "digits"
+DIGITS, PHOTOS = "digits", "photos"
 GRID_ROWS = 16
 _CELL = 96  # Pixels that a picture of a grid should have at least.
 _GAP, _TITLE = 8, 30
@@ -37,28 +38,39 @@ class Batch(NamedTuple):
 
 
 class Pictures:
-    """The images of a folder, or "digits": the held-out digits that come with the package.
+    """The images of a folder, or "digits" or "photos": those that come with the package.
 
     Attributes:
-        title: what was asked for.
+        title: what was asked for, and the split of it.
         names: of all images, sorted.
         unreadable: {name: reason} of those that were met so far and could not be read.
     """
 
-    def __init__(self, images: str, limit: int | None = None):
+    def __init__(
+        self, images: str, limit: int | None = None, split: str | None = None, size: int = 0
+    ):
         """Lists the images, at most the first `limit` of them.
+
+        Args:
+            split: "train", "test" or "all"; None: all of a folder, those that were held out of
+                what comes with the package.
+            size: of the tiles of photographs.
 
         Raises:
             FileNotFoundError: there is no such folder, or no image in it.
         """
-        self.title = str(images)
+        split = split or ("test" if images in (DIGITS, PHOTOS) else "all")
+        self.title = f"{images}, {split}"
         self.unreadable: dict[str, str] = {}
-        if self.title == DIGITS:
-            self._source = sources.digits("test")
+        if images == DIGITS:
+            self._source = sources.digits(split)
             labels = self._source.labels
             names = [f"digit{i:03d}_{label}" for i, label in enumerate(labels)]
+        elif images == PHOTOS:
+            self._source = photos(split, size)
+            names = list(self._source.names)
         else:
-            self._source = sources.FolderSource(images, "all")
+            self._source = sources.FolderSource(images, split)
             root = pathlib.Path(images).expanduser()
             names = [pathlib.Path(f).relative_to(root).as_posix() for f in self._source.files]
         self.names = names[:limit]
@@ -88,6 +100,20 @@ class Pictures:
             yield _batch(found)
         elif not any_readable:
             raise ValueError(f"none of the {len(places)} images could be read{self.complaint()}")
+
+    def read(self, places: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The readable images of these places, as they are in a batch.
+
+        Returns:
+            (int [n], those of the places that could be read; images uint8 [n, size, size, 3];
+            labels int32 [n]).
+        """
+        found = list(self._readable(places, size))
+        images = np.zeros((len(found), size, size, 3), np.uint8)
+        for row, (_, (image, _)) in zip(images, found):
+            row[:] = image
+        labels = np.array([label for _, (_, label) in found], np.int32)
+        return np.array([place for place, _ in found], int), images, labels
 
     def image(self, place: int, size: int) -> np.ndarray:
         """One readable image as it is in a batch: uint8 [size, size, 3]."""

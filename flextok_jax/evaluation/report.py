@@ -13,7 +13,7 @@ import numpy as np
 
 from flextok_jax.interop import tensor_file
 
-COLORS = ("#1f5fd0", "#e07a1f", "#2f9e6e", "#8a4fc8")
+COLORS = ("#1f5fd0", "#e07a1f", "#2f9e6e", "#8a4fc8", "#c23b5a", "#7a6a4f")
 _WIDTH, _HEIGHT = 440, 280  # Of a chart, in SVG units.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 14, 44  # Its margins.
 _STYLE = """
@@ -26,6 +26,7 @@ h1 { font-size: 34px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.02e
 h2 { font-size: 21px; margin: 44px 0 10px; letter-spacing: -0.01em; }
 p { margin: 0 0 12px; max-width: 72ch; }
 .note { color: var(--soft); font-size: 14px; }
+.warning { background: #fff4e0; border-left: 4px solid #e07a1f; padding: 8px 14px; }
 .row { display: grid; gap: 20px; margin-bottom: 20px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line);
@@ -83,6 +84,11 @@ def paragraph(text: str, note: bool = False) -> str:
     return f'<p class="note">{_text(text)}</p>' if note else f"<p>{_text(text)}</p>"
 
 
+def warning(text: str) -> str:
+    """A remark that must not be overlooked."""
+    return f'<p class="warning">{_text(text)}</p>'
+
+
 def code(text: str) -> str:
     """Lines to be typed."""
     return f"<pre>{_text(text)}</pre>"
@@ -134,6 +140,7 @@ def chart(
     x_title: str,
     *,
     log2: bool = False,
+    dots: bool = False,
     percent: bool = False,
     from_zero: bool = False,
     level: tuple[str, float] | None = None,
@@ -146,6 +153,7 @@ def chart(
         series: {name: points (x, y), ascending in x}; points that are not finite are left out.
         x_title: below the axis.
         log2: equal steps per doubling along x, with a tick and a dot at every point.
+        dots: a dot at every point.
         percent: y is a share of 1.
         from_zero: the y axis begins at 0.
         level: (name, y) of a dashed line across.
@@ -196,8 +204,8 @@ def chart(
             f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5" '
             'stroke-linejoin="round" stroke-linecap="round"/>'
         )
-        for x, y in part if log2 else ():
-            value = f"{100 * y:.1f}\u00a0%" if percent else f"{y:.2f}"
+        for x, y in part if log2 or dots else ():
+            value = f"{100 * y:.1f}\u00a0%" if percent else f"{y:.4g}"
             parts.append(
                 f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="4.5" fill="{color}" '
                 f'stroke="#fff" stroke-width="1.5"><title>{_text(name)}, {x:g}: {value}</title>'

@@ -1,0 +1,31 @@
+"""`flextok compare`: two results, their numbers side by side and how they were made differently."""
+
+from flextok_jax.evaluation import protocol
+from flextok_jax.interop import tensor_file
+
+
+def compare(args) -> None:
+    """Prints the numbers that both have, then the differences of the stamps."""
+    a, b = (_read(path) for path in (args.first, args.second))
+    names = [
+        name
+        for name, value in a["metrics"].items()
+        if isinstance(value, (int, float)) and name in b["metrics"]
+    ]
+    print(f"{'':<26}{'first':>14}{'second':>14}{'difference':>14}")
+    for name in names:
+        x, y = a["metrics"][name], b["metrics"][name]
+        print(f"{name:<26}{x:>14.6g}{y:>14.6g}{y - x:>14.4g}")
+    different = list(protocol.differences(a["stamp"], b["stamp"]))
+    if not different:
+        print("They were made in the same way.")
+    else:
+        print("They were made differently (first | second):")
+        print("\n".join(f"  {line}" for line in different))
+
+
+def _read(path) -> dict:
+    found = tensor_file.read_json(path)
+    if not all(isinstance(found.get(part), dict) for part in ("stamp", "metrics")):
+        raise ValueError(f"{path} is no result of flextok evaluate: it has no stamp and metrics")
+    return found

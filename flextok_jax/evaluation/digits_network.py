@@ -1,0 +1,104 @@
+"""A small classifier of the digits: it reads drawn digits, and its features stand in for Inception.
+
+Trained here on the 1 500 real training digits, and shipped (demos/digits_network). Distances between
+its features compare models of the digits with each other, and with nothing else.
+
+    python -m flextok_jax.evaluation.digits_network OUT.safetensors
+"""
+
+import functools
+import pathlib
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from flextok_jax.data import sources, transforms
+from flextok_jax.interop import tensor_file
+
+SIDE, CLASSES, FEATURES = 16, 10, 64
+FILE = pathlib.Path(__file__).parents[1] / "demos" / "digits_network" / "model.safetensors"
+_STEPS, _BATCH, _RATE = 3000, 64, 2e-3
+_AUGMENTED = transforms.Transform(SIDE, shift=1, rotate=10.0, zoom=0.1)
+
+
+class _Network(nn.Module):
+    """Images [B, 16, 16, 3] in [-1, 1] -> (features [B, 64], logits [B, 10])."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features in (16, 32, 64):
+            x = nn.silu(nn.Conv(features, (3, 3), 2)(x))
+        x = nn.silu(nn.Dense(FEATURES)(x.reshape(len(x), -1)))
+        return x, nn.Dense(CLASSES)(x)
+
+
+@functools.cache
+def parameters() -> dict:
+    """The shipped parameters."""
+    return traverse_util.unflatten_dict(tensor_file.read(FILE)[0], sep="/")
+
+
+@jax.jit
+def features(params, images):
+    """What the network makes of digits.
+
+    Args:
+        params: `parameters()`.
+        images: float [B, 16, 16, 3] in [-1, 1].
+
+    Returns:
+        (features float32 [B, 64], logits float32 [B, 10]).
+    """
+    return _Network().apply({"params": params}, images)
+
+
+def recognized(images: np.ndarray, labels: np.ndarray) -> int:
+    """How many digits float [n, 16, 16, 3] in [-1, 1] the network takes for what they are."""
+    _, logits = features(parameters(), jnp.asarray(images, jnp.float32))
+    return int(np.sum(np.argmax(logits, axis=1) == labels))
+
+
+def train(seed: int = 0) -> dict:
+    """Adam on the training digits, shifted, turned and zoomed a little: new parameters."""
+    data = sources.digits("train")
+    network = _Network()
+    rate = optax.cosine_decay_schedule(_RATE, _STEPS)
+    optimizer = optax.adamw(rate, weight_decay=1e-2)
+
+    def loss(params, images, labels):
+        _, logits = network.apply({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def step(params, state, images, labels):
+        updates, state = optimizer.update(jax.grad(loss)(params, images, labels), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = network.init(jax.random.key(seed), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    state, rng = optimizer.init(params), np.random.RandomState(seed)
+    for _ in range(_STEPS):
+        rows = rng.randint(len(data), size=_BATCH)
+        draws = rng.random_sample((_BATCH, transforms.NUM_DRAWS))
+        images = _AUGMENTED.augment(data.images[rows], draws).astype(np.float32) / 127.5 - 1
+        params, state = step(params, state, images, data.labels[rows])
+    return params
+
+
+def main() -> int:
+    """Trains, writes the file that is named, and prints the share of held-out digits read."""
+    params = train()
+    flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    tensor_file.write(pathlib.Path(sys.argv[1]), flat, {})
+    test = sources.digits("test")
+    _, logits = features(params, test.images.astype(np.float32) / 127.5 - 1)
+    print(f"{np.mean(np.argmax(logits, 1) == test.labels):.2%} of {len(test)} held-out digits")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

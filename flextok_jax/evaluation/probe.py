@@ -1,0 +1,94 @@
+"""Linear probing: how much of an image's class its first k registers hold, linearly."""
+
+import concurrent.futures
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from flextok_jax.evaluation.pictures import Pictures
+from flextok_jax.evaluation.reconstruction import padded, side
+from flextok_jax.tokenizer import FlexTok
+
+STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # Inverse regularisation that is tried.
+FOLDS = 5  # Of the training images, to choose it by.
+
+
+def registers(tok: FlexTok, pictures: Pictures, num_tokens: int, batch_size: int):
+    """The registers before quantisation, of the readable pictures.
+
+    Returns:
+        (float32 [n, num_tokens, F], labels int [n]).
+
+    Raises:
+        ValueError: a picture without a label.
+    """
+    from tqdm import tqdm
+
+    found, labels = [], []
+    batch_size = min(batch_size, len(pictures))
+    with tqdm(total=len(pictures), unit="image", disable=None) as bar:
+        for batch in pictures.batches(side(tok), batch_size):
+            images = padded(batch.images, batch_size)
+            found.append(np.asarray(tok.registers(images, num_tokens))[: len(batch.images)])
+            labels.append(batch.labels)
+            bar.update(len(batch.images))
+    labels = np.concatenate(labels)
+    if (labels < 0).any():
+        raise ValueError(
+            f"{np.sum(labels < 0)} of {len(labels)} images of {pictures.title} have no label: "
+            "probing needs classes, such as the subfolders of a folder of images"
+        )
+    return np.concatenate(found), labels
+
+
+def probe(train, test, counts: Sequence[int]) -> dict:
+    """Logistic regression on the first k registers, for each k.
+
+    The features are standardised. The strength of the regularisation is chosen by cross-validation
+    of the training images; the test images are looked at once.
+
+    Args:
+        train, test: (float [n, K, F], labels int [n]); see `registers`.
+        counts: numbers of registers.
+
+    Returns:
+        "accuracy" by k, of the test images; "strength" by k; "chance", the share of the commonest
+        class of the test images; "count", "train_count".
+    """
+    (x, y), (x_test, y_test) = train, test
+
+    def one(k):
+        return _fit(_flat(x, k), y, _flat(x_test, k), y_test)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = dict(zip(counts, pool.map(one, counts)))
+    return {
+        "count": len(y_test),
+        "train_count": len(y),
+        "accuracy": {k: accuracy for k, (accuracy, _) in found.items()},
+        "strength": {k: strength for k, (_, strength) in found.items()},
+        "chance": float(np.bincount(y_test).max() / len(y_test)),
+    }
+
+
+def _fit(x, y, x_test, y_test) -> tuple[float, float]:
+    """(accuracy, strength)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def model(strength):
+        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+
+    folds = min(FOLDS, np.bincount(y)[np.bincount(y) > 0].min())
+    if folds < 2:
+        raise ValueError("a class has a single training image: probing needs two at least")
+    scores = [cross_val_score(model(c), x, y, cv=folds).mean() for c in STRENGTHS]
+    best = STRENGTHS[int(np.argmax(scores))]
+    return float(model(best).fit(x, y).score(x_test, y_test)), best
+
+
+def _flat(x, k):
+    return x[:, :k].reshape(len(x), -1)

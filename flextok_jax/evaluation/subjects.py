@@ -1,0 +1,166 @@
+"""What an evaluation draws: reconstructions of pictures, or samples of a generator.
+
+Both give tokens once, and images from the first k of them at every point of a sweep.
+"""
+
+import dataclasses
+import time
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from flextok_jax.evaluation.generation import TokenSampling, sample_tokens
+from flextok_jax.evaluation.pictures import Pictures, name_seeds, to_uint8
+from flextok_jax.evaluation.reconstruction import Sampling, draw, encode, side
+from flextok_jax.generator import ImageGenerator
+from flextok_jax.tokenizer import FlexTok
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A point of a sweep.
+
+    Attributes:
+        num_tokens: k.
+        guidance: the scale of guidance, None: the model's own default.
+        steps: Euler steps.
+        token_guidance: of the logits, None: the model's own default, or nothing is generated.
+    """
+
+    num_tokens: int
+    guidance: float | None
+    steps: int
+    token_guidance: float | None = None
+
+
+class Subject(Protocol):
+    """What is drawn.
+
+    Attributes:
+        tok: the tokenizer that draws.
+        count: how many things there are.
+    """
+
+    tok: FlexTok
+    count: int
+
+    def prepare(self, places: range) -> dict[str, np.ndarray]:
+        """Tokens by their names, "labels" and "names" of those of the places that can be read."""
+
+    def tokens(self, prepared: dict, point: Point) -> np.ndarray:
+        """The tokens of a point: int32 [n, K]."""
+
+    def originals(self, prepared: dict) -> np.ndarray | None:
+        """What the drawn images should be: uint8 [n, S, S, 3]; None where nothing is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstructions:
+    """Pictures, from their own tokens.
+
+    Attributes:
+        num_tokens: how many tokens are made of each.
+    """
+
+    tok: FlexTok
+    pictures: Pictures
+    num_tokens: int
+    batch_size: int
+
+    @property
+    def count(self) -> int:
+        return len(self.pictures)
+
+    def prepare(self, places: range) -> dict[str, np.ndarray]:
+        readable, images, labels = self.pictures.read(places, side(self.tok))
+        parts = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
+        tokens = [encode(self.tok, part, self.num_tokens, self.batch_size) for part in parts]
+        return {
+            "tokens": np.concatenate([np.zeros((0, self.num_tokens), np.int32), *tokens]),
+            "labels": labels,
+            "places": readable,
+            "names": np.array([self.pictures.names[place] for place in readable], np.str_),
+        }
+
+    def tokens(self, prepared: dict, point: Point) -> np.ndarray:
+        return prepared["tokens"]
+
+    def originals(self, prepared: dict) -> np.ndarray:
+        return self.pictures.read(prepared["places"], side(self.tok))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a generator makes of labels.
+
+    Attributes:
+        labels: int [count].
+        num_tokens: how many tokens are drawn for each.
+        hows: ways of drawing tokens; a point's has its scale of guidance.
+        seed: of the tokens.
+    """
+
+    gen: ImageGenerator
+    labels: np.ndarray
+    num_tokens: int
+    hows: tuple[TokenSampling, ...]
+    seed: int
+    batch_size: int
+
+    @property
+    def tok(self) -> FlexTok:
+        return self.gen.tokenizer
+
+    @property
+    def count(self) -> int:
+        return len(self.labels)
+
+    def prepare(self, places: range) -> dict[str, np.ndarray]:
+        names = [f"{place:06d}_class{self.labels[place]}" for place in places]
+        found = {"labels": self.labels[list(places)], "names": np.array(names, np.str_)}
+        for number, how in enumerate(self.hows):
+            rows = []
+            for i in range(0, len(names), self.batch_size):
+                part = slice(i, i + self.batch_size)
+                labels, seeds = found["labels"][part], name_seeds(names[part])
+                size = min(self.batch_size, self.count)
+                rows.append(
+                    sample_tokens(self.gen, labels, seeds, self.num_tokens, how, self.seed, size)
+                )
+            found[f"tokens{number}"] = np.concatenate(rows)
+        return found
+
+    def tokens(self, prepared: dict, point: Point) -> np.ndarray:
+        scales = [how.guidance for how in self.hows]
+        return prepared[f"tokens{scales.index(point.token_guidance)}"]
+
+    def originals(self, prepared: dict) -> None:
+        return None
+
+
+def draw_point(
+    subject: Subject, prepared: dict, point: Point, sampling: Sampling, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a chunk at a point of a sweep, rounded to 8 bits as files have them.
+
+    Args:
+        prepared: of `subject.prepare`.
+        sampling: the seed and the kind of guidance; steps and scale are the point's.
+
+    Returns:
+        (uint8 [n, S, S, 3], seconds per batch of `batch_size` images [number of batches]).
+    """
+    tokens, seeds = subject.tokens(prepared, point), name_seeds(prepared["names"].tolist())
+    sampling = dataclasses.replace(sampling, steps=point.steps, guidance=point.guidance)
+    size = side(subject.tok)
+    images, seconds = [np.zeros((0, size, size, 3), np.uint8)], []
+    for i in range(0, len(tokens), batch_size):
+        part = slice(i, i + batch_size)
+        started = time.perf_counter()
+        drawn = draw(
+            subject.tok, tokens[part], point.num_tokens, seeds[part], sampling, batch_size
+        )
+        seconds.append(time.perf_counter() - started)
+        images.append(to_uint8(drawn))
+    return np.concatenate(images), np.array(seconds)
