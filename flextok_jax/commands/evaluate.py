@@ -8,12 +8,12 @@ import numpy as np
 
 from flextok_jax.commands import common
 from flextok_jax.commands.generate import load_generator, read_labels
-from flextok_jax.evaluation import measure, networks, probe, protocol, statistics, sweep, sweep_report
+from flextok_jax.evaluation import networks, probe, protocol, statistics, sweep, sweep_report
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.reconstruction import Sampling, check_counts, identity, side
 from flextok_jax.evaluation.subjects import Reconstructions, Samples
-from flextok_jax.interop import tensor_file
+from flextok_jax.interop import tensor_file, weight_files
 
 CROP = (
     "centre: halved by 2x2 averages while the short side is at least twice the size, then bicubic "
@@ -29,7 +29,7 @@ COLUMNS = {  # Of the printed table: title, format.
     "inception_score": ("IS", ".2f"),
     "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"),
-    "recognition": ("recognised", ".1%"),
+    "accuracy": ("class read", ".1%"),
     "codebook_usage": ("ids used", ".1%"),
     "seconds_per_image": ("s/image", ".4f"),
 }
@@ -161,24 +161,28 @@ def _probe(args) -> None:
 
 
 def _instruments(args) -> Instruments:
+    """The networks of the files that are named; says which are not there."""
     features, perceptual = None, None
     if args.inception:
-        features = networks.inception_network(args.inception)
+        features = networks.inception_network(_kept(args.inception))
     elif args.data == pics.DIGITS:
         features = networks.digits_features()
     else:
         print(f"note: {networks.NO_FEATURES}", file=sys.stderr)
     if args.lpips_vgg and args.lpips_heads:
-        perceptual = networks.perceptual_network(args.lpips_vgg, args.lpips_heads)
+        perceptual = networks.perceptual_network(_kept(args.lpips_vgg), _kept(args.lpips_heads))
     elif args.lpips_vgg or args.lpips_heads:
         raise ValueError("LPIPS needs both files: --lpips-vgg and --lpips-heads")
     elif args.task == "reconstruction":
         print(f"note: {networks.NO_LPIPS}", file=sys.stderr)
-    for network in (features, perceptual):
-        if network:
-            words = ", ".join(f"{k} {v}" for k, v in network.about.items() if "sha256" in k)
-            print(f"{network.about['name']}: {words}", file=sys.stderr)
     return Instruments(features, perceptual)
+
+
+def _kept(path: str) -> pathlib.Path:
+    """A published PyTorch file as safetensors beside it, written the first time; says its hash."""
+    kept = weight_files.keep(path)
+    print(f"{kept}: of a file with sha256 {weight_files.published_sha256(kept)}", file=sys.stderr)
+    return kept
 
 
 def _reference(args, pictures) -> tuple[Reference, dict]:
@@ -202,8 +206,11 @@ def _print(results: list[dict]) -> None:
     """A table of all settings, and what is to be known of the numbers."""
     first = results[0]["metrics"]
     columns = {key: about for key, about in COLUMNS.items() if key in first}
-    varied = [key for key in ("num_tokens", "steps", "guidance", "token_guidance")
-              if len({r["stamp"]["point"][key] for r in results}) > 1 or key == "num_tokens"]
+    varied = [
+        key
+        for key in ("num_tokens", "steps", "guidance", "token_guidance")
+        if len({r["stamp"]["point"][key] for r in results}) > 1 or key == "num_tokens"
+    ]
     titles = [key.replace("_", " ").replace("num ", "") for key in varied]
     print("".join(f"{t:>16}" for t in titles) + "".join(f"{t:>12}" for t, _ in columns.values()))
     for result in results:

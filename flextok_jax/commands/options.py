@@ -103,10 +103,8 @@ def add_measuring(parser):
     group.add_argument(
         "--reference",
         metavar="FILE.npz",
-        help="arrays mu and sigma for FID, in place of those of --data",
-    )
-    group.add_argument(
-        "--save-reference", metavar="FILE.npz", help="write those of --data for the next time"
+        help="arrays mu and sigma for FID, such as DIR/reference.npz of another evaluation (those "
+        "of --data)",
     )
     group.add_argument(
         "--export", metavar="FILE.npz", help="write the images of one setting as the array arr_0"
@@ -142,9 +140,7 @@ def add_shards(parser):
         "--shift", type=seed, metavar="PIXELS", help="shift random crops by up to so many (0)"
     )
     group.add_argument("--seed", type=seed, metavar="N", help="of the random crops (0)")
-    group.add_argument(
-        "--shard-size", type=positive, metavar="N", help="images per file (4096)"
-    )
+    group.add_argument("--shard-size", type=positive, metavar="N", help="images per file (4096)")
 
 
 def add_compute(parser):

@@ -1,7 +1,7 @@
 """Long work in chunks, each in a file of its own until all of them are there.
 
-A chunk is a file that is there whole or not at all, so work that was killed goes on with the missing
-ones, and several processes that see one folder share them by their numbers.
+A chunk is a file that is there whole or not at all, so work that was killed goes on with those that
+are missing, and several processes that see one folder share them by their numbers.
 """
 
 import dataclasses

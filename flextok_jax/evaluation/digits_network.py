@@ -1,7 +1,7 @@
-"""A small classifier of the digits: it reads drawn digits, and its features stand in for Inception.
+"""A small classifier of the digits, whose features stand in for Inception's.
 
-Trained here on the 1 500 real training digits, and shipped (demos/digits_network). Distances between
-its features compare models of the digits with each other, and with nothing else.
+Trained here on the 1 500 real training digits, and shipped (demos/digits_network). Distances of its
+features compare models of the digits with each other, and with nothing else.
 
     python -m flextok_jax.evaluation.digits_network OUT.safetensors
 """

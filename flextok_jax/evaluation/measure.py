@@ -70,7 +70,7 @@ def summarise(
 
     Returns:
         "count"; means over images of what is there, and their "standard_errors"; "fid",
-        "inception_score" (and its deviation), "precision", "recall", "recognition"; "bands": the
+        "inception_score" (and its deviation), "precision", "recall", "accuracy"; "bands": the
         error by frequency; "seconds_per_image".
     """
     out = {"count": len(labels), "standard_errors": {}}
@@ -117,8 +117,8 @@ def _of_features(made, real, reference, network, labels) -> dict:
         sets = real.joined("features"), made.joined("features")
         out["precision"], out["recall"] = statistics.precision_recall(*sets, NEIGHBOURS)
     if network.classes:
-        out["recognition"] = float(np.mean(logits.argmax(1) == labels))
+        out["accuracy"] = float(np.mean(logits.argmax(1) == labels))
         if len(real):
             right = real.joined("logits").argmax(1) == real.joined("labels")
-            out["real_recognition"] = float(np.mean(right))
+            out["real_accuracy"] = float(np.mean(right))
     return out

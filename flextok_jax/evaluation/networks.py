@@ -8,15 +8,13 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.evaluation import digits_network, protocol
+from flextok_jax.evaluation import digits_network
 from flextok_jax.evaluation.pictures import from_uint8
-from flextok_jax.interop import inception_files, lpips_files, tensor_file
+from flextok_jax.interop import inception_files, lpips_files, tensor_file, weight_files
 from flextok_jax.nn import inception, lpips
 
-DIGITS = "digits"
 NO_FEATURES = (
     "FID, Inception score, precision and recall are left out: no feature network; name the file of "
     "the Inception network with --inception FILE"
@@ -47,10 +45,8 @@ class FeatureNetwork:
 def inception_network(path) -> FeatureNetwork:
     """InceptionV3 as FID is defined with, of a published file; see `inception_files.load`."""
     params = jax.device_put(inception_files.load(path))
-    call = jax.jit(inception.features_and_logits)
-    words = "InceptionV3 of FID"
-    about = {"name": "inception", "words": words, "sha256": protocol.file_sha256(path)}
-    return FeatureNetwork(about, 0, lambda images: jax.device_get(call(params, images)))
+    about = {"name": "inception", "words": "InceptionV3 of FID", **_hashes(path, params)}
+    return FeatureNetwork(about, 0, lambda images: jax.device_get(_inception(params, images)))
 
 
 def digits_features() -> FeatureNetwork:
@@ -61,10 +57,10 @@ def digits_features() -> FeatureNetwork:
         return jax.device_get(digits_network.features(params, from_uint8(images)))
 
     about = {
-        "name": DIGITS,
+        "name": "digits",
         "words": "a small classifier of digits trained by this project, not the Inception network: "
         "compare them among models of these digits only",
-        "sha256": protocol.file_sha256(digits_network.FILE),
+        **_hashes(digits_network.FILE, params),
     }
     return FeatureNetwork(about, digits_network.CLASSES, call)
 
@@ -92,12 +88,9 @@ class Perceptual:
 
 def perceptual_network(vgg, heads) -> Perceptual:
     """Of published files; see `lpips_files.load`."""
-    about = {
-        "name": "lpips",
-        "vgg_sha256": protocol.file_sha256(vgg),
-        "heads_sha256": protocol.file_sha256(heads),
-    }
-    return Perceptual(about, jax.device_put(lpips_files.load(vgg, heads)))
+    params = jax.device_put(lpips_files.load(vgg, heads))
+    about = {"name": "lpips", "vgg": _hashes(vgg, params), "heads": _hashes(heads, params)}
+    return Perceptual(about, params)
 
 
 def batches(array: np.ndarray, size: int):
@@ -107,4 +100,13 @@ def batches(array: np.ndarray, size: int):
         yield np.pad(part, [(0, size - len(part))] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
 
+def _hashes(path, params) -> dict:
+    """Of the file as it was published, where that can be told, and of what is computed with."""
+    return {
+        "file_sha256": weight_files.published_sha256(path),
+        "parameters_sha256": tensor_file.fingerprint(params),
+    }
+
+
+_inception = jax.jit(inception.features)
 _lpips = jax.jit(lpips.lpips)

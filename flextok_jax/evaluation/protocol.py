@@ -1,11 +1,10 @@
 """How a number was made, written beside it, so that two numbers can be told to be comparable.
 
-A stamp is a dictionary in JSON terms: the data, their crop and count, the networks and the model with
-their hashes, the sampler's settings, the seeds, the versions and the commit.
+A stamp is a dictionary in JSON terms: the data, their crop and count, the networks and the model
+with their hashes, the sampler's settings, the seeds, the versions and the commit.
 """
 
 import functools
-import hashlib
 import importlib.metadata
 import pathlib
 import platform
@@ -61,12 +60,6 @@ def differences(a, b, path: str = "") -> Iterator[str]:
             yield from differences(a.get(key, "(missing)"), b.get(key, "(missing)"), inner)
     elif a != b:
         yield f"{path}: {_short(a)} | {_short(b)}"
-
-
-def file_sha256(path) -> str:
-    """The sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def warnings(about: dict, metrics: dict) -> list[str]:

@@ -234,7 +234,8 @@ def _ticks(
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     last = max(last, first + 1)
     ticks = [round(i * step, 10) for i in range(first, last + 1)]
-    return [tick for tick in ticks if tick <= most]
+    kept = [tick for tick in ticks if tick <= most]
+    return kept if len(kept) > 1 else [kept[0] - step, kept[0]]
 
 
 def _figure(caption: str, about: str, content: str) -> str:

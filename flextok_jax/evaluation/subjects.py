@@ -7,7 +7,6 @@ import dataclasses
 import time
 from typing import Protocol
 
-import jax
 import numpy as np
 
 from flextok_jax.evaluation.generation import TokenSampling, sample_tokens
@@ -158,9 +157,7 @@ def draw_point(
     for i in range(0, len(tokens), batch_size):
         part = slice(i, i + batch_size)
         started = time.perf_counter()
-        drawn = draw(
-            subject.tok, tokens[part], point.num_tokens, seeds[part], sampling, batch_size
-        )
+        drawn = draw(subject.tok, tokens[part], point.num_tokens, seeds[part], sampling, batch_size)
         seconds.append(time.perf_counter() - started)
         images.append(to_uint8(drawn))
     return np.concatenate(images), np.array(seconds)

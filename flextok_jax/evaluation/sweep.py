@@ -1,8 +1,9 @@
 """A sweep: one set of pictures or samples, drawn and measured at many settings.
 
-Everything is kept in one folder: `points/NAME.json` (a result with its stamp), `points/NAME.npz` (its
-first images) and `.work/` (chunks of what is unfinished). A run that was stopped goes on; a folder
-of other settings is refused; several processes may share one.
+Everything is kept in one folder: `points/NAME.json` (a result with its stamp), `points/NAME.npz`
+(its first images), `reference.npz` (mean and covariance of the real images' features) and `.work/`
+(chunks of what is unfinished). A run that was stopped goes on; a folder of other settings is
+refused; several processes may share one.
 """
 
 import dataclasses
@@ -14,14 +15,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flextok_jax.evaluation import measure, npz_images, protocol
+from flextok_jax.evaluation import measure, npz_images, protocol, statistics
 from flextok_jax.evaluation.chunks import Chunks
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.reconstruction import Sampling, side
 from flextok_jax.evaluation.subjects import Point, Subject, draw_point
 from flextok_jax.interop import tensor_file
 
-SETTINGS, POINTS, WORK = "settings.json", "points", ".work"
+SETTINGS, POINTS, WORK, REFERENCE = "settings.json", "points", ".work", "reference.npz"
 SHOWN = 8  # Images of each point that are kept to be looked at.
 
 
@@ -208,6 +209,9 @@ class Sweep:
         }
         if self.export:
             npz_images.write(self.export, (chunk["images"] for chunk in chunks), len(labels))
+        if self.instruments.features and len(self._real) and len(labels) > 1:
+            gaussian = measure.moments(self._real).gaussian()
+            statistics.write_gaussian(self.out / REFERENCE, gaussian)
         shown = {"images": chunks.read(0)["images"][:SHOWN]}
         if len(self._real):
             shown["originals"] = self._real.read(0)["images"]

@@ -19,7 +19,7 @@ CURVES = {
     "inception_score": ("Inception score", "higher is better", False),
     "precision": ("Precision", "drawn images among the real ones", True),
     "recall": ("Recall", "real images among the drawn ones", True),
-    "recognition": ("Recognised", "taken for the class they are of", True),
+    "accuracy": ("Class read", "taken by the network for the class they are of", True),
     "codebook_usage": ("Ids used", "share of all ids that occur", True),
     "seconds_per_image": ("Cost", "seconds per image drawn, compilation not included", False),
 }
@@ -67,23 +67,23 @@ def write(path: pathlib.Path, results: Sequence[dict], pictures: Sequence[dict],
 
 def _opening(results, generated) -> list[str]:
     counts = {r["metrics"]["count"] for r in results}
-    text = (
-        f"{' or '.join(f'{c:,}' for c in sorted(counts))} images of "
-        f"{results[0]['stamp']['data']['title']}"
-    )
-    if generated:
-        text = (
-            f"{' or '.join(f'{c:,}' for c in sorted(counts))} samples, compared with the images of "
-            f"{results[0]['stamp']['data']['title']}"
-        )
+    (count,) = counts
+    what = "samples, compared with the images of" if generated else "images of"
+    text = f"{count:,} {what} {results[0]['stamp']['data']['title']}"
     by_k = sorted(_line(results), key=lambda r: _at(r, "num_tokens"))
     first, last = by_k[0]["metrics"], by_k[-1]["metrics"]
     few, many = (_at(by_k[i], "num_tokens") for i in (0, -1))
     told = [f"{text}, at {len(results)} settings."]
     if few != many:
+        words = {
+            "psnr": "PSNR {} to {} dB",
+            "fid": "FID {} to {}",
+            "accuracy": "class read {} to {}",
+            "seconds_per_image": "cost {} to {} seconds per image",
+        }
         changes = [
-            f"{CURVES[key][0]} from {_number(key, first[key])} to {_number(key, last[key])}"
-            for key in ("psnr", "fid", "recognition", "seconds_per_image")
+            text.format(_number(key, first[key]), _number(key, last[key]))
+            for key, text in words.items()
             if key in first
         ]
         told.append(f"From {few} to {many} tokens: {'; '.join(changes)}.")
@@ -136,9 +136,7 @@ def _costs(results) -> list[str]:
     seconds = [(_at(r, "num_tokens"), r["metrics"]["seconds_per_image"]) for r in line]
     title, about, _ = CURVES["seconds_per_image"]
     charts = [
-        report.chart(
-            title, about, {title: sorted(seconds)}, "tokens", log2=True, from_zero=True
-        )
+        report.chart(title, about, {title: sorted(seconds)}, "tokens", log2=True, from_zero=True)
     ]
     for key in ("fid", "psnr"):
         if key in results[0]["metrics"]:
@@ -198,18 +196,17 @@ def _numbers(results) -> str:
 
 
 def _published(results) -> list[str]:
-    stamp, kind = results[0]["stamp"], "gFID" if results[0]["stamp"]["task"] == "generation" else "rFID"
-    rows = [list(row) for row in PUBLISHED]
-    if "fid" in results[0]["metrics"]:
-        for r in _line(results):
-            fid = f"{r['metrics']['fid']:.3f}"
-            both = ("", fid) if kind == "gFID" else (fid, "")
-            about = [f"{CURVES[k][0]} {_number(k, r['metrics'][k])}" for k in ("psnr", "lpips", "ssim") if k in r["metrics"]]
-            rows.append(["this report", str(_at(r, "num_tokens")), *both, ", ".join(about)])
+    stamp, rows = results[0]["stamp"], [list(row) for row in PUBLISHED]
+    for r in _line(results):
+        numbers = {key: _number(key, value) for key, value in r["metrics"].items() if key in CURVES}
+        fid = [numbers.get("fid", ""), ""]
+        about = [f"{CURVES[k][0]} {numbers[k]}" for k in ("psnr", "lpips", "ssim") if k in numbers]
+        both = fid[::-1] if stamp["task"] == "generation" else fid
+        rows.append(["this report", str(_at(r, "num_tokens")), *both, ", ".join(about)])
     note = (
-        "The first rows are the authors', for ImageNet at 256x256 and the Inception network, on 50 000 "
-        f"images. The numbers of this report are of {stamp['data']['title']}: they stand beside those "
-        "only where the protocol below is theirs."
+        "The first rows are the authors', for ImageNet at 256x256 and the Inception network, on "
+        f"50 000 images. The numbers of this report are of {stamp['data']['title']}: they compare "
+        "only where the protocol below is the same."
     )
     titles = ["model", "tokens", "rFID", "gFID", "at 256 tokens, or measured here"]
     return [report.number_table(titles, rows), report.paragraph(note, note=True)]
@@ -244,4 +241,4 @@ def _at(result: dict, axis: str):
 def _number(key: str, value: float) -> str:
     if CURVES[key][2]:
         return f"{100 * value:.1f}\u00a0%"
-    return f"{value:.4g}" if key != "psnr" else f"{value:.2f}"
+    return f"{value:.2f}" if key == "psnr" else f"{value:.3g}"

@@ -48,6 +48,13 @@ def sha256(path) -> str:
     return digest
 
 
+def published_sha256(path) -> str:
+    """`sha256` of a file, or of the file that `keep` made it from."""
+    path = _existing(path)
+    about = tensor_file.read(path)[1] if path.suffix == ".safetensors" else {}
+    return about.get("made_from_sha256") or sha256(path)
+
+
 def keep(path, folder=None) -> pathlib.Path:
     """Writes NAME.safetensors with a file's tensors; its metadata tell the file's name and sha256.
 
