@@ -4,14 +4,14 @@ import collections
 import concurrent.futures
 import os
 import pathlib
-import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from flextok_jax.data import sources, transforms
+from flextok_jax.data import decode, sources, transforms
+from flextok_jax.data.folder import IMAGE_SUFFIXES
 
 DIGITS = "digits"
 GRID_ROWS = 16
@@ -37,11 +37,11 @@ class Batch(NamedTuple):
 
 
 class Pictures:
-    """The images of a folder, or "digits": the held-out digits that come with the package.
+    """All images of a data set (see `sources.parse`), or "digits": the held-out ones.
 
     Attributes:
         title: what was asked for.
-        names: of all images, sorted.
+        names: of all images, in the source's order (of a folder: sorted).
         unreadable: {name: reason} of those that were met so far and could not be read.
     """
 
@@ -58,9 +58,8 @@ class Pictures:
             labels = self._source.labels
             names = [f"digit{i:03d}_{label}" for i, label in enumerate(labels)]
         else:
-            self._source = sources.FolderSource(images, "all")
-            root = pathlib.Path(images).expanduser()
-            names = [pathlib.Path(f).relative_to(root).as_posix() for f in self._source.files]
+            self._source = sources.make_source(sources.parse(self.title), "all")
+            names = [self._source.name(i) for i in range(len(self._source))]
         self.names = names[:limit]
 
     def __len__(self) -> int:
@@ -115,9 +114,7 @@ class Pictures:
         try:
             return [(index, future.result())]
         except Exception as error:  # Files break in any way there is.
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            reason = re.sub(r" <\S+ object at \w+>", "", reason)  # An address in memory.
-            self.unreadable[self.names[index]] = reason
+            self.unreadable[self.names[index]] = decode.reason(error)
             return []
 
     def _read(self, index, size):
@@ -126,7 +123,7 @@ class Pictures:
         example = self._source[index]
         image = example["image"]
         if isinstance(image, bytes):
-            image = sources.decode_image(image)
+            image = decode.decode_image(image)
         else:
             image = Image.fromarray(image)
         return transforms.center_crop(image, size), example["label"]
@@ -153,7 +150,7 @@ def png_names(names: list[str]) -> list[str]:
     stems = []
     for name in names:
         stem, suffix = os.path.splitext(name)
-        stems.append(stem if suffix.lower() in sources.IMAGE_SUFFIXES else name)
+        stems.append(stem if suffix.lower() in IMAGE_SUFFIXES else name)
     clash = len({stem.casefold() for stem in stems}) < len(stems)
     return [f"{stem}.png" for stem in (names if clash else stems)]
 
