@@ -80,6 +80,7 @@ def _base() -> ConfigDict:
                 name="",
                 split="train",
                 eval_split="test",
+                max_unreadable=0.1,  # share of the images; a larger one stops the run
                 # Of images only, tokenised in every step:
                 image_size=256,
                 crop="none",

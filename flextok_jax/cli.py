@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "reconstruct",
         "reconstruct:reconstruct",
         "images from their first k tokens: a grid, pictures, metrics",
-        "flextok reconstruct --model EPFL-VILAB/flextok_d12_d12_in1k --images photos "
+        "flextok reconstruct --model EPFL-VILAB/flextok_d12_d12_in1k --images my_photos "
         "--num-tokens 1,4,16,64,256 --out reconstructions",
         "Writes DIR/grid.png (each original beside its reconstructions), DIR/k0016/NAME.png and so "
         "on, and DIR/metrics.json. Images of any size are cropped and resized to the model's.",
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "tokenize",
         "tokens:tokenize",
         "images to a file of tokens, or a data set to shards of tokens to train on",
-        "flextok tokenize --model EPFL-VILAB/flextok_d12_d12_in1k --images photos "
+        "flextok tokenize --model EPFL-VILAB/flextok_d12_d12_in1k --images my_photos "
         "--num-tokens 16 --out tokens.npz\n"
         "  flextok tokenize --model demo-digits --data digits --split train --crops 10 --shift 1 "
         "--out digit_tokens",
@@ -96,23 +96,46 @@ def _parser() -> argparse.ArgumentParser:
     options.add_model(p)
     p_from = p.add_mutually_exclusive_group(required=True)
     p_from.add_argument("--images", metavar="FOLDER", help=options.IMAGES)
-    p_from.add_argument(
-        "--data",
-        metavar="FOLDER",
-        help="a data set: a folder whose subfolders are the classes; or digits. Beside NAME.jpg "
-        "may lie a caption, NAME.txt, and its embedding, NAME.npy",
-    )
+    p_from.add_argument("--data", metavar="DATA", help=f"a data set: {options.DATA}")
     p.add_argument("--limit", type=options.positive, metavar="N", help="only the first N images")
-    p.add_argument(
-        "--num-tokens",
-        type=options.positive,
-        metavar="K",
-        help="tokens per image (all); the cost follows their number",
-    )
+    options.add_num_tokens(p)
     p.add_argument(
         "--out", required=True, metavar="OUT", help="FILE.npz for --images, a folder for --data"
     )
-    options.add_shards(p)
+    options.add_shards(p, "with --data")
+    options.add_compute(p)
+    p.set_defaults(vae=None, image_size=None)
+
+    p = options.command(
+        commands,
+        "encode",
+        "encode:encode",
+        "a data set to shards of tokens, latents or features to train on",
+        "flextok encode --vae runs/vae --model runs/mine --data FOLDER --split train --crops 10 "
+        "--flip --out encoded\n"
+        "  for i in 0 1 2 3; do flextok encode ... --process $i/4 & done",
+        "Writes DIR/SPLIT with shards and manifest.json: for every crop of every image what the "
+        "named models make of it. The same command continues what was interrupted; several "
+        "processes, also on several machines with one file system, share the work by --process.",
+    )
+    p.add_argument("--data", required=True, metavar="DATA", help=options.DATA)
+    p.add_argument("--model", metavar="SOURCE", help=f"tokens, of {options.SOURCE}")
+    options.add_num_tokens(p)
+    p.add_argument(
+        "--vae",
+        metavar="SOURCE",
+        help="moments of the posterior, of a workdir of the VAE stage, a folder in the diffusers "
+        "layout, or a hub id; for configs/tokenizer.py with data.source=encoded",
+    )
+    p.add_argument(
+        "--image-size",
+        type=options.positive,
+        metavar="PIXELS",
+        help="side of the crops (the tokenizer's own; without one 256)",
+    )
+    p.add_argument("--limit", type=options.positive, metavar="N", help="only the first N images")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for DIR/SPLIT")
+    options.add_shards(p, "crops and shards")
     options.add_compute(p)
 
     p = options.command(
@@ -188,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help=f"{options.SOURCE}; for generation an AR model",
     )
-    options.add_images(p, "--data")
+    p.add_argument("--data", required=True, metavar="DATA", help=options.DATA)
+    p.add_argument("--limit", type=options.positive, metavar="N", help="only the first N images")
     options.add_counts(
         p, "numbers of tokens, by commas (1, 2, 4, ... up to all; for generation all)"
     )
@@ -232,6 +256,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("source", metavar="SOURCE", help=options.SOURCE)
     p.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    data = commands.add_parser("data", help="data sets: check what is in one, pack one in shards")
+    commands = data.add_subparsers(required=True, metavar="COMMAND")
+    p = options.command(
+        commands,
+        "check",
+        "data:check",
+        "what is in a data set, what cannot be read, and a picture of it",
+        "flextok data check photos\n"
+        "  flextok data check tfds:imagenet2012@/data --split validation --all",
+        "Opens images and tells their number, formats, sizes, labels and captions, names every "
+        "one that cannot be read, and draws a contact sheet. Of shards that flextok wrote it "
+        "verifies every byte. Fails where training would.",
+    )
+    p.add_argument("source", metavar="DATA", help=options.DATA)
+    options.add_split(p, "all")
+    p_how_many = p.add_mutually_exclusive_group()
+    p_how_many.add_argument(
+        "--sample",
+        type=options.positive,
+        default=1000,
+        metavar="N",
+        help="open so many, evenly chosen (1000)",
+    )
+    p_how_many.add_argument("--all", action="store_true", help="open every image")
+    p.add_argument(
+        "--out", default="data_check.png", metavar="FILE.png", help="picture (data_check.png)"
+    )
+    p = options.command(
+        commands,
+        "pack",
+        "data:pack",
+        "the images of a data set, as they are, in ArrayRecord shards",
+        "flextok data pack FOLDER --split train --out packed",
+        "Writes DIR/SPLIT with shards and manifest.json: images, labels, captions and their "
+        "embeddings, for data.source=array_record. Few large files instead of many small ones, "
+        "which a mounted bucket or a network disk reads much faster.",
+    )
+    p.add_argument("source", metavar="DATA", help=options.DATA)
+    options.add_split(p)
+    p.add_argument("--limit", type=options.positive, metavar="N", help="only the first N images")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for DIR/SPLIT")
+    options.add_files(p)
     return parser
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from flextok_jax import cli
 from flextok_jax.data import sources as image_sources
-from flextok_jax.data import tokens
 from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.data.records import Record, stored_tokens
+from flextok_jax.data.shards import write_split
 from flextok_jax.interop.tensor_file import fingerprint
 from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig
@@ -42,12 +43,13 @@ def write(folder, split, tokenizer=TOKENIZER, text=False, count=24):
             ids = rng.randint(0, VOCAB, (2, LENGTH))
             ids[:, : LENGTH // 2] = i % 10
             embedding = rng.standard_normal((1 + i % 3, TEXT)) if text and i else None
-            found.append(tokens.Record(ids, i % 10, embedding=embedding))
+            arrays = {"tokens": stored_tokens(ids, VOCAB)}
+            found.append(Record(f"{i}", arrays, i % 10, embedding=embedding))
         return found, {}
 
     about = dict(tokenizer=tokenizer, vocab_size=VOCAB, num_tokens=LENGTH, num_shards=1)
     null = np.zeros((2, TEXT)) if text else None
-    tokens.write_split(folder / split, about | ({"text_dim": TEXT} if text else {}), make, null)
+    write_split(folder / split, about | ({"text_dim": TEXT} if text else {}), make, null)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def pipeline(train=True, seed=0, batch_size=8, index=0, count=1, **changes):
     values = dict(
         source="digits", path="", name="", split="train", eval_split="test", image_size=16,
         crop="none", crop_scale=(0.08, 1.0), flip=True, shift=2, rotate=10.0, zoom=0.1,
-        quarter_turns=False,
+        quarter_turns=False, max_unreadable=0.5,
     )  # fmt: skip
     cfg = types.SimpleNamespace(**{**values, **changes})
     return make_pipeline(
@@ -124,7 +124,8 @@ def test_an_unreadable_image_is_masked_in_evaluation(tmp_path):
 def test_a_folder_that_is_mostly_unreadable_stops_with_the_list(tmp_path):
     write_images(tmp_path, [(16, 16)] * 5, broken=(0, 2, 3))
     p = pipeline(source="folder", path=str(tmp_path), split="all")
-    with pytest.raises(RuntimeError, match="(?s)Of 5 images, more than half.*03.png"):
+    words = r"(?s)Of 5 images, more than data.max_unreadable, 50.0%.*00.png.*02.png.*03.png \(OSErr"
+    with pytest.raises(RuntimeError, match=words):
         list(itertools.islice(p.iterate(0), 3))
 
 
@@ -171,7 +172,7 @@ import types
 from flextok_jax.data.pipeline import make_pipeline
 cfg = types.SimpleNamespace(source="digits", split="train", image_size=16, crop="none",
                             crop_scale=(0.1, 1.0), flip=False, quarter_turns=False, shift=0,
-                            rotate=0.0, zoom=0.0)
+                            rotate=0.0, zoom=0.0, max_unreadable=0.1)
 print(next(make_pipeline(cfg, seed=0, batch_size=4, train=True).iterate())["image"].shape)
 """
     done = subprocess.run(

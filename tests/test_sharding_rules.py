@@ -10,7 +10,8 @@ from test_sharding import BIG, MESH, leaves, local_size, rules_of
 from test_vae_stage import CONFIGS as VAE
 
 from flextok_jax import main
-from flextok_jax.data import tokens
+from flextok_jax.data.records import Record
+from flextok_jax.data.shards import write_split
 from flextok_jax.training.optimizer import trainable_paths
 from flextok_jax.training.state import build
 
@@ -28,8 +29,9 @@ def config_of(kind, variant, folder):
         )  # fmt: skip
         embedding = np.zeros((1, model.text_dim)) if model.text_dim else None
         for split in ("train", "test"):
-            record = tokens.Record(np.zeros((1, model.num_tokens), int), 0, embedding=embedding)
-            tokens.write_split(folder / split, about, lambda _: ([record], {}), embedding)
+            arrays = {"tokens": np.zeros((1, model.num_tokens), np.uint16)}
+            record = Record("0", arrays, 0, embedding=embedding)
+            write_split(folder / split, about, lambda _: ([record], {}), embedding)
         config.data.path = str(folder)
     return config
 

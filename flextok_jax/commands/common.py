@@ -4,13 +4,14 @@ import json
 import pathlib
 import sys
 
+from flextok_jax.data.sources import parse
 from flextok_jax.evaluation.generation import TokenSampling
-from flextok_jax.evaluation.pictures import DIGITS, Pictures
+from flextok_jax.evaluation.pictures import Pictures
 from flextok_jax.evaluation.reconstruction import Sampling
 from flextok_jax.interop import tensor_file
 from flextok_jax.tokenizer import FlexTok
 
-DATA_OPTIONS = {  # Of `flextok tokenize --data`, with what they are when not given.
+DATA_OPTIONS = {  # Of `flextok encode`, with what they are when not given.
     "split": "train",
     "crops": 1,
     "crop_scale": 0.8,
@@ -60,9 +61,10 @@ def pictures(args, size: int, split: str | None = None) -> Pictures:
 
 def check_apart(images: str, out: str) -> None:
     """Refuses results inside the folder of images: the next run would read them as images."""
-    if images == DIGITS:
+    data = parse(images)
+    if data.source != "folder":
         return
-    folder, results = (pathlib.Path(p).expanduser().resolve() for p in (images, out))
+    folder, results = pathlib.Path(data.path), pathlib.Path(out).expanduser().resolve()
     if results.is_relative_to(folder):
         raise ValueError(
             f"--out {out} lies in the image folder {images}, where its pictures would be taken for "

@@ -8,7 +8,15 @@ SOURCE = (
     "a folder or model.safetensors in the released format, a workdir of training (its averaged "
     "weights), a hub id such as EPFL-VILAB/flextok_d12_d12_in1k, or demo-digits"
 )
-IMAGES = "a folder, searched with its subfolders; or digits: the held-out digits of the demo"
+IMAGES = (
+    "a folder of images or of tar shards, searched with its subfolders, packed shards, or "
+    "tfds:NAME@DIR; or digits: the held-out digits of the demo"
+)
+DATA = (
+    "a folder of images (its subfolders are the classes), of tar shards (WebDataset), or of shards "
+    "that flextok wrote; tfds:NAME@DIR; photos or digits, which come along; KIND:PATH says the "
+    "kind: folder, webdataset, array_record"
+)
 
 
 def command(commands, name, function, summary, example, description):
@@ -89,9 +97,7 @@ def add_sampling(parser, several: bool = False):
 def add_measuring(parser):
     """What images are compared by and with."""
     group = parser.add_argument_group("measuring")
-    group.add_argument(
-        "--split", metavar="NAME", help="of the data (test of digits and photos, else all)"
-    )
+    add_split(group, "test of digits and photos, else all")
     group.add_argument(
         "--inception",
         metavar="FILE",
@@ -111,16 +117,31 @@ def add_measuring(parser):
     )
     group.add_argument(
         "--process",
-        type=share,
+        type=process,
         default=(0, 1),
         metavar="I/N",
-        help="this one of N processes that share --out, from 0/N on",
+        help="this is process I, from 0, of N that share --out (0/1)",
     )
 
 
-def add_shards(parser):
-    group = parser.add_argument_group("with --data")
-    group.add_argument("--split", choices=("train", "test", "all"), help="of the data set (train)")
+def add_num_tokens(parser):
+    parser.add_argument(
+        "--num-tokens",
+        type=positive,
+        metavar="K",
+        help="tokens per image (all); the cost follows their number",
+    )
+
+
+def add_split(parser, default="train"):
+    parser.add_argument(
+        "--split", metavar="SPLIT", help=f"train, test or all; of TFDS any of its own ({default})"
+    )
+
+
+def add_shards(parser, title):
+    group = parser.add_argument_group(title)
+    add_split(group)
     group.add_argument(
         "--crops",
         type=positive,
@@ -140,7 +161,18 @@ def add_shards(parser):
         "--shift", type=seed, metavar="PIXELS", help="shift random crops by up to so many (0)"
     )
     group.add_argument("--seed", type=seed, metavar="N", help="of the random crops (0)")
-    group.add_argument("--shard-size", type=positive, metavar="N", help="images per file (4096)")
+    add_files(group)
+
+
+def add_files(parser):
+    parser.add_argument("--shard-size", type=positive, metavar="N", help="images per file (4096)")
+    parser.add_argument(
+        "--process",
+        type=process,
+        default=(0, 1),
+        metavar="I/N",
+        help="this is process I, from 0, of N that share the work (0/1)",
+    )
 
 
 def add_compute(parser):
@@ -162,19 +194,19 @@ def seed(text: str) -> int:
     return whole(text, 0, 2**32 - 1)
 
 
+def process(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or seed(index) >= positive(count):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/4")
+    return int(index), int(count)
+
+
 def counts(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
 def numbers(text: str) -> list[float]:
     return [finite(part) for part in text.split(",")]
-
-
-def share(text: str) -> tuple[int, int]:
-    first, slash, count = text.partition("/")
-    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
-    return int(first), int(count)
 
 
 def whole(text: str, low: int, high: int | None) -> int:

@@ -18,14 +18,14 @@ FIELDS = ("tokens", "names", "origin", "fingerprint", "levels", "num_tokens")
 def tokenize(args) -> None:
     """Writes the first k tokens of every image, with the model's identity, as .npz.
 
-    With --data: shards to train on, see `tokenize_data`.
+    With --data: shards to train on, see `flextok encode`.
     """
     from tqdm import tqdm
 
     if args.data:
-        from flextok_jax.commands.tokenize_data import tokenize_data
+        from flextok_jax.commands.encode import encode as encode_data
 
-        return tokenize_data(args)
+        return encode_data(args)
     for option in common.DATA_OPTIONS:
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} goes with --data, not with --images")

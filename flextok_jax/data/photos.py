@@ -40,12 +40,16 @@ class PhotoSource:
     images: tuple[np.ndarray, ...]
     labels: tuple[int, ...]
     names: tuple[str, ...]
+    classes = SPLITS["all"]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], "label": self.labels[index]}
+        return {"image": self.images[index], "label": self.labels[index], "caption": None}
+
+    def embedding(self, index: int) -> None:
+        return None
 
     def name(self, index: int) -> str:
         return f"photos/{self.names[index]}"
@@ -58,7 +62,7 @@ def photos(split: str, size: int) -> PhotoSource:
         split: "train": whole photographs, for random crops; "test": the held-out photographs, and
             "all": every one, cut into all whole tiles of a regular grid from the upper left corner,
             pixels as they are.
-        size: side of a tile.
+        size: side of a tile; 0: whole photographs in every split.
 
     Raises:
         ValueError: an unknown split, or a photograph smaller than a tile.
@@ -73,7 +77,8 @@ def photos(split: str, size: int) -> PhotoSource:
                 f"data.image_size is {size}, and the photograph {name!r} is "
                 f"{photo.shape[1]} x {photo.shape[0]} pixels: choose a smaller size."
             )
-        cut = {name: photo} if split == "train" else _tiles(name, photo, size)
+        whole = split == "train" or not size
+        cut = {name: photo} if whole else _tiles(name, photo, size)
         images += cut.values()
         names += cut.keys()
         labels += [label] * len(cut)

@@ -21,12 +21,14 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from flextok_jax.data import sources
-from flextok_jax.data.tokens import Crops, TokenSource
+from flextok_jax.data import decode, sources
+from flextok_jax.data.encoded import Crops
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
 MAX_STEPS = 2**31 - 1
 MAX_UNREADABLE_IN_A_ROW = 100
+MAX_UNREADABLE = 0.1  # What data.max_unreadable is in the configs.
+MAX_LISTED = 1000  # Lines of an error.
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +45,9 @@ def make_pipeline(
     """Builds the pipeline that the `data` part of a config describes.
 
     Args:
-        cfg: attributes source, path, name, split, eval_split, and for images image_size, crop,
-            crop_scale, flip, shift, rotate, zoom (see `sources.make_source`,
-            `transforms.Transform`).
+        cfg: attributes source, path, name, split, eval_split (see `sources.make_source`),
+            max_unreadable (see `Pipeline`), and for images image_size, crop, crop_scale, flip,
+            quarter_turns, shift, rotate, zoom (see `transforms.Transform`).
         seed: of the order and the augmentations, 0 .. 2**32 - 1.
         batch_size: of the global batch.
         train: read `cfg.split`, augmented as configured; otherwise `cfg.eval_split`, without
@@ -60,8 +62,9 @@ def make_pipeline(
 
         process_index, process_count = jax.process_index(), jax.process_count()
     source = sources.make_source(cfg, cfg.split if train else cfg.eval_split)
-    if isinstance(source, TokenSource):
-        examples = Crops(source.manifest["num_tokens"], source.text)
+    if cfg.source == "tokens":
+        shapes = {"tokens": (source.manifest["num_tokens"],)}
+        examples = Crops(shapes, source.text)
     else:
         examples = Images(
             Transform(
@@ -82,6 +85,7 @@ def make_pipeline(
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,
+        max_unreadable=cfg.max_unreadable,
     )
 
 
@@ -97,8 +101,11 @@ class Examples(Protocol):
     def without_randomness(self) -> "Examples":
         """The same without a use of the draws: for evaluation."""
 
-    def decode(self, item) -> Any:
-        """What the source holds, decoded. An exception means that it cannot be read."""
+    def decode(self, item, draws: np.ndarray) -> Any:
+        """What the source holds, decoded. An exception means that it cannot be read.
+
+        The draws are those of `read`, so that no more is decoded than it will use.
+        """
 
     def read(self, example, draws: np.ndarray) -> dict:
         """One example, as arrays of one shape. A ValueError means a fault of the settings."""
@@ -124,12 +131,16 @@ class Images:
     def without_randomness(self) -> "Images":
         return Images(self.transform.without_randomness())
 
-    def decode(self, item: dict) -> dict:
-        image = item["image"]
-        return item | {"image": sources.decode_image(image)} if isinstance(image, bytes) else item
+    def decode(self, item: dict, draws: np.ndarray) -> dict:
+        if not isinstance(item["image"], bytes):
+            return item | {"factor": 1}
+        image = decode.opened(item["image"])
+        factor = self.transform.shrink(decode.upright_size(image), draws)
+        factor = factor if image.format == "JPEG" else 1
+        return item | {"image": decode.upright_rgb(image, factor), "factor": factor}
 
     def read(self, example: dict, draws: np.ndarray) -> dict:
-        image = self.transform.fit(example["image"], draws)
+        image = self.transform.fit(example["image"], draws, example["factor"])
         return {"image": image, "label": np.int32(example["label"])}
 
     def padding(self) -> dict:
@@ -149,7 +160,8 @@ class Pipeline:
         source: the examples.
         num_examples: how many there are.
         unreadable: name → reason of the examples that could not be read so far. Each was named once
-            by a warning, and the next readable one stands in for it.
+            by a warning, and the next readable one stands in for it. A single one never stops a
+            run; more than the share `max_unreadable` of all examples do, with the list.
     """
 
     def __init__(
@@ -161,7 +173,10 @@ class Pipeline:
         batch_size: int,
         process_index: int = 0,
         process_count: int = 1,
+        max_unreadable: float = MAX_UNREADABLE,
     ):
+        if not 0 <= max_unreadable <= 1:
+            raise ValueError(f"data.max_unreadable is {max_unreadable}; allowed: 0 to 1.")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed}; allowed: 0 .. 2**32 - 1.")
         if not len(source):
@@ -173,6 +188,7 @@ class Pipeline:
         self._seed = seed
         self._batch_size = batch_size
         self._process = process_index, process_count
+        self._max_unreadable = max_unreadable
         self._local(batch_size)  # Refuses a size that does not divide.
         self._lock = threading.Lock()
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
@@ -246,7 +262,7 @@ class Pipeline:
         for tried in range(min(self.num_examples, MAX_UNREADABLE_IN_A_ROW)):
             index_tried = int((index + tried) % self.num_examples)
             try:
-                example = examples.decode(self.source[index_tried])
+                example = examples.decode(self.source[index_tried], draws)
             except Exception as error:  # Pillow raises nearly anything for a broken file.
                 self._record(self.source.name(index_tried), error)
                 continue
@@ -260,19 +276,30 @@ class Pipeline:
         with self._lock:
             if name in self.unreadable:
                 return
-            self.unreadable[name] = f"{type(error).__name__}: {error}"
+            self.unreadable[name] = decode.reason(error)
             count = len(self.unreadable)
         _log.warning("Unreadable image %d, skipped: %s (%s)", count, name, self.unreadable[name])
-        if 2 * count > self.num_examples:
-            raise self._too_many("more than half")
+        if too_many(count, self.num_examples, self._max_unreadable):
+            raise self._too_many(f"more than data.max_unreadable, {self._max_unreadable:.1%},")
 
     def _too_many(self, which: str) -> RuntimeError:
-        first = "\n".join(f"  {n} ({r})" for n, r in list(self.unreadable.items())[:10])
+        lines = [f"  {name} ({why})" for name, why in sorted(self.unreadable.items())]
         return RuntimeError(
-            f"Of {self.num_examples} images, {which} could not be read. Remove or repair them, or "
-            f"check that data.path is right. So far {len(self.unreadable)} were unreadable, among "
-            f"them\n{first}"
+            f"Of {self.num_examples} images, {which} could not be read. Remove or repair them "
+            "(`flextok data check` names them all), check that data.path is right, or allow more. "
+            f"So far {len(lines)} were unreadable:\n" + "\n".join(lines[:MAX_LISTED])
         )
+
+
+def too_many(unreadable: int, count: int, share: float) -> bool:
+    """Whether so many unreadable ones of `count` images are more than one and than that share."""
+    return unreadable > max(1, share * count)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    # macOS has no affinity.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stack(examples: list[dict]) -> dict:
@@ -283,6 +310,6 @@ def _stack(examples: list[dict]) -> dict:
 def _prefetch(dataset: grain.MapDataset) -> Iterator[dict]:
     # A batch is made by one thread, so decoding on a large host needs as many threads as cores; on
     # a small one a few still hide the reading of files.
-    threads = min(max(os.cpu_count() or 1, 4), 32)
+    threads = min(max(cores(), 4), 32)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 4)
     return iter(dataset.to_iter_dataset(options))

@@ -1,31 +1,106 @@
-"""Random-access image sources.
+"""Random-access image sources, all of one schema.
 
-A source has `len(source)`, `source[i] -> dict(image=..., label=int)` and `source.name(i)`, the
-words by which a warning names example i. `image` is either a uint8 array [H, W, 3] or the bytes of
-an image file, which `decode_image` turns into RGB. Label -1 means "unknown".
+A source has `len(source)`, `source.classes` (names of the labels, empty where they have none),
+`source.name(i)`, the key of example i: unique, and the words by which a warning names it, and
+
+    source[i] -> {"image": bytes of an image file, or uint8 [H, W, 3],
+                  "label": int, -1 unknown,
+                  "caption": str, or None}
+
+`source.embedding(i)` is float [T, E] of the caption, or None; apart, because few want it and it is
+large. Bytes become RGB by `decode.decode_image`.
+
+A config names a source by its keys data.source, .path, .name, .split; a command by one text, which
+`parse` reads.
 """
 
 import dataclasses
-import io
-import os
 import pathlib
-import zlib
 
 import numpy as np
 
-SOURCES = ("digits", "photos", "folder", "tfds", "tokens")
-SPLITS = ("train", "test", "all")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-TEST_PERCENT = 5  # Share of a folder without train/ and test/ that is held out.
+from flextok_jax.data.folder import FolderSource, check_split
+from flextok_jax.data.photos import photos
+
+IN_MEMORY = ("digits", "photos")
+ENCODED = ("tokens", "encoded")  # Not images any more; see `encoded`.
+SOURCES = (*IN_MEMORY, "folder", "tfds", "webdataset", "array_record", *ENCODED)
 NUM_DIGITS, NUM_TRAIN_DIGITS = 1797, 1500
+NULL_TEXT = "null_text.npy"  # The embedding of the empty caption, in the folder of a data set.
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a text names: the keys of a config's `data` that `make_source` reads.
+
+    Attributes:
+        source: one of SOURCES.
+        path: a folder; "" for "digits" and "photos".
+        name: of a TFDS data set.
+        image_size: of the tiles that held-out photographs are cut into; 0: whole ones.
+    """
+
+    source: str
+    path: str = ""
+    name: str = ""
+    image_size: int = 0
+
+    def __str__(self) -> str:
+        if self.source in IN_MEMORY:
+            return self.source
+        return f"{self.source}:{self.name}{'@' if self.name else ''}{self.path}"
+
+
+def parse(text: str, image_size: int = 0) -> Data:
+    """The data that a command's argument names.
+
+    Args:
+        text: "digits", "photos", KIND:PATH with a kind of SOURCES, "tfds:NAME@DIR" (NAME may be
+            NAME/CONFIG:VERSION), or PATH alone, whose kind is seen from what lies there: shards
+            with a manifest, tar files, or else image files.
+        image_size: see `Data`.
+
+    Raises:
+        ValueError: "tfds:" without a name or a folder.
+    """
+    if text in IN_MEMORY:
+        return Data(text, image_size=image_size)
+    kind, colon, rest = text.partition(":")
+    if not colon or kind not in SOURCES or kind in IN_MEMORY:
+        path = pathlib.Path(text).expanduser()
+        return Data(_kind(path), _absolute(path))
+    if kind == "tfds":
+        name, _, path = rest.partition("@")
+        if not (name and path):
+            raise ValueError(f"{text!r}: a TFDS data set is named tfds:NAME@DIR, DIR its data_dir")
+        return Data(kind, _absolute(path), name)
+    return Data(kind, _absolute(rest))
+
+
+def _absolute(path) -> str:
+    return str(pathlib.Path(path).expanduser().resolve())
+
+
+def _kind(path: pathlib.Path) -> str:
+    from flextok_jax.data.shards import manifests
+    from flextok_jax.interop import tensor_file
+
+    for file in manifests(path):
+        arrays = tensor_file.read_json(file).get("arrays", {"tokens": 0})
+        if "image" in arrays:
+            return "array_record"
+        return "encoded" if "moments" in arrays else "tokens"
+    if path.suffix == ".tar" or next(path.glob("*.tar"), next(path.glob("*/*.tar"), None)):
+        return "webdataset"
+    return "folder"
 
 
 def make_source(cfg, split: str):
     """The source that `cfg.source` names, restricted to `split`.
 
     Args:
-        cfg: the `data` part of a config: `source`, `path` (but for "digits" and "photos"), `name`
-            ("tfds"), `image_size` ("photos").
+        cfg: the `data` part of a config, or `Data`: `source`, `path` (but for "digits" and
+            "photos"), `name` ("tfds"), `image_size` ("photos").
         split: "train", "test" or "all"; for "tfds" any TFDS split, such as "train[:10%]".
 
     Raises:
@@ -34,8 +109,6 @@ def make_source(cfg, split: str):
     if cfg.source == "digits":
         return digits(split)
     if cfg.source == "photos":
-        from flextok_jax.data.photos import photos
-
         return photos(split, cfg.image_size)
     if cfg.source not in SOURCES:
         raise ValueError(f"data.source is {cfg.source!r}; allowed are {', '.join(SOURCES)}.")
@@ -45,13 +118,25 @@ def make_source(cfg, split: str):
         )
     if cfg.source == "folder":
         return FolderSource(cfg.path, split)
-    if cfg.source == "tokens":
-        from flextok_jax.data.tokens import TokenSource
+    if cfg.source == "webdataset":
+        from flextok_jax.data.webdataset import WebDatasetSource
 
-        return TokenSource(cfg.path, split)
-    from flextok_jax.data.tfds_source import TfdsSource
+        return WebDatasetSource(cfg.path, split)
+    if cfg.source == "tfds":
+        from flextok_jax.data.tfds_source import TfdsSource
 
-    return TfdsSource(cfg.name, split, cfg.path)
+        return TfdsSource(cfg.name, split, cfg.path)
+    from flextok_jax.data import shards
+
+    if cfg.source == "array_record":
+        return shards.ImageSource(cfg.path, split)
+    return shards.ShardSource(cfg.path, split)
+
+
+def null_text(cfg) -> np.ndarray | None:
+    """float [T, E]: the embedding of the empty caption, of data with text embeddings."""
+    path = pathlib.Path(cfg.path).expanduser() / NULL_TEXT
+    return np.load(path, allow_pickle=False) if cfg.path and path.is_file() else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,12 +152,16 @@ class ArraySource:
     images: np.ndarray
     labels: np.ndarray
     title: str
+    classes = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], "label": int(self.labels[index])}
+        return {"image": self.images[index], "label": int(self.labels[index]), "caption": None}
+
+    def embedding(self, index: int) -> None:
+        return None
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
@@ -102,115 +191,8 @@ def digits_images() -> tuple[np.ndarray, np.ndarray]:
 
 def digits(split: str) -> ArraySource:
     """The digits, split: 1500 of a fixed permutation to train, the other 297 to test."""
+    check_split(split, "the digits have")
     order = np.random.RandomState(0).permutation(NUM_DIGITS)
     parts = {"train": order[:NUM_TRAIN_DIGITS], "test": order[NUM_TRAIN_DIGITS:], "all": order}
-    if split not in parts:
-        raise ValueError(f"split is {split!r}; the digits have {', '.join(SPLITS)}.")
     images, labels = digits_images()
     return ArraySource(images[parts[split]], labels[parts[split]], f"digits/{split}")
-
-
-class FolderSource:
-    """All images below a folder, sorted by path; the class is the first-level subfolder.
-
-    Where `path/train` and `path/test` (or `path/val`) both exist, they are the splits and the
-    classes are their subfolders. Otherwise about 5 % are held out for "test", by a hash of each
-    image's relative path (so adding images does not move the others), at least one and never all.
-    Hidden files are left out; linked folders are followed.
-
-    Attributes:
-        files: the paths of this split's images.
-        labels: per image, the index into `classes`, or -1 for an image outside any subfolder.
-        classes: sorted names of the first-level subfolders that hold images, over both splits.
-    """
-
-    def __init__(self, path, split: str):
-        root = pathlib.Path(path).expanduser()
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; an image folder has {', '.join(SPLITS)}.")
-        if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "does not exist"
-            raise FileNotFoundError(
-                f"The image folder {str(root)!r} {what}. Pass the folder that holds the images "
-                "(in a config: --config.data.path=FOLDER)."
-            )
-        held_out = next((n for n in ("test", "val") if (root / n).is_dir()), None)
-        if held_out and (root / "train").is_dir():
-            parts = {"train": _image_files(root / "train"), "test": _image_files(root / held_out)}
-        else:
-            parts = _hold_out(_image_files(root))
-        everything = sorted(parts["train"] + parts["test"])
-        if not everything:
-            raise FileNotFoundError(
-                f"The folder {str(root)!r} holds no images. Images end in "
-                f"{' '.join(IMAGE_SUFFIXES)}; subfolders are searched too."
-            )
-        chosen = everything if split == "all" else parts[split]
-        if not chosen:
-            raise ValueError(
-                f"The folder {str(root)!r} has no images for split {split!r} ({len(everything)} in "
-                "all). Give at least two images, or put images into both train/ and test/."
-            )
-        self.classes = sorted({name for _, name, _ in everything if name})
-        self.files = [file for _, _, file in chosen]
-        class_index = {name: i for i, name in enumerate(self.classes)}
-        self.labels = [class_index.get(name, -1) for _, name, _ in chosen]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": pathlib.Path(self.files[index]).read_bytes(), "label": self.labels[index]}
-
-    def name(self, index: int) -> str:
-        return self.files[index]
-
-
-def _image_files(root: pathlib.Path) -> list[tuple[str, str, str]]:
-    """Sorted (relative path, first-level subfolder or "", full path) of the images below root."""
-    found, visited = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        # A link to a folder above would be walked for ever, one to a sibling would count it twice.
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(n for n in subfolders if not n.startswith("."))
-        for name in names:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                relative = pathlib.Path(folder, name).relative_to(root)
-                subfolder = relative.parts[0] if len(relative.parts) > 1 else ""
-                found.append((relative.as_posix(), subfolder, os.path.join(folder, name)))
-    return sorted(found)
-
-
-def _hold_out(files: list[tuple[str, str, str]]) -> dict[str, list]:
-    """Splits by a hash of the relative path: the same on every machine and every day."""
-    ranked = sorted((zlib.crc32(os.fsencode(file[0])) % 100, file) for file in files)
-    count = sum(rank < TEST_PERCENT for rank, _ in ranked)
-    count = min(max(count, 1), max(len(files) - 1, 0))
-    files = [file for _, file in ranked]
-    return {"test": sorted(files[:count]), "train": sorted(files[count:])}
-
-
-def decode_image(data: bytes):
-    """Decodes the bytes of an image file into an upright RGB `PIL.Image.Image`.
-
-    The camera's rotation (EXIF) is applied, transparency is laid over white, 16-bit greyscale is
-    scaled to 8 bits, and of an animation the first frame is taken.
-
-    Raises:
-        Exception: whatever Pillow raises for bytes that are no whole image; it has no single type.
-    """
-    from PIL import Image, ImageOps
-
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")

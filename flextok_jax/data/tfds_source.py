@@ -2,7 +2,7 @@
 
 The only file that imports tensorflow_datasets. It reads the prepared files by their own description
 (features.json, dataset_info.json), so neither the data set's generating code nor a download runs,
-and decoding is left to `sources.decode_image`, as for every other source.
+and decoding is left to `decode.decode_image`, as for every other source.
 """
 
 REMEDY = (
@@ -10,6 +10,7 @@ REMEDY = (
     "    tfds build {name} --data_dir={path} --file_format=array_record\n"
     "(imagenet2012 wants its two .tar files in {path}/downloads/manual first)."
 )
+TEXTS = ("caption", "text")  # Features that are taken for the caption.
 
 
 class TfdsSource:
@@ -21,6 +22,9 @@ class TfdsSource:
         name: "NAME", "NAME/CONFIG" or either followed by ":VERSION"; the newest version by default.
         split: any TFDS split, such as "train" or "train[:10%]".
         path: the data_dir it was prepared in, which contains NAME/[CONFIG/]VERSION.
+
+    Attributes:
+        classes: the names of the labels, empty for a data set without.
 
     Raises:
         FileNotFoundError, ValueError: the data set is not there, not in a format with random
@@ -43,7 +47,11 @@ class TfdsSource:
                 f"The data set {name!r} has no feature 'image' that holds an image; it has "
                 f"{', '.join(sorted(features))}."
             )
-        self._labelled = isinstance(features.get("label"), tfds.features.ClassLabel)
+        labels = features.get("label")
+        self._labelled = isinstance(labels, tfds.features.ClassLabel)
+        self.classes = list(labels.names) if self._labelled else []
+        texts = (n for n in TEXTS if isinstance(features.get(n), tfds.features.Text))
+        self._text = next(texts, None)
         decoders = {"image": tfds.decode.SkipDecoding()}
         try:
             self._data = builder.as_data_source(split=split, decoders=decoders)
@@ -60,7 +68,14 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> dict:
         example = self._data[index]
-        return {"image": example["image"], "label": int(example["label"]) if self._labelled else -1}
+        return {
+            "image": example["image"],
+            "label": int(example["label"]) if self._labelled else -1,
+            "caption": example[self._text].decode() if self._text else None,
+        }
+
+    def embedding(self, index: int) -> None:
+        return None
 
     def name(self, index: int) -> str:
         return f"{self._title}[{index}]"

@@ -4,17 +4,16 @@ import collections
 import concurrent.futures
 import os
 import pathlib
-import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from flextok_jax.data import sources, transforms
-from flextok_jax.data.photos import photos
+from flextok_jax.data import decode, sources, transforms
+from flextok_jax.data.folder import IMAGE_SUFFIXES
 
-DIGITS, PHOTOS = "digits", "photos"
+DIGITS = "digits"
 GRID_ROWS = 16
 _CELL = 96  # Pixels that a picture of a grid should have at least.
 _GAP, _TITLE = 8, 30
@@ -38,11 +37,11 @@ class Batch(NamedTuple):
 
 
 class Pictures:
-    """The images of a folder, or "digits" or "photos": those that come with the package.
+    """All images of a split of a data set (see `sources.parse`).
 
     Attributes:
-        title: what was asked for, and the split of it.
-        names: of all images, sorted.
+        title: what was asked for, and the split.
+        names: of all images, in the source's order (of a folder: sorted).
         unreadable: {name: reason} of those that were met so far and could not be read.
     """
 
@@ -52,27 +51,21 @@ class Pictures:
         """Lists the images, at most the first `limit` of them.
 
         Args:
-            split: "train", "test" or "all"; None: all of a folder, those that were held out of
-                what comes with the package.
+            split: of the data set; None: what was held out of the data that come with the
+                package, and all of any other.
             size: of the tiles of photographs.
 
         Raises:
-            FileNotFoundError: there is no such folder, or no image in it.
+            FileNotFoundError, ValueError: there is no such data set, or no image in it.
         """
-        split = split or ("test" if images in (DIGITS, PHOTOS) else "all")
+        data = sources.parse(str(images), size)
+        split = split or ("test" if data.source in sources.IN_MEMORY else "all")
         self.title = f"{images}, {split}"
         self.unreadable: dict[str, str] = {}
-        if images == DIGITS:
-            self._source = sources.digits(split)
-            labels = self._source.labels
-            names = [f"digit{i:03d}_{label}" for i, label in enumerate(labels)]
-        elif images == PHOTOS:
-            self._source = photos(split, size)
-            names = list(self._source.names)
-        else:
-            self._source = sources.FolderSource(images, split)
-            root = pathlib.Path(images).expanduser()
-            names = [pathlib.Path(f).relative_to(root).as_posix() for f in self._source.files]
+        self._source = sources.make_source(data, split)
+        names = [self._source.name(i) for i in range(len(self._source))]
+        if data.source == DIGITS:
+            names = [f"digit{i:03d}_{label}" for i, label in enumerate(self._source.labels)]
         self.names = names[:limit]
 
     def __len__(self) -> int:
@@ -141,9 +134,7 @@ class Pictures:
         try:
             return [(index, future.result())]
         except Exception as error:  # Files break in any way there is.
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            reason = re.sub(r" <\S+ object at \w+>", "", reason)  # An address in memory.
-            self.unreadable[self.names[index]] = reason
+            self.unreadable[self.names[index]] = decode.reason(error)
             return []
 
     def _read(self, index, size):
@@ -152,7 +143,7 @@ class Pictures:
         example = self._source[index]
         image = example["image"]
         if isinstance(image, bytes):
-            image = sources.decode_image(image)
+            image = decode.decode_image(image)
         else:
             image = Image.fromarray(image)
         return transforms.center_crop(image, size), example["label"]
@@ -179,7 +170,7 @@ def png_names(names: list[str]) -> list[str]:
     stems = []
     for name in names:
         stem, suffix = os.path.splitext(name)
-        stems.append(stem if suffix.lower() in sources.IMAGE_SUFFIXES else name)
+        stems.append(stem if suffix.lower() in IMAGE_SUFFIXES else name)
     clash = len({stem.casefold() for stem in stems}) < len(stems)
     return [f"{stem}.png" for stem in (names if clash else stems)]
 

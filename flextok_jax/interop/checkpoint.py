@@ -20,7 +20,10 @@ from flextok_jax.interop.checksums import checksums, differing
 # Keys that may change between the runs of one workdir: where it runs, what it reports, when it
 # gives up, and how long it is (total_steps also stretches the schedule of the learning rate that is
 # still to come).
-HARMLESS = r"total_steps|log_every|eval_every|max_skipped_in_row|profile|(checkpoint|mesh)\..*"
+HARMLESS = (
+    r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.max_unreadable"
+    r"|(checkpoint|mesh)\..*"
+)
 
 # DIR/saved.json names the newest completed checkpoint. It lies outside of DIR/checkpoints to tell
 # "none was completed yet" from "they are lost".

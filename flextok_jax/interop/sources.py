@@ -256,6 +256,16 @@ def load_vae(source: str, scaling_factor: float | None = None) -> tuple[VAEConfi
     return dataclasses.replace(cfg, scaling_factor=scaling_factor), params["vae"]
 
 
+def vae_identity(cfg: VAEConfig, params) -> dict:
+    """Which VAE made moments: its network, and the sha256 over its parameters.
+
+    Without the scaling factor and whether the posterior is sampled: both come after the moments.
+    """
+    network = dataclasses.asdict(cfg)
+    del network["scaling_factor"], network["sample_posterior"]
+    return {"fingerprint": tensor_file.fingerprint(params), **network}
+
+
 def is_vae(source) -> bool:
     """Whether a local source is a VAE on its own, as `load_vae` reads it."""
     path = pathlib.Path(source).expanduser()

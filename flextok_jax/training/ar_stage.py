@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from flextok_jax.data import tokens as token_files
+from flextok_jax.data import encoded, shards
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.interop import flexar, sources, tensor_file
 from flextok_jax.nn import ar, flextok, vae
@@ -66,12 +66,11 @@ class ARStage:
         data, found = self._data, None
         splits = {data.split, data.eval_split if self._evaluation.num_images else data.split}
         for split in sorted(splits):
-            manifest = token_files.read_manifest(data.path, split)
-            shards = manifest["shards"].values()
+            manifest = shards.read_manifest(data.path, split)
             made_by = {"tokenizer": manifest["tokenizer"]}
-            token_files.check_same(made_by, found or made_by, f"{data.path}/{split}")
+            shards.check_same(made_by, found or made_by, f"{data.path}/{split}")
             found = made_by
-            most = max(about["max_label"] for about in shards)
+            most = max(about["max_label"] for about in manifest["shards"].values())
             _check_fit(self.model, manifest["vocab_size"], manifest["num_tokens"], data.path)
             if self.model.num_classes and most >= self.model.num_classes:
                 raise ValueError(
@@ -116,8 +115,8 @@ class ARStage:
             return {"tokenizer": {name: params[name] for name in ("vae", "encoder")}}
         if not self.model.text_dim:
             return {}
-        source = token_files.TokenSource(self._data.path, self._data.split)
-        null = token_files.padded_text(source.null_text, source.text)
+        source = shards.ShardSource(self._data.path, self._data.split)
+        null = encoded.padded_text(source.null_text, source.text)
         return {"null_text": null}
 
     def trainable(self, path: str) -> bool:

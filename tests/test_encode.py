@@ -1,4 +1,4 @@
-"""Shards of tokens: what is written is read, interrupted work is continued, nothing is mixed."""
+"""Encoded data sets: what is written is read, interrupted work is continued, nothing is mixed."""
 
 import json
 import types
@@ -9,10 +9,12 @@ from common import tiny_tokenizer
 from PIL import Image
 
 from flextok_jax import FlexTok, cli
-from flextok_jax.commands import tokenize_data
-from flextok_jax.data import tokens
+from flextok_jax.commands import encoders
+from flextok_jax.data import records as record_files
+from flextok_jax.data import shards
 from flextok_jax.data.pipeline import make_pipeline
-from flextok_jax.data.tokens import Record
+from flextok_jax.data.records import Record
+from flextok_jax.data.sources import NULL_TEXT
 
 TOKENIZER = {"source": "a", "origin": "model A", "fingerprint": "aaaa", "levels": [8, 5]}
 
@@ -20,6 +22,7 @@ TOKENIZER = {"source": "a", "origin": "model A", "fingerprint": "aaaa", "levels"
 def settings(**changes):
     return {
         "tokenizer": TOKENIZER, "vocab_size": 40, "num_tokens": 4, "crops": 3, "num_shards": 3,
+        "arrays": {"tokens": [4]},
     } | changes  # fmt: skip
 
 
@@ -27,7 +30,8 @@ def records(shard, text=False):
     rng = np.random.RandomState(shard)
     return [
         Record(
-            rng.randint(0, 40, (3, 4)),
+            f"{shard}/{i}",
+            {"tokens": rng.randint(0, 40, (3, 4)).astype(np.uint16)},
             int(rng.randint(10)),
             f"été {i}" if text else None,
             rng.standard_normal((1 + i % 3, 6)).astype(np.float16) if text else None,
@@ -41,12 +45,13 @@ def write(folder, split="train", text=False, **changes):
         return records(shard, text), {"broken.jpg": "no image"} if shard == 1 else {}
 
     null = np.ones((2, 6)) if text else None
-    return tokens.write_split(folder / split, settings(**changes), make, null)
+    return shards.write_split(folder / split, settings(**changes), make, null)
 
 
 def pipeline(folder, train=True, seed=0, batch_size=6, index=0, count=1):
     cfg = types.SimpleNamespace(
-        source="tokens", path=str(folder), split="train", eval_split="train"
+        source="tokens", path=str(folder), split="train", eval_split="train",
+        max_unreadable=0.1,
     )
     return make_pipeline(
         cfg, seed=seed, batch_size=batch_size, train=train, process_index=index, process_count=count
@@ -62,28 +67,28 @@ def contents(folder):
 
 @pytest.mark.parametrize("vocab, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_a_record_comes_back_with_the_smallest_integers_that_hold_the_ids(vocab, dtype):
-    record = Record(np.array([[0, vocab - 1]]), 7, "Ein Würfel", np.ones((3, 5), np.float16))
-    data = tokens.to_bytes(record, vocab)
-    again = tokens.from_bytes(data)
-    assert again.tokens.dtype == dtype and again.embedding.dtype == np.float16
-    assert (again.label, again.caption) == (7, "Ein Würfel")
-    np.testing.assert_array_equal(again.tokens, record.tokens)
-    plain = tokens.from_bytes(tokens.to_bytes(Record(record.tokens, -1), vocab))
+    ids = record_files.stored_tokens(np.array([[0, vocab - 1]]), vocab)
+    record = Record("ä/1.png", {"tokens": ids}, 7, "Ein Würfel", np.ones((3, 5), np.float16))
+    again = record_files.from_bytes(record_files.to_bytes(record))
+    assert again.arrays["tokens"].dtype == dtype and again.embedding.dtype == np.float16
+    assert (again.key, again.label, again.caption) == ("ä/1.png", 7, "Ein Würfel")
+    np.testing.assert_array_equal(again.arrays["tokens"], [[0, vocab - 1]])
+    plain = record_files.from_bytes(record_files.to_bytes(Record("b", {"tokens": ids})))
     assert (plain.label, plain.caption, plain.embedding) == (-1, None, None)
     for wrong in (vocab, -1):
         with pytest.raises(ValueError, match=f"id {wrong}: must be in 0..{vocab - 1}"):
-            tokens.to_bytes(Record(np.array([[wrong]]), 0), vocab)
+            record_files.stored_tokens(np.array([[wrong]]), vocab)
 
 
 def test_shards_hold_every_record_in_order_and_the_manifest_says_so(tmp_path):
     manifest = write(tmp_path)
-    source = tokens.TokenSource(tmp_path, "train")
+    source = shards.ShardSource(tmp_path, "train")
     expected = [record for shard in range(3) for record in records(shard)]
     assert len(source) == len(expected) == 15
     for i, record in enumerate(expected):
-        found = tokens.from_bytes(source[i])
-        np.testing.assert_array_equal(found.tokens, record.tokens)
-        assert found.label == record.label
+        found = record_files.from_bytes(source[i])
+        np.testing.assert_array_equal(found.arrays["tokens"], record.arrays["tokens"])
+        assert found.label == record.label and found.key == record.key == source.name(i)
     assert manifest["unreadable"] == {"broken.jpg": "no image"}
     assert manifest == json.loads((tmp_path / "train" / "manifest.json").read_text())
     for name, about in manifest["shards"].items():
@@ -106,7 +111,7 @@ def test_a_batch_is_one_crop_of_each_image_by_seed_and_step(tmp_path):
     for step in range(60):
         for row, label in zip(p[step]["tokens"], p[step]["label"]):
             at = [(i, c) for i, r in enumerate(everything) for c in range(3)
-                  if (r.tokens[c] == row).all() and r.label == label]  # fmt: skip
+                  if (r.arrays["tokens"][c] == row).all() and r.label == label]  # fmt: skip
             assert len(at) == 1
             crops.add(at[0])
     assert len(crops) == 45  # All crops of all images come, in 24 epochs.
@@ -123,7 +128,7 @@ def test_evaluation_sees_the_plain_crop_of_every_image_once(tmp_path):
     batches = list(pipeline(tmp_path, train=False).eval_batches(6))
     assert [b["mask"].tolist() for b in batches] == [[True] * 6] * 2 + [[True] * 3 + [False] * 3]
     rows = np.concatenate([b["tokens"] for b in batches])[:15]
-    expected = [record.tokens[0] for shard in range(3) for record in records(shard)]
+    expected = [record.arrays["tokens"][0] for shard in range(3) for record in records(shard)]
     np.testing.assert_array_equal(rows, expected)
 
 
@@ -152,11 +157,11 @@ def test_a_run_killed_between_shards_continues_to_the_same_files(tmp_path):
 
     folder = tmp_path / "killed" / "train"
     with pytest.raises(KeyboardInterrupt):
-        tokens.write_split(folder, settings(), killed)
+        shards.write_split(folder, settings(), killed)
     with pytest.raises(ValueError, match="2 of 3 shards.*run it again"):
-        tokens.TokenSource(tmp_path / "killed", "train")
-    (folder / ".tokens-00002-of-00003.half.array_record").write_bytes(b"half")
-    tokens.write_split(folder, settings(), killed)
+        shards.ShardSource(tmp_path / "killed", "train")
+    (folder / ".records-00002-of-00003.half.array_record").write_bytes(b"half")
+    shards.write_split(folder, settings(), killed)
     assert made == [0, 1, 2, 2]
     assert contents(folder) == contents(tmp_path / "whole" / "train")
 
@@ -164,10 +169,10 @@ def test_a_run_killed_between_shards_continues_to_the_same_files(tmp_path):
 def test_a_damaged_shard_is_noticed_and_made_again(tmp_path):
     write(tmp_path)
     before = contents(tmp_path / "train")
-    shard = tmp_path / "train" / "tokens-00001-of-00003.array_record"
+    shard = tmp_path / "train" / "records-00001-of-00003.array_record"
     shard.write_bytes(before[shard.name][:-9])
-    with pytest.raises(ValueError, match="tokens-00001.*is damaged"):
-        tokens.TokenSource(tmp_path, "train")
+    with pytest.raises(ValueError, match="records-00001.*is damaged"):
+        shards.ShardSource(tmp_path, "train")
     data = bytearray(before[shard.name])
     data[100] ^= 1  # The same length.
     shard.write_bytes(data)
@@ -189,8 +194,8 @@ def test_tokenizers_and_settings_are_not_mixed(tmp_path):
 
 
 def test_a_missing_split_says_how_to_make_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="flextok tokenize.*--split test"):
-        tokens.TokenSource(tmp_path, "test")
+    with pytest.raises(FileNotFoundError, match="flextok encode.*--split test"):
+        shards.ShardSource(tmp_path, "test")
 
 
 # The command.
@@ -214,7 +219,7 @@ def images(tmp_path_factory):
         Image.fromarray(rng.randint(0, 256, (12, 9 + i, 3), np.uint8)).save(path)
         path.with_suffix(".txt").write_text(f"image {i}\n")
         np.save(path.with_suffix(".npy"), np.full((1 + i, 6), i, np.float32))
-    np.save(folder / tokens.NULL_TEXT, np.zeros((1, 6), np.float32))
+    np.save(folder / NULL_TEXT, np.zeros((1, 6), np.float32))
     (folder / "class0" / "2.png").write_bytes(b"this is no image")
     return folder
 
@@ -230,44 +235,44 @@ def test_the_command_writes_the_tokens_of_each_crop(model, images, tmp_path, cap
     out, err = capsys.readouterr()
     assert "4 tokens of each of 5 images" in out
     assert "1 of 6 images" in err and "class0/2.png: UnidentifiedImageError" in err
-    source = tokens.TokenSource(tmp_path / "out", "all")
+    source = shards.ShardSource(tmp_path / "out", "all")
     manifest, tok = source.manifest, FlexTok.from_pretrained(model)
     assert manifest["tokenizer"]["fingerprint"] == tok.fingerprint
     assert (manifest["classes"], manifest["vocab_size"]) == (["class0", "class1"], 200)
-    found = [tokens.from_bytes(source[i]) for i in range(len(source))]
+    found = [record_files.from_bytes(source[i]) for i in range(len(source))]
     assert [r.label for r in found] == [0, 0, 1, 1, 1]
     assert [r.caption for r in found] == [f"image {i}" for i in (0, 4, 1, 3, 5)]
     assert [len(r.embedding) for r in found] == [1, 5, 2, 4, 6] and source.text == (6, 6)
-    from flextok_jax.data.sources import decode_image
+    from flextok_jax.data.decode import decode_image
     from flextok_jax.data.transforms import center_crop
 
     plain = center_crop(decode_image((images / "class0" / "0.png").read_bytes()), 8)
-    np.testing.assert_array_equal(found[0].tokens[0], tok.tokenize(plain[None], 4)[0])
-    assert all(len(np.unique(r.tokens, axis=0)) > 1 for r in found)
+    np.testing.assert_array_equal(found[0].arrays["tokens"][0], tok.tokenize(plain[None], 4)[0])
+    assert all(len(np.unique(r.arrays["tokens"], axis=0)) > 1 for r in found)
     # Other sizes of batches and shards change nothing; another order of work does not either.
     args[args.index("--out") + 1] = tmp_path / "again"
     args[-1], args[-3] = 2, 99
     assert run(*args) == 0
-    again = tokens.TokenSource(tmp_path / "again", "all")
+    again = shards.ShardSource(tmp_path / "again", "all")
     assert [again[i] for i in range(5)] == [source[i] for i in range(5)]
 
 
 def test_an_interrupted_command_continues(model, tmp_path, capsys, monkeypatch):
     args = ["--model", model, "--data", "digits", "--limit", 9, "--out", tmp_path]
     args += ["--shard-size", 4, "--split", "test"]
-    monkeypatch.setattr("flextok_jax.commands.tokenize_data.side", lambda tok: 16)
+    monkeypatch.setattr(encoders, "side", lambda tok: 16)
     calls = []
 
-    def encode(tok, images, k, batch_size):
+    def tokenize(tok, images, k):
         calls.append(len(images))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return np.zeros((len(images), k), np.int32)
 
-    monkeypatch.setattr(tokenize_data, "encode", encode)
+    monkeypatch.setattr(FlexTok, "tokenize", tokenize)
     assert run(*args) == 130 and "interrupted" in capsys.readouterr().err
-    assert run(*args) == 0 and calls == [4, 4, 4, 1]
-    assert len(tokens.TokenSource(tmp_path, "test")) == 9
+    assert run(*args) == 0 and len(calls) == 4
+    assert len(shards.ShardSource(tmp_path, "test")) == 9
     assert run(*args) == 0 and len(calls) == 4  # Nothing is left to do.
 
 

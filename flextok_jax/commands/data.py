@@ -1,0 +1,149 @@
+"""`flextok data check` and `flextok data pack`: what is in a data set, and one in shards."""
+
+import functools
+import io
+import pathlib
+
+import numpy as np
+
+from flextok_jax.commands import common
+from flextok_jax.commands.encode import report
+from flextok_jax.data import check as checks
+from flextok_jax.data import shards, sources
+from flextok_jax.data.decode import reason
+from flextok_jax.data.pipeline import MAX_LISTED, MAX_UNREADABLE, too_many
+from flextok_jax.data.records import Record
+from flextok_jax.interop import tensor_file
+
+
+def check(args) -> None:
+    """Opens images and tells what they are; verifies shards."""
+    data = sources.parse(args.source)
+    if data.source in (*sources.ENCODED, "array_record"):
+        _verify(data, args.split)
+    if data.source not in sources.ENCODED:
+        _look(data, args)
+
+
+def _look(data: sources.Data, args) -> None:
+    from tqdm import tqdm
+
+    source = sources.make_source(data, args.split or "all")
+    count = len(source) if args.all else min(args.sample, len(source))
+    places = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+    found = list(tqdm(checks.looks(source, places), total=len(places), unit="image", disable=None))
+    print(f"{data}, split {args.split or 'all'}: {len(source)} images")
+    for what, about in checks.summary(found, source.classes):
+        print(f"  {what:<10}{about}")
+    bad = [look for look in found if look.error]
+    for look in bad[:MAX_LISTED]:
+        print(f"  unreadable: {look.name}: {look.error}")
+    if len(bad) < len(found):
+        with tensor_file.atomic(pathlib.Path(args.out).expanduser()) as temporary:
+            checks.contact_sheet(found, source.classes).save(temporary)
+        print(f"  {min(checks.SHOWN, len(found) - len(bad))} of them are shown in {args.out}")
+    if len(places) < len(source):
+        print(f"  {len(source) - len(places)} were not opened: --all opens every one")
+    if too_many(len(bad), len(found), MAX_UNREADABLE):
+        raise ValueError(
+            f"{len(bad)} of {len(found)} images are unreadable: training would stop, because that "
+            f"is more than {MAX_UNREADABLE:.0%} (data.max_unreadable)"
+        )
+
+
+def _verify(data: sources.Data, split: str | None) -> None:
+    """Reads every byte of every shard."""
+    from tqdm import tqdm
+
+    folders = [file.parent for file in shards.manifests(data.path)]
+    folders = [folder for folder in folders if split in (None, "all", folder.name)]
+    if not folders:
+        shards.read_manifest(data.path, split or "train")  # Says what is missing.
+    damaged = []
+    for folder in folders:
+        manifest = shards.read_manifest(folder.parent, folder.name)
+        steps = tqdm(shards.verify(folder), total=len(manifest["shards"]), disable=None)
+        results = list(steps)
+        wrong = [f"{folder / name}: {why}" for name, why, _ in results if why]
+        damaged += wrong
+        print(
+            f"{folder}: {sum(count for *_, count in results)} records in {len(results)} shards, "
+            + (f"{len(wrong)} of them damaged" if wrong else "each as its manifest says")
+        )
+        for name, model in shards.models(manifest).items():
+            where = model.get("source") or model.get("origin")
+            print(f"  {name:<10}{where}, sha256 {model['fingerprint']}")
+        for name, shape in manifest.get("arrays", {}).items():
+            words = "files as they are" if shape is None else "x".join(map(str, shape))
+            crops = f", {manifest['crops']} crops of each image" if "crops" in manifest else ""
+            print(f"  {name:<10}{words}{crops}")
+        print(f"  {'of':<10}{manifest.get('data')}, split {manifest.get('split')}")
+        for name, why in list(manifest["unreadable"].items())[:MAX_LISTED]:
+            print(f"  left out: {name}: {why}")
+    if damaged:
+        raise ValueError(
+            "the command that wrote these shards, given again, makes them anew:\n  "
+            + "\n  ".join(damaged)
+        )
+
+
+def pack(args) -> None:
+    """Writes the images of any source, as they are, into shards: --out/SPLIT."""
+    from tqdm import tqdm
+
+    for option in ("split", "shard_size"):
+        if getattr(args, option) is None:
+            setattr(args, option, common.DATA_OPTIONS[option])
+    common.check_apart(args.source, args.out)
+    data = sources.parse(args.source)
+    source = sources.make_source(data, args.split)
+    if data.source in sources.ENCODED:
+        raise ValueError(f"{args.source} holds no images any more")
+    count, size = min(len(source), args.limit or len(source)), args.shard_size
+    folder = pathlib.Path(args.out).expanduser() / args.split
+    settings = {
+        "format": 2,
+        "arrays": {"image": None},
+        "data": str(data),
+        "split": args.split,
+        "num_images": count,
+        "classes": list(source.classes),
+        "shard_size": size,
+        "num_shards": -(-count // size),
+    }
+    with tqdm(total=count, unit="image", disable=None) as bar:
+
+        def make_shard(index: int) -> tuple[list[Record], dict]:
+            records, unreadable = [], {}
+            bar.update(index * size - bar.n)  # What is there already counts as done.
+            for place in range(index * size, min(index * size + size, count)):
+                try:
+                    records.append(_record(source, place))
+                except OSError as error:
+                    unreadable[source.name(place)] = reason(error)
+                bar.update()
+            return records, unreadable
+
+        write = functools.partial(shards.write_split, folder, settings, make_shard)
+        manifest = write(sources.null_text(data), args.process)
+        bar.update(count - bar.n)
+    report(manifest, folder)
+    total = sum(about["records"] for about in manifest["shards"].values())
+    print(
+        f"{total} images in {folder}; to train on them: --config.data.source=array_record "
+        f"--config.data.path={args.out}"
+    )
+
+
+def _record(source, place: int) -> Record:
+    from PIL import Image
+
+    item = source[place]
+    image = item["image"]
+    if not isinstance(image, bytes):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        image = stream.getvalue()
+    arrays = {"image": np.frombuffer(image, np.uint8)}
+    embedding = source.embedding(place)
+    return Record(source.name(place), arrays, item["label"], item["caption"], embedding)

@@ -1,0 +1,151 @@
+"""`flextok encode`: a data set as shards of what models make of it, to train on.
+
+`flextok tokenize --data` is the same with a tokenizer alone.
+"""
+
+import concurrent.futures
+import functools
+import pathlib
+import sys
+
+import numpy as np
+
+from flextok_jax.commands import common
+from flextok_jax.commands.encoders import encoders
+from flextok_jax.data import shards, sources
+from flextok_jax.data.decode import decode_image, reason
+from flextok_jax.data.pipeline import cores
+from flextok_jax.data.records import Record
+from flextok_jax.data.transforms import NUM_DRAWS, Transform
+from flextok_jax.evaluation.reconstruction import padded
+
+
+def encode(args) -> None:
+    """Writes --out/SPLIT: shards and manifest.json; continues what was interrupted."""
+    from tqdm import tqdm
+
+    for option, default in common.DATA_OPTIONS.items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
+    common.check_apart(args.data, args.out)
+    size, made = encoders(args)
+    data = sources.parse(args.data, size)
+    source = sources.make_source(data, args.split)
+    count = min(len(source), args.limit or len(source))
+    folder = pathlib.Path(args.out).expanduser() / args.split
+    null_text = sources.null_text(data)
+    augmented = Transform(
+        size,
+        "none" if data.source == "digits" else "random",
+        crop_scale=(args.crop_scale, 1.0),
+        flip=args.flip,
+        shift=args.shift,
+    )
+    batch_size = min(args.batch_size, count * args.crops)
+    read = functools.partial(_read, source, augmented, args.crops, args.seed)
+
+    with (
+        tqdm(total=count, unit="image", disable=None) as bar,
+        concurrent.futures.ThreadPoolExecutor(min(16, cores())) as pool,
+    ):
+
+        def make_shard(index: int) -> tuple[list[Record], dict]:
+            """The records of one shard, and why images are missing."""
+            first = index * args.shard_size
+            bar.update(first - bar.n)  # What is there already counts as done.
+            places = range(first, min(first + args.shard_size, count))
+            records, unreadable = [], {}
+            # Some batches at a time, so that the last one, which is filled up, costs little.
+            for group in _groups(pool, read, places, -(-8 * batch_size // args.crops)):
+                found = []
+                for place, future in group:
+                    try:
+                        found.append(future.result())
+                    except Exception as error:  # Files break in any way there is.
+                        unreadable[source.name(place)] = reason(error)
+                if found:
+                    images = np.concatenate([crops for crops, _ in found])
+                    arrays = {e.name: _run(e, images, batch_size, args.crops) for e in made}
+                    for i, (_, about) in enumerate(found):
+                        own = {name: array[i] for name, array in arrays.items()}
+                        records.append(Record(arrays=own, **about))
+                bar.update(len(group))
+            return records, unreadable
+
+        settings = {
+            "format": 2,
+            **{key: value for e in made for key, value in e.about.items()},
+            "arrays": {e.name: e.shape for e in made},
+            "dtype": args.dtype,
+            "data": str(data),
+            "split": args.split,
+            "image_size": size,
+            "num_images": count,
+            "classes": list(source.classes),
+            "text_dim": None if null_text is None else null_text.shape[1],
+            **{name: getattr(args, name) for name in common.DATA_OPTIONS if name != "split"},
+            "num_shards": -(-count // args.shard_size),
+        }
+        manifest = shards.write_split(folder, settings, make_shard, null_text, args.process)
+        bar.update(count - bar.n)
+    report(manifest, folder)
+    if len(manifest["shards"]) == manifest["num_shards"]:
+        total = sum(about["records"] for about in manifest["shards"].values())
+        what = " and ".join(e.words for e in made)
+        print(f"{what} of each of {total} images, {args.crops} crops of each, in {folder}")
+
+
+def _groups(pool, read, places, size: int):
+    """Lists of (place, future of `read(place)`), each begun while the one before is used."""
+    begun = None
+    for start in range(0, len(places), size):
+        part = [(place, pool.submit(read, place)) for place in places[start : start + size]]
+        if begun:
+            yield begun
+        begun = part
+    if begun:
+        yield begun
+
+
+def _run(encoder, images: np.ndarray, batch_size: int, crops: int) -> np.ndarray:
+    """uint8 [n * crops, S, S, 3] -> [n, crops, ...]."""
+    found = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        found.append(encoder.run(padded(part, batch_size))[: len(part)])
+    return np.concatenate(found).reshape(-1, crops, *encoder.shape)
+
+
+def _read(source, augmented: Transform, count: int, seed: int, place: int):
+    """(uint8 [count, S, S, 3], key, label, caption and embedding) of one image.
+
+    The first crop has no randomness; the draws of another are a function of (seed, place of the
+    image, number of the crop).
+    """
+    item = source[place]
+    image = item["image"]
+    if isinstance(image, bytes):
+        image = decode_image(image)
+    crops = []
+    for crop in range(count):
+        draws = np.random.RandomState([seed, place, crop]).random_sample((1, NUM_DRAWS))
+        transform = augmented if crop else augmented.without_randomness()
+        crops.append(transform.augment(transform.fit(image, draws[0])[None], draws)[0])
+    about = {name: item[name] for name in ("label", "caption")}
+    about |= {"key": source.name(place), "embedding": source.embedding(place)}
+    return np.stack(crops), about
+
+
+def report(manifest: dict, folder: pathlib.Path) -> None:
+    """What was left out, and what is still missing."""
+    unreadable = manifest["unreadable"]
+    if unreadable:
+        lines = [f"\n  {name}: {why}" for name, why in list(unreadable.items())[:10]]
+        print(
+            f"warning: {len(unreadable)} of {manifest['num_images']} images could not be read and "
+            f"were left out (all in {shards.MANIFEST}):{''.join(lines)}",
+            file=sys.stderr,
+        )
+    done, wanted = len(manifest["shards"]), manifest["num_shards"]
+    if done < wanted:
+        print(f"{done} of {wanted} shards are in {folder}; the other processes write the rest")

@@ -1,0 +1,61 @@
+"""Batches of what models made of images before: tokens, latents, features."""
+
+import dataclasses
+
+import numpy as np
+
+from flextok_jax.data.records import Record, from_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """From records to batches (see `pipeline.Examples`): one crop of each image.
+
+    A batch holds the arrays of `shapes`, [B, *shape] each ("tokens" int32, all others float16),
+    "label" int32 [B], and for a data set with text "text" float16 [B, T, E], "text_mask" bool
+    [B, T].
+
+    Attributes:
+        shapes: {name: shape of one crop}, of the arrays that are wanted.
+        text: (T, E), or None.
+        random: choose the crop by the draw; otherwise it is crop 0, the plain one.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    text: tuple[int, int] | None
+    random: bool = True
+    num_draws = 1
+
+    def without_randomness(self) -> "Crops":
+        return dataclasses.replace(self, random=False)
+
+    def decode(self, item: bytes, draws: np.ndarray) -> Record:
+        return from_bytes(item)
+
+    def read(self, record: Record, draws: np.ndarray) -> dict:
+        out = {"label": np.int32(record.label)}
+        for name in self.shapes:
+            crops = record.arrays[name]
+            crop = crops[int(draws[0] * len(crops)) if self.random else 0]
+            out[name] = crop.astype(_dtype(name))
+        return out if self.text is None else out | padded_text(record.embedding, self.text)
+
+    def padding(self) -> dict:
+        out = {name: np.zeros(shape, _dtype(name)) for name, shape in self.shapes.items()}
+        out["label"] = np.int32(-1)
+        return out if self.text is None else out | padded_text(None, self.text)
+
+    def augment(self, batch: dict, draws: np.ndarray) -> dict:
+        return batch
+
+
+def _dtype(name: str):
+    return np.int32 if name == "tokens" else np.float16
+
+
+def padded_text(embedding: np.ndarray | None, shape: tuple[int, int]) -> dict:
+    """"text": float16 [T, E] and "text_mask": bool [T]; None: all padding."""
+    text, count = np.zeros(shape, np.float16), 0 if embedding is None else len(embedding)
+    if count:
+        text[:count] = embedding
+    return {"text": text, "text_mask": np.arange(shape[0]) < count}

@@ -1,0 +1,111 @@
+"""One example as bytes: an image, or what models have made of its crops.
+
+A record is a safetensors blob (no code, no pickle) with
+
+    key         uint8 [n], UTF-8, the name of the example in its source
+    label       int32 [], -1 unknown
+    caption     uint8 [n], UTF-8, where there is one
+    embedding   float16 [T, E], of the caption, where the data set has text
+
+and what it is about, either `image`, uint8 [n], the bytes of an image file, or some of
+
+    tokens      uint16 or uint32 [crops, k]
+    moments     float16 [crops, h, w, 2C], mean and log variance of the VAE's posterior
+    features    float16 [crops, P, D], of patches, for REPA
+
+where crop 0 is the plain one, without randomness.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+_TEXT = ("key", "caption")
+_KNOWN = (*_TEXT, "label", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One example.
+
+    Attributes:
+        key: its name, unique in the data set.
+        arrays: what it is about, see above.
+        label: the class, -1 unknown.
+        caption: None where there is none.
+        embedding: float [T, E], of the caption, without padding; None where there is none.
+    """
+
+    key: str
+    arrays: Mapping[str, np.ndarray]
+    label: int = -1
+    caption: str | None = None
+    embedding: np.ndarray | None = None
+
+
+def to_bytes(record: Record) -> bytes:
+    """A record as it is stored."""
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in record.arrays.items()}
+    arrays["key"] = _from_text(record.key)
+    arrays["label"] = np.array(record.label, np.int32)
+    if record.caption is not None:
+        arrays["caption"] = _from_text(record.caption)
+    if record.embedding is not None:
+        arrays["embedding"] = np.ascontiguousarray(record.embedding, np.float16)
+    return save(arrays)
+
+
+def from_bytes(data: bytes) -> Record:
+    """The inverse of `to_bytes`."""
+    from safetensors.numpy import load
+
+    arrays = load(data)
+    key, caption = (arrays.get(name) for name in _TEXT)
+    return Record(
+        "" if key is None else _to_text(key),
+        {name: array for name, array in arrays.items() if name not in _KNOWN},
+        int(arrays["label"]),
+        None if caption is None else _to_text(caption),
+        arrays.get("embedding"),
+    )
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def stored_tokens(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Token ids in `token_dtype`.
+
+    Raises:
+        ValueError: an id is out of range.
+    """
+    low, high = ids.min(), ids.max()
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"token id {wrong}: must be in 0..{vocab_size - 1}")
+    return ids.astype(token_dtype(vocab_size))
+
+
+def stored_floats(array: np.ndarray, name: str) -> np.ndarray:
+    """float16, whose step of 2^-11 of a value is far below the VAE's own noise.
+
+    Raises:
+        ValueError: a value is not finite, or too large.
+    """
+    small = array.astype(np.float16)
+    if not np.isfinite(small).all():
+        raise ValueError(f"{name} reach {np.abs(array).max():g}: not finite in float16")
+    return small
+
+
+def _from_text(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+
+
+def _to_text(array: np.ndarray) -> str:
+    return array.tobytes().decode("utf-8", "surrogateescape")

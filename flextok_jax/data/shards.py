@@ -1,0 +1,309 @@
+"""Data sets in ArrayRecord shards, with a manifest that says what they are.
+
+    DIR/train/manifest.json                              made by whom, of what, how; its shards
+    DIR/train/records-00000-of-00040.array_record        see records.py
+    DIR/train/records-00000-of-00040.json                sha256, count and keys of that shard
+    DIR/test/...                                         another split, made by the same models
+    DIR/null_text.npy                                    where there are embeddings of captions
+
+A shard is written to a temporary name and renamed, and gets its .json after that: a shard without
+one, or whose bytes have another sha256, is made again. So any number of processes may each write
+their own shards, and die at any time; whoever finds all shards there completes the manifest.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from flextok_jax.data.records import Record, from_bytes, to_bytes
+from flextok_jax.data.sources import NULL_TEXT
+from flextok_jax.interop import tensor_file
+
+MANIFEST = "manifest.json"
+MODELS = ("tokenizer", "vae", "features")  # Keys of a manifest: by whom the arrays were made.
+PROGRESS = ("shards", "unreadable")  # What the manifest gathers; all else is a setting.
+# Words for a model; its sha256 decides.
+NAMES = tuple(f"{model}.{word}" for model in MODELS for word in ("source", "origin"))
+
+log = logging.getLogger(__name__)
+
+
+def write_split(
+    folder,
+    settings: dict,
+    make_shard: Callable[[int], tuple[list[Record], dict[str, str]]],
+    null_text: np.ndarray | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> dict:
+    """Writes every shard that is not there yet; an interrupted run is continued by the same call.
+
+    What is there is read once and kept if its sha256 is right.
+
+    Args:
+        folder: DIR/SPLIT.
+        settings: in JSON terms: "num_shards", "arrays" ({name: shape of one crop, None: bytes of a
+            file}), those of MODELS (dictionaries with "origin" and "fingerprint"), and all else
+            that decides the records.
+        make_shard: index -> (its records, {key: reason} of the images it leaves out).
+        null_text: float [T, E], the embedding of the empty caption, where the data set has text.
+        part: (i, n): write the shards i, i + n, i + 2n, ...
+
+    Returns:
+        The manifest; some of its "shards" are missing as long as other parts are.
+
+    Raises:
+        ValueError: the folder, or another split beside it, holds what other models made, or was
+            made with other settings.
+    """
+    folder, settings = pathlib.Path(folder), json.loads(json.dumps(settings))
+    for other in manifests(folder.parent):
+        if other.parent != folder:
+            check_same(*map(models, (tensor_file.read_json(other), settings)), other.parent)
+    path = folder / MANIFEST
+    if path.exists():
+        found = tensor_file.read_json(path)
+        check_same({k: v for k, v in found.items() if k not in PROGRESS}, settings, folder)
+    else:
+        _write_json(path, settings | {"shards": {}, "unreadable": {}})
+    if null_text is not None:
+        with tensor_file.atomic(folder.parent / NULL_TEXT) as temporary:
+            np.save(temporary, np.asarray(null_text, np.float16))
+    for name in _names(settings)[part[0] :: part[1]]:
+        shard, beside = folder / f"{name}.array_record", folder / f"{name}.json"
+        known = beside.is_file() and tensor_file.read_json(beside)
+        if known and shard.is_file() and _sha256(shard) == known["sha256"]:
+            continue
+        if known:
+            log.warning("%s is missing or damaged: it is made again", shard)
+        for leftover in folder.glob(f".{name}.*"):  # of a killed run
+            leftover.unlink()
+        records, unreadable = make_shard(int(name.split("-")[1]))
+        _write_json(beside, _write_shard(shard, records) | {"unreadable": unreadable})
+    return _gather(folder, settings)
+
+
+def _names(settings: dict) -> list[str]:
+    count = settings["num_shards"]
+    return [f"records-{index:05d}-of-{count:05d}" for index in range(count)]
+
+
+def _gather(folder: pathlib.Path, settings: dict) -> dict:
+    """The manifest of what is there; written once everything is."""
+    manifest = settings | {"shards": {}, "unreadable": {}}
+    for name in _names(settings):
+        if (folder / f"{name}.json").is_file():
+            about = tensor_file.read_json(folder / f"{name}.json")
+            manifest["unreadable"] |= about.pop("unreadable")
+            del about["keys"]
+            manifest["shards"][f"{name}.array_record"] = about
+    if len(manifest["shards"]) == settings["num_shards"]:
+        _write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _write_shard(path: pathlib.Path, records: list[Record]) -> dict:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    with tensor_file.atomic(path) as temporary:
+        # One record per group: they are read one by one, in any order.
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        for record in records:
+            writer.write(to_bytes(record))
+        writer.close()
+        about = {"sha256": _sha256(temporary), "bytes": temporary.stat().st_size}
+    lengths = [len(r.embedding) for r in records if r.embedding is not None]
+    return about | {
+        "records": len(records),
+        "max_label": max((r.label for r in records), default=-1),
+        "max_text": max(lengths, default=0),
+        "keys": [record.key for record in records],
+    }
+
+
+def _write_json(path: pathlib.Path, content: dict):
+    with tensor_file.atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def models(manifest: dict) -> dict:
+    """The part of a manifest that says which models made the arrays."""
+    return {name: manifest[name] for name in MODELS if name in manifest}
+
+
+def check_same(found: dict, wanted: dict, where) -> None:
+    """Refuses the work of two models, or made in two ways, in one place.
+
+    Args:
+        found: (a part of) the manifest that is there.
+        wanted: the same part, as it is to be now.
+        where: the place, for the message.
+
+    Raises:
+        ValueError: they differ; it names both sides of each difference.
+    """
+    theirs, ours = (_flatten(d) for d in (found, wanted))
+    differences = [
+        f"{key}: {theirs.get(key, '(absent)')!r} there, {ours.get(key, '(absent)')!r} now"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key, ...) != theirs.get(key, ...)
+    ]
+    if any(not difference.startswith(NAMES) for difference in differences):
+        raise ValueError(
+            f"{where} holds what another model or other settings made, which must not be mixed. "
+            "Write to another folder, or set these back:\n  " + "\n  ".join(differences)
+        )
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in json.loads(json.dumps(tree)).items():
+        nested = isinstance(value, dict)
+        out |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return out
+
+
+def manifests(path) -> list[pathlib.Path]:
+    """The manifests of all splits in DIR, finished or not."""
+    return sorted(pathlib.Path(path).expanduser().glob(f"*/{MANIFEST}"))
+
+
+def read_manifest(path, split: str) -> dict:
+    """The manifest of a finished split.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the split is not finished.
+    """
+    file = pathlib.Path(path).expanduser() / split / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist: `flextok encode`, `flextok tokenize` or `flextok data pack` "
+            f"with --split {split} --out {path} makes it"
+        )
+    manifest = tensor_file.read_json(file)
+    if len(manifest["shards"]) != manifest["num_shards"]:
+        done = sum((file.parent / f"{name}.json").is_file() for name in _names(manifest))
+        raise ValueError(
+            f"{file.parent} holds {done} of {manifest['num_shards']} shards: the command that "
+            "wrote them was interrupted; run it again, it continues"
+        )
+    return manifest
+
+
+def verify(folder: pathlib.Path) -> Iterator[tuple[str, str | None, int]]:
+    """Reads everything in a finished split: yields (shard, what is wrong or None, its records).
+
+    Wrong: a shard is missing, its bytes have another sha256, or it has another number of records,
+    other keys or arrays of other shapes than the manifest says.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no finished split.
+    """
+    manifest = read_manifest(folder.parent, folder.name)
+    crops, shapes = manifest.get("crops"), manifest.get("arrays", {})
+    for name, about in manifest["shards"].items():
+        yield name, _wrong(folder / name, about, crops, shapes), about["records"]
+
+
+def _wrong(path: pathlib.Path, about: dict, crops: int | None, shapes: dict) -> str | None:
+    if not path.is_file():
+        return "it is missing"
+    if (found := _sha256(path)) != about["sha256"]:
+        return f"its sha256 is {found}, {about['sha256']} expected"
+    if not about["records"]:
+        return None
+    records, keys = grain.sources.ArrayRecordDataSource([str(path)]), []
+    for data in (records[i] for i in range(len(records))):
+        record = from_bytes(data)
+        keys.append(record.key)
+        expected = {name: s and (crops, *s) for name, s in shapes.items()}
+        found = {n: a.shape if expected.get(n) else None for n, a in record.arrays.items()}
+        if found != expected:
+            return f"{record.key} has arrays {found}, {expected} expected"
+    if keys != tensor_file.read_json(path.with_suffix(".json"))["keys"]:
+        return f"it holds {len(keys)} records whose keys are not those of its .json file"
+    return None
+
+
+class ShardSource:
+    """The records of one split as bytes (see records.py), in the order they were written.
+
+    Attributes:
+        manifest: see `write_split`; of "all" without a folder of that name: of the first split.
+        classes: names of the labels, empty where they have none.
+        text: (T, E): of the longest caption and of its embedding; None without text.
+        null_text: float16 [T0, E], the embedding of the empty caption, None without text.
+    """
+
+    def __init__(self, path, split: str):
+        """Opens DIR/SPLIT; "all": every split there is.
+
+        Raises:
+            FileNotFoundError, ValueError: it is missing, unfinished or damaged; with the remedy.
+        """
+        root = pathlib.Path(path).expanduser()
+        names = [split]
+        if split == "all" and not (root / split).exists():
+            names = [file.parent.name for file in manifests(root)] or names
+        found = {root / name: read_manifest(root, name) for name in names}
+        self.manifest = next(iter(found.values()))
+        self._files, longest = [], 0
+        for folder, manifest in found.items():
+            for name, about in manifest["shards"].items():
+                file = folder / name
+                size = file.stat().st_size if file.is_file() else None
+                if size != about["bytes"]:
+                    raise ValueError(
+                        f"{file} is damaged: {size} bytes, {about['bytes']} expected; run the "
+                        "command that wrote it again, it repairs"
+                    )
+                longest = max(longest, about["max_text"])
+                if about["records"]:
+                    self._files.append((file, about["records"]))
+        self._ends = np.cumsum([count for _, count in self._files])
+        self._records = grain.sources.ArrayRecordDataSource([str(f) for f, _ in self._files])
+        self.classes = self.manifest.get("classes") or []
+        self.text, self.null_text = None, None
+        if (root / NULL_TEXT).is_file():
+            self.null_text = np.load(root / NULL_TEXT, allow_pickle=False)
+            self.text = max(longest, len(self.null_text)), self.null_text.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._records[index]
+
+    def name(self, index: int) -> str:
+        shard = int(np.searchsorted(self._ends, index, "right"))
+        file, count = self._files[shard]
+        return _keys(file.with_suffix(".json"))[index - int(self._ends[shard]) + count]
+
+
+@functools.lru_cache(maxsize=4)
+def _keys(path: pathlib.Path) -> list[str]:
+    return tensor_file.read_json(path)["keys"]
+
+
+class ImageSource(ShardSource):
+    """Packed images (`flextok data pack`) as examples; see sources.py."""
+
+    def __getitem__(self, index: int) -> dict:
+        record = from_bytes(self._records[index])
+        image = record.arrays["image"].tobytes()
+        return {"image": image, "label": record.label, "caption": record.caption}
+
+    def embedding(self, index: int) -> np.ndarray | None:
+        """float16 [T, E] of the caption, None where there is none."""
+        return from_bytes(self._records[index]).embedding

@@ -1,0 +1,409 @@
+"""One schema from every source, and every image of the real world: it works or it is named."""
+
+import io
+import json
+import os
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data_pipeline import pipeline
+
+from flextok_jax import cli
+from flextok_jax.data import sources, webdataset
+from flextok_jax.data.decode import decode_image, opened, upright_rgb, upright_size
+from flextok_jax.data.pipeline import Images
+from flextok_jax.data.transforms import NUM_DRAWS, Transform
+from flextok_jax.data.webdataset import WebDatasetSource, read_index
+
+SIZE = (24, 18)
+SMOOTH = np.stack(np.meshgrid(np.arange(0, 240, 10), np.arange(0, 180, 10)), -1)
+SMOOTH = Image.fromarray(np.concatenate([SMOOTH, 255 - SMOOTH[..., :1]], -1).astype(np.uint8))
+
+
+def encoded(image, kind="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def bomb():
+    """A small PNG file of 20 000 x 20 000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(10**6))
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+DEEP = Image.fromarray(np.asarray(SMOOTH.convert("L")).astype(np.uint16) * 257)
+ODD = {  # What is in the file, and how far its pixels may be from SMOOTH's (None: another picture).
+    "grey.png": (encoded(SMOOTH.convert("L")), None),
+    "palette.gif": (encoded(SMOOTH.convert("P", palette=Image.Palette.ADAPTIVE), "GIF"), 12),
+    "palette_clear.png": (encoded(SMOOTH.convert("P"), transparency=0), None),
+    "alpha.png": (encoded(SMOOTH.convert("RGBA")), 0),
+    "grey_alpha.png": (encoded(SMOOTH.convert("LA")), None),
+    "cmyk.jpg": (encoded(SMOOTH.convert("CMYK"), "JPEG", quality=100, subsampling=0), 12),
+    "deep.png": (encoded(DEEP), None),
+    "deep.tif": (encoded(DEEP, "TIFF"), None),
+    "bits.png": (encoded(SMOOTH.convert("1")), None),
+    "turned.jpg": (
+        encoded(SMOOTH.rotate(90, expand=True), "JPEG", quality=100, subsampling=0, exif=exif(6)),
+        12,
+    ),
+    "animated.gif": (
+        encoded(SMOOTH, "GIF", save_all=True, append_images=[SMOOTH.rotate(180)]),
+        12,
+    ),
+    "animated.webp": (
+        encoded(SMOOTH, "WEBP", lossless=True, save_all=True, append_images=[SMOOTH.rotate(180)]),
+        0,
+    ),
+    "progressive.jpg": (encoded(SMOOTH, "JPEG", quality=100, subsampling=0, progressive=True), 12),
+}
+WHOLE = encoded(SMOOTH, "JPEG")
+BROKEN = {
+    "truncated.jpg": (WHOLE[: len(WHOLE) * 3 // 4], "runcated"),
+    "truncated.png": (encoded(SMOOTH)[:-30], "runcated"),
+    "empty.jpg": (b"", "the file is empty"),
+    "text.jpg": (b"this is no image", "cannot identify image file"),
+    "bomb.png": (bomb(), "DecompressionBombError"),
+    "float.tif": (encoded(SMOOTH.convert("F"), "TIFF"), "no agreed range"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_image_becomes_upright_rgb(name):
+    data, tolerance = ODD[name]
+    image = decode_image(data)
+    assert (image.mode, image.size) == ("RGB", SIZE)
+    if name.startswith(("grey", "deep")):
+        expected = np.asarray(SMOOTH.convert("L").convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(image), expected)
+    elif tolerance is not None:
+        far = np.abs(np.asarray(image).astype(int) - np.asarray(SMOOTH)).max()
+        assert far <= tolerance
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_is_named_with_its_reason_and_does_not_stop_training(name, tmp_path):
+    data, words = BROKEN[name]
+    for i in range(4):
+        SMOOTH.rotate(90 * i).save(tmp_path / f"{i}.png")
+    (tmp_path / name).write_bytes(data)
+    where = dict(source="folder", path=str(tmp_path), split="all", crop="random")
+    p = pipeline(batch_size=5, max_unreadable=0.0, **where)
+    assert [p[step]["image"].shape for step in range(2)] == [(5, 16, 16, 3)] * 2
+    assert list(p.unreadable) == [name] and words in p.unreadable[name]
+    assert "0x" not in p.unreadable[name]  # No address in memory.
+
+
+def test_more_unreadable_images_than_the_limit_stop_with_the_list(tmp_path):
+    for i in range(16):
+        SMOOTH.save(tmp_path / f"{i:02}.png")
+    for name, (data, _) in BROKEN.items():
+        (tmp_path / name).write_bytes(data)
+    where = dict(source="folder", path=str(tmp_path), split="all", crop="random", batch_size=22)
+    assert len(pipeline(max_unreadable=6 / 22, **where)[0]["image"]) == 22
+    with pytest.raises(RuntimeError, match="more than data.max_unreadable, 22.7%") as error:
+        pipeline(max_unreadable=5 / 22, **where)[0]
+    assert all(f"  {name} (" in str(error.value) for name in BROKEN)
+    with pytest.raises(ValueError, match="data.max_unreadable is 1.5; allowed: 0 to 1"):
+        pipeline(max_unreadable=1.5, **where)
+
+
+# Scaled decoding.
+
+
+def photo(width, height):
+    """A JPEG of one of the embedded photographs."""
+    from skimage import data
+
+    image = Image.fromarray(data.astronaut()).resize((width, height), Image.Resampling.LANCZOS)
+    return encoded(image, "JPEG", quality=92)
+
+
+def test_training_decodes_large_photographs_smaller_and_sees_the_same_picture():
+    data, transform = photo(900, 700), Transform(64, "random", (0.08, 1.0))
+    whole, factors = decode_image(data), []
+    for draws in np.random.RandomState(0).random_sample((30, NUM_DRAWS)):
+        factor = transform.shrink(whole.size, draws)
+        factors.append(factor)
+        image = upright_rgb(opened(data), factor)
+        assert image.size == tuple(-(-side // factor) for side in whole.size)
+        small = transform.fit(image, draws, factor).astype(float)
+        error = np.mean((small - transform.fit(whole, draws)) ** 2)
+        assert error == 0 if factor == 1 else 10 * np.log10(255**2 / error) > 30  # dB
+        images = Images(transform)
+        example = images.read(images.decode({"image": data, "label": 0}, draws), draws)
+        np.testing.assert_array_equal(example["image"], small)
+    assert set(factors) == {1, 2, 4}
+
+
+def test_evaluation_and_small_photographs_are_decoded_in_full():
+    draws, center = np.zeros(NUM_DRAWS), Transform(32, "random").without_randomness()
+    for transform in (center, Transform(256, "random"), Transform(32, "window")):
+        assert transform.shrink((500, 375), draws) == 1
+    turned = opened(encoded(SMOOTH, "JPEG", exif=exif(6)))
+    assert upright_size(turned) == SIZE[::-1] == upright_rgb(turned).size
+
+
+# Folders with lists.
+
+
+def folder_of(path, names):
+    for i, name in enumerate(names):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        SMOOTH.rotate(i).save(path / name)
+
+
+def everything(source):
+    return [(source.name(i), source[i]["label"], source[i]["caption"]) for i in range(len(source))]
+
+
+def test_a_list_gives_labels_and_captions(tmp_path):
+    folder_of(tmp_path, ["x/a.png", "x/b.png", "c.png"])
+    (tmp_path / "x" / "b.txt").write_text("beside\n", encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,label,text\nx/a.png,dog,"ein ""Hünd"", klein"\nc.png,cat,\n', encoding="utf-8"
+    )
+    source = sources.make_source(sources.parse(str(tmp_path)), "all")
+    assert everything(source) == [
+        ("c.png", 0, None), ("x/a.png", 1, 'ein "Hünd", klein'), ("x/b.png", -1, "beside"),
+    ]  # fmt: skip
+    assert source.classes == ["cat", "dog"]
+
+
+def test_a_list_of_each_part_may_have_numbers_and_what_it_misses_is_unreadable(tmp_path):
+    folder_of(tmp_path, ["train/a.png", "train/b.png", "test/c.png"])
+    for part, names in (("train", "ab"), ("test", "cd")):
+        rows = [{"file_name": f"{n}.png", "label": ord(n) - 90, "caption": n} for n in names]
+        lines = "\n".join(map(json.dumps, rows))
+        (tmp_path / part / "metadata.jsonl").write_text(lines)
+    data = sources.parse(f"folder:{tmp_path}")
+    assert everything(sources.make_source(data, "train")) == [
+        ("train/a.png", 7, "a"), ("train/b.png", 8, "b"),
+    ]  # fmt: skip
+    where = dict(source="folder", path=str(tmp_path), eval_split="test", crop="center", train=False)
+    p = pipeline(batch_size=2, **where)
+    (batch,) = p.eval_batches(2)
+    assert batch["mask"].tolist() == [True, False] and batch["label"][0] == 9
+    assert "FileNotFoundError" in p.unreadable["test/d.png"]
+
+
+@pytest.mark.parametrize("line", ['{"label": 1}', '{"file_name": "../x.png"}', "[]", "x"])
+def test_a_list_that_names_no_image_of_the_folder_is_refused(line, tmp_path):
+    folder_of(tmp_path, ["a.png"])
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="metadata.jsonl"):
+        sources.make_source(sources.parse(str(tmp_path)), "all")
+
+
+# Tar shards.
+
+
+def tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def shard(first, count=4):
+    """{name in the tar: bytes} of a few examples."""
+    files = {}
+    for i in range(first, first + count):
+        files[f"{i:04}.jpg"] = encoded(SMOOTH.rotate(i), "JPEG")
+        files[f"{i:04}.cls"] = f"{i % 3}\n".encode()
+        files[f"{i:04}.txt"] = f"Bild {i} für alle".encode()
+    return files
+
+
+def test_tar_shards_have_random_access_with_labels_and_captions(tmp_path):
+    files = shard(0)
+    files["deep/0009.PNG"] = encoded(SMOOTH)
+    files["deep/0009.json"] = json.dumps({"label": 5, "caption": "aus JSON"}).encode()
+    files["0010.json"] = b"{}"  # No image: no example.
+    files["0011.jpg"] = b""
+    tar(tmp_path / "a.tar", files)
+    tar(tmp_path / "b.tar", shard(20))
+    assert sources.parse(str(tmp_path)) == sources.Data("webdataset", str(tmp_path))
+    source = sources.make_source(sources.parse(str(tmp_path)), "all")
+    found = everything(source)
+    assert found[1] == ("a.tar/0001", 1, "Bild 1 für alle")
+    assert found[4:6] == [("a.tar/deep/0009", 5, "aus JSON"), ("a.tar/0011", -1, None)]
+    assert found[6] == ("b.tar/0020", 2, "Bild 20 für alle") and len(found) == 10
+    order = np.random.RandomState(0).permutation(4)
+    assert all(source[i]["image"] == files[f"{i:04}.jpg"] for i in order)
+    p = pipeline(source="webdataset", path=str(tmp_path), split="all", crop="random", batch_size=10)
+    assert p[0]["image"].shape == (10, 16, 16, 3) and list(p.unreadable) == ["a.tar/0011"]
+
+
+def test_the_index_is_built_once_and_again_when_the_tar_has_changed(tmp_path, monkeypatch):
+    path = tar(tmp_path / "a.tar", shard(0))
+    scans, scan = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *a, **k: scans.append(a) or scan(*a, **k))
+    for _ in range(3):
+        assert read_index(path)[0].tolist() == [b"0000", b"0001", b"0002", b"0003"]
+    assert len(scans) == 1
+    index = tmp_path / ".a.tar.index.npz"
+    index.write_bytes(index.read_bytes()[:50])  # Damaged: it is only a cache.
+    assert len(read_index(path)[0]) == 4 and len(scans) == 2
+    tar(path, shard(8, 6))
+    scans.clear()
+    assert read_index(path)[0][0] == b"0008" and len(scans) == 1
+    os.utime(path, ns=(0, 0))
+    assert len(read_index(path)[0]) == 6 and len(scans) == 2
+
+
+def test_the_index_of_a_read_only_folder_lies_in_the_cache(tmp_path, monkeypatch):
+    path = tar(tmp_path / "a.tar", shard(0))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    atomic = webdataset.tensor_file.atomic
+
+    def refuses(file):
+        if file.parent == tmp_path:
+            raise PermissionError(file)
+        return atomic(file)
+
+    monkeypatch.setattr(webdataset.tensor_file, "atomic", refuses)
+    keys, places = read_index(path)
+    monkeypatch.setattr(webdataset, "_scan", None)  # Not called again.
+    assert (read_index(path)[1] == places).all() and len(keys) == 4
+    assert len(list((tmp_path / "home").rglob("*.npz"))) == 1
+
+
+@pytest.mark.parametrize("names", [("train/0.tar", "val/0.tar"), ("x-train-0.tar", "x-test-0.tar")])
+def test_tar_splits_are_folders_or_words_of_the_names(names, tmp_path):
+    tar(tmp_path / names[0], shard(0, 3))
+    tar(tmp_path / names[1], shard(10, 2))
+    counts = [len(WebDatasetSource(tmp_path, split)) for split in ("train", "test", "all")]
+    assert counts == [3, 2, 5]
+
+
+def test_other_tar_shards_hold_out_examples_by_their_keys(tmp_path):
+    tar(tmp_path / "a.tar", shard(0, 30))
+    parts = {s: WebDatasetSource(tmp_path, s) for s in ("train", "test", "all")}
+    names = {s: {p.name(i) for i in range(len(p))} for s, p in parts.items()}
+    assert names["train"] | names["test"] == names["all"] and len(names["all"]) == 30
+    assert not names["train"] & names["test"] and names["test"]
+    test = parts["test"]
+    number = int(test.name(0).split("/")[1])
+    assert test[0]["caption"] == f"Bild {number} für alle"
+
+
+def test_what_is_no_tar_file_is_refused_by_name(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(ValueError, match="a.tar is not a whole tar file"):
+        WebDatasetSource(tmp_path, "all")
+    path = tar(tmp_path / "a.tar", shard(0))
+    path.write_bytes(path.read_bytes()[:1200])
+    with pytest.raises(ValueError, match="a.tar is not a whole tar file"):
+        WebDatasetSource(tmp_path, "all")
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no .tar files"):
+        WebDatasetSource(tmp_path, "all")
+
+
+# Packing, and the same examples from every source.
+
+
+def pack(source, out, *more):
+    return cli.main(["data", "pack", str(source), "--out", str(out), *map(str, more)])
+
+
+def test_packed_images_are_the_same_examples(tmp_path, capsys):
+    tar(tmp_path / "tars" / "a.tar", shard(0, 9))
+    assert pack(tmp_path / "tars", tmp_path / "p", "--split", "all", "--shard-size", 4) == 0
+    assert "9 images in" in capsys.readouterr().out
+    packed, original = (
+        sources.make_source(sources.parse(str(tmp_path / name)), "all") for name in ("p", "tars")
+    )
+    assert sources.parse(str(tmp_path / "p")).source == "array_record"
+    assert everything(packed) == everything(original) and len(packed) == 9
+    assert [packed[i] for i in range(9)] == [original[i] for i in range(9)]
+
+
+def test_packing_digits_keeps_pixels_labels_and_splits(tmp_path):
+    for split in ("train", "test"):
+        assert pack("digits", tmp_path, "--split", split, "--limit", 20) == 0
+    cfg = dict(source="array_record", path=str(tmp_path), crop="none", batch_size=20)
+    (batch,) = pipeline(train=False, eval_split="test", **cfg).eval_batches(20)
+    digits = sources.digits("test")
+    np.testing.assert_array_equal(batch["image"], digits.images[:20])
+    np.testing.assert_array_equal(batch["label"], digits.labels[:20])
+    assert pipeline(split="train", **cfg).num_examples == 20
+    assert pipeline(split="all", **cfg).num_examples == 40
+    with pytest.raises(FileNotFoundError, match="--split val"):
+        pipeline(split="val", **cfg)
+
+
+def test_packing_carries_embeddings_and_leaves_out_what_is_not_there(tmp_path, capsys):
+    folder_of(tmp_path / "in", ["a.png", "b.png"])
+    np.save(tmp_path / "in" / "b.npy", np.ones((2, 6)))
+    np.save(tmp_path / "in" / "null_text.npy", np.zeros((1, 6)))
+    (tmp_path / "in" / "metadata.csv").write_text("file_name\nmissing.png\n")
+    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
+    assert "missing.png: FileNotFoundError" in capsys.readouterr().err
+    source = sources.make_source(sources.parse(str(tmp_path / "out")), "all")
+    assert [source.embedding(i) is None for i in range(len(source))] == [True, False]
+    assert source.embedding(1).shape == (2, 6)
+    assert sources.null_text(sources.parse(str(tmp_path / "out"))).shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("digits", ("digits", "", "")),
+        ("photos", ("photos", "", "")),
+        ("tfds:imagenet2012:5.1.0@/d", ("tfds", "/d", "imagenet2012:5.1.0")),
+        ("webdataset:/d", ("webdataset", "/d", "")),
+        ("folder:/digits", ("folder", "/digits", "")),
+        ("/a:b", ("folder", "/a:b", "")),
+    ],
+)
+def test_a_text_names_any_source(text, expected):
+    data = sources.parse(text)
+    assert (data.source, data.path, data.name) == expected
+    if not text.startswith("/"):
+        assert str(data) == text
+
+
+def test_a_tfds_text_without_a_folder_is_refused():
+    with pytest.raises(ValueError, match="tfds:NAME@DIR"):
+        sources.parse("tfds:imagenet2012")
+
+
+def test_every_source_has_the_schema(tmp_path, tiny_tfds):
+    folder_of(tmp_path / "folder", ["a/1.png", "b/2.png"])
+    tar(tmp_path / "tars" / "a.tar", shard(0, 2))
+    pack(tmp_path / "folder", tmp_path / "packed", "--split", "all")
+    kinds = set()
+    texts = ["digits", "photos", f"tfds:tiny_digits@{tiny_tfds}"]
+    for text in texts + [str(tmp_path / name) for name in ("folder", "tars", "packed")]:
+        data = sources.parse(text)
+        kinds.add(data.source)
+        source = sources.make_source(data, "all")
+        item = source[1]
+        assert set(item) == {"image", "label", "caption"}, text
+        assert isinstance(item["image"], bytes | np.ndarray) and type(item["label"]) is int
+        assert item["caption"] is None or isinstance(item["caption"], str)
+        assert source.embedding(1) is None and list(source.classes) is not None
+        names = [source.name(i) for i in range(len(source))]
+        assert len(set(names)) == len(source) > 1
+    assert kinds == set(sources.SOURCES) - set(sources.ENCODED)
