@@ -90,6 +90,7 @@ def _base() -> ConfigDict:
                 shift=0,
                 rotate=0.0,
                 zoom=0.0,
+                color=0.0,
             ),
             model=dict(
                 vocab_size=64_000,  # [paper]

@@ -66,6 +66,7 @@ def _base() -> ConfigDict:
                 shift=0,
                 rotate=0.0,
                 zoom=0.0,
+                color=0.0,
                 max_unreadable=0.1,  # share of the images; a larger one stops the run
             ),
             model=dict(

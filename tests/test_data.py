@@ -19,6 +19,7 @@ def config(**changes):
     values = dict(
         source="digits", path="", name="", split="train", eval_split="test", image_size=16,
         crop="none", crop_scale=(0.08, 1.0), flip=False, shift=0, rotate=0.0, zoom=0.0,
+        color=0.0,
         quarter_turns=False, max_unreadable=0.1,
     )  # fmt: skip
     return types.SimpleNamespace(**{**values, **changes})
@@ -241,6 +242,13 @@ def test_each_augmentation_does_only_what_it_says():
         if (after[1:-1, 1:-1] == np.roll(before, (dy, dx), (0, 1))[1:-1, 1:-1]).all()
     }
     assert len(offsets) == 9
+    grey = np.full_like(images, 128)
+    by = Transform(16, color=0.1).augment(grey, draws).astype(int) - 128
+    assert (by == by[:, :1, :1]).all() and np.abs(by).max() > 40
+    together, apart = by.mean((1, 2, 3)), by[:, 0, 0] - by.mean((1, 2, 3))[:, None]
+    assert np.abs(together).max() < 51 and 10 < apart.std() < 20
+    white = np.full_like(images, 255)
+    assert (Transform(16, color=1.0).augment(white, draws).max((1, 2, 3)) == 255).any()
 
 
 @pytest.mark.parametrize(
@@ -251,6 +259,7 @@ def test_each_augmentation_does_only_what_it_says():
         (dict(shift=16), "data.shift is 16"),
         (dict(rotate=-1.0), "data.rotate"),
         (dict(zoom=1.0), "data.zoom"),
+        (dict(color=1.5), "data.color"),
         (dict(image_size=0), "data.image_size"),
     ],
 )

@@ -16,7 +16,7 @@ from flextok_jax.data.pipeline import make_pipeline
 def pipeline(train=True, seed=0, batch_size=8, index=0, count=1, **changes):
     values = dict(
         source="digits", path="", name="", split="train", eval_split="test", image_size=16,
-        crop="none", crop_scale=(0.08, 1.0), flip=True, shift=2, rotate=10.0, zoom=0.1,
+        crop="none", crop_scale=(0.08, 1.0), flip=True, shift=2, rotate=10.0, zoom=0.1, color=0.0,
         quarter_turns=False, max_unreadable=0.5,
     )  # fmt: skip
     cfg = types.SimpleNamespace(**{**values, **changes})
@@ -172,7 +172,7 @@ import types
 from flextok_jax.data.pipeline import make_pipeline
 cfg = types.SimpleNamespace(source="digits", split="train", image_size=16, crop="none",
                             crop_scale=(0.1, 1.0), flip=False, quarter_turns=False, shift=0,
-                            rotate=0.0, zoom=0.0, max_unreadable=0.1)
+                            rotate=0.0, zoom=0.0, color=0.0, max_unreadable=0.1)
 print(next(make_pipeline(cfg, seed=0, batch_size=4, train=True).iterate())["image"].shape)
 """
     done = subprocess.run(

@@ -47,7 +47,7 @@ def test_batches_are_random_crops_to_train_and_tiles_to_test():
         dict(
             source="photos", path="", name="", split="train", eval_split="test", image_size=64,
             crop="window", crop_scale=(0.06, 0.6), flip=True, quarter_turns=True,
-            shift=0, rotate=0.0, zoom=0.0, max_unreadable=0.1,
+            shift=0, rotate=0.0, zoom=0.0, color=0.0, max_unreadable=0.1,
         )
     )  # fmt: skip
     train = make_pipeline(cfg, seed=0, batch_size=16, train=True)

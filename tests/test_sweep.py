@@ -259,7 +259,8 @@ def test_evaluate_writes_stamped_results_and_a_report(model, tok, tmp_path, caps
     result = json.loads((out / sweep.POINTS / "k0016_steps2_guidance1.json").read_text())
     stamp = result["stamp"]
     assert stamp["model"]["fingerprint"] == tok.fingerprint
-    assert stamp["networks"]["features"]["file_sha256"] and stamp["versions"]["jax"] == jax.__version__
+    assert stamp["networks"]["features"]["file_sha256"]
+    assert stamp["versions"]["jax"] == jax.__version__
     assert stamp["point"] == dataclasses.asdict(Point(16, 1.0, 2)) and len(result["warnings"]) == 2
     page = (out / "report.html").read_text()
     assert all(w.split(":")[0] in page for w in result["warnings"]) and "1.45" in page

@@ -109,7 +109,7 @@ def get_config(**changes):
             "data": {
                 "source": "digits", "path": "", "name": "", "split": "train", "eval_split": "test",
                 "image_size": 16, "crop": "none", "crop_scale": (0.5, 1.0), "flip": False,
-                "quarter_turns": False, "shift": 1.0, "rotate": 0.0, "zoom": 0.0,
+                "quarter_turns": False, "shift": 1.0, "rotate": 0.0, "zoom": 0.0, "color": 0.0,
                 "max_unreadable": 0.1,
             },
             "optim": {

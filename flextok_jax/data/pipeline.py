@@ -47,7 +47,7 @@ def make_pipeline(
     Args:
         cfg: attributes source, path, name, split, eval_split (see `sources.make_source`),
             max_unreadable (see `Pipeline`), and for images image_size, crop, crop_scale, flip,
-            quarter_turns, shift, rotate, zoom (see `transforms.Transform`).
+            quarter_turns, shift, rotate, zoom, color (see `transforms.Transform`).
         seed: of the order and the augmentations, 0 .. 2**32 - 1.
         batch_size: of the global batch.
         train: read `cfg.split`, augmented as configured; otherwise `cfg.eval_split`, without
@@ -76,6 +76,7 @@ def make_pipeline(
                 shift=cfg.shift,
                 rotate=cfg.rotate,
                 zoom=cfg.zoom,
+                color=cfg.color,
             )
         )
     return Pipeline(

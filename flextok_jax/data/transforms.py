@@ -15,6 +15,7 @@ CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)
 FLIP, ANGLE, ZOOM, SHIFT_X, SHIFT_Y, CROP = range(6)  # Columns of the draws; CROP to the end.
 NUM_DRAWS = CROP + CROP_TRIES * 4
+COLOR = NUM_DRAWS - 4  # Also those of the last try of a crop, which hardly ever comes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Transform:
         shift: translate by up to so many whole pixels.
         rotate: turn by up to so many degrees either way.
         zoom: enlarge or shrink by up to this fraction.
+        color: brighten or darken by up to this share of the range, and each of red, green and blue
+            by up to as much again.
     """
 
     image_size: int
@@ -41,6 +44,7 @@ class Transform:
     shift: int = 0
     rotate: float = 0.0
     zoom: float = 0.0
+    color: float = 0.0
 
     def __post_init__(self):
         low, high = self.crop_scale
@@ -51,6 +55,7 @@ class Transform:
             (0 <= self.shift < self.image_size, "shift", "0 (off) up to less than image_size"),
             (0 <= self.rotate <= 180, "rotate", "0 (off) to 180 degrees"),
             (0 <= self.zoom < 1, "zoom", "0 (off) up to less than 1"),
+            (0 <= self.color <= 1, "color", "0 (off) to 1"),
         ):
             if not ok:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}; allowed: {allowed}.")
@@ -111,7 +116,7 @@ class Transform:
         return random_resized_crop(image, self.image_size, draws[CROP:], self.crop_scale, factor)
 
     def augment(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Flip, turns, rotation, zoom and shift, each where it is on.
+        """Flip, turns, rotation, zoom, shift and colour, each where it is on.
 
         Args:
             images: uint8 [B, S, S, 3].
@@ -135,6 +140,10 @@ class Transform:
                 zoom=1 + self.zoom * signed[:, ZOOM],
                 shift=np.floor((2 * self.shift + 1) * draws[:, SHIFT_X : SHIFT_Y + 1]) - self.shift,
             )
+        if self.color:
+            by = 255 * self.color * (2 * draws[:, COLOR:] - 1)
+            by = np.rint(by[:, :1] + by[:, 1:]).astype(np.int16)
+            images = np.clip(images + by[:, None, None], 0, 255).astype(np.uint8)
         return images
 
 

@@ -103,12 +103,11 @@ def moments(chunks: Chunks) -> Moments:
 
 
 def _of_features(made, real, reference, network, labels) -> dict:
-    out = {}
-    drawn, statistics_of_real = moments(made), reference.statistics
-    if statistics_of_real is None:
-        statistics_of_real = moments(real).gaussian()
-    if drawn.count > 1:
-        out["fid"] = statistics.fid(drawn.gaussian(), statistics_of_real)
+    out, drawn, of_real = {}, moments(made), reference.statistics
+    if of_real is None and real.count > 1:
+        of_real = moments(real).gaussian()
+    if of_real is not None and drawn.count > 1:
+        out["fid"] = statistics.fid(drawn.gaussian(), of_real)
     logits = made.joined("logits")
     if len(logits) >= SPLITS:
         score = statistics.inception_score(logits, SPLITS)
