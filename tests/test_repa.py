@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import GOLDEN
+from test_processes import finish, start
 from test_tokenizer_stage import config as tokenizer_config
 from test_tokenizer_stage import digits
 
@@ -24,6 +25,13 @@ KEY, STEP = jax.random.key(1), jnp.int32(0)
 def config(**changes):
     c = tokenizer_config("digits,width=32,enc_depth=1,dec_depth=3,batch=8", **changes)
     c.compute.scan = True
+    return c
+
+
+def recipe():
+    """A run of 20 steps."""
+    c = config(**ON, total_steps=20, log_every=1, checkpoint__every=0)
+    c.optim.update(lr=1e-3, warmup_steps=1)
     return c
 
 
@@ -54,10 +62,9 @@ def moved(stage):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of 20 steps: (workdir, outcome)."""
+    """(workdir, outcome)"""
     workdir = tmp_path_factory.mktemp("repa")
-    c = config(**ON, total_steps=20, log_every=1, checkpoint__every=0)
-    c.optim.update(lr=1e-3, warmup_steps=1)
+    c = recipe()
     return workdir, train(TokenizerStage(c), c, workdir)
 
 
@@ -146,6 +153,33 @@ def test_training_draws_the_features_together(trained):
     for record in records:
         total = record["loss_flow"] + 0.5 * record["loss_repa"]
         assert record["loss"] == pytest.approx(total, rel=1e-4)
+
+
+ON_FOUR = """
+import sys
+import conftest
+import jax
+from test_repa import recipe
+from flextok_jax.training.loop import train
+from flextok_jax.training.tokenizer_stage import TokenizerStage
+assert jax.device_count() == 4
+c = recipe()
+c.mesh.update(data=1, fsdp=2, tensor=2)
+train(TokenizerStage(c), c, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_four_devices_train_what_one_trains(trained, tmp_path):
+    codes, outputs = finish(tmp_path, start(tmp_path, ON_FOUR, 1, 4, lambda i: [tmp_path / "4"]))
+    assert codes == [0], outputs[0]
+    one, four = (
+        [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (trained[0], tmp_path / "4")
+    )
+    for a, b in zip(one, four, strict=True):
+        for name in ("loss_flow", "loss_repa"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), (name, a["step"])
 
 
 def test_a_trained_model_leaves_the_projection_behind(trained, tmp_path):
