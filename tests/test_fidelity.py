@@ -120,6 +120,9 @@ def test_distances_agree_with_torch_fidelity(io, features):
 def test_inception_score_agrees_with_torch_fidelity(io, features):
     found = statistics.inception_score(features["logits"])
     assert found == pytest.approx(tuple(io["inception_score"]), rel=1e-6)
+    sure = np.repeat(1e4 * np.eye(5), 4, axis=0)  # Each of five classes as often, without doubt.
+    assert statistics.inception_score(sure, splits=1) == pytest.approx((5, 0))
+    assert statistics.inception_score(sure * [1, 1, 1, 1, 0], splits=1)[0] < 5
 
 
 def test_precision_and_recall_agree_with_torch_fidelity(io, features):

@@ -145,7 +145,8 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
         part = order[i * count // splits : (i + 1) * count // splits]
         log_p = _log_softmax(np.asarray(logits[part], np.float64))
         p = np.exp(log_p)
-        scores.append(np.exp(np.mean(np.sum(p * (log_p - np.log(p.mean(0))), axis=1))))
+        log_mean = np.log(np.maximum(p.mean(0), np.finfo(np.float64).tiny))  # 0 by underflow
+        scores.append(np.exp(np.mean(np.sum(p * (log_p - log_mean), axis=1))))
     return float(np.mean(scores)), float(np.std(scores))
 
 

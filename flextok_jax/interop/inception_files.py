@@ -23,16 +23,13 @@ def load(path) -> dict:
         for name, tensor in weight_files.read(path).items()
         if name != "fc.bias" and not name.endswith(".bn.num_batches_tracked")
     }
-    entries = [
-        names.Entry(_name(place), place, None, names.file_shape(place, leaf.shape))
-        for place, leaf in names.flatten(inception.shapes()).items()
-    ]
+    entries = list(names.entries(inception.shapes(), _name))
     problems = names.compare(entries, tensors)
     if problems:
         raise ValueError(f"{path} does not hold InceptionV3:\n  " + "\n  ".join(problems))
     return names.to_params(entries, tensors)
 
 
-def _name(place: str) -> str:
-    *modules, leaf = place.split("/")
+def _name(path: str) -> str:
+    *modules, leaf = path.split("/")
     return ".".join([*modules, "weight" if leaf == "kernel" else leaf])

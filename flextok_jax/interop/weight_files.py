@@ -43,7 +43,8 @@ def sha256(path) -> str:
     if said and not digest.startswith(said[1]):
         raise ValueError(
             f"{path} is not the file that its name says: its sha256 begins with "
-            f"{digest[: len(said[1])]}, not {said[1]}. Fetch it again"
+            f"{digest[: len(said[1])]}, not {said[1]}. Fetch it again, or rename it if that is no "
+            "hash"
         )
     return digest
 
