@@ -50,7 +50,7 @@ def flags(config: str, topology: str) -> list[str]:
     return [
         "--config.mesh.data=1",
         "--config.mesh.fsdp=16",
-        "--config.compute.attention=splash",
+        "--config.compute.attention=pallas",
         "--config.compute.remat=dots",
         f"--config.optim.accumulate={accumulate}",
     ]

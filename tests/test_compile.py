@@ -33,7 +33,7 @@ def verdict(tmp_path_factory):
     """(what is printed, the JSON, the program's text) of a small AR model's training step."""
     folder = tmp_path_factory.mktemp("compile")
     done = run(
-        "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.compute.attention=splash",
+        "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.compute.attention=pallas",
         "--config.compute.remat=dots", f"--out={folder}/out.json", f"--text={folder}/out.txt",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
