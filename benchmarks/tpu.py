@@ -66,7 +66,8 @@ def compile_one(config: str, topology: str, program: str, options: list[str]) ->
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            return {"error": done.stderr.strip().splitlines()[-1][:300]}
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            return {"error": lines[-1][:300]}
         return json.loads(out.read_text())
 
 
@@ -83,20 +84,18 @@ def commit() -> str:
 def row(key: str, found: dict) -> str:
     """One line of the table."""
     config, topology = key.split(" on ")
-    if "error" in found["train"]:
-        return f"| {config} | {topology} | {found['train']['error']} |||||||||"
-    step, options = found["train"], dict(f.split("=") for f in found["flags"])
+    name, step = config.replace(".py:", " "), found["train"]
+    if "error" in step:
+        return f"| {name} | {topology} | {step['error']} |||||||||"
     memory, batch = step["memory"], found["batch"]
-    parts = int(options["--config.optim.accumulate"])
-    images_per_chip = batch // step["chips"] // parts
-    vae = parts * found.get("vae", {}).get("seconds", 0)
+    images_per_chip = batch // step["chips"] // _microbatches(found)
     hours = step["seconds"] * found["steps"] * step["chips"] / 3600
     return (
-        f"| {config.removesuffix('.py').replace('.py:', ' ')} | {topology} | {images_per_chip} "
+        f"| {name} | {topology} | {images_per_chip} "
         f"| {memory['total'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f} GiB "
         f"({1 - memory['total'] / memory['chip']:.0%} free) | {step['seconds']:.2f} s "
         f"| **{step['mfu']:.1%}** | {step['mfu_without_kernels']:.1%} "
-        f"| {_seconds(step['collectives_seconds'])} | {_seconds(vae)} | {hours:,.0f} "
+        f"| {_seconds(step['collectives_seconds'])} | {_seconds(_vae(found))} | {hours:,.0f} "
         f"| {step['compile_seconds']:.0f} s |"
     )
 
@@ -108,6 +107,17 @@ HEAD = (
 )
 
 
+def _microbatches(found: dict) -> int:
+    options = dict(flag.split("=") for flag in found["flags"])
+    return int(options["--config.optim.accumulate"])
+
+
+def _vae(found: dict) -> float | None:
+    """Seconds of the frozen VAE in a step; None: there is none, or it is not known."""
+    seconds = found.get("vae", {}).get("seconds")
+    return seconds and seconds * _microbatches(found)
+
+
 def _seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value else "-"
 
@@ -115,19 +125,18 @@ def _seconds(value: float | None) -> str:
 def cost(key: str, found: dict) -> str:
     """One line of the table of costs."""
     config, topology = key.split(" on ")
-    step = found["train"]
-    vae = int(found["flags"][-1].split("=")[1]) * found.get("vae", {}).get("seconds", 0)
-    hours = [s * found["steps"] / 3600 for s in (step["seconds"], step["seconds"] + vae)]
+    step, vae = found["train"], _vae(found)
+    hours = step["seconds"] * found["steps"] / 3600
+    with_vae = f"{(hours + vae * found['steps'] / 3600) * step['chips']:,.0f}" if vae else "-"
     return (
         f"| {config.replace('.py:', ' ')} | {topology} | {found['steps']:,} x {found['batch']} "
-        f"| {hours[0] * step['chips']:,.0f} | {hours[1] * step['chips']:,.0f} "
-        f"| {hours[1] / 24:.0f} days |"
+        f"| {hours * step['chips']:,.0f} | {with_vae} | {hours / 24:.1f} days |"
     )
 
 
 COST_HEAD = (
     "| configuration | topology | steps x images | chip-hours | with the frozen VAE in the step "
-    "| on this slice |\n|---|---|---|---|---|---|"
+    "| on this slice, without the VAE |\n|---|---|---|---|---|---|"
 )
 
 
@@ -166,12 +175,12 @@ def main():
         about = load(config)
         given = flags(config, topology)
         found = {
-            "train": compile_one(config, topology, "train", given),
+            "commit": commit(),  # Before the minutes in which files may change.
             "flags": given,
             "batch": about.batch_size,
             "steps": about.total_steps,
-            "commit": commit(),
         }
+        found["train"] = compile_one(config, topology, "train", given)
         if about.stage == "tokenizer":
             same = (r for k, r in results.items() if k.endswith(topology) and "vae" in r)
             old = next((r for r in same if r["commit"] == found["commit"]), None)

@@ -58,11 +58,12 @@ def attend(q, k, v, head_dim: int, scale: float, mask=None) -> jax.Array:
     Returns:
         [B, T, H x head_dim].
     """
-    rows = LANES * (2 if q.shape[1] % (2 * LANES) == 0 else 1)
-    spans = []
-    for start in range(0, q.shape[1], rows):
-        keys = q.shape[1] if mask is None else np.flatnonzero(mask[start : start + rows].any(0))[-1]
-        spans.append((start, start + rows, min(-(-(int(keys) + 1) // LANES) * LANES, q.shape[1])))
+    length = q.shape[1]
+    rows = 2 * LANES if length % (2 * LANES) == 0 else LANES
+    spans = []  # (first query, last + 1, keys): those after a span's last allowed key are left out
+    for start in range(0, length, rows):
+        seen = [length - 1] if mask is None else np.flatnonzero(mask[start : start + rows].any(0))
+        spans.append((start, start + rows, (int(seen[-1]) // LANES + 1) * LANES))
     masks = () if mask is None else (jnp.asarray(mask, f32),)
     return _attend((head_dim, float(scale), tuple(spans)), q, k, v, *masks)
 
@@ -100,7 +101,7 @@ def _attention_call(name, kernel, how, arrays, masks, results):
             in_specs=[block] * len(arrays) + [whole] * len(masks),
             out_specs=[block] * results,
             out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype),) * results,
-            scratch_shapes=[pltpu.VMEM((length, head_dim), f32)] * (2 if results > 1 else 0),
+            scratch_shapes=[pltpu.VMEM((length, LANES), f32)] * (2 if results > 1 else 0),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
             cost_estimate=pl.CostEstimate(
                 flops=2 * products * batch * width * area,
@@ -127,71 +128,112 @@ def _on_each_device(f, in_specs, out_specs):
     )
 
 
+# Heads that share the lanes are never cut apart, which would move channels between lanes: where
+# one of them is summed over or made, the others' channels of one factor are zero. A matrix unit is
+# at least as wide, so that costs nothing.
+
+
 def _attention_forward(how, masked, *refs):
     head_dim, scale, spans = how
     (q_ref, k_ref, v_ref), mask_ref, o_ref = refs[:3], refs[3] if masked else None, refs[-1]
-    for first in range(0, LANES, head_dim):
-        head = slice(first, first + head_dim)
-        q = (_normal(q_ref[0, :, head])[0] * scale).astype(q_ref.dtype)
-        k, v = _normal(k_ref[0, :, head])[0].astype(q.dtype), v_ref[0, :, head]
-        for start, stop, keys in spans:
-            p, total = _weights(q, k, mask_ref, start, stop, keys)
-            o = _dot(p.astype(v.dtype), v[:keys], 1, 0) / total
-            o_ref[0, start:stop, head] = o.astype(o_ref.dtype)
+    dtype, heads = q_ref.dtype, _Heads(head_dim, q_ref.dtype)
+    q = (heads.normal(q_ref[0])[0] * scale).astype(dtype)
+    k, v = heads.normal(k_ref[0])[0].astype(dtype), v_ref[0]
+    for start, stop, last in spans:
+        rows, keys = slice(start, stop), slice(0, last)
+        out = jnp.zeros((stop - start, LANES), f32)
+        for lanes in heads.lanes:
+            p = jnp.exp(_dot(q[rows], jnp.where(lanes, k[keys], 0), 1, 1))
+            p = p if mask_ref is None else p * mask_ref[rows, keys]
+            one = _dot(p.astype(dtype), jnp.where(lanes, v[keys], 0), 1, 0)
+            out += one / jnp.sum(p, axis=1, keepdims=True)
+        o_ref[0, rows] = out.astype(dtype)
 
 
 def _attention_backward(how, masked, *refs):
+    # With keys before queries: so sums over keys are additions of rows, and of the three factors
+    # that must be turned two are narrow.
     head_dim, scale, spans = how
-    (q_ref, k_ref, v_ref, g_ref), mask_ref = refs[:4], refs[4] if masked else None
+    (q_ref, k_ref, v_ref, do_ref), mask_ref = refs[:4], refs[4] if masked else None
     dq_ref, dk_ref, dv_ref, dk_sum, dv_sum = refs[-5:]
-    dtype = q_ref.dtype
-    for first in range(0, LANES, head_dim):
-        head = slice(first, first + head_dim)
-        (q_hat, q_rstd), (k_hat, k_rstd) = _normal(q_ref[0, :, head]), _normal(k_ref[0, :, head])
-        q, k, v, g = (q_hat * scale).astype(dtype), k_hat.astype(dtype), v_ref[0, :, head], g_ref
-        dk_sum[...] = jnp.zeros_like(dk_sum)
-        dv_sum[...] = jnp.zeros_like(dv_sum)
-        for start, stop, keys in spans:
-            do = g[0, start:stop, head]
-            p, total = _weights(q, k, mask_ref, start, stop, keys)
-            p = p / total
-            dv_sum[:keys] += _dot(p.astype(dtype), do, 0, 0)
-            dp = _dot(do, v[:keys], 1, 1)
-            ds = (p * (dp - jnp.sum(p * dp, axis=1, keepdims=True))).astype(dtype)
-            dk_sum[:keys] += _dot(ds, q[start:stop], 0, 0)
-            dq = scale * _dot(ds, k[:keys], 1, 0)
-            dq = _normal_gradient(dq, q_hat[start:stop], q_rstd[start:stop])
-            dq_ref[0, start:stop, head] = dq.astype(dtype)
-        dk_ref[0, :, head] = _normal_gradient(dk_sum[...], k_hat, k_rstd).astype(dtype)
-        dv_ref[0, :, head] = dv_sum[...].astype(dtype)
+    dtype, heads = q_ref.dtype, _Heads(head_dim, q_ref.dtype)
+    (q_hat, q_rstd), (k_hat, k_rstd) = heads.normal(q_ref[0]), heads.normal(k_ref[0])
+    q, k, v = (q_hat * scale).astype(dtype), k_hat.astype(dtype), v_ref[0]
+    dk_sum[...] = jnp.zeros_like(dk_sum)
+    dv_sum[...] = jnp.zeros_like(dv_sum)
+    for start, stop, last in spans:
+        rows, keys = slice(start, stop), slice(0, last)
+        dq = jnp.zeros((stop - start, LANES), f32)
+        for lanes in heads.lanes:
+            k_one, q_one = jnp.where(lanes, k[keys], 0), jnp.where(lanes, q[rows], 0)
+            do_one = jnp.where(lanes, do_ref[0, rows], 0)
+            p = jnp.exp(_dot(k[keys], q_one, 1, 1))
+            p = p if mask_ref is None else p * mask_ref[rows, keys].T
+            p = p / jnp.sum(p, axis=0, keepdims=True)
+            dv_sum[keys] += _dot(p.astype(dtype), do_one, 1, 0)
+            dp = _dot(v[keys], do_one, 1, 1)
+            ds = (p * (dp - jnp.sum(p * dp, axis=0, keepdims=True))).astype(dtype)
+            dk_sum[keys] += _dot(ds, q_one, 1, 0)
+            dq += _dot(ds, k_one, 0, 0)
+        dq = heads.normal_gradient(dq * scale, q_hat[rows], q_rstd[rows])
+        dq_ref[0, rows] = dq.astype(dtype)
+    dk_ref[0] = heads.normal_gradient(dk_sum[...], k_hat, k_rstd).astype(dtype)
+    dv_ref[0] = dv_sum[...].astype(dtype)
 
 
-def _weights(q, k, mask_ref, start, stop, keys):
-    """exp of the logits of some queries, float32 [stop - start, keys], and its sum over keys."""
-    p = jnp.exp(_dot(q[start:stop], k[:keys], 1, 1))
-    if mask_ref is not None:
-        p = p * mask_ref[start:stop, :keys]
-    return p, jnp.sum(p, axis=1, keepdims=True)
+class _Heads:
+    """What concerns each of the heads in a row of lanes.
+
+    Attributes:
+        lanes: bool [1, LANES] of each head.
+    """
+
+    def __init__(self, head_dim: int, dtype):
+        def owner(axis, shape):
+            lane = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            return jax.lax.div(lane, jnp.full_like(lane, head_dim))
+
+        self.lanes = [owner(1, (1, LANES)) == head for head in range(LANES // head_dim)]
+        square = (LANES, LANES)
+        same = owner(0, square) == owner(1, square)
+        self._average = jnp.where(same, 1 / head_dim, 0).astype(dtype)
+
+    def _mean(self, x):
+        """float32 [rows, LANES], of each head in all its lanes: by the matrix units."""
+        return _dot(x.astype(self._average.dtype), self._average, 1, 0)
+
+    def normal(self, x):
+        """LayerNorm of each head, float32, and 1 / the standard deviations; [rows, LANES]."""
+        return _normal(x, self._mean)
+
+    def normal_gradient(self, grad, hat, rstd):
+        """Of LayerNorm's input, from that of its result `hat`."""
+        return _normal_gradient(grad, hat, rstd, self._mean)
 
 
 def _dot(a, b, axis_a, axis_b):
+    # bfloat16 has no precision to choose; the setting for all products is for float32.
+    precision = None if a.dtype == f32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
-        a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=f32
+        a, b, (((axis_a,), (axis_b,)), ((), ())), precision=precision, preferred_element_type=f32
     )
 
 
-def _normal(x):
-    """LayerNorm of rows, float32, and 1 / their standard deviation [rows, 1]."""
+def _mean(x):
+    return jnp.mean(x, axis=-1, keepdims=True)
+
+
+def _normal(x, mean=_mean):
+    """LayerNorm of rows, float32, and 1 / their standard deviation."""
     x = x.astype(f32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS)
+    x = x - mean(x)
+    rstd = jax.lax.rsqrt(mean(jnp.square(x)) + EPS)
     return x * rstd, rstd
 
 
-def _normal_gradient(grad, hat, rstd):
+def _normal_gradient(grad, hat, rstd, mean=_mean):
     """Of LayerNorm's input, from that of its result `hat`."""
-    along = jnp.mean(grad * hat, axis=-1, keepdims=True)
-    return rstd * (grad - jnp.mean(grad, axis=-1, keepdims=True) - hat * along)
+    return rstd * (grad - mean(grad) - hat * mean(grad * hat))
 
 
 # --- between attention and MLP ---
