@@ -2,13 +2,14 @@
 costs in docs/training.md.
 
     python -m benchmarks.tpu                     (about an hour on two cores)
-    python -m benchmarks.tpu --only 'd18_d28.*v5e'
+    python -m benchmarks.tpu --only 'd18_d28 on v5e.*train'
     python -m benchmarks.tpu --pages             (the tables again from the numbers kept)
 
 Compiles the training step of each configuration on its recommended topology, and the frozen VAE of
 the tokenizers, by `python -m flextok_jax.compile`; no TPU is needed, and nothing runs on one. Keeps
 the numbers in docs/tpu.json, with the compiler's version and the commit, and writes the tables anew
-from it; `--only` (a regular expression over "CONFIG on TOPOLOGY") compiles a part of them.
+from it; `--only` (a regular expression over "CONFIG on TOPOLOGY: PROGRAM", where the program is
+train or vae) compiles a part of them.
 """
 
 import argparse
@@ -142,15 +143,16 @@ COST_HEAD = (
 
 def write_pages(results: dict):
     """Puts the tables between the marks of docs/tpu.md and docs/training.md."""
-    keys = [key for key in (f"{c} on {t}" for c, t in WANTED) if key in results]
+    keys = [f"{config} on {topology}" for config, topology in WANTED]
+    keys = [key for key in keys if "train" in results.get(key, {})]
     costs = [COST_HEAD, *(cost(k, results[k]) for k in keys if "error" not in results[k]["train"])]
     _write(COSTS, costs)
     lines = [HEAD, *(row(key, results[key]) for key in keys)]
     stamps = {
-        f"libtpu {r['train']['versions']['libtpu']}, jax {r['train']['versions']['jax']}, "
-        f"commit {r['commit']}"
-        for r in results.values()
-        if "versions" in r["train"]
+        f"libtpu {run['versions']['libtpu']}, jax {run['versions']['jax']}, commit {run['commit']}"
+        for key in keys
+        for run in (results[key]["train"], results[key].get("vae", {}))
+        if "versions" in run
     }
     lines += ["", "Compiled by: " + "; ".join(sorted(stamps)) + "."]
     _write(PAGE, lines)
@@ -164,31 +166,22 @@ def _write(page: pathlib.Path, lines: list[str]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="a regular expression over CONFIG on TOPOLOGY")
+    parser.add_argument("--only", default="", help="regular expression: CONFIG on TOPOLOGY: PROGRAM")
     parser.add_argument("--pages", action="store_true", help="compile nothing, write the tables")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for config, topology in WANTED:
-        key = f"{config} on {topology}"
-        if options.pages or not re.search(options.only, key):
-            continue
-        about = load(config)
-        given = flags(config, topology)
-        found = {
-            "commit": commit(),  # Before the minutes in which files may change.
-            "flags": given,
-            "batch": about.batch_size,
-            "steps": about.total_steps,
-        }
-        found["train"] = compile_one(config, topology, "train", given)
-        if about.stage == "tokenizer":
-            same = (r for k, r in results.items() if k.endswith(topology) and "vae" in r)
-            old = next((r for r in same if r["commit"] == found["commit"]), None)
-            found["vae"] = old["vae"] if old else compile_one(config, topology, "vae", given)
-        results[key] = found
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        write_pages(results)
-        print(row(key, found), flush=True)
+        key, about = f"{config} on {topology}", load(config)
+        for program in ("train", "vae") if about.stage == "tokenizer" else ("train",):
+            if options.pages or not re.search(options.only, f"{key}: {program}"):
+                continue
+            given, now = flags(config, topology), commit()  # Before the minutes it takes.
+            found = compile_one(config, topology, program, given) | {"commit": now}
+            about_steps = {"flags": given, "batch": about.batch_size, "steps": about.total_steps}
+            results[key] = results.get(key, {}) | about_steps | {program: found}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            write_pages(results)
+            print(f"{key}: {program}" if program == "vae" else row(key, results[key]), flush=True)
     write_pages(results)
 
 
