@@ -166,7 +166,7 @@ def _write(page: pathlib.Path, lines: list[str]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="regular expression: CONFIG on TOPOLOGY: PROGRAM")
+    parser.add_argument("--only", default="", help="of CONFIG on TOPOLOGY: PROGRAM, a regex")
     parser.add_argument("--pages", action="store_true", help="compile nothing, write the tables")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -14,7 +14,7 @@ from flextok_jax.nn import flextok, kernels, layers
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.encoder import causal_last_mask
-from flextok_jax.parallel.mesh import make_mesh
+from flextok_jax.parallel.mesh import AXES, make_mesh
 
 B, T, H, D = 2, 256, 2, 64
 W = H * D
@@ -48,7 +48,10 @@ def agree(f, plain, *args):
         np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max(), rtol=0)
 
 
-MASKS = {"all": None, "causal": np.tri(T, dtype=bool), "encoder": causal_last_mask(128, T)}
+LONG = 384  # Queries in three spans, with 128, 256 and 384 keys where the mask allows no more.
+MASKS = {
+    "all": None, "causal": np.tri(LONG, dtype=bool), "encoder": causal_last_mask(128, LONG)
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -56,14 +59,14 @@ def test_attention_with_its_norms_is_the_definition_with_its_gradient(name, inte
     mask = MASKS[name]
 
     def plain(q, k, v):
-        q, k, v = (x.reshape(B, T, H, D) for x in (q, k, v))
+        q, k, v = (x.reshape(B, LONG, H, D) for x in (q, k, v))
         logits = jnp.einsum("bthd,bshd->bhts", layers.layer_norm(q), layers.layer_norm(k)) * 8 / D
         if mask is not None:
             logits = jnp.where(mask[None, None], logits, -jnp.inf)
         out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
-        return out.reshape(B, T, W)
+        return out.reshape(B, LONG, W)
 
-    q, k, v = arrays(*[(B, T, W)] * 3)
+    q, k, v = arrays(*[(B, LONG, W)] * 3)
     agree(lambda q, k, v: kernels.attend(q, k, v, D, 8 / D, mask), plain, q, k, v)
 
 
@@ -133,3 +136,6 @@ def test_other_sizes_are_computed_without_them():
 
     assert kernels_of(few, jnp.zeros((B,))) == 0
     assert kernels_of(CFG.num_tokens, jnp.zeros((1,))) == 5  # One time for all images.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 2), AXES)):
+        assert kernels.can_attend(T, 2 * W, D)
+        assert not kernels.can_attend(T, W, D)  # Both heads lie in the lanes of one device.

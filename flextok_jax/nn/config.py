@@ -220,7 +220,8 @@ class Compute:
         attention: "xla", or "cudnn" on a CUDA GPU with bfloat16, or "pallas" on a TPU.
         scan: whether the blocks run as one loop (compiles once) or unrolled.
         remat: what training computes once more in the backward pass, for memory: "none", "full"
-            (each block), or "dots" (each block but for products with weights, and attention on a TPU).
+            (each block), or "dots" (each block but for products with weights, and the TPU kernel
+            of attention).
     """
 
     dtype: str = "float32"

@@ -29,8 +29,10 @@ f32 = jnp.float32
 
 
 def can_attend(length: int, width: int, head_dim: int) -> bool:
-    """Whether `attend` takes these sizes."""
-    fits = length % LANES == 0 and length <= MAX_LENGTH and width % LANES == 0
+    """Whether `attend` takes these sizes on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    groups = LANES * (1 if mesh.empty else mesh.shape["tensor"])  # whole ones on each device
+    fits = length % LANES == 0 and length <= MAX_LENGTH and width % groups == 0
     return fits and LANES % head_dim == 0
 
 
@@ -130,7 +132,7 @@ def _on_each_device(f, in_specs, out_specs):
 
 # Heads that share the lanes are never cut apart, which would move channels between lanes: where
 # one of them is summed over or made, the others' channels of one factor are zero. A matrix unit is
-# at least as wide, so that costs nothing.
+# at least as wide as the lanes, so that costs nothing.
 
 
 def _attention_forward(how, masked, *refs):
