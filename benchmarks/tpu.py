@@ -2,13 +2,14 @@
 costs in docs/training.md.
 
     python -m benchmarks.tpu                     (about an hour on two cores)
-    python -m benchmarks.tpu --only 'd18_d28.*v5e'
+    python -m benchmarks.tpu --only 'd18_d28 on v5e.*train'
     python -m benchmarks.tpu --pages             (the tables again from the numbers kept)
 
 Compiles the training step of each configuration on its recommended topology, and the frozen VAE of
 the tokenizers, by `python -m flextok_jax.compile`; no TPU is needed, and nothing runs on one. Keeps
 the numbers in docs/tpu.json, with the compiler's version and the commit, and writes the tables anew
-from it; `--only` (a regular expression over "CONFIG on TOPOLOGY") compiles a part of them.
+from it; `--only` (a regular expression over "CONFIG on TOPOLOGY: PROGRAM", where the program is
+train or vae) compiles a part of them.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def flags(config: str, topology: str) -> list[str]:
     return [
         "--config.mesh.data=1",
         "--config.mesh.fsdp=16",
-        "--config.compute.attention=splash",
+        "--config.compute.attention=pallas",
         "--config.compute.remat=dots",
         f"--config.optim.accumulate={accumulate}",
     ]
@@ -66,7 +67,8 @@ def compile_one(config: str, topology: str, program: str, options: list[str]) ->
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            return {"error": done.stderr.strip().splitlines()[-1][:300]}
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            return {"error": lines[-1][:300]}
         return json.loads(out.read_text())
 
 
@@ -83,20 +85,18 @@ def commit() -> str:
 def row(key: str, found: dict) -> str:
     """One line of the table."""
     config, topology = key.split(" on ")
-    if "error" in found["train"]:
-        return f"| {config} | {topology} | {found['train']['error']} |||||||||"
-    step, options = found["train"], dict(f.split("=") for f in found["flags"])
+    name, step = config.replace(".py:", " "), found["train"]
+    if "error" in step:
+        return f"| {name} | {topology} | {step['error']} |||||||||"
     memory, batch = step["memory"], found["batch"]
-    parts = int(options["--config.optim.accumulate"])
-    images_per_chip = batch // step["chips"] // parts
-    vae = parts * found.get("vae", {}).get("seconds", 0)
+    images_per_chip = batch // step["chips"] // _microbatches(found)
     hours = step["seconds"] * found["steps"] * step["chips"] / 3600
     return (
-        f"| {config.removesuffix('.py').replace('.py:', ' ')} | {topology} | {images_per_chip} "
+        f"| {name} | {topology} | {images_per_chip} "
         f"| {memory['total'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f} GiB "
         f"({1 - memory['total'] / memory['chip']:.0%} free) | {step['seconds']:.2f} s "
         f"| **{step['mfu']:.1%}** | {step['mfu_without_kernels']:.1%} "
-        f"| {_seconds(step['collectives_seconds'])} | {_seconds(vae)} | {hours:,.0f} "
+        f"| {_seconds(step['collectives_seconds'])} | {_seconds(_vae(found))} | {hours:,.0f} "
         f"| {step['compile_seconds']:.0f} s |"
     )
 
@@ -108,6 +108,17 @@ HEAD = (
 )
 
 
+def _microbatches(found: dict) -> int:
+    options = dict(flag.split("=") for flag in found["flags"])
+    return int(options["--config.optim.accumulate"])
+
+
+def _vae(found: dict) -> float | None:
+    """Seconds of the frozen VAE in a step; None: there is none, or it is not known."""
+    seconds = found.get("vae", {}).get("seconds")
+    return seconds and seconds * _microbatches(found)
+
+
 def _seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value else "-"
 
@@ -115,33 +126,33 @@ def _seconds(value: float | None) -> str:
 def cost(key: str, found: dict) -> str:
     """One line of the table of costs."""
     config, topology = key.split(" on ")
-    step = found["train"]
-    vae = int(found["flags"][-1].split("=")[1]) * found.get("vae", {}).get("seconds", 0)
-    hours = [s * found["steps"] / 3600 for s in (step["seconds"], step["seconds"] + vae)]
+    step, vae = found["train"], _vae(found)
+    hours = step["seconds"] * found["steps"] / 3600
+    with_vae = f"{(hours + vae * found['steps'] / 3600) * step['chips']:,.0f}" if vae else "-"
     return (
         f"| {config.replace('.py:', ' ')} | {topology} | {found['steps']:,} x {found['batch']} "
-        f"| {hours[0] * step['chips']:,.0f} | {hours[1] * step['chips']:,.0f} "
-        f"| {hours[1] / 24:.0f} days |"
+        f"| {hours * step['chips']:,.0f} | {with_vae} | {hours / 24:.1f} days |"
     )
 
 
 COST_HEAD = (
     "| configuration | topology | steps x images | chip-hours | with the frozen VAE in the step "
-    "| on this slice |\n|---|---|---|---|---|---|"
+    "| on this slice, without the VAE |\n|---|---|---|---|---|---|"
 )
 
 
 def write_pages(results: dict):
     """Puts the tables between the marks of docs/tpu.md and docs/training.md."""
-    keys = [key for key in (f"{c} on {t}" for c, t in WANTED) if key in results]
+    keys = [f"{config} on {topology}" for config, topology in WANTED]
+    keys = [key for key in keys if "train" in results.get(key, {})]
     costs = [COST_HEAD, *(cost(k, results[k]) for k in keys if "error" not in results[k]["train"])]
     _write(COSTS, costs)
     lines = [HEAD, *(row(key, results[key]) for key in keys)]
     stamps = {
-        f"libtpu {r['train']['versions']['libtpu']}, jax {r['train']['versions']['jax']}, "
-        f"commit {r['commit']}"
-        for r in results.values()
-        if "versions" in r["train"]
+        f"libtpu {run['versions']['libtpu']}, jax {run['versions']['jax']}, commit {run['commit']}"
+        for key in keys
+        for run in (results[key]["train"], results[key].get("vae", {}))
+        if "versions" in run
     }
     lines += ["", "Compiled by: " + "; ".join(sorted(stamps)) + "."]
     _write(PAGE, lines)
@@ -155,31 +166,22 @@ def _write(page: pathlib.Path, lines: list[str]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="a regular expression over CONFIG on TOPOLOGY")
+    parser.add_argument("--only", default="", help="of CONFIG on TOPOLOGY: PROGRAM, a regex")
     parser.add_argument("--pages", action="store_true", help="compile nothing, write the tables")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for config, topology in WANTED:
-        key = f"{config} on {topology}"
-        if options.pages or not re.search(options.only, key):
-            continue
-        about = load(config)
-        given = flags(config, topology)
-        found = {
-            "train": compile_one(config, topology, "train", given),
-            "flags": given,
-            "batch": about.batch_size,
-            "steps": about.total_steps,
-            "commit": commit(),
-        }
-        if about.stage == "tokenizer":
-            same = (r for k, r in results.items() if k.endswith(topology) and "vae" in r)
-            old = next((r for r in same if r["commit"] == found["commit"]), None)
-            found["vae"] = old["vae"] if old else compile_one(config, topology, "vae", given)
-        results[key] = found
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        write_pages(results)
-        print(row(key, found), flush=True)
+        key, about = f"{config} on {topology}", load(config)
+        for program in ("train", "vae") if about.stage == "tokenizer" else ("train",):
+            if options.pages or not re.search(options.only, f"{key}: {program}"):
+                continue
+            given, now = flags(config, topology), commit()  # Before the minutes it takes.
+            found = compile_one(config, topology, program, given) | {"commit": now}
+            about_steps = {"flags": given, "batch": about.batch_size, "steps": about.total_steps}
+            results[key] = results.get(key, {}) | about_steps | {program: found}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            write_pages(results)
+            print(f"{key}: {program}" if program == "vae" else row(key, results[key]), flush=True)
     write_pages(results)
 
 

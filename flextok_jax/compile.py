@@ -11,14 +11,14 @@ does not fit.
 
 import json
 import os
+import pathlib
 import sys
+import tempfile
 
 from absl import app, flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "FILE.py:VARIANT; any key by --config.KEY=VALUE", lock_config=True
-)
+from flextok_jax import config_flag
+
 _TOPOLOGY = flags.DEFINE_string("topology", None, "KIND:AxB, such as v5e:4x4")
 _PROGRAM = flags.DEFINE_string("program", "train", "train, vae, tokenize, detokenize or generate")
 _OUT = flags.DEFINE_string("out", None, "write the numbers to this file as JSON")
@@ -75,19 +75,31 @@ def main(argv):
     from flextok_jax.interop.tensor_file import atomic
 
     try:
-        found, text = verdict(_PROGRAM.value, _CONFIG.value, topology(_TOPOLOGY.value))
+        for path in filter(None, (_OUT.value, _TEXT.value)):
+            _check_writable(path)  # Before the minutes that compiling takes.
+        found, text = verdict(_PROGRAM.value, config_flag.CONFIG.value, topology(_TOPOLOGY.value))
+        print(report(found))
+        numbers = json.dumps(found, indent=2) + "\n"
+        for path, content in ((_OUT.value, numbers), (_TEXT.value, text)):
+            if path:
+                with atomic(path) as file:
+                    file.write_text(content)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except DoesNotFit as error:
         sys.exit(f"does not fit: {error}")
-    print(report(found))
-    for path, content in ((_OUT.value, json.dumps(found, indent=2) + "\n"), (_TEXT.value, text)):
-        if path:
-            with atomic(path) as file:
-                file.write_text(content)
     return 0
+
+
+def _check_writable(path):
+    """Raises OSError where no file can be put at `path`."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    app.run(main, flags_parser=config_flag.parse)

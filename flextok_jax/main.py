@@ -17,8 +17,8 @@ import signal
 import sys
 
 from absl import app, flags
-from absl import logging as absl_logging
-from ml_collections import config_flags
+
+from flextok_jax import config_flag
 
 STAGES = {
     "vae": "flextok_jax.training.vae_stage:VAEStage",
@@ -26,9 +26,6 @@ STAGES = {
     "ar": "flextok_jax.training.ar_stage:ARStage",
 }
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "FILE.py:VARIANT; any key by --config.KEY=VALUE", lock_config=True
-)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and logs")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are more")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
@@ -60,35 +57,20 @@ def main(argv):
     logging.getLogger("flextok_jax").setLevel(logging.INFO)
     try:
         startup.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        stage = make_stage(_CONFIG.value)
+        stage = make_stage(config_flag.CONFIG.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        outcome = train(stage, _CONFIG.value, _WORKDIR.value)
+        outcome = train(stage, config_flag.CONFIG.value, _WORKDIR.value)
     except (WorkdirError, Diverged, OSError) as error:  # The trace of a ValueError is wanted.
         sys.exit(f"error: {error}")
     return PREEMPTED if outcome.stopped == signal.SIGTERM else 0
 
 
-def _parse_flags(argv):
-    """absl's parser, with a readable line for a key that the config does not have."""
-    try:
-        rest = app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        overrides = [arg for arg in argv if arg.startswith("--config.")]
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        sys.exit(f"error: the config has no key {error.args[0]}\n  in {' '.join(overrides)}")
-    if flags.FLAGS["verbosity"].using_default_value:
-        # absl's INFO lines are other libraries'; those of this package have their own level.
-        flags.FLAGS.verbosity = absl_logging.WARNING
-    return rest
-
-
 def run():
     """Parses the command line, trains, exits."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=config_flag.parse)
 
 
 if __name__ == "__main__":

@@ -49,14 +49,14 @@ def registers_last(n):
 
 CASES = {
     "full": (
-        lambda *qkv: attention.attend(*qkv, "splash", SCALE),
+        lambda *qkv: attention.attend(*qkv, "pallas", SCALE),
         np.ones((T, T), bool),
     ),
     "causal": (
-        lambda *qkv: attention.attend(*qkv, "splash", SCALE, causal=True),
+        lambda *qkv: attention.attend(*qkv, "pallas", SCALE, causal=True),
         np.tri(T, dtype=bool),
     ),
-    "encoder": (causal_last(128, "splash", SCALE), registers_last(128)),
+    "encoder": (causal_last(128, "pallas", SCALE), registers_last(128)),
     "encoder by xla": (causal_last(128, "xla", SCALE), registers_last(128)),
 }
 
@@ -86,10 +86,10 @@ def test_the_tpu_kernel_is_called_only_where_it_can_compute():
     called = {
         name: "pallas_call" in str(jax.make_jaxpr(f)(q, k, v))
         for name, f in {
-            "alone": lambda q, k, v: attention.attend(q, k, v, "splash", SCALE),
-            "bias": lambda q, k, v: attention.attend(q, k, v, "splash", SCALE, bias=bias),
+            "alone": lambda q, k, v: attention.attend(q, k, v, "pallas", SCALE),
+            "bias": lambda q, k, v: attention.attend(q, k, v, "pallas", SCALE, bias=bias),
             "odd": lambda q, k, v: attention.attend(
-                q[:, :100], k[:, :100], v[:, :100], "splash", SCALE
+                q[:, :100], k[:, :100], v[:, :100], "pallas", SCALE
             ),
         }.items()
     }

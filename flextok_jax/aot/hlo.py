@@ -135,50 +135,47 @@ def collectives(found: list[Instruction]) -> dict[str, dict[str, int]]:
 
 
 class Kernel(NamedTuple):
-    """A Pallas call of splash attention.
+    """A Pallas call.
 
     Attributes:
-        backward: whether it makes gradients.
-        batch, heads, length, head_dim: of one device's queries.
+        flops: of one run. Splash attention's are counted as if no block were left out: 2 products
+            forwards, 5 backwards.
+        bytes: what one run reads and writes at least.
+        head_dim: what its products sum over or make; None if it has none.
         times: how often it runs in one call.
     """
 
-    backward: bool
-    batch: int
-    heads: int
-    length: int
-    head_dim: int
+    flops: int
+    bytes: int
+    head_dim: int | None
     times: int
-
-    @property
-    def flops(self) -> int:
-        """Of all its runs, as if no block were left out: 2 products forwards, 5 backwards."""
-        products = 5 if self.backward else 2
-        one = 2 * self.batch * self.heads * self.length**2 * self.head_dim
-        return self.times * products * one
-
-    @property
-    def bytes(self) -> int:
-        """What all its runs read and write at least, in bfloat16."""
-        arrays = 8 if self.backward else 4
-        one = 2 * self.batch * self.heads * self.length * self.head_dim
-        return self.times * arrays * one
 
 
 def kernels(found: list[Instruction]) -> list[Kernel]:
     """The Pallas calls.
 
     Raises:
-        ValueError: one that is not splash attention.
+        ValueError: one that is not known.
     """
     out = []
     for instruction in found:
-        if 'custom_call_target="tpu_custom_call"' not in instruction.text:
-            continue
-        name = instruction.text.split(" = ")[0]
-        queries = [s for kind, s in shapes(instruction.text) if kind == "bf16" and len(s) >= 4]
-        if "splash_mha" not in name or not queries:
-            raise ValueError(f"a kernel that is not known: {instruction.text[:200]}")
-        batch, *_, heads, length, head_dim = queries[0]
-        out.append(Kernel("_dkv" in name, batch, heads, length, head_dim, instruction.times))
+        if 'custom_call_target="tpu_custom_call"' in instruction.text:
+            name, times = instruction.text.split(" = ")[0], instruction.times
+            if "splash_mha" in name:
+                out.append(_splash(instruction.text, times, backward="_dkv" in name))
+                continue
+            cost = re.search(r'"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', instruction.text)
+            own = re.search(r"(?:attention(?:_gradient)?_(\d+)|normalize|add_gated)", name)
+            if not cost or not own:
+                raise ValueError(f"a kernel that is not known: {instruction.text[:200]}")
+            head_dim = own[1] and int(own[1])
+            out.append(Kernel(int(cost[1]), int(cost[2]), head_dim, times))
     return out
+
+
+def _splash(text, times, backward):
+    queries = [s for kind, s in shapes(text) if kind == "bf16" and len(s) >= 4]
+    batch, *_, heads, length, head_dim = queries[0]
+    one = 2 * batch * heads * length * head_dim
+    products, arrays = (5, 8) if backward else (2, 4)
+    return Kernel(products * one * length, arrays * one, head_dim, times)

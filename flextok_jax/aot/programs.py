@@ -17,7 +17,7 @@ from flextok_jax.nn.config import Compute, VAEConfig
 from flextok_jax.nn.generation import Sampling
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from flextok_jax.training.ar_stage import ARStage
-from flextok_jax.training.state import build
+from flextok_jax.training.state import build, check_sizes
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 PROGRAMS = {
@@ -48,7 +48,7 @@ def make(name: str, config, mesh: Mesh) -> Program:
     `config.evaluation.batch_size` in the configuration's compute type.
 
     Raises:
-        ValueError: the stage has no such program.
+        ValueError: the stage has no such program, or a batch cannot be cut over the devices.
     """
     allowed = PROGRAMS.get(config.stage, ())
     if name not in allowed:
@@ -56,6 +56,7 @@ def make(name: str, config, mesh: Mesh) -> Program:
             f"--program={name}: a configuration of the stage {config.stage!r} has "
             f"{', '.join(allowed) or 'none yet'}"
         )
+    check_sizes(config, mesh)
     if config.stage == "ar":
         return _ar(name, ARStage(config, made_by={}), config, mesh)
     return _tokenizer(name, TokenizerStage(config, vae_config=_vae_config(config)), config, mesh)

@@ -94,9 +94,9 @@ def _mfu(flops, cycles, topology):
 def _kernel_cycles(kernel: hlo.Kernel, chip) -> float:
     """A roofline: head_dim fills that part of a matrix unit's side, and never counts as over half;
     or the memory's rate, if that is slower."""
-    share = min(0.5, kernel.head_dim / chip.mxu)
+    share = min(0.5, (kernel.head_dim or chip.mxu) / chip.mxu)
     compute = kernel.flops / (share * chip.flops_per_cycle)
-    return max(compute, kernel.bytes / chip.bandwidth * chip.clock)
+    return kernel.times * max(compute, kernel.bytes / chip.bandwidth * chip.clock)
 
 
 def _memory(state, compiled, chip) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Softmax attention by XLA, by cuDNN on a CUDA GPU, or by a Pallas kernel on a TPU.
+"""Softmax attention by XLA, by cuDNN on a CUDA GPU, or by Pallas kernels on a TPU.
 
 B batch, T queries, S keys, H heads.
 """
@@ -6,10 +6,11 @@ B batch, T queries, S keys, H heads.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from flextok_jax.nn import layout
+from flextok_jax.nn import kernels, layout
 
-# What the TPU kernel leaves for the backward pass, by name, for a remat policy.
+# What the TPU kernels leave for the backward pass, by name, for a remat policy.
 RESIDUALS = "attention"
 BLOCK = 128  # A TPU kernel's lengths are multiples of it.
 
@@ -21,8 +22,8 @@ def attend(
 
     Args:
         q: [B, T, H, head_dim]. k, v: [B, S, H, head_dim].
-        implementation: "xla" makes the logits; "cudnn" and "splash" never do. "splash" is for TPUs
-            and for lengths that are multiples of 128 without a bias: elsewhere it is "xla".
+        implementation: "xla" makes the logits in memory, "cudnn" and "pallas" do not. "pallas" is
+            for TPUs, and for lengths that are multiples of 128 without a bias: elsewhere "xla".
         scale: of the logits.
         mask: a NumPy bool [T, S], True where attention is allowed; None is everywhere.
         bias: [1, 1, 1, S] added to the logits, or None.
@@ -32,7 +33,7 @@ def attend(
         [B, T, H, head_dim].
     """
     length, keys = q.shape[1], k.shape[1]
-    if implementation == "splash":
+    if implementation == "pallas":
         if bias is None and length == keys and length % BLOCK == 0:
             return _splash(q, k, v, scale, np.tri(length, dtype=bool) if causal else mask)
         implementation = "xla"
@@ -42,6 +43,26 @@ def attend(
         mask = mask[None, None]
     return jax.nn.dot_product_attention(
         q, k, v, bias, mask, scale=scale, is_causal=causal, implementation=implementation
+    )
+
+
+def with_norms(
+    implementation: str, length: int, width: int, head_dim: int, scale: float, mask=None
+):
+    """QK-norm and attention as one TPU kernel, or None where there is none for that.
+
+    Args:
+        implementation: "pallas" asks for it.
+        length, width: of the queries, which are as many as the keys.
+        scale, mask: see `kernels.attend`.
+
+    Returns:
+        (q, k, v) -> a result, all [B, T, D]; the result is kept by RESIDUALS.
+    """
+    if implementation != "pallas" or not kernels.can_attend(length, width, head_dim):
+        return None
+    return lambda q, k, v: checkpoint_name(
+        kernels.attend(q, k, v, head_dim, scale, mask), RESIDUALS
     )
 
 

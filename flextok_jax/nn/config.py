@@ -217,10 +217,11 @@ class Compute:
 
     Attributes:
         dtype: "float32" or "bfloat16": the type of matrix products and activations.
-        attention: "xla", or "cudnn" on a CUDA GPU with bfloat16, or "splash" on a TPU.
+        attention: "xla", or "cudnn" on a CUDA GPU with bfloat16, or "pallas" on a TPU.
         scan: whether the blocks run as one loop (compiles once) or unrolled.
         remat: what training computes once more in the backward pass, for memory: "none", "full"
-            (each block), or "dots" (each block but for products with weights, and the TPU kernel).
+            (each block), or "dots" (each block but for products with weights, and the TPU kernel
+            of attention).
     """
 
     dtype: str = "float32"
@@ -231,8 +232,8 @@ class Compute:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: allowed are 'float32' and 'bfloat16'")
-        if self.attention not in ("xla", "cudnn", "splash"):
-            raise ValueError(f"attention={self.attention!r}: allowed are 'xla', 'cudnn', 'splash'")
+        if self.attention not in ("xla", "cudnn", "pallas"):
+            raise ValueError(f"attention={self.attention!r}: allowed are 'xla', 'cudnn', 'pallas'")
         if self.remat not in ("none", "full", "dots"):
             raise ValueError(f"remat={self.remat!r}: allowed are 'none', 'full' and 'dots'")
         if self.attention == "cudnn" and self.dtype != "bfloat16":

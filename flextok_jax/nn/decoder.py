@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.nn import attention, layers, layout
+from flextok_jax.nn import attention, kernels, layers, layout
 from flextok_jax.nn.config import Compute, FlexTokConfig
 
 
@@ -54,6 +54,17 @@ def _modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
+# What `kernels` does on a TPU, for any segments: shift, scale and gate are [B or 1, S or 1, D].
+
+
+def _normalize(x, shift, scale):
+    return x, _modulate(layers.layer_norm(x), shift, scale)
+
+
+def _add_gated(x, y, gate):
+    return x + gate * y
+
+
 class DecoderBlock(nn.Module):
     """adaLN-zero block. All passes share its weights and the modulation of the time."""
 
@@ -74,17 +85,28 @@ class DecoderBlock(nn.Module):
         modulation = adaln(nn.silu(temb)).reshape(temb.shape[0], 2, 6, width)
 
         def one_pass(x, bias):
+            scale = 8.0 / cfg.head_dim  # the muP form; 1/sqrt(64) at 64
+
             def core(q, k, v):
-                scale = 8.0 / cfg.head_dim  # the muP form; 1/sqrt(64) at 64
                 return attention.attend(q, k, v, self.compute.attention, scale, bias=bias)
 
-            gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = (
-                _segments(modulation[:, :, i], n, x.shape[1] - n) for i in range(6)
-            )
-            y = attn(_modulate(layers.layer_norm(x), shift_attn, scale_attn), core)
-            x = x + gate_attn * y
-            y = mlp(_modulate(layers.layer_norm(x), shift_mlp, scale_mlp))
-            return x + gate_mlp * y
+            how, (batch, length, _) = self.compute.attention, x.shape
+            parts = (modulation[:, :, i] for i in range(6))
+            halves = length == 2 * n and kernels.can_normalize(length, 2, width)
+            if how == "pallas" and halves:
+                parts = (jnp.broadcast_to(part, (batch, 2, width)) for part in parts)
+                norm, add_gated = kernels.normalize, kernels.add_gated
+            else:
+                parts = (_segments(part, n, length - n) for part in parts)
+                norm, add_gated = _normalize, _add_gated
+            kernel = None
+            if bias is None:
+                kernel = attention.with_norms(how, length, width, cfg.head_dim, scale)
+            gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = parts
+            x, y = norm(x, shift_attn, scale_attn)
+            x = add_gated(x, attn(y, core, kernel), gate_attn)
+            x, y = norm(x, shift_mlp, scale_mlp)
+            return add_gated(x, mlp(y), gate_mlp)
 
         passes = tuple(layout.batch_first(one_pass(x, b)) for x, b in zip(passes, biases))
         if self.capture is not None:

@@ -5,8 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.nn import attention, layers, layout
+from flextok_jax.nn import attention, kernels, layers, layout
 from flextok_jax.nn.config import Compute, FlexTokConfig
+
+
+def causal_last_mask(num_patches: int, length: int) -> np.ndarray:
+    """bool [length, length]: who may attend to whom, see `causal_last`."""
+    mask = np.tri(length, dtype=bool)
+    mask[:, :num_patches] = True
+    return mask
 
 
 def causal_last(num_patches: int, implementation: str, scale: float) -> layers.AttentionCore:
@@ -15,16 +22,16 @@ def causal_last(num_patches: int, implementation: str, scale: float) -> layers.A
 
     def core(q, k, v):
         count = q.shape[1] - n
-        mask = np.concatenate([np.ones((count, n), bool), np.tri(count, dtype=bool)], axis=1)
-        if implementation == "splash":  # leaves out the blocks that the mask empties
-            above = np.concatenate([np.ones((n, n), bool), np.zeros((n, count), bool)], axis=1)
-            mask = np.concatenate([above, mask])
-            return attention.attend(q, k, v, implementation, scale, mask)
+        mask = causal_last_mask(n, n + count)[n:]
         patches = attention.attend(q[:, :n], k[:, :n], v[:, :n], implementation, scale)
         registers = attention.attend(q[:, n:], k, v, implementation, scale, mask)
         return jnp.concatenate([patches, registers], axis=1)
 
     return core
+
+
+def _normalize(x):  # as `kernels.normalize`
+    return x, layers.layer_norm(x)
 
 
 class EncoderBlock(nn.Module):
@@ -39,10 +46,18 @@ class EncoderBlock(nn.Module):
         """x: [B, N + K, D] -> (the same shape, None)."""
         cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
         scale = 8.0 / cfg.head_dim  # the muP form; 1/sqrt(64) at 64
-        core = causal_last(self.num_patches, self.compute.attention, scale)
+        how, length = self.compute.attention, x.shape[1]
+        core = causal_last(self.num_patches, how, scale)
+        mask = causal_last_mask(self.num_patches, length)
+        kernel = attention.with_norms(how, length, cfg.enc_width, cfg.head_dim, scale, mask)
+        norm = _normalize
+        if how == "pallas" and kernels.can_normalize(length, 1, cfg.enc_width):
+            norm = kernels.normalize
         attn = layers.Attention(cfg.enc_width, cfg.head_dim, dtype, name="attn")
-        x = x + attn(layers.layer_norm(x), core)
-        x = x + layers.SwiGLU(cfg.enc_width, cfg.mlp_ratio, dtype, name="mlp")(layers.layer_norm(x))
+        x, y = norm(x)
+        x = x + attn(y, core, kernel)
+        x, y = norm(x)
+        x = x + layers.SwiGLU(cfg.enc_width, cfg.mlp_ratio, dtype, name="mlp")(y)
         return layout.batch_first(x), None
 
 

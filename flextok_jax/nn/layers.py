@@ -19,6 +19,8 @@ zeros = nn.initializers.zeros_init()
 
 # (queries, keys, values), each [B, S, H, head_dim] -> [B, S, H, head_dim]
 AttentionCore = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# The same of [B, S, D] -> [B, S, D] before QK-norm, which it does itself.
+AttentionKernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -37,19 +39,21 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, core: AttentionCore) -> jax.Array:
-        """x: [B, S, D] -> [B, S, D]; `core` decides who attends to whom."""
+    def __call__(
+        self, x: jax.Array, core: AttentionCore, kernel: AttentionKernel | None = None
+    ) -> jax.Array:
+        """x: [B, S, D] -> [B, S, D]; `core` decides who attends to whom, or `kernel` if given."""
 
         def dense(name):
             return nn.Dense(
                 self.width, use_bias=False, dtype=self.dtype, kernel_init=xavier, name=name
             )
 
-        heads = (*x.shape[:-1], self.width // self.head_dim, self.head_dim)
-        q = layer_norm(dense("wq")(x).reshape(heads))
-        k = layer_norm(dense("wk")(x).reshape(heads))
-        v = dense("wv")(x).reshape(heads)
-        return dense("proj")(core(q, k, v).reshape(x.shape))
+        q, k, v = (dense(name)(x) for name in ("wq", "wk", "wv"))
+        if kernel is not None:
+            return dense("proj")(kernel(q, k, v))
+        q, k, v = (y.reshape(*x.shape[:-1], -1, self.head_dim) for y in (q, k, v))
+        return dense("proj")(core(layer_norm(q), layer_norm(k), v).reshape(x.shape))
 
 
 class SwiGLU(nn.Module):

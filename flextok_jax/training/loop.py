@@ -23,7 +23,7 @@ from flextok_jax.training.profile import Profile
 from flextok_jax.training.signals import StopSignals
 from flextok_jax.training.skips import Skips
 from flextok_jax.training.stage import Stage
-from flextok_jax.training.state import TrainState, build
+from flextok_jax.training.state import TrainState, build, check_sizes
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
     #     leave after a signal or a preemption notice, saved
     workdir, total = pathlib.Path(workdir).absolute(), config.total_steps
     plain, mesh = json_config(config), make_mesh(**config.mesh)
-    _check_sizes(config, mesh)
+    check_sizes(config, mesh)
     with (
         jax.set_mesh(mesh),
         StopSignals() as signals,
@@ -239,19 +239,3 @@ def _compute(window):
         else:
             values[name] = value
     return values
-
-
-def _check_sizes(config, mesh):
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = config.optim.accumulate
-    if parts < 1 or config.batch_size % (parts * shards):
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of optim.accumulate={parts} times "
-            f"the {shards} devices of the mesh's data and fsdp axes"
-        )
-    size = config.get("evaluation", {}).get("batch_size", shards)
-    if size % shards:
-        raise ValueError(
-            f"evaluation.batch_size={size} must be a multiple of the {shards} devices of the "
-            "mesh's data and fsdp axes"
-        )

@@ -60,6 +60,27 @@ class Program(NamedTuple):
     step: Callable[[TrainState, Params, dict], tuple[TrainState, dict[str, clu_metrics.Metric]]]
 
 
+def check_sizes(config, mesh: Mesh) -> None:
+    """That batches can be cut over microbatches and devices.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.optim.accumulate
+    if parts < 1 or config.batch_size % (parts * shards):
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of optim.accumulate={parts} times "
+            f"the {shards} devices of the mesh's data and fsdp axes"
+        )
+    size = config.get("evaluation", {}).get("batch_size", shards)
+    if size % shards:
+        raise ValueError(
+            f"evaluation.batch_size={size} must be a multiple of the {shards} devices of the "
+            "mesh's data and fsdp axes"
+        )
+
+
 def build(stage: Stage, config, mesh: Mesh) -> Program:
     """Shapes first, then shardings, then the functions that are compiled with them."""
     tx = make_optimizer(config)

@@ -1,0 +1,141 @@
+"""The TPU kernels, run by XLA on a CPU, equal the plain path: values and gradients."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import TINY, random_params
+from jax.experimental import pallas
+
+from flextok_jax.nn import flextok, kernels, layers
+from flextok_jax.nn.config import Compute
+from flextok_jax.nn.decoder import Condition
+from flextok_jax.nn.encoder import causal_last_mask
+from flextok_jax.parallel.mesh import AXES, make_mesh
+
+B, T, H, D = 2, 256, 2, 64
+W = H * D
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    call = functools.partial(pallas.pallas_call, interpret=True)
+    monkeypatch.setattr(pallas, "pallas_call", call)
+
+
+def arrays(*shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [(i + 1) * jax.random.normal(k, s) for i, (k, s) in enumerate(zip(keys, shapes))]
+
+
+def agree(f, plain, *args):
+    """Results, and gradients of a sum of them with random weights."""
+
+    def both(f):
+        def loss(*args):
+            out = jax.tree.leaves(f(*args))
+            weights = arrays(*(leaf.shape for leaf in out))
+            return sum(jnp.sum(a * b) for a, b in zip(out, weights)), out
+
+        return jax.jit(jax.value_and_grad(loss, tuple(range(len(args))), has_aux=True))(*args)
+
+    (_, found), found_grads = both(f)
+    (_, expected), expected_grads = both(plain)
+    for a, b in zip((*found, *found_grads), (*expected, *expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max(), rtol=0)
+
+
+LONG = 384  # Queries in three spans, with 128, 256 and 384 keys where the mask allows no more.
+MASKS = {
+    "all": None, "causal": np.tri(LONG, dtype=bool), "encoder": causal_last_mask(128, LONG)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_with_its_norms_is_the_definition_with_its_gradient(name, interpreted):
+    mask = MASKS[name]
+
+    def plain(q, k, v):
+        q, k, v = (x.reshape(B, LONG, H, D) for x in (q, k, v))
+        logits = jnp.einsum("bthd,bshd->bhts", layers.layer_norm(q), layers.layer_norm(k)) * 8 / D
+        if mask is not None:
+            logits = jnp.where(mask[None, None], logits, -jnp.inf)
+        out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
+        return out.reshape(B, LONG, W)
+
+    q, k, v = arrays(*[(B, LONG, W)] * 3)
+    agree(lambda q, k, v: kernels.attend(q, k, v, D, 8 / D, mask), plain, q, k, v)
+
+
+def spread(vectors):
+    return jnp.repeat(vectors, T // vectors.shape[1], axis=1)
+
+
+def test_norm_and_gate_are_their_formulas_with_their_gradients(interpreted):
+    x, y, a, b = arrays((B, T, W), (B, T, W), (B, 1, W), (B, 2, W))
+
+    def modulated(x, shift, scale):
+        return x, layers.layer_norm(x) * (1 + spread(scale)) + spread(shift)
+
+    for shift in (a, b):
+        agree(kernels.normalize, modulated, x + 5, shift, shift / 3)
+    agree(kernels.normalize, lambda x: (x, layers.layer_norm(x)), x + 5)
+    agree(kernels.add_gated, lambda x, y, gate: x + spread(gate) * y, x, y, b)
+
+
+CFG = dataclasses.replace(
+    TINY, grid=(16, 8), patch_size=1, num_tokens=128, enc_width=W, enc_depth=1, dec_width=W,
+    dec_depth=1, head_dim=D,
+)  # fmt: skip
+
+
+def test_both_networks_train_the_same_with_the_kernels(interpreted):
+    params = random_params(CFG)
+    x, codes = arrays((B, 16, 8, CFG.vae.latent_channels), (B, 128, len(CFG.levels)))
+    t, keep, null = jnp.array([0.3, 0.8]), jnp.array([5, 128]), jnp.array([False, False])
+
+    def loss(params, compute):
+        (v,) = flextok.velocities(params, CFG, compute, x, t, (Condition(codes, keep, null),))
+        return jnp.mean(v**2) + jnp.mean(flextok.encode(params, CFG, compute, x) ** 2)
+
+    def value(attention, remat):
+        compute = Compute(attention=attention, remat=remat)
+        f = jax.jit(jax.value_and_grad(lambda p: loss(p, compute)))
+        text = str(jax.make_jaxpr(f)(params))
+        # In an encoder's and a decoder's block: attention, two norms, two gates, backwards too.
+        names = ("attention_64", "attention_gradient_64", "normalize", "add_gated_gradient")
+        assert all((f"name={name}" in text) == (attention == "pallas") for name in names)
+        return f(params)
+
+    expected = value("xla", "none")
+    with jax.set_mesh(make_mesh()):  # One device, but by the same road as many.
+        found = value("pallas", "dots")
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1])
+    ):
+        scale = max(np.abs(b).max(), 1e-6)
+        np.testing.assert_allclose(a, b, atol=1e-4 * scale, rtol=0, err_msg=str(path))
+
+
+def test_other_sizes_are_computed_without_them():
+    few = CFG.num_tokens // 2  # Fewer registers: another length, and one that is folded.
+    params = jax.eval_shape(lambda: random_params(CFG))
+    x = jnp.zeros((B, 16, 8, CFG.vae.latent_channels))
+    compute = Compute(attention="pallas")
+
+    def kernels_of(count, t):
+        codes = jnp.zeros((B, count, len(CFG.levels)))
+        condition = Condition(codes, jnp.zeros((B,), int), jnp.zeros((B,), bool))
+        f = functools.partial(flextok.velocities, cfg=CFG, compute=compute)
+        text = str(jax.make_jaxpr(lambda p: f(p, x_t=x, t=t, conditions=(condition,)))(params))
+        return text.count("pallas_call")
+
+    assert kernels_of(few, jnp.zeros((B,))) == 0
+    assert kernels_of(CFG.num_tokens, jnp.zeros((1,))) == 5  # One time for all images.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 2), AXES)):
+        assert kernels.can_attend(T, 2 * W, D)
+        assert not kernels.can_attend(T, W, D)  # Both heads lie in the lanes of one device.
