@@ -52,6 +52,12 @@ def _base() -> ConfigDict:
             compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
             evaluation=dict(num_images=256, batch_size=128, steps=20),
             vae=dict(source="identity", scaling_factor=placeholder(float)),
+            repa=dict(
+                weight=0.0,  # 0: off, because it needs files; 1 in the full-size runs [assumed]
+                source="",  # facebook/dinov2-large or a folder of it; "": features in the data
+                image_size=518,  # pixels that images are resized to for it [assumed]
+                width=1024,  # channels of its features: 384, 768, 1024 for S, B, L
+            ),
             data=dict(
                 source="digits",
                 path="",

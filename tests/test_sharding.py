@@ -14,7 +14,7 @@ import pytest
 from common import ROOT, TINY, random_params, small_vae
 
 from flextok_jax.interop import flexar, names, sources, tensor_file, vae_files
-from flextok_jax.nn import layout
+from flextok_jax.nn import dinov2, layout, repa
 from flextok_jax.nn.config import ARConfig, FlexTokConfig, VAEConfig
 from flextok_jax.parallel import sharding
 from flextok_jax.parallel.mesh import AXES, make_mesh
@@ -122,10 +122,23 @@ def test_frozen_networks_and_loaded_models_have_rules_too():
     assert all(s.is_fully_replicated for s in placed)
 
 
+def for_repa():
+    """The projection of the largest model, and the frozen DINOv2-L."""
+    projection = jax.eval_shape(lambda: repa.init(1792, 1024, jax.random.key(0)))
+    return {"repa": projection, "dinov2": dinov2.shapes(dinov2.DINOv2Config())}
+
+
+def test_networks_of_repa_have_rules_and_are_spread():
+    for path, leaf in leaves(for_repa()).items():
+        assert len(rules_of(path)) == 1, path
+        assert leaf.size <= BIG or any(layout.param_spec(path, leaf.shape, MESH)), path
+
+
 def test_every_rule_is_used():
     sizes = dict(vocab_size=8, num_tokens=4, width=64, depth=1, mlp_hidden=64, qk_norm=True)
     models = (ARConfig(**sizes, num_classes=2), ARConfig(**sizes, text_dim=8, text_hidden=8))
     paths = {*leaves(sources.shapes(FlexTokConfig(vae=VAEConfig()))), "null_text/text"}
+    paths |= {*leaves(for_repa())}
     paths |= {path for cfg in models for path in leaves(flexar.shapes(cfg))}
     for pattern, _ in layout.PARAMETER_RULES:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern

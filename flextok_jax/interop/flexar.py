@@ -234,18 +234,12 @@ def shapes(cfg: ARConfig):
 def _entries(cfg: ARConfig) -> list[names.Entry]:
     """The table of a model's tensors, the thirds of a fused one apart."""
     attn = "self_attn" if cfg.text_dim else "attn"
-    entries = []
-    for path, leaf in names.flatten(shapes(cfg)).items():
+
+    def name(path):
         ours, theirs = next((o, t) for o, t in NAMES if re.fullmatch(o, path))
-        name = re.sub(ours, theirs, path).replace("ATTN", attn)
-        if "{i}" not in name:
-            entries.append(names.Entry(name, path, None, names.file_shape(path, leaf.shape)))
-            continue
-        shape = names.file_shape(path, leaf.shape[1:])
-        entries += [
-            names.Entry(name.replace("{i}", str(i)), path, i, shape) for i in range(leaf.shape[0])
-        ]
-    return entries
+        return re.sub(ours, theirs, path).replace("ATTN", attn)
+
+    return list(names.entries(shapes(cfg), name))
 
 
 def _file_entries(entries: list[names.Entry]) -> list[names.Entry]:

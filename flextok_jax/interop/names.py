@@ -6,7 +6,7 @@ missing, extra and misshapen tensors come out of one comparison.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -90,6 +90,8 @@ def vae_name(path: str) -> str:
 
 
 def _flextok_name(path: str) -> str:
+    if path.startswith("vae/"):
+        return "vae.vae." + vae_name(path.removeprefix("vae/"))
     module, _, leaf = path.rpartition("/")
     for ours, theirs in FLEXTOK_NAMES:
         if re.fullmatch(ours, path):
@@ -101,23 +103,28 @@ def _flextok_name(path: str) -> str:
 
 def flextok_entries(params) -> Iterator[Entry]:
     """Every tensor of a FlexTok file, for parameters (or shapes) {"vae", "encoder", "decoder"}."""
+    return entries(params, _flextok_name)
+
+
+def vae_entries(params) -> Iterator[Entry]:
+    """Every tensor of a diffusers AutoencoderKL file, for the parameters of a VAE."""
+    return entries(params, vae_name)
+
+
+def entries(params, name_of: Callable[[str], str]) -> Iterator[Entry]:
+    """Every tensor of a file.
+
+    Args:
+        params: our parameters, or their shapes.
+        name_of: our path -> the name in the file; with {i} where blocks are stacked here.
+    """
     for path, leaf in flatten(params).items():
-        if path.startswith("vae/"):
-            name = "vae.vae." + vae_name(path.removeprefix("vae/"))
-            yield Entry(name, path, None, file_shape(path, leaf.shape))
-            continue
-        name = _flextok_name(path)
+        name = name_of(path)
         if "{i}" not in name:
             yield Entry(name, path, None, file_shape(path, leaf.shape))
             continue
         for i in range(leaf.shape[0]):
             yield Entry(name.replace("{i}", str(i)), path, i, file_shape(path, leaf.shape[1:]))
-
-
-def vae_entries(params) -> Iterator[Entry]:
-    """Every tensor of a diffusers AutoencoderKL file, for the parameters of a VAE."""
-    for path, leaf in flatten(params).items():
-        yield Entry(vae_name(path), path, None, file_shape(path, leaf.shape))
 
 
 def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -180,6 +180,7 @@ def _load_workdir(path: pathlib.Path) -> Loaded:
 
     params, _, step = checkpoint.restore_ema(path)
     about, cfg = _about(path, "flextok", config_from_dict)
+    params = {name: params[name] for name in ("encoder", "decoder")}  # No projection of REPA.
     params["vae"] = vae_params(about["vae_source"], cfg.vae)
     params = jax.tree.map(np.asarray, params)
     return Loaded(cfg, params, origin=f"{path}, step {step}", step=step)

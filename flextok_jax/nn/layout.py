@@ -53,6 +53,10 @@ PARAMETER_RULES = (
     (r"ar/sos", ()),
     (r"ar/text_fc1/kernel", ("embed", "hidden")),
     (r"ar/text_fc2/kernel", ("hidden", "embed")),
+    (r"(repa/fc[13]|dinov2/blocks/(query|key|value|fc1))/kernel", ("embed", "hidden")),
+    (r"(repa/fc2|dinov2/blocks/(proj|fc2))/kernel", ("hidden", "embed")),
+    (r"dinov2/(patch_emb/kernel|pos)", (None, "embed")),
+    (r"(repa|dinov2)/(.*/bias|.*/scale|blocks/scale[12]|cls)", ()),
     (r"(vae|discriminator|lpips)/.*", ()),
     (r"null_text/.*", ()),  # the embedding of the empty caption
 )

@@ -12,8 +12,8 @@ from clu import metrics
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.flow import path as flow
 from flextok_jax.flow import sampler
-from flextok_jax.interop import sources
-from flextok_jax.nn import flextok, vae
+from flextok_jax.interop import dinov2_files, sources
+from flextok_jax.nn import dinov2, flextok, repa, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig, identity_vae
 from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.layers import is_fixed
@@ -25,10 +25,13 @@ TIME_BINS = 4
 
 
 class TokenizerStage:
-    """Rectified flow on latents, conditioned on a random prefix of the image's tokens."""
+    """Rectified flow on latents, conditioned on a random prefix of the image's tokens.
+
+    With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2.
+    """
 
     def __init__(self, config, vae_config: VAEConfig | None = None):
-        """Reads `model`, `vae`, `compute`, `evaluation`, `data` and `time_shift` of the config.
+        """Reads `model`, `vae`, `repa`, `compute`, `evaluation`, `data` and `time_shift`.
 
         `vae.source` names the frozen VAE: "identity", a hub id, or a folder in the diffusers
         layout; `vae.scaling_factor` overrides the factor that its own config has. With
@@ -55,22 +58,54 @@ class TokenizerStage:
         self.model = FlexTokConfig(vae=vae_config, grid=(side, side), **model)
         self.compute = Compute(**config.compute)
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
-        self._time_shift = config.time_shift
+        self._time_shift, self._repa = config.time_shift, config.repa
+        self._dinov2 = self._check_repa() if config.repa.weight else None
+
+    def _check_repa(self) -> dinov2.DINOv2Config | None:
+        """What features are computed by; None: they come with the data."""
+        options, depth = self._repa, self.model.dec_depth
+        if options.weight < 0:
+            raise ValueError(f"repa.weight={options.weight}: must not be negative; 0 is off")
+        if depth <= repa.BLOCK:
+            raise ValueError(
+                f"repa.weight={options.weight} needs {repa.BLOCK + 1} blocks of the decoder at "
+                f"least, model.dec_depth={depth}"
+            )
+        if not options.source:
+            return None
+        cfg = dinov2_files.config(options.source)
+        if cfg.width != options.width or options.image_size % cfg.patch_size:
+            raise ValueError(
+                f"repa.source={options.source} has features of {cfg.width} channels for images of "
+                f"a multiple of {cfg.patch_size} pixels; set repa.width={options.width} and "
+                f"repa.image_size={options.image_size} to fit"
+            )
+        return cfg
 
     def init(self, key):
-        """{"encoder", "decoder"}, float32."""
+        """{"encoder", "decoder"}, with REPA also {"repa"}; float32."""
         channels = self.model.vae.latent_channels
         without_vae = dataclasses.replace(self.model, vae=identity_vae(channels))
-        return _own(flextok.init(without_vae, key))
+        return _own(flextok.init(without_vae, key)) | self._projection(key)
 
     def init_from(self, source: str):
-        """Encoder and decoder of a released FlexTok, or of a workdir of ours."""
-        return _own(sources.load(source).params)
+        """Encoder and decoder of a released FlexTok, or of a workdir of ours.
+
+        No model keeps its projection for REPA: it starts new.
+        """
+        return _own(sources.load(source).params) | self._projection(jax.random.key(0))
+
+    def _projection(self, key):
+        if not self._repa.weight:
+            return {}
+        return {"repa": repa.init(self.model.dec_width, self._repa.width, named(key, "repa"))}
 
     def load_frozen(self):
-        """{"vae"}: the VAE's parameters, {} for the identity."""
-        params = sources.vae_params(self._vae_source, self.model.vae)
-        return {"vae": params} if params else {}
+        """{"vae"}, not for the identity; {"dinov2"}, where it computes the features for REPA."""
+        frozen = {"vae": sources.vae_params(self._vae_source, self.model.vae)}
+        if self._dinov2:
+            frozen["dinov2"] = dinov2_files.load(self._repa.source)[1]
+        return {name: params for name, params in frozen.items() if params}
 
     def trainable(self, path: str) -> bool:
         return not is_fixed(path)
@@ -80,7 +115,8 @@ class TokenizerStage:
 
         Args:
             batch: "image": uint8 [B, H, W, 3]; or "moments": [B, h, w, 2C], mean and log variance
-                of the VAE's posterior, made before.
+                of the VAE's posterior, made before. For REPA without a `repa.source` also "repa":
+                [B, P, E], features of DINOv2, made before.
         """
         cfg, compute = self.model, self.compute
         x0 = self._latents(frozen, batch, named(key, "posterior"))
@@ -97,11 +133,36 @@ class TokenizerStage:
         null = jax.random.bernoulli(named(key, "null"), cfg.null_prob, (batch_size,))
         noise = jax.random.normal(named(key, "noise"), x0.shape)
         x_t = flow.interpolate(x0, noise, t)
-        (velocity,) = flextok.velocities(
-            params, cfg, compute, x_t, t, (Condition(codes, keep, null),)
+        run = functools.partial(
+            flextok.velocities, params, cfg, compute, x_t, t, (Condition(codes, keep, null),)
         )
+        if not self._repa.weight:
+            (velocity,) = run()
+            per_image = flow.flow_loss(velocity, x0, noise)
+            return jnp.mean(per_image), self._metrics(per_image, t, keep, null, ids)
+        (velocity,), features = run(capture=repa.BLOCK)
         per_image = flow.flow_loss(velocity, x0, noise)
-        return jnp.mean(per_image), self._metrics(per_image, t, keep, null, ids)
+        logged = self._metrics(per_image, t, keep, null, ids)
+        apart = -repa.similarity(
+            params["repa"], features, self._targets(frozen, batch), jnp.dtype(compute.dtype)
+        )
+        for name, values in (("loss_flow", per_image), ("loss_repa", apart)):
+            logged[name] = metrics.Average.from_model_output(values)
+        return jnp.mean(per_image) + self._repa.weight * jnp.mean(apart), logged
+
+    def _targets(self, frozen, batch):
+        """Features [B, P, E] of the images of a batch, computed or as they come."""
+        needed = "image" if self._dinov2 else "repa"
+        if needed not in batch:
+            raise ValueError(
+                f"repa.weight={self._repa.weight} with repa.source={self._repa.source!r} needs "
+                f"{needed!r} in the data, which has {sorted(batch)}: name a DINOv2 for data with "
+                "images, and none for data with features"
+            )
+        if not self._dinov2:
+            return batch["repa"]
+        size, params = self._repa.image_size, frozen["dinov2"]
+        return repa.targets(params, self._dinov2, self.compute, batch["image"], size)
 
     def _latents(self, frozen, batch, key):
         """Scaled latents float32 [B, h, w, C], a sample of the posterior where the VAE has one."""

@@ -1,0 +1,153 @@
+"""DINOv2: a Vision Transformer whose patch features describe what is where in an image.
+
+Oquab et al., arXiv 2304.07193; the models without registers, S, B and L.
+
+B images, P patches, D width.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flextok_jax.nn import attention, layers, layout
+from flextok_jax.nn.config import Compute
+
+# Of the colours in 0..1 that it was trained on (ImageNet's).
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class DINOv2Config:
+    """A DINOv2 model.
+
+    Attributes:
+        width: D.
+        depth: number of blocks.
+        num_heads: attention heads, each D / num_heads wide.
+        mlp_hidden: hidden width of the MLPs.
+        patch_size: pixels per patch side.
+        grid: patches per side that there are learned positions for; others are interpolated.
+        norm_eps: epsilon of every LayerNorm.
+    """
+
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_hidden: int = 4096
+    patch_size: int = 14
+    grid: int = 37
+    norm_eps: float = 1e-6
+
+
+class _Block(nn.Module):
+    """Pre-norm block with learned scales of both branches."""
+
+    cfg: DINOv2Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x, _):
+        cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
+
+        def dense(features, name):
+            return nn.Dense(features, dtype=dtype, name=name)
+
+        def scaled(x, name):
+            scale = self.param(name, nn.initializers.ones_init(), (cfg.width,))
+            return x * scale.astype(dtype)[None, None]
+
+        y = _norm(cfg, dtype, "norm1")(x)
+        heads = (*x.shape[:2], cfg.num_heads, cfg.width // cfg.num_heads)
+        q, k, v = (dense(cfg.width, name)(y).reshape(heads) for name in ("query", "key", "value"))
+        y = attention.attend(q, k, v, self.compute.attention, heads[-1] ** -0.5).reshape(x.shape)
+        x = x + scaled(dense(cfg.width, "proj")(y), "scale1")
+        y = dense(cfg.mlp_hidden, "fc1")(_norm(cfg, dtype, "norm2")(x))
+        y = dense(cfg.width, "fc2")(nn.gelu(y, approximate=False))
+        return layout.batch_first(x + scaled(y, "scale2")), None
+
+
+class DINOv2(nn.Module):
+    """Normalised images [B, H, W, 3] -> features of the class token and of patches [B, 1 + P, D].
+
+    H and W are multiples of the patch size. The features have passed the last LayerNorm.
+    """
+
+    cfg: DINOv2Config
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(self, images):
+        cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
+        size = (cfg.patch_size, cfg.patch_size)
+        options = dict(padding="VALID", dtype=dtype, name="patch_emb")
+        x = nn.Conv(cfg.width, size, size, **options)(images)
+        batch, rows, columns, _ = x.shape
+        first = self.param("cls", layers.normal, (1, 1, cfg.width))
+        positions = self.param("pos", layers.normal, (1, 1 + cfg.grid**2, cfg.width))
+        first = jnp.broadcast_to(first.astype(dtype), (batch, 1, cfg.width))
+        x = jnp.concatenate([first, x.reshape(batch, -1, cfg.width)], axis=1)
+        x = x + interpolate(positions, rows, columns).astype(dtype)
+        compute = dataclasses.replace(self.compute, remat="none")  # It has no backward pass.
+        x, _ = layers.stack(_Block, cfg, compute, cfg.depth, "dinov2/blocks")(x, None)
+        return _norm(cfg, jnp.float32, "norm")(x)
+
+
+def _norm(cfg, dtype, name):
+    return nn.LayerNorm(cfg.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def interpolate(positions, rows: int, columns: int):
+    """Positions [1, 1 + side^2, D] of a square grid -> float32 [1, 1 + rows * columns, D].
+
+    Bicubic, in the convention of PyTorch (a = -0.75, no antialiasing, centres of pixels aligned);
+    the class token's stays. An equal grid comes out as it is.
+    """
+    positions = positions.astype(jnp.float32)
+    side = round((positions.shape[1] - 1) ** 0.5)
+    grid = positions[0, 1:].reshape(side, side, -1)
+    weights = _cubic(rows, side), _cubic(columns, side)
+    grid = jnp.einsum("ia,jb,abd->ijd", *weights, grid, precision="highest")
+    return jnp.concatenate([positions[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
+
+
+def _cubic(new: int, old: int) -> np.ndarray:
+    """[new, old]: the weights of the old places at each new one (Keys 1981, with a = -0.75)."""
+    a, place = -0.75, (np.arange(new) + 0.5) * (old / new) - 0.5
+    low = np.floor(place).astype(int)
+    out = np.zeros((new, old))
+    for offset in (-1, 0, 1, 2):
+        t = np.abs(place - low - offset)
+        near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+        far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+        index = np.clip(low + offset, 0, old - 1)  # Beyond the border its value goes on.
+        np.add.at(out, (np.arange(new), index), np.where(t <= 1, near, far))
+    return out.astype(np.float32)
+
+
+def patch_features(params, cfg: DINOv2Config, compute: Compute, images) -> jax.Array:
+    """What is where: images [B, H, W, 3] in [-1, 1] -> float32 [B, P, D], row after row.
+
+    Args:
+        images: H and W multiples of the patch size; there are positions for 518 x 518 pixels in
+            published models, and they are interpolated for others.
+
+    Raises:
+        ValueError: a side is no multiple of the patch size.
+    """
+    if images.shape[1] % cfg.patch_size or images.shape[2] % cfg.patch_size:
+        raise ValueError(
+            f"images of {images.shape[1]} x {images.shape[2]} pixels: DINOv2 takes multiples of "
+            f"{cfg.patch_size}"
+        )
+    mean, std = (jnp.asarray(x)[None, None, None] for x in (MEAN, STD))
+    x = ((images.astype(jnp.float32) + 1) / 2 - mean) / std
+    return DINOv2(cfg, compute).apply({"params": params}, x)[:, 1:]
+
+
+def shapes(cfg: DINOv2Config):
+    """The shapes of the parameters."""
+    images = jax.ShapeDtypeStruct((1, cfg.patch_size, cfg.patch_size, 3), jnp.float32)
+    return jax.eval_shape(DINOv2(cfg).init, jax.random.key(0), images)["params"]

@@ -1,0 +1,90 @@
+"""REPA: early features of the decoder are drawn towards those of a network that knows what is seen.
+
+Yu et al., arXiv 2410.06940: patch features of the noised image, after a few blocks, pass a small
+MLP, and its mean cosine similarity to the features of the clean image is raised.
+
+B images, N patches of the decoder, D its width, P patches of the other network, E its width.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flextok_jax.nn import dinov2, layers, layout
+from flextok_jax.nn.config import Compute
+from flextok_jax.nn.dinov2 import DINOv2Config
+
+BLOCK = 1  # Features are taken after this block of the decoder, counted from 0.
+# Added to squared lengths: at 0, where the projection begins, the cosine then has a gradient.
+SMALL = 1e-4
+
+
+class Projection(nn.Module):
+    """LayerNorm, D -> 4D, SiLU, 4D -> 4D, SiLU, 4D -> E, which begins at zero."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = 4 * x.shape[-1]
+        x = layers.layer_norm(x)
+        for name in ("fc1", "fc2"):
+            dense = nn.Dense(hidden, dtype=self.dtype, kernel_init=layers.xavier, name=name)
+            x = nn.silu(dense(x))
+        return nn.Dense(self.width, dtype=self.dtype, kernel_init=layers.zeros, name="fc3")(x)
+
+
+def init(features: int, width: int, key: jax.Array) -> dict:
+    """Parameters of the projection from D=`features` to E=`width`, float32."""
+    return Projection(width, jnp.float32).init(key, jnp.zeros((1, 1, features)))["params"]
+
+
+def targets(params, cfg: DINOv2Config, compute: Compute, images, size: int) -> jax.Array:
+    """The features of DINOv2 that the decoder's are compared with.
+
+    Args:
+        params, cfg: of DINOv2.
+        images: uint8 [B, H, W, 3].
+        size: pixels per side that they are resized to, a multiple of its patch size.
+
+    Returns:
+        float32 [B, P, E].
+    """
+    images = images.astype(jnp.float32) / 127.5 - 1.0
+    images = jax.image.resize(images, (len(images), size, size, 3), "cubic")
+    return dinov2.patch_features(params, cfg, compute, images)
+
+
+def similarity(params, features, targets, dtype) -> jax.Array:
+    """The mean cosine similarity over an image's places.
+
+    Args:
+        params: of the projection.
+        features: [B, N, D], of a square grid, row after row.
+        targets: [B, P, E], of a square grid; the projected features are resized to it bilinearly.
+        dtype: of the projection. Cosines are float32.
+
+    Returns:
+        float32 [B], within -1..1.
+
+    Raises:
+        ValueError: the targets are of another width, or of a grid that is not square.
+    """
+    batch, places, width = targets.shape
+    ours, theirs = math.isqrt(features.shape[1]), math.isqrt(places)
+    expected = params["fc3"]["bias"].shape[-1]
+    if theirs**2 != places or ours**2 != features.shape[1] or width != expected:
+        raise ValueError(
+            f"REPA: targets {targets.shape} for features {features.shape}: both grids must be "
+            f"square, and the projection makes {expected} channels (repa.width)"
+        )
+    params = layout.gather(params, "repa", dtype)
+    x = Projection(width, dtype).apply({"params": params}, features)
+    x = x.astype(jnp.float32).reshape(batch, ours, ours, width)
+    x = jax.image.resize(x, (batch, theirs, theirs, width), "linear").reshape(targets.shape)
+    y = targets.astype(jnp.float32)
+    lengths = jnp.sum(x * x, axis=-1) + SMALL, jnp.sum(y * y, axis=-1) + SMALL
+    return jnp.mean(jnp.sum(x * y, axis=-1) * jax.lax.rsqrt(lengths[0] * lengths[1]), axis=-1)
