@@ -7,11 +7,11 @@ JPEGs of ImageNet's usual size (500x375, quality 92, 4:2:0), made from the photo
 scikit-image and scikit-learn, random resized crop to 256x256 with flip, batches of 64.
 
 The limit is one thread that does nothing but decode and crop, of bytes in memory, times the cores
-this process may use. The pipeline (`data.pipeline`, its threads and batches) reads the same files
-from a folder. Both run in turn, round after round; medians, and the median of their ratio within a
-round; by the clock, and by the seconds of CPU that the process used (which other load on the
-machine changes less). Then the decoders: Pillow against simplejpeg and OpenCV where they are installed, on the same
-images and on large photographs, whole and scaled.
+this process may use. The pipeline (`data.pipeline`, its threads and batches) reads the same images
+from files in a folder. Both run in turn, round after round; medians, and the median of their ratio
+within a round; by the clock, and by the seconds of CPU that the process used (which other load on
+the machine changes less). Then the decoders: Pillow against simplejpeg and OpenCV where they are
+installed, on the same images and on large photographs, whole and scaled.
 """
 
 import argparse

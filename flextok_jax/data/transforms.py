@@ -197,20 +197,17 @@ def crop_box(
     allowed ratio (Szegedy et al., arXiv 1409.4842, as torchvision's RandomResizedCrop has it).
     """
     width, height = size
-    area_draw, ratio_draw, x_draw, y_draw = draws.reshape(CROP_TRIES, 4).T
-    area = width * height * (scale[0] + (scale[1] - scale[0]) * area_draw)
-    low, high = np.log(CROP_RATIO)
-    ratio = np.exp(low + (high - low) * ratio_draw)
-    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (1 <= widths) & (widths <= width) & (1 <= heights) & (heights <= height)
-    if fits.any():
-        k = int(np.argmax(fits))
-        w, h = int(widths[k]), int(heights[k])
-        x, y = int(x_draw[k] * (width - w + 1)), int(y_draw[k] * (height - h + 1))
-    else:
-        w = min(width, max(1, round(height * CROP_RATIO[1])))
-        h = min(height, max(1, round(width / CROP_RATIO[0])))
-        x, y = (width - w) // 2, (height - h) // 2
+    low, high = (math.log(ratio) for ratio in CROP_RATIO)
+    for area_draw, ratio_draw, x_draw, y_draw in draws.reshape(CROP_TRIES, 4).tolist():
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        ratio = math.exp(low + (high - low) * ratio_draw)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 1 <= w <= width and 1 <= h <= height:
+            x, y = int(x_draw * (width - w + 1)), int(y_draw * (height - h + 1))
+            return x, y, x + w, y + h
+    w = min(width, max(1, round(height * CROP_RATIO[1])))
+    h = min(height, max(1, round(width / CROP_RATIO[0])))
+    x, y = (width - w) // 2, (height - h) // 2
     return x, y, x + w, y + h
 
 
