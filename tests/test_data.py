@@ -209,6 +209,18 @@ def test_center_crop_halves_then_cuts_the_middle():
     np.testing.assert_array_equal(transforms.center_crop(Image.fromarray(same), 16), same)
 
 
+def test_center_crop_is_that_of_adm_pixel_for_pixel():
+    """Halved by 2x2 averages while possible, bicubic to the short side, the middle cut out."""
+    image = noise(71, 110, 3)  # 110 x 71 -> 55 x 35 -> 28 x 18 by bicubic, and the middle of that.
+    halved = Image.fromarray(image).resize((55, 35), Image.Resampling.BOX)
+    resized = np.asarray(halved.resize((28, 18), Image.Resampling.BICUBIC))
+    cropped = transforms.center_crop(Image.fromarray(image), 18)
+    np.testing.assert_array_equal(cropped, resized[:, 5:23])
+    even = np.asarray(Image.fromarray(image[:70]).resize((55, 35), Image.Resampling.BOX))
+    means = image[:70].reshape(35, 2, 55, 2, 3).mean((1, 3))
+    assert np.abs(even - means).max() <= 1  # Rounded twice.
+
+
 def test_affine_shift_is_exact_and_rotation_is_counter_clockwise():
     images, one = noise(1, 8, 8, 3), np.ones(1)
     moved = transforms.affine(images, 0 * one, one, np.array([[2.0, -1.0]]))
@@ -227,7 +239,7 @@ def test_each_augmentation_does_only_what_it_says():
     images = noise(64, 16, 16, 3)
     draws = np.random.RandomState(1).random_sample((64, NUM_DRAWS))
     np.testing.assert_array_equal(Transform(16).augment(images, draws), images)
-    flipped = Transform(16, flip=True).augment(images, draws)
+    flipped = np.stack([Transform(16, flip=True).fit(i, d) for i, d in zip(images, draws)])
     is_mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
     assert ((flipped == images).all((1, 2, 3)) ^ is_mirrored).all() and 16 < is_mirrored.sum() < 48
     turned = Transform(16, quarter_turns=True).augment(images, draws)

@@ -40,7 +40,8 @@ def bomb():
     """A small PNG file of 20 000 x 20 000 pixels."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        size, check = (struct.pack(">I", n) for n in (len(data), zlib.crc32(kind + data)))
+        return size + kind + data + check
 
     header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
     rows = zlib.compress(bytes(10**6))

@@ -82,11 +82,13 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        file = pathlib.Path(self.files[index])
+        with open(self.files[index], "rb") as file:
+            image = file.read()
         caption = self._captions.get(self._keys[index])
         if caption is None and self._has(index, ".txt"):
-            caption = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        return {"image": file.read_bytes(), "label": self.labels[index], "caption": caption}
+            beside = pathlib.Path(self.files[index]).with_suffix(".txt")
+            caption = beside.read_text(encoding="utf-8").strip()
+        return {"image": image, "label": self.labels[index], "caption": caption}
 
     def embedding(self, index: int) -> np.ndarray | None:
         """float [T, E] of the caption, None where there is none."""

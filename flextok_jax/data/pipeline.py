@@ -308,9 +308,15 @@ def _stack(examples: list[dict]) -> dict:
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
+def threads() -> int:
+    """How many threads make batches ahead, one batch each.
+
+    Decoding on a large host needs as many as cores; on a small one a few still hide the reading of
+    files.
+    """
+    return min(max(cores(), 4), 32)
+
+
 def _prefetch(dataset: grain.MapDataset) -> Iterator[dict]:
-    # A batch is made by one thread, so decoding on a large host needs as many threads as cores; on
-    # a small one a few still hide the reading of files.
-    threads = min(max(cores(), 4), 32)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 4)
+    options = grain.ReadOptions(num_threads=threads(), prefetch_buffer_size=threads() + 4)
     return iter(dataset.to_iter_dataset(options))
