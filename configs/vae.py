@@ -136,7 +136,7 @@ def _photos() -> ConfigDict:
     the coarsest level, 4000 steps) ended at +0.95.
     """
     c = _base()
-    c.total_steps, c.batch_size = 8000, 4
+    c.total_steps, c.batch_size = 3000, 4
     c.log_every, c.eval_every, c.checkpoint.every = 100, 500, 500
     c.ema_decay = 0.99
     c.evaluation.update(num_images=14, num_latents=256, batch_size=14)
