@@ -162,15 +162,17 @@ def _probe(args) -> None:
 
 def _instruments(args) -> Instruments:
     """The networks of the files that are named; says which are not there."""
-    features, perceptual = None, None
+    features, perceptual, mesh = None, None, common.all_devices()
     if args.inception:
-        features = networks.inception_network(_kept(args.inception))
+        features = networks.inception_network(_kept(args.inception), mesh)
     elif args.data == pics.DIGITS:
-        features = networks.digits_features()
+        features = networks.digits_features(mesh)
     else:
         print(f"note: {networks.NO_FEATURES}", file=sys.stderr)
     if args.lpips_vgg and args.lpips_heads:
-        perceptual = networks.perceptual_network(_kept(args.lpips_vgg), _kept(args.lpips_heads))
+        perceptual = networks.perceptual_network(
+            _kept(args.lpips_vgg), _kept(args.lpips_heads), mesh
+        )
     elif args.lpips_vgg or args.lpips_heads:
         raise ValueError("LPIPS needs both files: --lpips-vgg and --lpips-heads")
     elif args.task == "reconstruction":

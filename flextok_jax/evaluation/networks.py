@@ -8,12 +8,15 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flextok_jax.evaluation import digits_network
-from flextok_jax.evaluation.pictures import from_uint8
+from flextok_jax.evaluation.reconstruction import padded
 from flextok_jax.interop import inception_files, lpips_files, tensor_file, weight_files
 from flextok_jax.nn import inception, lpips
+from flextok_jax.parallel.sharding import spread_batch
 
 NO_FEATURES = (
     "FID, Inception score, precision and recall are left out: no feature network; name the file of "
@@ -27,42 +30,18 @@ class FeatureNetwork:
     """A network whose features are compared between sets of images.
 
     Attributes:
-        about: for the stamp: its name, words, file and sha256.
-        classes: how many classes its probabilities are of, 0: not those of the data's labels.
+        about: for the stamp: its name, words and hashes.
+        classes: how many classes its logits are of, 0: not those of the data's labels.
     """
 
     about: dict
     classes: int
-    _call: Callable
+    _run: Callable
 
     def __call__(self, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         """uint8 [n, H, W, 3] -> "features" float32 [n, D], "logits" float32 [n, V]."""
-        found = [self._call(part) for part in batches(images, batch_size)]
-        features, logits = (np.concatenate(x)[: len(images)] for x in zip(*found))
+        features, logits = self._run(batch_size, images)
         return {"features": features, "logits": logits}
-
-
-def inception_network(path) -> FeatureNetwork:
-    """InceptionV3 as FID is defined with, of a published file; see `inception_files.load`."""
-    params = jax.device_put(inception_files.load(path))
-    about = {"name": "inception", "words": "InceptionV3 of FID", **_hashes(path, params)}
-    return FeatureNetwork(about, 0, lambda images: jax.device_get(_inception(params, images)))
-
-
-def digits_features() -> FeatureNetwork:
-    """The classifier of digits that comes with the package; see `digits_network`."""
-    params = digits_network.parameters()
-
-    def call(images):
-        return jax.device_get(digits_network.features(params, from_uint8(images)))
-
-    about = {
-        "name": "digits",
-        "words": "a small classifier of digits trained by this project, not the Inception network: "
-        "compare them among models of these digits only",
-        **_hashes(digits_network.FILE, params),
-    }
-    return FeatureNetwork(about, digits_network.CLASSES, call)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,33 +50,80 @@ class Perceptual:
 
     Attributes:
         about: for the stamp.
-        params: of `nn.lpips.lpips`.
     """
 
     about: dict
-    params: dict
+    _run: Callable
 
     def __call__(self, images: np.ndarray, originals: np.ndarray, batch_size: int) -> np.ndarray:
         """uint8 [n, H, W, 3] twice -> distance float64 [n]."""
-        found = [
-            np.asarray(_lpips(self.params, from_uint8(a), from_uint8(b)))
-            for a, b in zip(batches(images, batch_size), batches(originals, batch_size))
-        ]
-        return np.concatenate(found)[: len(images)].astype(np.float64)
+        return self._run(batch_size, images, originals).astype(np.float64)
 
 
-def perceptual_network(vgg, heads) -> Perceptual:
+def inception_network(path, mesh: Mesh | None = None) -> FeatureNetwork:
+    """InceptionV3 as FID is defined with, of a published file; see `inception_files.load`.
+
+    Args:
+        mesh: devices that a batch is cut over.
+    """
+    params = inception_files.load(path)
+    about = {"name": "inception", "words": "InceptionV3 of FID", **_hashes(path, params)}
+    return FeatureNetwork(about, 0, _batched(inception.features, params, mesh))
+
+
+def digits_features(mesh: Mesh | None = None) -> FeatureNetwork:
+    """The classifier of digits that comes with the package; see `digits_network`."""
+    params = digits_network.parameters()
+    about = {
+        "name": "digits",
+        "words": "a small classifier of digits trained by this project, not the Inception network: "
+        "compare them among models of these digits only",
+        **_hashes(digits_network.FILE, params),
+    }
+
+    def features(params, images):
+        return digits_network.features(params, _scaled(images))
+
+    return FeatureNetwork(about, digits_network.CLASSES, _batched(features, params, mesh))
+
+
+def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> Perceptual:
     """Of published files; see `lpips_files.load`."""
-    params = jax.device_put(lpips_files.load(vgg, heads))
+    params = lpips_files.load(vgg, heads)
     about = {"name": "lpips", "vgg": _hashes(vgg, params), "heads": _hashes(heads, params)}
-    return Perceptual(about, params)
+
+    def distance(params, images, originals):
+        return lpips.lpips(params, _scaled(images), _scaled(originals))
+
+    return Perceptual(about, _batched(distance, params, mesh))
 
 
-def batches(array: np.ndarray, size: int):
-    """Parts of `size` rows; the last is filled up with copies of its last row."""
-    for first in range(0, len(array), size):
-        part = array[first : first + size]
-        yield np.pad(part, [(0, size - len(part))] + [(0, 0)] * (array.ndim - 1), mode="edge")
+def _scaled(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def _batched(function, params, mesh: Mesh | None):
+    """`run(batch_size, *arrays)`: a function of (params, *arrays [B, ...]) over arrays [n, ...].
+
+    One program serves every batch: the last one is filled up with copies of its last row.
+    """
+    place = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+    params, function = jax.device_put(params, place), jax.jit(function)
+
+    def run(batch_size, *arrays):
+        if not len(arrays[0]):  # Nothing could be read: as many rows of the right width.
+            one = (np.zeros((1, *array.shape[1:]), array.dtype) for array in arrays)
+            return jax.tree.map(lambda x: x[:0], run(batch_size, *one))
+        found = []
+        for first in range(0, len(arrays[0]), batch_size):
+            parts = [array[first : first + batch_size] for array in arrays]
+            count = len(parts[0])
+            batch = spread_batch(mesh, [padded(part, batch_size) for part in parts])
+            found.append(jax.tree.map(lambda x: np.asarray(x)[:count], function(params, *batch)))
+        return jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+    return run
 
 
 def _hashes(path, params) -> dict:
@@ -106,7 +132,3 @@ def _hashes(path, params) -> dict:
         "file_sha256": weight_files.published_sha256(path),
         "parameters_sha256": tensor_file.fingerprint(params),
     }
-
-
-_inception = jax.jit(inception.features)
-_lpips = jax.jit(lpips.lpips)
