@@ -55,14 +55,11 @@ def features() -> dict[str, np.ndarray]:
 
 def fidelity():
     """The package, without torchvision."""
-    names = ("torchvision", "torchvision.datasets", "torchvision.transforms")
-    for name in (*names, "torchvision.transforms.functional"):
-        sys.modules[name] = types.ModuleType(name)
-    datasets = sys.modules["torchvision.datasets"]
+    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
+        sys.modules[f"torchvision{name}"] = types.ModuleType(f"torchvision{name}")
+    datasets, transforms = (sys.modules[f"torchvision.{x}"] for x in ("datasets", "transforms"))
     datasets.CIFAR10 = datasets.CIFAR100 = datasets.STL10 = object
-    sys.modules["torchvision.transforms"].functional = sys.modules[
-        "torchvision.transforms.functional"
-    ]
+    transforms.functional = sys.modules["torchvision.transforms.functional"]
     import torch_fidelity
 
     return torch_fidelity
