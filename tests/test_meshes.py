@@ -57,7 +57,8 @@ import json, pathlib, sys
 import conftest
 import jax
 import numpy as np
-from common import TINY, tiny_generator
+from common import TINY, random_params, tiny_generator, tiny_tokenizer
+from test_sweep import CFG, POINTS, sweep_of
 from test_meshes import RUNS, configs, run
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.interop.checkpoint import Checkpoints
@@ -84,7 +85,16 @@ generated = dict(
     error=float(np.abs(again - images).max() / np.abs(images).max()),
     rows=embed.addressable_shards[0].data.shape[0] / embed.shape[0],
 )
-print(json.dumps(dict(compiled=compiled, generated=generated)))
+
+from flextok_jax.evaluation import chunks
+
+chunks.SIZE, swept = 8, []
+for count in (1, 2, 8):
+    several = make_mesh(count, 1, 1, jax.devices()[:count]) if count > 1 else None
+    tok = tiny_tokenizer(CFG) if several is None else FlexTok(CFG, random_params(CFG), mesh=several)
+    (result,) = sweep_of(tok, folder / f"sweep {count}").run(POINTS[:1])
+    swept.append(result["metrics"])
+print(json.dumps(dict(compiled=compiled, generated=generated, swept=swept)))
 """
 
 
@@ -135,3 +145,11 @@ def test_generation_gives_the_same_tokens_and_images(runs):
     found = runs[1]["generated"]
     assert found["same_tokens"] and found["error"] < 1e-5
     assert found["rows"] == 1 / 2  # the vocabulary over `tensor`
+
+
+def test_an_evaluation_gives_the_same_numbers_on_one_two_and_eight_devices(runs):
+    one, *others = runs[1]["swept"]
+    for other in others:
+        for name in ("psnr", "mae", "ssim", "fid", "inception_score", "precision", "recall"):
+            assert other[name] == pytest.approx(one[name], rel=2e-3), name
+        assert other["codes"] == one["codes"] and other["count"] == one["count"]

@@ -47,7 +47,7 @@ def sweep_of(tok, out, batch_size=5, process=(0, 1), **fields):
     """A sweep of held-out digits; with chunks of 8, so that the last ones are not full."""
     images = Pictures("digits", LIMIT)
     subject = Reconstructions(tok, images, 16, batch_size)
-    instruments = Instruments(networks.digits_features())
+    instruments = Instruments(networks.digits_features(tok.mesh))
     stamp = {"task": "reconstruction", "networks": instruments.about(), "model": tok.fingerprint}
     return sweep.Sweep(
         out,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import jax
 
-LIBRARIES = ("flextok_jax", "jax", "jaxlib", "flax", "numpy", "Pillow", "scipy")
+LIBRARIES = ("flextok_jax", "jax", "jaxlib", "flax", "numpy", "Pillow")
 ENOUGH = 50_000  # Images: below it FID is biased, and says so.
 
 
