@@ -6,6 +6,11 @@
     python -m flextok_jax.main --config=configs/tokenizer.py:d18_d28 --workdir=DIR \
         --config.data.path=TFDS_DATA_DIR --config.mesh.fsdp=16
 
+or from latents made ahead by `flextok encode --vae VAE` (docs/data.md), with images to evaluate:
+
+    ... --config.data.source=encoded --config.data.path=ENCODED \
+        --config.evaluation.data=tfds:imagenet2012@TFDS_DATA_DIR
+
 A variant may carry sizes after commas, which override the variant's own:
     --config=configs/tokenizer.py:d18_d28,enc_depth=2,dec_depth=2,width=64,batch=4,image=32
 
@@ -50,7 +55,12 @@ def _base() -> ConfigDict:
             max_skipped_in_row=20,  # steps without a finite gradient, then the run stops
             profile="",  # "A:B": steps A to B, recorded in DIR/profile
             compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
-            evaluation=dict(num_images=256, batch_size=128, steps=20),
+            evaluation=dict(
+                num_images=256,
+                batch_size=128,
+                steps=20,
+                data="",  # other images, as `flextok data check` names them, than those of `data`
+            ),
             vae=dict(source="identity", scaling_factor=placeholder(float)),
             repa=dict(
                 weight=0.0,  # 0: off, because it needs files; 1 in the full-size runs [assumed]

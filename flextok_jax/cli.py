@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.add_shards(p, "with --data")
     options.add_compute(p)
-    p.set_defaults(vae=None, image_size=None)
+    p.set_defaults(vae=None, dinov2=None, image_size=None)
 
     p = options.command(
         commands,
@@ -126,6 +126,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="moments of the posterior, of a workdir of the VAE stage, a folder in the diffusers "
         "layout, or a hub id; for configs/tokenizer.py with data.source=encoded",
+    )
+    p.add_argument(
+        "--dinov2", metavar="SOURCE", help="features for REPA, of facebook/dinov2-large or a folder"
+    )
+    p.add_argument(
+        "--dinov2-size",
+        type=options.positive,
+        default=518,
+        metavar="PIXELS",
+        help="side that crops are resized to for DINOv2 (518, whose features are 2.8 MB per crop "
+        "with the large model; 224: 0.5 MB)",
     )
     p.add_argument(
         "--image-size",

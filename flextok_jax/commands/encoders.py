@@ -1,7 +1,7 @@
 """What `flextok encode` can make of an image: tokens, the VAE's moments, DINOv2 features."""
 
+import contextlib
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable
 
@@ -12,8 +12,9 @@ import numpy as np
 from flextok_jax.commands import common
 from flextok_jax.data.records import stored_floats, stored_tokens
 from flextok_jax.evaluation.reconstruction import check_counts, identity, side
-from flextok_jax.interop import sources, tensor_file
-from flextok_jax.nn import vae
+from flextok_jax.interop import dinov2_files, sources, tensor_file
+from flextok_jax.nn import repa, vae
+from flextok_jax.nn.config import Compute
 from flextok_jax.parallel.sharding import param_shardings, spread_batch
 
 IMAGE_SIZE = 256  # Where no model says another.
@@ -39,10 +40,10 @@ class Encoder:
 
 
 def encoders(args) -> tuple[int, list[Encoder]]:
-    """The side S of the images, and an encoder for each model of --model and --vae.
+    """The side S of the images, and an encoder for each of --model, --vae and --dinov2.
 
     Raises:
-        ValueError: no model is named, or --image-size is not the tokenizer's.
+        ValueError: no model is named, or sizes do not fit each other.
     """
     made, size = [], args.image_size
     if args.model:
@@ -54,8 +55,10 @@ def encoders(args) -> tuple[int, list[Encoder]]:
     size = size or IMAGE_SIZE
     if args.vae:
         made.append(_moments(args, size))
+    if args.dinov2:
+        made.append(_features(args))
     if not made:
-        raise ValueError("nothing to make: name a tokenizer (--model), a VAE (--vae), or both")
+        raise ValueError("nothing to make: name a tokenizer (--model), --vae or --dinov2")
     return size, made
 
 
@@ -79,20 +82,48 @@ def _moments(args, size: int) -> Encoder:
     if rest:
         raise ValueError(f"--image-size {size}: the VAE needs a multiple of {cfg.downsample}")
     about = {"vae": {"source": _place(args.vae), **sources.vae_identity(cfg, params)}}
-    mesh, dtype = common.all_devices(), jnp.dtype(args.dtype)
-    params = jax.device_put(params, None if mesh is None else param_shardings(mesh, params))
+    dtype = jnp.dtype(args.dtype)
 
-    @jax.jit
     def moments(params, images):
         images = images.astype(jnp.float32) / 127.5 - 1.0
         return jnp.concatenate(vae.encode_moments(params, cfg, images, dtype), -1)
 
-    def run(images):
-        found = np.asarray(moments(params, spread_batch(mesh, images)))[: len(images)]
-        return stored_floats(found, "the VAE's moments")
-
-    shape = (h, h, 2 * cfg.latent_channels)
+    shape, run = (h, h, 2 * cfg.latent_channels), _on_devices(moments, "vae", params)
     return Encoder("moments", f"{h}x{h} latents", about, shape, run)
+
+
+def _features(args) -> Encoder:
+    cfg, params = dinov2_files.load(args.dinov2)
+    side, rest = divmod(args.dinov2_size, cfg.patch_size)
+    if rest:
+        raise ValueError(f"--dinov2-size {args.dinov2_size}: must be a multiple of {cfg.patch_size}")
+    fingerprint = tensor_file.fingerprint(params)
+    about = {"source": _place(args.dinov2), "fingerprint": fingerprint, "size": args.dinov2_size}
+    compute = Compute(args.dtype, args.attention)
+
+    def features(params, images):
+        return repa.targets(params, cfg, compute, images, args.dinov2_size)
+
+    shape, run = (side**2, cfg.width), _on_devices(features, "dinov2", params)
+    return Encoder("repa", f"{side}x{side} features", {"dinov2": about}, shape, run)
+
+
+def _on_devices(function, name: str, params):
+    """uint8 [B, S, S, 3] -> float16 [B, ...]: `function(params, images)` over all devices.
+
+    `name` is the model's in the table of shardings.
+    """
+    mesh = common.all_devices()
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(mesh, {name: params})[name])
+    compiled = jax.jit(function)
+
+    def run(images):
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            found = compiled(params, spread_batch(mesh, images))
+        return stored_floats(np.asarray(found)[: len(images)])
+
+    return run
 
 
 def _place(source: str) -> str:

@@ -62,9 +62,8 @@ def make_pipeline(
 
         process_index, process_count = jax.process_index(), jax.process_count()
     source = sources.make_source(cfg, cfg.split if train else cfg.eval_split)
-    if cfg.source == "tokens":
-        shapes = {"tokens": (source.manifest["num_tokens"],)}
-        examples = Crops(shapes, source.text)
+    if cfg.source in sources.ENCODED:
+        examples = Crops(_wanted(cfg.source, source.manifest), source.text)
     else:
         examples = Images(
             Transform(
@@ -88,6 +87,16 @@ def make_pipeline(
         process_count=process_count,
         max_unreadable=cfg.max_unreadable,
     )
+
+
+def _wanted(kind: str, manifest: dict) -> dict[str, tuple[int, ...]]:
+    """The arrays of encoded data that a batch holds: tokens, or all others."""
+    arrays = manifest.get("arrays") or {"tokens": [manifest["num_tokens"]]}
+    tokens = kind == "tokens"
+    wanted = {n: tuple(shape) for n, shape in arrays.items() if (n == "tokens") == tokens}
+    if not wanted:
+        raise ValueError(f"data.source is {kind!r}, but the data has {', '.join(arrays)} only.")
+    return wanted
 
 
 class Examples(Protocol):

@@ -26,7 +26,7 @@ from flextok_jax.data.sources import NULL_TEXT
 from flextok_jax.interop import tensor_file
 
 MANIFEST = "manifest.json"
-MODELS = ("tokenizer", "vae", "features")  # Keys of a manifest: by whom the arrays were made.
+MODELS = ("tokenizer", "vae", "dinov2")  # Keys of a manifest: by whom the arrays were made.
 PROGRESS = ("shards", "unreadable")  # What the manifest gathers; all else is a setting.
 # Words for a model; its sha256 decides.
 NAMES = tuple(f"{model}.{word}" for model in MODELS for word in ("source", "origin"))

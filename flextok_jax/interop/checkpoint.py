@@ -21,8 +21,8 @@ from flextok_jax.interop.checksums import checksums, differing
 # gives up, and how long it is (total_steps also stretches the schedule of the learning rate that is
 # still to come).
 HARMLESS = (
-    r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.max_unreadable"
-    r"|(checkpoint|mesh)\..*"
+    r"total_steps|log_every|eval_every|max_skipped_in_row|profile|(checkpoint|mesh)\..*"
+    r"|data\.max_unreadable|evaluation\.data"
 )
 
 # DIR/saved.json names the newest completed checkpoint. It lies outside of DIR/checkpoints to tell

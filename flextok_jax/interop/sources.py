@@ -257,13 +257,18 @@ def load_vae(source: str, scaling_factor: float | None = None) -> tuple[VAEConfi
     return dataclasses.replace(cfg, scaling_factor=scaling_factor), params["vae"]
 
 
-def vae_identity(cfg: VAEConfig, params) -> dict:
-    """Which VAE made moments: its network, and the sha256 over its parameters.
+# What decides a VAE's moments, beside its parameters: not its scaling factor, nor whether the
+# posterior is sampled, which come after them.
+VAE_NETWORK = tuple(
+    field.name
+    for field in dataclasses.fields(VAEConfig)
+    if field.name not in ("scaling_factor", "sample_posterior")
+)
 
-    Without the scaling factor and whether the posterior is sampled: both come after the moments.
-    """
-    network = dataclasses.asdict(cfg)
-    del network["scaling_factor"], network["sample_posterior"]
+
+def vae_identity(cfg: VAEConfig, params) -> dict:
+    """Which VAE made moments: the sha256 over its parameters, and its network."""
+    network = {name: getattr(cfg, name) for name in VAE_NETWORK}
     return {"fingerprint": tensor_file.fingerprint(params), **network}
 
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
+from flextok_jax.data import shards
+from flextok_jax.data import sources as image_sources
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.flow import path as flow
 from flextok_jax.flow import sampler
-from flextok_jax.interop import dinov2_files, sources
+from flextok_jax.interop import dinov2_files, sources, tensor_file
 from flextok_jax.nn import dinov2, flextok, repa, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig, identity_vae
 from flextok_jax.nn.decoder import Condition
@@ -60,6 +62,39 @@ class TokenizerStage:
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
         self._time_shift, self._repa = config.time_shift, config.repa
         self._dinov2 = self._check_repa() if config.repa.weight else None
+        if config.data.source == "encoded":
+            self._check_encoded()
+
+    def _check_encoded(self):
+        """Refuses latents and features that are not what this configuration would make."""
+        data, cfg = self._data, self.model.vae
+        manifest = shards.read_manifest(data.path, data.split)
+        side, network = data.image_size // cfg.downsample, sources.VAE_NETWORK
+        ours = {
+            "image_size": data.image_size,
+            "moments": [side, side, 2 * cfg.latent_channels],
+            "vae": {name: getattr(cfg, name) for name in network},
+        }
+        arrays, made_by = manifest["arrays"], manifest.get("vae", {})
+        theirs = {
+            "image_size": manifest["image_size"],
+            "moments": arrays.get("moments"),
+            "vae": {name: made_by.get(name) for name in network},
+        }
+        if self._repa.weight and not self._repa.source:
+            ours["repa.width"] = self._repa.width
+            theirs["repa.width"] = (arrays.get("repa") or [None])[-1]
+        if self._vae_source != sources.IDENTITY:
+            params = sources.vae_params(self._vae_source, cfg)
+            ours["vae"]["fingerprint"] = tensor_file.fingerprint(params)
+            theirs["vae"]["fingerprint"] = made_by.get("fingerprint")
+        shards.check_same(theirs, ours, f"{data.path}/{data.split}")
+        if self._evaluation.num_images and not self._evaluation.data:
+            raise ValueError(
+                f"data.source='encoded': {data.path} holds no images to evaluate on. Name some by "
+                "--config.evaluation.data=FOLDER (as in `flextok data check FOLDER`), or set "
+                "evaluation.num_images=0"
+            )
 
     def _check_repa(self) -> dinov2.DINOv2Config | None:
         """What features are computed by; None: they come with the data."""
@@ -208,7 +243,7 @@ class TokenizerStage:
         """
         cfg, options = self.model, self._evaluation
         size = options.batch_size
-        pipeline = make_pipeline(self._data, seed=0, batch_size=size, train=False)
+        pipeline = make_pipeline(self._images(), seed=0, batch_size=size, train=False)
         sharding = batch_sharding(mesh)
         totals = {}
         for index, batch in enumerate(pipeline.eval_batches(size)):
@@ -224,6 +259,15 @@ class TokenizerStage:
                 totals[k] = totals.get(k, 0) + np.asarray(jax.device_get(sums), np.float64)
         for k, (total, count) in totals.items():
             yield f"psnr/{k}", total / max(count, 1)
+
+    def _images(self):
+        """The part `data` of the config with what `evaluation.data` names in its place."""
+        data = self._data
+        if self._evaluation.data:
+            data = data.copy_and_resolve_references()
+            found = image_sources.parse(self._evaluation.data)
+            data.update(source=found.source, path=found.path, name=found.name)
+        return data
 
     @functools.partial(jax.jit, static_argnums=0)
     def _psnr_sum(self, params, frozen, images, mask, key, k):

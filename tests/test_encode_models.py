@@ -1,0 +1,199 @@
+"""Latents and features made ahead: right, trained on, refused where they do not fit, killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from common import GOLDEN, ROOT
+from PIL import Image
+from test_encode import contents
+from test_tokenizer_stage import config as tokenizer_config
+
+from flextok_jax import cli
+from flextok_jax.data import records, shards, sources
+from flextok_jax.data.decode import decode_image
+from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.data.transforms import center_crop
+from flextok_jax.interop import dinov2_files, tensor_file
+from flextok_jax.interop.sources import load_vae
+from flextok_jax.nn import repa, vae
+from flextok_jax.nn.config import Compute
+from flextok_jax.training.loop import train
+from flextok_jax.training.tokenizer_stage import TokenizerStage
+
+VAE, DINO, SIZE = str(GOLDEN / "vae"), str(GOLDEN / "dinov2"), 16
+
+
+def encode(images, out, *more):
+    args = ["encode", "--data", images, "--out", out, "--split", "all", *more]
+    return cli.main([str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Seven photographs in two classes, one with a caption."""
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(7):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(data.coffee()[40 * i : 40 * i + 60, 50 * i : 50 * i + 70]).save(path)
+    (folder / "class0" / "4.txt").write_text("part of a cup")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(images, tmp_path_factory):
+    """Moments and features, two crops of each image."""
+    folder = tmp_path_factory.mktemp("encoded")
+    options = ["--vae", VAE, "--dinov2", DINO, "--dinov2-size", 42, "--image-size", SIZE]
+    options += ["--crops", 2, "--shard-size", 4, "--batch-size", 5]
+    assert encode(images, folder, *options) == 0
+    return folder
+
+
+def test_records_hold_what_the_models_make_of_the_crops(images, encoded):
+    source = shards.ShardSource(encoded, "all")
+    found = [records.from_bytes(source[i]) for i in range(len(source))]
+    keys = [f"class{i % 2}/{i}.png" for i in (0, 2, 4, 6, 1, 3, 5)]
+    assert [r.key for r in found] == keys == [source.name(i) for i in range(7)]
+    assert [r.label for r in found] == [0] * 4 + [1] * 3
+    assert [r.caption for r in found] == [None, None, "part of a cup", *[None] * 4]
+    plain = np.stack([center_crop(decode_image((images / k).read_bytes()), SIZE) for k in keys])
+    cfg, params = load_vae(VAE)
+    mean, logvar = vae.encode_moments(params, cfg, plain / np.float32(127.5) - 1)
+    expected = np.concatenate([mean, logvar], -1)
+    moments = np.stack([r.arrays["moments"] for r in found])
+    assert moments.shape == (7, 2, 4, 4, 8) and moments.dtype == np.float16
+    np.testing.assert_allclose(moments[:, 0], expected, rtol=1e-3, atol=2e-3)
+    assert (moments[:, 0] != moments[:, 1]).any((1, 2, 3)).all()  # The other crop is another.
+    cfg, params = dinov2_files.load(DINO)
+    expected = repa.targets(params, cfg, Compute(), plain, 42)
+    features = np.stack([r.arrays["repa"] for r in found])
+    np.testing.assert_allclose(features[:, 0], expected, rtol=2e-3, atol=4e-3)
+
+
+def test_the_check_command_tells_by_whom_and_verifies(encoded, capsys):
+    assert cli.main(["data", "check", str(encoded)]) == 0
+    out = capsys.readouterr().out
+    sha = tensor_file.fingerprint(load_vae(VAE)[1])
+    assert "7 records in 2 shards, each as its manifest says" in out
+    assert f"vae       {VAE}, sha256 {sha}" in out and "dinov2" in out
+    assert "moments   4x4x8, 2 crops of each image" in out and "repa      9x24" in out
+
+
+# Training.
+
+
+def config(folder, images="", **changes):
+    small = "digits,width=32,enc_depth=1,dec_depth=2,batch=8"
+    c = tokenizer_config(small, vae__source=VAE, model__patch_size=2, **changes)
+    c.data.update(source="encoded", path=str(folder), split="all", image_size=SIZE, crop="random")
+    c.data.eval_split, c.evaluation.data = "all", str(images)
+    return c
+
+
+def test_a_stage_trains_on_them_with_repa_and_evaluates_on_images(images, encoded, tmp_path):
+    c = config(encoded, images, repa__weight=0.5, repa__width=24)
+    c.evaluation.update(num_images=7, batch_size=7, steps=2)
+    train(TokenizerStage(c), c, tmp_path)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 4 and np.isfinite(last["loss_repa"]) and np.isfinite(last["loss_flow"])
+    assert 0 < last["eval/reconstruction/psnr/16"] < 40
+
+
+def test_the_latents_are_those_of_the_images(images, encoded):
+    c = config(encoded)
+    stage = TokenizerStage(c)
+    (batch,) = make_pipeline(c.data, seed=0, batch_size=7, train=False).eval_batches(7)
+    source = sources.make_source(sources.parse(str(images)), "all")
+    plain = [center_crop(decode_image(source[i]["image"]), SIZE) for i in range(7)]
+    latents = jax.jit(lambda batch: stage._latents(stage.load_frozen(), batch, jax.random.key(0)))
+    ahead, online = latents({"moments": batch["moments"]}), latents({"image": np.stack(plain)})
+    np.testing.assert_allclose(ahead, online, rtol=2e-3, atol=3e-3)  # Of float16.
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(data__image_size=32), "image_size: 16 there, 32 now"),
+        (dict(repa__weight=1.0, repa__width=32), "repa.width: 24 there, 32 now"),
+        (dict(vae__source="identity", model__patch_size=4), "vae.latent_channels: 4 there, 3 now"),
+        (dict(evaluation__num_images=5), "holds no images to evaluate on.*evaluation.data"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_sides(changes, words, encoded):
+    c = config(encoded)
+    for key, value in changes.items():
+        owner, _, name = key.partition("__")
+        c[owner][name] = value
+    with pytest.raises(ValueError, match=words):
+        TokenizerStage(c)
+
+
+def test_moments_of_another_vae_are_refused_by_its_sha256(encoded, tmp_path, capsys):
+    from flextok_jax.interop import vae_files
+
+    cfg, params = load_vae(VAE)
+    changed = jax.tree.map(np.array, params)
+    changed["encoder"]["conv_in"]["bias"][0] += 1
+    vae_files.save_folder(tmp_path / "vae", cfg, changed)
+    c = config(encoded)
+    c.vae.source = str(tmp_path / "vae")
+    sha = [tensor_file.fingerprint(p) for p in (params, changed)]
+    with pytest.raises(ValueError, match=f"fingerprint: '{sha[0]}' there, '{sha[1]}' now"):
+        TokenizerStage(c)
+    more = ["--vae", tmp_path / "vae", "--image-size", SIZE, "--split", "test"]
+    assert encode("digits", encoded, *more, "--limit", 2) == 2  # Nor are they written beside them.
+    assert "fingerprint" in capsys.readouterr().err and not (encoded / "test").exists()
+
+
+# Several processes, and kill -9.
+
+
+def test_processes_share_the_shards_and_the_last_completes_the_manifest(images, tmp_path, capsys):
+    options = ["--vae", VAE, "--image-size", SIZE, "--shard-size", 2]
+    assert encode(images, tmp_path / "one", *options) == 0
+    assert encode(images, tmp_path / "two", *options, "--process", "1/2") == 0
+    assert "2 of 4 shards are in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds 2 of 4 shards"):
+        shards.ShardSource(tmp_path / "two", "all")
+    assert encode(images, tmp_path / "two", *options, "--process", "0/2") == 0
+    assert contents(tmp_path / "one" / "all") == contents(tmp_path / "two" / "all")
+
+
+def test_a_run_killed_with_sigkill_continues_to_the_same_files(images, tmp_path):
+    """Two devices; killed when the first shard is finished and a later one is half-written."""
+    options = ["--vae", VAE, "--image-size", str(SIZE), "--shard-size", "1"]
+    program = [sys.executable, "-m", "flextok_jax.cli", "encode", "--data", str(images)]
+    program += ["--split", "all", *options]
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
+
+    def run():
+        return subprocess.Popen([*program, "--out", str(tmp_path / "killed")], env=env)
+
+    killed, folder = run(), tmp_path / "killed" / "all"
+    while not list(folder.glob("records-*.json")) and killed.poll() is None:
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    done = {p: p.stat().st_mtime_ns for p in folder.glob("records-*.json")}
+    assert 0 < len(done) < 7
+    (folder / ".records-00006-of-00007.half.array_record").write_bytes(b"half")
+    assert run().wait() == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in done.items())  # They were not made again.
+    assert encode(images, tmp_path / "whole", *options) == 0  # On one device.
+    found, expected = (shards.ShardSource(tmp_path / name, "all") for name in ("killed", "whole"))
+    for i in range(7):
+        a, b = (records.from_bytes(source[i]) for source in (found, expected))
+        assert (a.key, a.label, a.caption) == (b.key, b.label, b.caption)
+        np.testing.assert_allclose(a.arrays["moments"], b.arrays["moments"], rtol=2e-3, atol=2e-3)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {p.name for p in (tmp_path / "whole" / "all").iterdir()}  # No leftovers.
