@@ -21,7 +21,7 @@ checkpoints; [assumed] recollected or not published, chosen by us.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-VARIANTS = ("digits", "folder", "d12_d12", "d18_d18", "d18_d28")
+VARIANTS = ("digits", "photos", "folder", "d12_d12", "d18_d18", "d18_d28")
 
 
 def get_config(arg: str = "digits") -> ConfigDict:
@@ -29,7 +29,8 @@ def get_config(arg: str = "digits") -> ConfigDict:
     variant, *overrides = arg.split(",")
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: allowed are {', '.join(VARIANTS)}")
-    config = {"digits": _digits, "folder": _folder}.get(variant, lambda: _imagenet(variant))()
+    small = {"digits": _digits, "photos": _photos, "folder": _folder}
+    config = small.get(variant, lambda: _imagenet(variant))()
     for item in overrides:
         name, _, value = item.partition("=")
         _override(config, name, int(value))
@@ -147,6 +148,37 @@ def _digits() -> ConfigDict:
     )
     c.optim.update(lr=3e-3, warmup_steps=200, final_lr_fraction=0.01)
     c.compute.scan = False  # a small model on a CPU runs faster unrolled
+    return c
+
+
+def _photos() -> ConfigDict:
+    """Windows of the embedded photographs, 64x64, in the latents of configs/vae.py:photos.
+
+    --config.vae.source=runs/vae_photos: that VAE is trained first. About half an hour on a CPU core;
+    eight photographs teach colours and edges, not objects.
+    """
+    c = _base()
+    c.total_steps, c.batch_size = 3000, 16
+    c.log_every, c.eval_every, c.checkpoint.every = 100, 1000, 500
+    c.ema_decay = 0.999
+    c.evaluation.update(num_images=14, batch_size=14)
+    c.time_shift = 3.0
+    c.data.update(source="photos", image_size=64, crop="window", flip=True, quarter_turns=True)
+    c.data.color = 0.14  # as its VAE
+    c.model.update(
+        patch_size=1,
+        num_tokens=32,
+        levels=(8, 5, 5, 5),
+        enc_width=96,
+        enc_depth=3,
+        dec_width=128,
+        dec_depth=4,
+        head_dim=32,
+        null_prob=0.1,
+        guidance_scale=1.5,
+    )
+    c.optim.update(lr=2e-3, warmup_steps=200, final_lr_fraction=0.01)
+    c.compute.scan = False
     return c
 
 

@@ -61,6 +61,9 @@ def test_a_run_logs_what_the_field_looks_at(trained):
         assert name in last, name
     assert len(last["codebook/usage"]) == len(last["codebook/perplexity"]) == 16
     assert all(5 < last[name] < 30 for name in psnr)
+    for k in (1, 2, 4, 8, 16):
+        assert 0 < last[f"eval/reconstruction/mae/{k}"] < 2
+        assert -1 < last[f"eval/reconstruction/ssim/{k}"] < 1
 
 
 def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, tmp_path):

@@ -1,5 +1,6 @@
 """The tokenizer stage: encoder, quantiser and flow decoder, trained end to end on VAE latents."""
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -7,11 +8,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu import metrics
+from clu.metrics import Average
 
 from flextok_jax.data import shards
 from flextok_jax.data import sources as image_sources
 from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.evaluation import metrics, statistics
 from flextok_jax.flow import path as flow
 from flextok_jax.flow import sampler
 from flextok_jax.interop import dinov2_files, sources, tensor_file
@@ -182,7 +184,7 @@ class TokenizerStage:
             params["repa"], features, self._targets(frozen, batch), jnp.dtype(compute.dtype)
         )
         for name, values in (("loss_flow", per_image), ("loss_repa", apart)):
-            logged[name] = metrics.Average.from_model_output(values)
+            logged[name] = Average.from_model_output(values)
         return jnp.mean(per_image) + self._repa.weight * jnp.mean(apart), logged
 
     def _targets(self, frozen, batch):
@@ -216,7 +218,7 @@ class TokenizerStage:
         cfg = self.model
 
         def mean(mask):
-            return metrics.Average.from_model_output(per_image, mask=mask)
+            return Average.from_model_output(per_image, mask=mask)
 
         out = {}
         edges = np.linspace(0.0, 1.0, TIME_BINS + 1)
@@ -232,33 +234,38 @@ class TokenizerStage:
         return out
 
     def evaluators(self):
-        """"reconstruction": PSNR of held-out images by number of tokens; see `_reconstruction`."""
+        """"reconstruction": held-out images by number of tokens; see `_reconstruction`."""
         return {"reconstruction": self._reconstruction} if self._evaluation.num_images else {}
 
     def _reconstruction(self, params, frozen, mesh):
-        """Yields (psnr/K, dB) for K = 1, 2, 4, ..., R, on the first held-out images.
+        """Yields (psnr/K, dB), (mae/K, ...), (ssim/K, ...) for K = 1, 2, 4, ..., R.
 
-        PSNR has range 2, the images are clipped, and it is averaged over the images; the default
-        guidance of the model, the posterior's mean, noise of seed 0.
+        Means over the first held-out images, as `evaluation.metrics` defines them; the default
+        guidance of the model, the posterior's mean, noise of seed 0. `flextok evaluate` measures
+        more.
         """
-        cfg, options = self.model, self._evaluation
-        size = options.batch_size
+        size = self._evaluation.batch_size
         pipeline = make_pipeline(self._images(), seed=0, batch_size=size, train=False)
         sharding = batch_sharding(mesh)
-        totals = {}
+        found = collections.defaultdict(list)
         for index, batch in enumerate(pipeline.eval_batches(size)):
-            if index * size >= options.num_images:
+            if index * size >= self._evaluation.num_images:
                 break
-            images, mask = (
-                jax.make_array_from_process_local_data(sharding, batch[name])
+            there = {
+                name: jax.make_array_from_process_local_data(sharding, batch[name])
                 for name in ("image", "mask")
-            )
+            }
             key = jax.random.fold_in(jax.random.key(0), index)
-            for k in flextok.lengths(cfg.num_tokens):
-                sums = self._psnr_sum(params, frozen, images, mask, key, jnp.int32(k))
-                totals[k] = totals.get(k, 0) + np.asarray(jax.device_get(sums), np.float64)
-        for k, (total, count) in totals.items():
-            yield f"psnr/{k}", total / max(count, 1)
+            whole = statistics.gather(there)
+            originals = whole["image"][whole["mask"]] / np.float32(127.5) - 1
+            for k in flextok.lengths(self.model.num_tokens):
+                drawn = self._drawn(params, frozen, there["image"], key, jnp.int32(k))
+                drawn = statistics.gather(drawn)[whole["mask"]]
+                for measure in (metrics.psnr, metrics.mae, metrics.ssim):
+                    if measure is not metrics.ssim or min(drawn.shape[1:3]) >= metrics.WINDOW:
+                        found[f"{measure.__name__}/{k}"].append(measure(drawn, originals))
+        for name, values in found.items():
+            yield name, float(np.concatenate(values).mean())
 
     def _images(self):
         """The part `data` of the config with what `evaluation.data` names in its place."""
@@ -270,8 +277,8 @@ class TokenizerStage:
         return data
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _psnr_sum(self, params, frozen, images, mask, key, k):
-        """(sum of the PSNR of the images that count, their number)."""
+    def _drawn(self, params, frozen, images, key, k):
+        """uint8 [B, H, W, 3] -> float32, clipped to [-1, 1], from the first k tokens."""
         cfg, compute = self.model, self.compute
         params = params | {"vae": frozen.get("vae", {})}
         images = images.astype(jnp.float32) / 127.5 - 1.0
@@ -284,10 +291,7 @@ class TokenizerStage:
         scales = jnp.asarray(sampler.guidance_schedule(scale, self._evaluation.steps))
         guided = scale != 1
         x = flextok.decode(params, cfg, compute, codes, keep, noise, scales, guided, guided)
-        out = jnp.clip(vae.latents_to_images(params["vae"], cfg.vae, x, dtype), -1, 1)
-        error = jnp.mean(jnp.square(out - images), axis=(1, 2, 3))
-        psnr = 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
-        return jnp.stack([jnp.sum(jnp.where(mask, psnr, 0)), jnp.sum(mask.astype(jnp.float32))])
+        return jnp.clip(vae.latents_to_images(params["vae"], cfg.vae, x, dtype), -1, 1)
 
     def export_config(self):
         """What `FlexTok.from_pretrained` needs to rebuild the model from a workdir."""
