@@ -96,7 +96,7 @@ def _features(args) -> Encoder:
     cfg, params = dinov2_files.load(args.dinov2)
     side, rest = divmod(args.dinov2_size, cfg.patch_size)
     if rest:
-        raise ValueError(f"--dinov2-size {args.dinov2_size}: must be a multiple of {cfg.patch_size}")
+        raise ValueError(f"--dinov2-size {args.dinov2_size}: a multiple of {cfg.patch_size} needed")
     fingerprint = tensor_file.fingerprint(params)
     about = {"source": _place(args.dinov2), "fingerprint": fingerprint, "size": args.dinov2_size}
     compute = Compute(args.dtype, args.attention)

@@ -104,7 +104,8 @@ def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:
     if labels:
         rare, common = min(labels.values()), max(labels.values())
         of = f" of {len(classes)}" if classes else ""
-        text = f"{len(labels)}{of} classes, {rare} to {common} of these images each"
+        each = f"{rare} to {common}" if rare < common else rare
+        text = f"{len(labels)}{of} classes, {each} of these images each"
         names = [_class(label, classes) for label in sorted(labels)[:5]]
         text += f" ({', '.join(names)}{', ...' if len(labels) > 5 else ''})"
         without = len(good) - sum(labels.values())

@@ -2,11 +2,11 @@
 
 Pillow and not a faster binding, by measurement (`python -m benchmarks.data`; table in
 docs/data.md): Pillow, simplejpeg and OpenCV all call libjpeg-turbo and give the same pixels.
-simplejpeg decodes a photograph of ImageNet's size a third faster, but most of the time goes into
-the antialiased crop that follows, so an example is ready only some 8 % earlier, and Pillow would
-still be needed for every other format, for the camera's rotation and for damaged files. Where
-decoding does weigh, in photographs of many megapixels, scaled decoding helps more than any binding,
-and Pillow has it ("draft" mode: libjpeg's reduced inverse DCT).
+simplejpeg decodes a photograph of ImageNet's size in three quarters of the time, but most of it
+goes into the antialiased crop that follows, so an example is ready only 2 to 8 % earlier, and
+Pillow would still be needed for every other format, for the camera's rotation and for damaged
+files. Where decoding does weigh, in photographs of many megapixels, scaled decoding helps more than
+any binding, and Pillow has it ("draft" mode: libjpeg's reduced inverse DCT).
 """
 
 import io

@@ -18,7 +18,6 @@ import logging
 import pathlib
 from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
 
 from flextok_jax.data.records import Record, from_bytes, to_bytes
@@ -223,7 +222,7 @@ def _wrong(path: pathlib.Path, about: dict, crops: int | None, shapes: dict) -> 
         return f"its sha256 is {found}, {about['sha256']} expected"
     if not about["records"]:
         return None
-    records, keys = grain.sources.ArrayRecordDataSource([str(path)]), []
+    records, keys = _open([path]), []
     for data in (records[i] for i in range(len(records))):
         record = from_bytes(data)
         keys.append(record.key)
@@ -234,6 +233,13 @@ def _wrong(path: pathlib.Path, about: dict, crops: int | None, shapes: dict) -> 
     if keys != tensor_file.read_json(path.with_suffix(".json"))["keys"]:
         return f"it holds {len(keys)} records whose keys are not those of its .json file"
     return None
+
+
+def _open(files: list[pathlib.Path]):
+    """Random access to the records of several files."""
+    import grain  # Here, because a command that only draws asks for `manifests` and has no grain.
+
+    return grain.sources.ArrayRecordDataSource([str(file) for file in files])
 
 
 class ShardSource:
@@ -272,7 +278,7 @@ class ShardSource:
                 if about["records"]:
                     self._files.append((file, about["records"]))
         self._ends = np.cumsum([count for _, count in self._files])
-        self._records = grain.sources.ArrayRecordDataSource([str(f) for f, _ in self._files])
+        self._records = _open([file for file, _ in self._files])
         self.classes = self.manifest.get("classes") or []
         self.text, self.null_text = None, None
         if (root / NULL_TEXT).is_file():
