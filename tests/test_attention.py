@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.experimental import pallas
 
 from flextok_jax.nn import attention, decoder, layers
 from flextok_jax.nn.encoder import causal_last
@@ -18,9 +18,8 @@ SCALE = 8.0 / D
 @pytest.fixture
 def interpreted(monkeypatch):
     """The TPU kernel, run by XLA on a CPU."""
-    make = splash_attention.make_splash_mha_single_device
-    make = functools.partial(make, interpret=True)
-    monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", make)
+    call = functools.partial(pallas.pallas_call, interpret=True)
+    monkeypatch.setattr(pallas, "pallas_call", call)
 
 
 def inputs(seed=0):

@@ -131,7 +131,7 @@ def test_the_own_kernels_compile_and_count_by_their_work(four_chips):
 
     def loss(x, y, shift, scale, gate):
         x, y = kernels.normalize(x + 1, shift, scale)
-        y = kernels.attend(y, y * 2, y * 3, head_dim, 8 / head_dim, mask)
+        y = kernels.attend(y, y * 2, y * 3, head_dim, 8 / head_dim, mask, norm=True)
         return jnp.sum(kernels.add_gated(x, y, gate) ** 2)
 
     array = ((batch, length, width), jnp.bfloat16, jax.P("fsdp"))

@@ -67,7 +67,7 @@ def test_attention_with_its_norms_is_the_definition_with_its_gradient(name, inte
         return out.reshape(B, LONG, W)
 
     q, k, v = arrays(*[(B, LONG, W)] * 3)
-    agree(lambda q, k, v: kernels.attend(q, k, v, D, 8 / D, mask), plain, q, k, v)
+    agree(lambda q, k, v: kernels.attend(q, k, v, D, 8 / D, mask, norm=True), plain, q, k, v)
 
 
 def spread(vectors):

@@ -138,8 +138,7 @@ class Kernel(NamedTuple):
     """A Pallas call.
 
     Attributes:
-        flops: of one run. Splash attention's are counted as if no block were left out: 2 products
-            forwards, 5 backwards.
+        flops: of one run.
         bytes: what one run reads and writes at least.
         head_dim: what its products sum over or make; None if it has none.
         times: how often it runs in one call.
@@ -161,9 +160,6 @@ def kernels(found: list[Instruction]) -> list[Kernel]:
     for instruction in found:
         if 'custom_call_target="tpu_custom_call"' in instruction.text:
             name, times = instruction.text.split(" = ")[0], instruction.times
-            if "splash_mha" in name:
-                out.append(_splash(instruction.text, times, backward="_dkv" in name))
-                continue
             cost = re.search(r'"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', instruction.text)
             own = re.search(r"(?:attention(?:_gradient)?_(\d+)|normalize|add_gated)", name)
             if not cost or not own:
@@ -171,11 +167,3 @@ def kernels(found: list[Instruction]) -> list[Kernel]:
             head_dim = own[1] and int(own[1])
             out.append(Kernel(int(cost[1]), int(cost[2]), head_dim, times))
     return out
-
-
-def _splash(text, times, backward):
-    queries = [s for kind, s in shapes(text) if kind == "bf16" and len(s) >= 4]
-    batch, *_, heads, length, head_dim = queries[0]
-    one = 2 * batch * heads * length * head_dim
-    products, arrays = (5, 8) if backward else (2, 4)
-    return Kernel(products * one * length, arrays * one, head_dim, times)

@@ -3,7 +3,7 @@
 XLA reads and writes an activation several times for a normalisation, a modulation or a change of
 layout. Each kernel here reads its inputs once and writes its results once, forwards and backwards:
 
-    attend          LayerNorm of queries and keys and softmax attention, heads where they lie
+    attend          softmax attention, with QK-norm or without, heads where they lie
     normalize       LayerNorm with its modulation, beside the residual path
     add_gated       x + gate y
 
@@ -25,6 +25,7 @@ from flextok_jax.nn import layout
 LANES = 128  # Blocks are multiples of it, in both dimensions.
 MAX_LENGTH = 1024  # The logits of a head, [rows, T], and what is made of them lie in VMEM.
 EPS = 1e-5
+NEVER = -1e30  # A logit whose exp is 0, and that stays finite with another one added.
 f32 = jnp.float32
 
 
@@ -44,18 +45,19 @@ def can_normalize(length: int, segments: int, width: int) -> bool:
 # --- attention ---
 
 
-def attend(q, k, v, head_dim: int, scale: float, mask=None) -> jax.Array:
-    """softmax(scale n(q) n(k)^T) v of every head, where n is LayerNorm over the head's channels.
+def attend(q, k, v, head_dim: int, scale: float, mask=None, norm: bool = False) -> jax.Array:
+    """softmax(scale n(q) n(k)^T) v of every head.
 
-    A program has the whole rows of two heads of one image, so the softmax needs no second round
-    (compare Dao et al., arXiv 2205.14135), and queries and keys are read as the projections wrote
-    them. After n the logits are at most scale x head_dim, so no maximum is subtracted.
+    A program has the whole rows of the heads that share the lanes, of one image. So the softmax
+    needs no second round (compare Dao et al., arXiv 2205.14135), and queries and keys are read as
+    the projections wrote them.
 
     Args:
         q, k, v: [B, T, H x head_dim].
-        scale: of the logits; scale x head_dim must be far below 88, where exp overflows.
+        scale: of the logits.
         mask: a NumPy bool [T, T], True where attention is allowed (every row somewhere); None is
             everywhere.
+        norm: whether n is LayerNorm over a head's channels, else it is nothing.
 
     Returns:
         [B, T, H x head_dim].
@@ -66,8 +68,8 @@ def attend(q, k, v, head_dim: int, scale: float, mask=None) -> jax.Array:
     for start in range(0, length, rows):
         seen = [length - 1] if mask is None else np.flatnonzero(mask[start : start + rows].any(0))
         spans.append((start, start + rows, (int(seen[-1]) // LANES + 1) * LANES))
-    masks = () if mask is None else (jnp.asarray(mask, f32),)
-    return _attend((head_dim, float(scale), tuple(spans)), q, k, v, *masks)
+    masks = () if mask is None else (jnp.where(mask, 0, NEVER).astype(f32),)
+    return _attend((head_dim, float(scale), tuple(spans), norm), q, k, v, *masks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,7 +90,7 @@ _attend.defvjp(lambda how, *args: (_attend(how, *args), args), _attend_backward)
 
 def _attention_call(name, kernel, how, arrays, masks, results):
     """Over images and groups of heads that fill the lanes."""
-    head_dim, _, spans = how
+    head_dim, _, spans, _ = how
     area = sum((stop - start) * keys for start, stop, keys in spans)
     products = 2 if results == 1 else 5
 
@@ -136,17 +138,18 @@ def _on_each_device(f, in_specs, out_specs):
 
 
 def _attention_forward(how, masked, *refs):
-    head_dim, scale, spans = how
+    head_dim, scale, spans, norm = how
     (q_ref, k_ref, v_ref), mask_ref, o_ref = refs[:3], refs[3] if masked else None, refs[-1]
-    dtype, heads = q_ref.dtype, _Heads(head_dim, q_ref.dtype)
+    dtype, heads = q_ref.dtype, _Heads(head_dim, q_ref.dtype, norm)
     q = (heads.normal(q_ref[0])[0] * scale).astype(dtype)
     k, v = heads.normal(k_ref[0])[0].astype(dtype), v_ref[0]
     for start, stop, last in spans:
         rows, keys = slice(start, stop), slice(0, last)
         out = jnp.zeros((stop - start, LANES), f32)
         for lanes in heads.lanes:
-            p = jnp.exp(_dot(q[rows], jnp.where(lanes, k[keys], 0), 1, 1))
-            p = p if mask_ref is None else p * mask_ref[rows, keys]
+            p = _dot(q[rows], jnp.where(lanes, k[keys], 0), 1, 1)
+            p = p if mask_ref is None else p + mask_ref[rows, keys]
+            p = heads.exponential(p, axis=1)
             one = _dot(p.astype(dtype), jnp.where(lanes, v[keys], 0), 1, 0)
             out += one / jnp.sum(p, axis=1, keepdims=True)
         o_ref[0, rows] = out.astype(dtype)
@@ -155,10 +158,10 @@ def _attention_forward(how, masked, *refs):
 def _attention_backward(how, masked, *refs):
     # With keys before queries: so sums over keys are additions of rows, and of the three factors
     # that must be turned two are narrow.
-    head_dim, scale, spans = how
+    head_dim, scale, spans, norm = how
     (q_ref, k_ref, v_ref, do_ref), mask_ref = refs[:4], refs[4] if masked else None
     dq_ref, dk_ref, dv_ref, dk_sum, dv_sum = refs[-5:]
-    dtype, heads = q_ref.dtype, _Heads(head_dim, q_ref.dtype)
+    dtype, heads = q_ref.dtype, _Heads(head_dim, q_ref.dtype, norm)
     (q_hat, q_rstd), (k_hat, k_rstd) = heads.normal(q_ref[0]), heads.normal(k_ref[0])
     q, k, v = (q_hat * scale).astype(dtype), k_hat.astype(dtype), v_ref[0]
     dk_sum[...] = jnp.zeros_like(dk_sum)
@@ -169,8 +172,9 @@ def _attention_backward(how, masked, *refs):
         for lanes in heads.lanes:
             k_one, q_one = jnp.where(lanes, k[keys], 0), jnp.where(lanes, q[rows], 0)
             do_one = jnp.where(lanes, do_ref[0, rows], 0)
-            p = jnp.exp(_dot(k[keys], q_one, 1, 1))
-            p = p if mask_ref is None else p * mask_ref[rows, keys].T
+            p = _dot(k[keys], q_one, 1, 1)
+            p = p if mask_ref is None else p + mask_ref[rows, keys].T
+            p = heads.exponential(p, axis=0)
             p = p / jnp.sum(p, axis=0, keepdims=True)
             dv_sum[keys] += _dot(p.astype(dtype), do_one, 1, 0)
             dp = _dot(v[keys], do_one, 1, 1)
@@ -190,7 +194,7 @@ class _Heads:
         lanes: bool [1, LANES] of each head.
     """
 
-    def __init__(self, head_dim: int, dtype):
+    def __init__(self, head_dim: int, dtype, norm: bool):
         def owner(axis, shape):
             lane = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
             return jax.lax.div(lane, jnp.full_like(lane, head_dim))
@@ -199,6 +203,7 @@ class _Heads:
         square = (LANES, LANES)
         same = owner(0, square) == owner(1, square)
         self._average = jnp.where(same, 1 / head_dim, 0).astype(dtype)
+        self._norm = norm
 
     def _mean(self, x):
         """float32 [rows, LANES], of each head in all its lanes: by the matrix units."""
@@ -206,11 +211,17 @@ class _Heads:
 
     def normal(self, x):
         """LayerNorm of each head, float32, and 1 / the standard deviations; [rows, LANES]."""
-        return _normal(x, self._mean)
+        return _normal(x, self._mean) if self._norm else (x.astype(f32), x)
 
     def normal_gradient(self, grad, hat, rstd):
         """Of LayerNorm's input, from that of its result `hat`."""
-        return _normal_gradient(grad, hat, rstd, self._mean)
+        return _normal_gradient(grad, hat, rstd, self._mean) if self._norm else grad
+
+    def exponential(self, logits, axis):
+        """exp of the logits, but for a factor along `axis` that a softmax does not see."""
+        if not self._norm:  # Normal queries and keys give at most scale x head_dim.
+            logits = logits - jnp.max(logits, axis=axis, keepdims=True)
+        return jnp.exp(logits)
 
 
 def _dot(a, b, axis_a, axis_b):
