@@ -211,6 +211,31 @@ def test_the_update_is_that_of_optax_adamw():
         np.testing.assert_allclose(got["kernel"], want["kernel"], rtol=1e-4, atol=1e-5)
 
 
+def test_muon_orthogonalises_the_gradients_of_convolutions_and_of_nothing_else():
+    rng = np.random.default_rng(0)
+    grads = {
+        "conv": {"kernel": rng.standard_normal((3, 3, 2, 8)), "bias": rng.standard_normal(8)},
+        "dense": {"kernel": rng.standard_normal((6, 8))},
+    }
+    grads = jax.tree.map(jnp.float32, grads)
+    options = dict(optim__warmup_steps=0, optim__weight_decay=0.0, optim__grad_clip=0.0)
+
+    def update(rule):
+        config = get_config(**options)
+        config.optim.update(rule=rule)
+        tx = optimizer.make_optimizer(config)
+        return tx.update(grads, tx.init(grads), jax.tree.map(jnp.zeros_like, grads))[0]
+
+    muon, adam = update("muon"), update("adam")
+    singular = np.linalg.svd(muon["conv"]["kernel"].reshape(18, 8), compute_uv=False)
+    assert singular.max() / singular.min() < 2  # Newton-Schulz steps: nearly equal.
+    assert np.linalg.cond(grads["conv"]["kernel"].reshape(18, 8)) > 2.5
+    np.testing.assert_array_equal(muon["conv"]["bias"], adam["conv"]["bias"])
+    np.testing.assert_array_equal(muon["dense"]["kernel"], adam["dense"]["kernel"])
+    with pytest.raises(ValueError, match="optim.rule='sgd'.*'adam' and 'muon'"):
+        update("sgd")
+
+
 def test_accumulation_equals_the_large_batch():
     results = []
     for parts in (1, 4):
