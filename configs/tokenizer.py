@@ -154,7 +154,7 @@ def _digits() -> ConfigDict:
 def _photos() -> ConfigDict:
     """Windows of the embedded photographs, 64x64, in the latents of configs/vae.py:photos.
 
-    --config.vae.source=runs/vae_photos: that VAE is trained first. About half an hour on a CPU core;
+    --config.vae.source=runs/vae_photos: that VAE is trained first. Half an hour on a CPU core;
     eight photographs teach colours and edges, not objects.
     """
     c = _base()
@@ -218,7 +218,7 @@ def _imagenet(variant: str) -> ConfigDict:
     c.log_every, c.eval_every = 100, 10_000
     c.checkpoint.every = 5000
     c.compute.update(dtype="bfloat16", remat="full")  # bfloat16 [assumed]
-    c.evaluation.update(num_images=2048, batch_size=256, steps=25)
+    c.evaluation.update(num_images=256, batch_size=256, steps=25)
     c.vae.source = "EPFL-VILAB/flextok_vae_c16"  # frozen; its posterior is sampled [assumed]
     c.data.update(
         source="tfds",

@@ -82,9 +82,10 @@ def test_a_wrong_file_is_refused_with_every_reason(weights, tmp_path):
 
 
 def test_a_pytorch_file_is_kept_as_safetensors(tmp_path):
-    source = GOLDEN / "lpips" / "new.pth"
-    kept = weight_files.keep(source, tmp_path)
-    assert kept == tmp_path / "new.safetensors" and list(tmp_path.iterdir()) == [kept]
+    source = tmp_path / "new.pth"
+    source.write_bytes((GOLDEN / "lpips" / "new.pth").read_bytes())
+    kept = weight_files.keep(source)
+    assert kept == tmp_path / "new.safetensors" and set(tmp_path.iterdir()) == {source, kept}
     ours, theirs = weight_files.read(kept), weight_files.read(source)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -93,6 +94,12 @@ def test_a_pytorch_file_is_kept_as_safetensors(tmp_path):
     about = {"made_from": "new.pth", "made_from_sha256": weight_files.sha256(source)}
     assert tensor_file.read(kept)[1] == about
     assert weight_files.keep(kept) == kept
+    written = kept.stat().st_mtime_ns
+    assert weight_files.keep(source) == kept and kept.stat().st_mtime_ns == written
+    assert weight_files.published_sha256(kept) == weight_files.sha256(source)
+    tensor_file.write(kept, {"other": np.zeros(1)}, {})
+    with pytest.raises(ValueError, match="was not made from"):
+        weight_files.keep(source)
 
 
 def test_a_hash_in_the_name_is_checked(tmp_path):

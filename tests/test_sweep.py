@@ -31,6 +31,7 @@ from flextok_jax.evaluation.subjects import Point, Reconstructions, Samples
 CFG = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
 POINTS = sweep.grid([16, 1], [1.0], [1])
 LIMIT = 22
+DATA = {"from": "the pictures of data"}
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,9 @@ def small_chunks(monkeypatch):
 def sweep_of(tok, out, batch_size=5, process=(0, 1), **fields):
     """A sweep of held-out digits; with chunks of 8, so that the last ones are not full."""
     images = Pictures("digits", LIMIT)
-    subject = Reconstructions(tok, images, 16, batch_size)
+    subject = Reconstructions(tok, images, 16, min(batch_size, len(images)))
     instruments = Instruments(networks.digits_features(tok.mesh))
-    stamp = {"task": "reconstruction", "networks": instruments.about(), "model": tok.fingerprint}
+    stamp = {"networks": instruments.about(), "model": tok.fingerprint, "reference": DATA}
     return sweep.Sweep(
         out,
         stamp | fields.pop("stamp", {}),
@@ -56,7 +57,6 @@ def sweep_of(tok, out, batch_size=5, process=(0, 1), **fields):
         Reference(images),
         instruments,
         Sampling(seed=3),
-        batch_size,
         process,
         **fields,
     )
@@ -125,10 +125,8 @@ def test_samples_are_measured_without_originals_and_at_every_guidance_of_tokens(
     hows = tuple(subjects.TokenSampling(guidance=scale) for scale in (1.0, 4.0))
     subject = Samples(gen, np.tile(np.arange(10), 2), 16, hows, 0, 20)
     instruments = Instruments(networks.digits_features())
-    stamp = {"task": "generation", "networks": instruments.about()}
-    run = sweep.Sweep(
-        tmp_path / "out", stamp, subject, Reference(images), instruments, Sampling(), 20
-    )
+    stamp = {"networks": instruments.about(), "reference": DATA}
+    run = sweep.Sweep(tmp_path / "out", stamp, subject, Reference(images), instruments, Sampling())
     results = run.run(sweep.grid([4, 16], [1.0], [1], [1.0, 4.0]))
     assert len(results) == 4 and not {"psnr", "bands"} & set(results[0]["metrics"])
     assert all(r["metrics"]["fid"] > 0 and 0 <= r["metrics"]["accuracy"] <= 1 for r in results)
@@ -160,9 +158,40 @@ def test_exported_images_are_those_that_were_measured(tok, tmp_path):
     assert psnr == pytest.approx(result["metrics"]["psnr"], rel=1e-9)
 
 
+def test_an_interrupted_sweep_may_be_exported_when_it_goes_on(tok, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.Sweep, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sweep_of(tok, tmp_path / "out").run(POINTS[:1])  # Its chunks keep the first images.
+    file = tmp_path / "samples.npz"
+    sweep_of(tok, tmp_path / "out", export=file).run(POINTS[:1])
+    assert np.load(file)["arr_0"].shape == (LIMIT, 16, 16, 3)
+
+
+def test_unreadable_pictures_are_named_in_the_result_and_left_out(tok, tmp_path):
+    folder = tmp_path / "images"
+    for i, image in enumerate(sources.digits("test").images[:20]):
+        pictures.write_png(folder / f"{i:02d}.png", image, {})
+    for i in range(8, 16):  # A whole chunk.
+        (folder / f"{i:02d}.png").write_bytes(b"no image")
+    images, run = Pictures(str(folder)), sweep_of(tok, tmp_path / "out")
+    subject = Reconstructions(tok, images, 16, 5)
+    run = dataclasses.replace(run, subject=subject, reference=Reference(images))
+    (result,) = run.run(POINTS[:1])
+    assert result["metrics"]["count"] == result["metrics"]["real_count"] == 12
+    assert sorted(result["unreadable"]) == [f"{i:02d}.png" for i in range(8, 16)]
+    assert "cannot identify" in result["unreadable"]["08.png"]
+    for i in range(20):
+        (folder / f"{i:02d}.png").write_bytes(b"no image")
+    run = dataclasses.replace(run, out=tmp_path / "none")
+    with pytest.raises(ValueError, match="not one of 20 images"):
+        run.run(POINTS[:1])
+
+
 def test_the_network_of_the_digits_reads_held_out_digits():
     test = sources.digits("test")
-    assert digits_network.recognized(from_uint8(test.images), test.labels) >= 294  # of 297
+    _, logits = digits_network.features(digits_network.parameters(), from_uint8(test.images))
+    assert np.sum(np.argmax(logits, 1) == test.labels) >= 294  # of 297
 
 
 # Stops, processes, stamps.
@@ -212,12 +241,16 @@ def test_stamps_tell_apart_what_was_made_differently():
 
 
 def test_few_images_and_stand_in_networks_carry_a_warning():
-    about = {"networks": {"features": {"name": "inception", "words": "InceptionV3"}}}
-    assert protocol.warnings(about, {"fid": 1.0, "count": 50_000}) == []
-    (few,) = protocol.warnings(about, {"fid": 1.0, "count": 49_999})
-    assert "49999" in few and "biased" in few
+    network = {"name": "inception", "words": "InceptionV3"}
+    about = {"networks": {"features": network}, "reference": DATA}
+
+    def warnings(count, real_count):
+        return protocol.warnings(about, {"fid": 1.0, "count": count, "real_count": real_count})
+
+    assert warnings(50_000, 50_000) == []
+    assert "49999" in warnings(49_999, 60_000)[0] and "biased" in warnings(60_000, 49_999)[0]
     about["networks"]["features"] = {"name": "digits", "words": "a stand-in"}
-    assert "a stand-in" in protocol.warnings(about, {"fid": 1.0, "count": 50_000})[0]
+    assert "a stand-in" in warnings(50_000, 50_000)[0]
 
 
 # Probing.
@@ -308,7 +341,7 @@ def test_a_summary_of_one_image_has_what_one_image_gives(tok, tmp_path):
     run = sweep_of(tok, tmp_path / "out")
     images = Pictures("digits", 1)
     run = dataclasses.replace(
-        run, subject=Reconstructions(tok, images, 16, 1), reference=Reference(images), batch_size=1
+        run, subject=Reconstructions(tok, images, 16, 1), reference=Reference(images)
     )
     (result,) = run.run(POINTS[:1])
     assert "fid" not in result["metrics"] and result["metrics"]["psnr"] > 0

@@ -47,8 +47,9 @@ def _reconstruction(args) -> None:
     counts = check_counts(tok, args.num_tokens)
     batch_size = min(args.batch_size, len(pictures))
     subject = Reconstructions(tok, pictures, counts[-1], batch_size)
-    points = sweep.grid(counts, _scales(args.guidance, tok.config.guidance_scale), args.steps)
-    _sweep(args, {"model": identity(tok)}, subject, pictures, points, batch_size)
+    guidances = _scales(args.guidance, tok.config.guidance_scale)
+    points = sweep.grid(counts, guidances, sorted(set(args.steps)))
+    _sweep(args, {"model": identity(tok)}, subject, pictures, points)
 
 
 def _generation(args) -> None:
@@ -64,7 +65,7 @@ def _generation(args) -> None:
     batch_size = min(args.batch_size, len(labels))
     subject = Samples(gen, labels, counts[-1], hows, args.seed, batch_size)
     guidances = _scales(args.guidance, tok.config.guidance_scale)
-    points = sweep.grid(counts, guidances, args.steps, [how.guidance for how in hows])
+    points = sweep.grid(counts, guidances, sorted(set(args.steps)), [how.guidance for how in hows])
     about = {
         "model": {"origin": gen.origin, "fingerprint": gen.fingerprint},
         "tokenizer": identity(tok),
@@ -77,16 +78,16 @@ def _generation(args) -> None:
             "top_p": args.top_p,
         },
     }
-    _sweep(args, about, subject, pictures, points, batch_size)
+    _sweep(args, about, subject, pictures, points)
 
 
-def _sweep(args, about: dict, subject, pictures, points, batch_size: int) -> None:
+def _sweep(args, about: dict, subject, pictures, points) -> None:
     """What both kinds of drawing share."""
     if args.export and len(points) > 1:
         raise ValueError(f"--export is for one setting; this is a sweep of {len(points)}")
     common.check_apart(args.data, args.out)
     instruments = _instruments(args)
-    reference, about_reference = _reference(args, pictures)
+    reference, about_reference = _reference(args, pictures, instruments)
     stamp = {
         "format": 1,
         "task": args.task,
@@ -99,7 +100,7 @@ def _sweep(args, about: dict, subject, pictures, points, batch_size: int) -> Non
         **about,
         "sampling": {"seed": args.seed, "norm_guidance": args.norm_guidance},
         "dtype": args.dtype,
-        "batch_size": batch_size,
+        "batch_size": subject.batch_size,
     }
     out = pathlib.Path(args.out).expanduser()
     run = sweep.Sweep(
@@ -109,11 +110,12 @@ def _sweep(args, about: dict, subject, pictures, points, batch_size: int) -> Non
         reference,
         instruments,
         Sampling(norm_guidance=args.norm_guidance, seed=args.seed),
-        batch_size,
         args.process,
         args.export and pathlib.Path(args.export).expanduser(),
     )
     results = run.run(points)
+    for result in results[:1]:
+        pictures.unreadable |= result["unreadable"]  # Also those that another process met.
     common.report_unreadable(pictures)
     if len(results) < len(points):
         print(
@@ -123,6 +125,8 @@ def _sweep(args, about: dict, subject, pictures, points, batch_size: int) -> Non
         return
     beside = out / PROBE
     known = tensor_file.read_json(beside) if beside.exists() else None
+    if known and known["stamp"]["model"] != stamp["model"]:
+        known = None  # Of another model.
     sweep_report.write(out / "report.html", *sweep.everything(out), known)
     _print(results)
     print(f"Results with their stamps are in {out / sweep.POINTS}; the report is {out}/report.html")
@@ -131,7 +135,8 @@ def _sweep(args, about: dict, subject, pictures, points, batch_size: int) -> Non
 def _probe(args) -> None:
     tok = common.load_model(args)
     counts = check_counts(tok, args.num_tokens)
-    train, test = (common.pictures(args, side(tok), split) for split in ("train", "test"))
+    splits = "train", args.split or "test"
+    train, test = (common.pictures(args, side(tok), split) for split in splits)
     both = [probe.registers(tok, part, counts[-1], args.batch_size) for part in (train, test)]
     metrics = probe.probe(*both, counts)
     for part in (train, test):
@@ -187,11 +192,18 @@ def _kept(path: str) -> pathlib.Path:
     return kept
 
 
-def _reference(args, pictures) -> tuple[Reference, dict]:
+def _reference(args, pictures, instruments: Instruments) -> tuple[Reference, dict]:
     """--reference in place of statistics of --data."""
     if not args.reference:
         return Reference(pictures), {"from": "the pictures of data"}
     gaussian, digest = statistics.read_gaussian(args.reference)
+    network = instruments.features
+    if network is None or network.size != len(gaussian.mean):
+        there = f"{network.about['name']} has {network.size}" if network else "none is named"
+        raise ValueError(
+            f"--reference {args.reference} has statistics of {len(gaussian.mean)} features; of the "
+            f"feature networks {there}"
+        )
     return Reference(pictures, gaussian), {"from": "a file", "sha256": digest}
 
 

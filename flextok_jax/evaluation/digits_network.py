@@ -57,12 +57,6 @@ def features(params, images):
     return _Network().apply({"params": params}, images)
 
 
-def recognized(images: np.ndarray, labels: np.ndarray) -> int:
-    """How many digits float [n, 16, 16, 3] in [-1, 1] the network takes for what they are."""
-    _, logits = features(parameters(), jnp.asarray(images, jnp.float32))
-    return int(np.sum(np.argmax(logits, axis=1) == labels))
-
-
 def train(seed: int = 0) -> dict:
     """Adam on the training digits, shifted, turned and zoomed a little: new parameters."""
     data = sources.digits("train")

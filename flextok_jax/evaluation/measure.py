@@ -50,9 +50,7 @@ class Instruments:
     ) -> dict[str, np.ndarray]:
         """uint8 [n, S, S, 3] twice -> float64: psnr, mae, ssim, lpips [n], bands [n, bands]."""
         a, b = from_uint8(images), from_uint8(originals)
-        found = {"psnr": metrics.psnr(a, b), "mae": metrics.mae(a, b)}
-        if min(images.shape[1:3]) >= metrics.WINDOW:
-            found["ssim"] = metrics.ssim(a, b)
+        found = metrics.compare(a, b)
         if self.perceptual:
             found["lpips"] = self.perceptual(images, originals, batch_size)
         return found | {"bands": metrics.error_by_frequency(a, b)}
@@ -70,8 +68,8 @@ def summarise(
 
     Returns:
         "count"; means over images of what is there, and their "standard_errors"; "fid",
-        "inception_score" (and its deviation), "precision", "recall", "accuracy"; "bands": the
-        error by frequency; "seconds_per_image".
+        "inception_score" (and its deviation), "precision", "recall", "accuracy"; "real_count",
+        of the images compared with; "bands": the error by frequency; "seconds_per_image".
     """
     out = {"count": len(labels), "standard_errors": {}}
     there = made.read(0)
@@ -93,8 +91,8 @@ def codes(tokens: np.ndarray, vocab_size: int) -> dict:
     return {"codebook_usage": share, "codes": metrics.code_usage(tokens)}
 
 
-def moments(chunks: Chunks) -> Moments:
-    """Of all features."""
+def moments(chunks: Chunks) -> Moments | None:
+    """Of all features; None of no chunks."""
     total = None
     for chunk in chunks:
         total = total or Moments.empty(chunk["features"].shape[1])
@@ -103,21 +101,23 @@ def moments(chunks: Chunks) -> Moments:
 
 
 def _of_features(made, real, reference, network, labels) -> dict:
-    out, drawn, of_real = {}, moments(made), reference.statistics
-    if of_real is None and real.count > 1:
-        of_real = moments(real).gaussian()
+    out, drawn, known, of_real = {}, moments(made), moments(real), reference.statistics
+    if known is not None:
+        out["real_count"] = known.count
+        if of_real is None and known.count > 1:
+            of_real = known.gaussian()
     if of_real is not None and drawn.count > 1:
         out["fid"] = statistics.fid(drawn.gaussian(), of_real)
     logits = made.joined("logits")
     if len(logits) >= SPLITS:
         score = statistics.inception_score(logits, SPLITS)
         out["inception_score"], out["inception_score_deviation"] = score
-    if len(real) and min(len(logits), real.count) > NEIGHBOURS:
+    if known is not None and min(len(logits), known.count) > NEIGHBOURS:
         sets = real.joined("features"), made.joined("features")
         out["precision"], out["recall"] = statistics.precision_recall(*sets, NEIGHBOURS)
     if network.classes:
         out["accuracy"] = float(np.mean(logits.argmax(1) == labels))
-        if len(real):
+        if out.get("real_count"):
             right = real.joined("logits").argmax(1) == real.joined("labels")
             out["real_accuracy"] = float(np.mean(right))
     return out

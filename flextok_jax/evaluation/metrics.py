@@ -17,6 +17,13 @@ def mae(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     return np.mean(np.abs(_difference(images, originals)), axis=(1, 2, 3))
 
 
+def compare(images: np.ndarray, originals: np.ndarray) -> dict[str, np.ndarray]:
+    """"psnr", "mae", and "ssim" where its window fits: [B, H, W, C] twice -> [B] each."""
+    found = {"psnr": psnr(images, originals), "mae": mae(images, originals)}
+    fits = min(images.shape[1:3]) >= WINDOW
+    return found | ({"ssim": ssim(images, originals)} if fits else {})
+
+
 def ssim(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     """Structural similarity per image (Wang et al. 2004): [B, H, W, C] twice -> [B], 1 for equal.
 
@@ -68,7 +75,7 @@ def error_by_frequency(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     error = _difference(images, originals)
     _, height, width, channels = error.shape
     power = np.abs(np.fft.fft2(error, axes=(1, 2), norm="ortho")) ** 2
-    power = power.sum(3).reshape(len(error), -1) / (height * width * channels)
+    power = power.sum(3).reshape(len(error), height * width) / (height * width * channels)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
     starts = frequency_bands(height, width)
     # Whole numbers of cycles come out of fftfreq with a rounding error.

@@ -31,10 +31,12 @@ class FeatureNetwork:
 
     Attributes:
         about: for the stamp: its name, words and hashes.
+        size: D, how many features there are.
         classes: how many classes its logits are of, 0: not those of the data's labels.
     """
 
     about: dict
+    size: int
     classes: int
     _run: Callable
 
@@ -68,7 +70,7 @@ def inception_network(path, mesh: Mesh | None = None) -> FeatureNetwork:
     """
     params = inception_files.load(path)
     about = {"name": "inception", "words": "InceptionV3 of FID", **_hashes(path, params)}
-    return FeatureNetwork(about, 0, _batched(inception.features, params, mesh))
+    return FeatureNetwork(about, inception.FEATURES, 0, _batched(inception.features, params, mesh))
 
 
 def digits_features(mesh: Mesh | None = None) -> FeatureNetwork:
@@ -84,13 +86,19 @@ def digits_features(mesh: Mesh | None = None) -> FeatureNetwork:
     def features(params, images):
         return digits_network.features(params, _scaled(images))
 
-    return FeatureNetwork(about, digits_network.CLASSES, _batched(features, params, mesh))
+    sizes = digits_network.FEATURES, digits_network.CLASSES
+    return FeatureNetwork(about, *sizes, _batched(features, params, mesh))
 
 
 def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> Perceptual:
     """Of published files; see `lpips_files.load`."""
     params = lpips_files.load(vgg, heads)
-    about = {"name": "lpips", "vgg": _hashes(vgg, params), "heads": _hashes(heads, params)}
+    about = {
+        "name": "lpips",
+        "vgg_sha256": weight_files.published_sha256(vgg),
+        "heads_sha256": weight_files.published_sha256(heads),
+        "parameters_sha256": tensor_file.fingerprint(params),
+    }
 
     def distance(params, images, originals):
         return lpips.lpips(params, _scaled(images), _scaled(originals))

@@ -17,7 +17,11 @@ def write(path, parts: Iterable[np.ndarray], count: int) -> None:
         path: the file; there whole or not at all.
         parts: uint8 [n, H, W, 3] each.
         count: how many images they are together.
+
+    Raises:
+        ValueError: they are not.
     """
+    written = 0
     with (
         tensor_file.atomic(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
@@ -28,3 +32,6 @@ def write(path, parts: Iterable[np.ndarray], count: int) -> None:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *part.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(np.ascontiguousarray(part).data)
+            written += len(part)
+        if written != count:
+            raise ValueError(f"{path}: {written} images to write, {count} were announced")

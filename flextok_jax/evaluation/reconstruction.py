@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from flextok_jax.evaluation import metrics
-from flextok_jax.evaluation.pictures import Batch, Pictures, from_uint8
+from flextok_jax.evaluation.pictures import Batch, Pictures, from_uint8, to_uint8
 from flextok_jax.evaluation.results import Results
 from flextok_jax.nn import flextok
 from flextok_jax.tokenizer import FlexTok
@@ -149,7 +149,8 @@ def evaluate(
             tokens = encode(tok, batch.images, counts[-1], batch_size)
             drawn, psnr, mae = {}, [], []
             for k in counts:
-                drawn[k] = draw(tok, tokens, k, batch.seeds, sampling, batch_size)
+                images = draw(tok, tokens, k, batch.seeds, sampling, batch_size)
+                drawn[k] = from_uint8(to_uint8(images))  # As files have them.
                 psnr.append(metrics.psnr(drawn[k], originals))
                 mae.append(metrics.mae(drawn[k], originals))
                 bar.update(len(originals))

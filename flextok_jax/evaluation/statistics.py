@@ -1,7 +1,7 @@
 """What is said about a set of images from the features of a network. NumPy in float64.
 
-Features are computed on devices and summed here, on the host: every process gathers each batch
-whole and in its order, so sums depend neither on the number of devices nor of processes.
+Features are computed on devices and summed here, on the host and in the order of the images, so
+that sums depend neither on the number of devices nor of processes.
 
 n images, D features, V classes.
 """

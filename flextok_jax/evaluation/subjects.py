@@ -39,13 +39,18 @@ class Subject(Protocol):
     Attributes:
         tok: the tokenizer that draws.
         count: how many things there are.
+        batch_size: how many are drawn at a time.
     """
 
     tok: FlexTok
     count: int
+    batch_size: int
 
     def prepare(self, places: range) -> dict[str, np.ndarray]:
-        """Tokens by their names, "labels" and "names" of those of the places that can be read."""
+        """Tokens by their names, "labels" and "names" of those of the places that can be read.
+
+        Of the others "unreadable", their names, and "reasons".
+        """
 
     def tokens(self, prepared: dict, point: Point) -> np.ndarray:
         """The tokens of a point: int32 [n, K]."""
@@ -80,6 +85,7 @@ class Reconstructions:
             "labels": labels,
             "places": readable,
             "names": np.array([self.pictures.names[place] for place in readable], np.str_),
+            **missed(self.pictures, places, readable),
         }
 
     def tokens(self, prepared: dict, point: Point) -> np.ndarray:
@@ -117,16 +123,18 @@ class Samples:
 
     def prepare(self, places: range) -> dict[str, np.ndarray]:
         names = [f"{place:06d}_class{self.labels[place]}" for place in places]
+        nothing = np.array([], np.str_)
         found = {"labels": self.labels[list(places)], "names": np.array(names, np.str_)}
+        found |= {"unreadable": nothing, "reasons": nothing}
         for number, how in enumerate(self.hows):
             rows = []
             for i in range(0, len(names), self.batch_size):
                 part = slice(i, i + self.batch_size)
                 labels, seeds = found["labels"][part], name_seeds(names[part])
-                size = min(self.batch_size, self.count)
-                rows.append(
-                    sample_tokens(self.gen, labels, seeds, self.num_tokens, how, self.seed, size)
+                tokens = sample_tokens(
+                    self.gen, labels, seeds, self.num_tokens, how, self.seed, self.batch_size
                 )
+                rows.append(tokens)
             found[f"tokens{number}"] = np.concatenate(rows)
         return found
 
@@ -138,8 +146,15 @@ class Samples:
         return None
 
 
+def missed(pictures: Pictures, places, readable) -> dict[str, np.ndarray]:
+    """ "unreadable" and "reasons": those of the places that are not among the readable ones."""
+    names = [pictures.names[place] for place in sorted(set(places) - set(readable.tolist()))]
+    reasons = [pictures.unreadable[name] for name in names]
+    return {"unreadable": np.array(names, np.str_), "reasons": np.array(reasons, np.str_)}
+
+
 def draw_point(
-    subject: Subject, prepared: dict, point: Point, sampling: Sampling, batch_size: int
+    subject: Subject, prepared: dict, point: Point, sampling: Sampling
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images of a chunk at a point of a sweep, rounded to 8 bits as files have them.
 
@@ -151,6 +166,7 @@ def draw_point(
         (uint8 [n, S, S, 3], seconds per batch of `batch_size` images [number of batches]).
     """
     tokens, seeds = subject.tokens(prepared, point), name_seeds(prepared["names"].tolist())
+    batch_size = subject.batch_size
     sampling = dataclasses.replace(sampling, steps=point.steps, guidance=point.guidance)
     size = side(subject.tok)
     images, seconds = [np.zeros((0, size, size, 3), np.uint8)], []

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ from flextok_jax.evaluation import measure, npz_images, protocol, statistics
 from flextok_jax.evaluation.chunks import Chunks
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.reconstruction import Sampling, side
-from flextok_jax.evaluation.subjects import Point, Subject, draw_point
+from flextok_jax.evaluation.subjects import Point, Subject, draw_point, missed
 from flextok_jax.interop import tensor_file
 
 SETTINGS, POINTS, WORK, REFERENCE = "settings.json", "points", ".work", "reference.npz"
@@ -73,7 +74,6 @@ class Sweep:
         reference: real images to compare with.
         instruments: networks.
         sampling: the seed and the kind of guidance; steps and scale are the points'.
-        batch_size: images at a time.
         process: (i, of n) that share the folder. The first one finishes results, when all chunks
             are there.
         export: an .npz file for the images of the only point; see `npz_images`.
@@ -85,7 +85,6 @@ class Sweep:
     reference: Reference
     instruments: Instruments
     sampling: Sampling
-    batch_size: int
     process: tuple[int, int] = (0, 1)
     export: pathlib.Path | None = None
 
@@ -119,9 +118,16 @@ class Sweep:
                 if self.process[0] == 0 and not any(part.missing() for part in every):
                     self._finish(point, chunks)
         found = [path for path in (self._path(p, "json") for p in points) if path.exists()]
-        if len(found) == len(points):
-            Chunks(self.out / WORK, 0).delete()
+        if self.process[0] == 0:
+            self._tidy()
         return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+    def _tidy(self) -> None:
+        """Removes what all points shared, where no point is unfinished."""
+        names = {"prepared", "real"}
+        work = self.out / WORK
+        if work.exists() and {path.name for path in work.iterdir()} <= names:
+            shutil.rmtree(work)
 
     @property
     def _prepared(self) -> Chunks:
@@ -133,7 +139,9 @@ class Sweep:
         return Chunks(self.out / WORK / "real", 0 if pictures is None else len(pictures))
 
     def _chunks(self, point: Point) -> Chunks:
-        return Chunks(self.out / WORK / name(point), self.subject.count)
+        """With all images, where they are to be exported, and only the first ones else."""
+        folder = f"{name(point)}_images" if self.export else name(point)
+        return Chunks(self.out / WORK / folder, self.subject.count)
 
     def _path(self, point: Point, ending: str) -> pathlib.Path:
         return self.out / POINTS / f"{name(point)}.{ending}"
@@ -164,33 +172,44 @@ class Sweep:
 
     def _look_at_real(self, index: int) -> dict:
         places, size = self._real.places(index), side(self.subject.tok)
-        _, images, labels = self.reference.pictures.read(places, size)
+        readable, images, labels = self.reference.pictures.read(places, size)
         digest = np.frombuffer(hashlib.sha256(images.tobytes()).digest(), np.uint8)
         shown = images[: 0 if index else SHOWN]
         found = {"labels": labels, "sha256": digest[None], "images": shown}
-        return found | self.instruments.look(images, self.batch_size)
+        found |= missed(self.reference.pictures, places, readable)
+        return found | self.instruments.look(images, self.subject.batch_size)
 
     def _warm_up(self, chunks: Chunks, point: Point) -> None:
         """Draws once, so that compiling is in nobody's seconds."""
         for index in chunks.missing(self.process)[:1]:
             have = {key: array[:1] for key, array in self._prepared.read(index).items()}
-            draw_point(self.subject, have, point, self.sampling, self.batch_size)
+            draw_point(self.subject, have, point, self.sampling)
 
     def _measure(self, point: Point, index: int) -> dict:
         have = self._prepared.read(index)
-        images, seconds = draw_point(self.subject, have, point, self.sampling, self.batch_size)
-        found = self.instruments.look(images, self.batch_size)
+        images, seconds = draw_point(self.subject, have, point, self.sampling)
+        found = self.instruments.look(images, self.subject.batch_size)
         originals = self.subject.originals(have)
         if originals is not None:
-            found |= self.instruments.compare(images, originals, self.batch_size)
+            found |= self.instruments.compare(images, originals, self.subject.batch_size)
         kept = images if self.export else images[: 0 if index else SHOWN]
-        return found | {"seconds": seconds / self.batch_size, "images": kept}
+        about = {"seconds": seconds / self.subject.batch_size, "images": kept}
+        return found | about | {"commit": np.array([protocol.commit()])}
+
+    def _unreadable(self) -> dict[str, str]:
+        """Name -> reason, of pictures that were to be drawn or compared with."""
+        found = {}
+        for chunks in (self._prepared, self._real):
+            for chunk in chunks:
+                found |= dict(zip(chunk["unreadable"].tolist(), chunk["reasons"].tolist()))
+        return found
 
     def _finish(self, point: Point, chunks: Chunks) -> None:
         """Writes the result of a point whose chunks are all there."""
         labels = self._prepared.joined("labels")
+        unreadable = self._unreadable()
         if not len(labels):
-            raise ValueError("not one image could be read")
+            raise ValueError(f"not one of {len(unreadable)} images could be read")
         numbers = measure.summarise(chunks, self._real, self.reference, self.instruments, labels)
         tokens = [self.subject.tokens(have, point) for have in self._prepared]
         tokens = np.concatenate(tokens)[:, : point.num_tokens]
@@ -201,17 +220,20 @@ class Sweep:
             "point": dataclasses.asdict(point),
             "pixels_sha256": hashlib.sha256(digests).hexdigest() if digests else None,
             **protocol.circumstances(),
+            "commit": " and ".join(sorted(set(chunks.joined("commit").tolist()))),
         }
         result = {
             "stamp": stamp,
             "metrics": numbers,
             "warnings": protocol.warnings(stamp, numbers),
+            "unreadable": unreadable,
         }
         if self.export:
             npz_images.write(self.export, (chunk["images"] for chunk in chunks), len(labels))
-        if self.instruments.features and len(self._real) and len(labels) > 1:
-            gaussian = measure.moments(self._real).gaussian()
-            statistics.write_gaussian(self.out / REFERENCE, gaussian)
+        if self.instruments.features and not (self.out / REFERENCE).exists():
+            known = measure.moments(self._real)
+            if known is not None and known.count > 1:
+                statistics.write_gaussian(self.out / REFERENCE, known.gaussian())
         shown = {"images": chunks.read(0)["images"][:SHOWN]}
         if len(self._real):
             shown["originals"] = self._real.read(0)["images"]

@@ -13,6 +13,7 @@ from flextok_jax.evaluation import report
 # Title, unit or remark, whether a share of 1; drawn in this order where they are there.
 CURVES = {
     "psnr": ("PSNR", "dB, mean over images; higher is closer to the original", False),
+    "mae": ("MAE", "of a range of 2, 0 is equal", False),
     "ssim": ("SSIM", "1 is equal", False),
     "lpips": ("LPIPS", "perceptual distance, 0 is equal", False),
     "fid": ("FID", "distance of the sets in a network's features; lower is better", False),
@@ -21,7 +22,11 @@ CURVES = {
     "recall": ("Recall", "real images among the drawn ones", True),
     "accuracy": ("Class read", "taken by the network for the class they are of", True),
     "codebook_usage": ("Ids used", "share of all ids that occur", True),
-    "seconds_per_image": ("Cost", "seconds per image drawn, compilation not included", False),
+    "seconds_per_image": (
+        "Cost",
+        "seconds per image drawn from its tokens, compilation not included",
+        False,
+    ),
 }
 AXES = {"num_tokens": "tokens", "guidance": "guidance scale", "steps": "Euler steps",
         "token_guidance": "guidance scale of the tokens"}  # fmt: skip
@@ -67,7 +72,7 @@ def write(path: pathlib.Path, results: Sequence[dict], pictures: Sequence[dict],
 
 def _opening(results, generated) -> list[str]:
     counts = {r["metrics"]["count"] for r in results}
-    (count,) = counts
+    count = max(counts)
     what = "samples, compared with the images of" if generated else "images of"
     text = f"{count:,} {what} {results[0]['stamp']['data']['title']}"
     by_k = sorted(_line(results), key=lambda r: _at(r, "num_tokens"))

@@ -51,28 +51,47 @@ def sha256(path) -> str:
 
 def published_sha256(path) -> str:
     """`sha256` of a file, or of the file that `keep` made it from."""
-    path = _existing(path)
-    about = tensor_file.read(path)[1] if path.suffix == ".safetensors" else {}
-    return about.get("made_from_sha256") or sha256(path)
+    return _made_from(_existing(path)) or sha256(path)
 
 
-def keep(path, folder=None) -> pathlib.Path:
-    """Writes NAME.safetensors with a file's tensors; its metadata tell the file's name and sha256.
+def keep(path) -> pathlib.Path:
+    """NAME.safetensors beside a file, with its tensors; written where it is not there yet.
 
-    Args:
-        path: a file that `read` reads.
-        folder: where to; beside the file by default.
+    Its metadata tell the file's name and sha256.
 
     Returns:
-        The path of what was written; `path` itself if it is a safetensors file already.
+        The path of the safetensors file; `path` itself if it is one, or if none can be written.
+
+    Raises:
+        ValueError: another file has that name.
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
         return path
-    about = {"made_from": path.name, "made_from_sha256": sha256(path)}
-    target = (path.parent if folder is None else pathlib.Path(folder)) / f"{path.stem}.safetensors"
-    tensor_file.write(target, read(path), about)
+    digest, target = sha256(path), path.with_suffix(".safetensors")
+    if target.exists():
+        if _made_from(target) != digest:
+            raise ValueError(
+                f"{target} was not made from {path}, whose tensors were to be kept there: name "
+                "the one that is right, or move the other away"
+            )
+        return target
+    about = {"made_from": path.name, "made_from_sha256": digest}
+    try:
+        tensor_file.write(target, read(path), about)
+    except OSError:  # Such as a folder that is read only.
+        return path
     return target
+
+
+def _made_from(path) -> str | None:
+    """The sha256 of the file that `keep` made this one from."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "numpy") as file:
+        return (file.metadata() or {}).get("made_from_sha256")
 
 
 def _existing(path) -> pathlib.Path:

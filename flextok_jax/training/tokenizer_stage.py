@@ -261,9 +261,8 @@ class TokenizerStage:
             for k in flextok.lengths(self.model.num_tokens):
                 drawn = self._drawn(params, frozen, there["image"], key, jnp.int32(k))
                 drawn = statistics.gather(drawn)[whole["mask"]]
-                for measure in (metrics.psnr, metrics.mae, metrics.ssim):
-                    if measure is not metrics.ssim or min(drawn.shape[1:3]) >= metrics.WINDOW:
-                        found[f"{measure.__name__}/{k}"].append(measure(drawn, originals))
+                for name, values in metrics.compare(drawn, originals).items():
+                    found[f"{name}/{k}"].append(values)
         for name, values in found.items():
             yield name, float(np.concatenate(values).mean())
 
