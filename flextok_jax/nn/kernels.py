@@ -210,7 +210,10 @@ class _Heads:
         return _dot(x.astype(self._average.dtype), self._average, 1, 0)
 
     def normal(self, x):
-        """LayerNorm of each head, float32, and 1 / the standard deviations; [rows, LANES]."""
+        """LayerNorm of each head, float32, and 1 / the standard deviations; [rows, LANES].
+
+        Without `norm` x itself, and something of its shape that nobody reads.
+        """
         return _normal(x, self._mean) if self._norm else (x.astype(f32), x)
 
     def normal_gradient(self, grad, hat, rstd):
