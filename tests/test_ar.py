@@ -14,7 +14,6 @@ from flextok_jax.interop.names import flatten, unflatten
 from flextok_jax.nn import ar, layout
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
-from flextok_jax.parallel import sharding
 from flextok_jax.parallel.mesh import AXES
 
 CLASS = ARConfig(50, 12, 64, 2, head_dim=32, mlp_hidden=96, num_classes=5)

@@ -11,7 +11,6 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")

@@ -6,7 +6,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from clu import metrics
 
 from flextok_jax.data import encoded, shards
