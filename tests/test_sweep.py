@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 from common import TINY, tiny_generator, tiny_tokenizer
+from test_fidelity import weights  # noqa: F401, a fixture
+from test_lpips import files  # noqa: F401, a fixture
 
 from flextok_jax import cli
 from flextok_jax.data import sources
@@ -27,6 +29,7 @@ from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.pictures import Pictures, from_uint8, to_uint8
 from flextok_jax.evaluation.reconstruction import Sampling, draw, encode
 from flextok_jax.evaluation.subjects import Point, Reconstructions, Samples
+from flextok_jax.interop import weight_files
 
 CFG = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
 POINTS = sweep.grid([16, 1], [1.0], [1])
@@ -346,3 +349,24 @@ def test_a_summary_of_one_image_has_what_one_image_gives(tok, tmp_path):
     (result,) = run.run(POINTS[:1])
     assert "fid" not in result["metrics"] and result["metrics"]["psnr"] > 0
     assert measure.SPLITS > 1 and "inception_score" not in result["metrics"]
+
+
+@pytest.mark.slow
+def test_the_files_of_the_networks_give_their_metrics_and_their_hashes(
+    model, weights, files, tmp_path, capsys
+):
+    """Of random weights under the published names; `weights` of Inception, `files` of LPIPS."""
+    out, (vgg, heads) = tmp_path / "out", files
+    command = ("evaluate", "--model", model, "--data", "digits", "--limit", 12, "--out", out)
+    networks = ("--inception", weights, "--lpips-vgg", vgg, "--lpips-heads", heads)
+    settings = ("--num-tokens", 16, "--steps", 1, "--guidance", 1, "--batch-size", 6)
+    code, told, noted = run(capsys, *command, *networks, *settings)
+    assert code == 0 and "left out" not in noted
+    (file,) = (out / sweep.POINTS).glob("*.json")
+    result = json.loads(file.read_text())
+    found, about = result["metrics"], result["stamp"]["networks"]
+    assert found["fid"] > 0 and found["lpips"] > 0 and "accuracy" not in found
+    assert about["features"]["name"] == "inception"
+    assert about["features"]["file_sha256"] == weight_files.sha256(weights) and about["perceptual"]
+    assert about["features"]["file_sha256"] in noted
+    assert len(statistics.read_gaussian(out / sweep.REFERENCE)[0].mean) == 2048
