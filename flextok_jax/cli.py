@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         getattr(importlib.import_module(f"flextok_jax.commands.{module}"), function)(args)
     except KeyboardInterrupt as error:
-        print(f"interrupted: {error or 'nothing half-written is left'}", file=sys.stderr)
+        what = "nothing half-written is left; the same command goes on from what is finished"
+        print(f"interrupted: {str(error) or what}", file=sys.stderr)
         return 130
     except Exception as error:
         message = _message(error)

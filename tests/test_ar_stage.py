@@ -48,6 +48,7 @@ def write(folder, split, tokenizer=TOKENIZER, text=False, count=24):
         return found, {}
 
     about = dict(tokenizer=tokenizer, vocab_size=VOCAB, num_tokens=LENGTH, num_shards=1)
+    about |= {"arrays": {"tokens": [LENGTH]}, "num_images": count}
     null = np.zeros((2, TEXT)) if text else None
     write_split(folder / split, about | ({"text_dim": TEXT} if text else {}), make, null)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import subprocess
 import sys
 import types
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.data.pipeline import _stride, make_pipeline
 
 
 def pipeline(train=True, seed=0, batch_size=8, index=0, count=1, **changes):
@@ -99,7 +100,7 @@ def test_images_of_any_size_are_cropped_and_evaluation_is_not_random(tmp_path):
     assert a["label"].tolist() == [i % 2 for i in order]
 
 
-def test_a_corrupt_image_is_named_once_and_replaced_by_the_next(tmp_path, caplog):
+def test_a_corrupt_image_is_named_once_and_replaced_by_another(tmp_path, caplog):
     write_images(tmp_path, [(16, 16)] * 6, broken=(2,))
     where = dict(source="folder", path=str(tmp_path), split="all", flip=False, shift=0, rotate=0.0)
     p = pipeline(batch_size=6, zoom=0.0, **where)
@@ -109,7 +110,7 @@ def test_a_corrupt_image_is_named_once_and_replaced_by_the_next(tmp_path, caplog
     assert name.endswith("class0/02.png") and "Error" in p.unreadable[name]
     assert sum("02.png" in record.getMessage() for record in caplog.records) == 1
     assert_same(pipeline(batch_size=6, zoom=0.0, **where)[0], batches[0])
-    stand_in = np.asarray(Image.open(tmp_path / "class0" / "04.png"))
+    stand_in = np.asarray(Image.open(tmp_path / "class0" / "00.png"))
     for batch in batches:
         assert sum((image == stand_in).all() for image in batch["image"]) == 2
 
@@ -129,12 +130,32 @@ def test_a_folder_that_is_mostly_unreadable_stops_with_the_list(tmp_path):
         list(itertools.islice(p.iterate(0), 3))
 
 
-def test_a_long_run_of_unreadable_images_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr("flextok_jax.data.pipeline.MAX_UNREADABLE_IN_A_ROW", 3)
-    write_images(tmp_path, [(16, 16)] * 14, broken=(0, 2, 4, 6))
-    p = pipeline(source="folder", path=str(tmp_path), split="all", batch_size=14)
-    with pytest.raises(RuntimeError, match="the last 3 tried in a row"):
-        p[0]
+def test_a_long_run_of_unreadable_images_stops_only_by_its_share(tmp_path, monkeypatch):
+    write_images(tmp_path, [(16, 16)])
+    image = (tmp_path / "class0" / "00.png").read_bytes()
+    for i in range(1, 260):
+        (tmp_path / "class0" / f"{i:03}.png").write_bytes(image if i >= 130 else b"broken")
+    where = dict(source="folder", path=str(tmp_path), split="all", batch_size=260)
+    p, reads = pipeline(max_unreadable=0.5, **where), []
+    read = type(p.source).__getitem__
+    monkeypatch.setattr(type(p.source), "__getitem__", lambda s, i: reads.append(i) or read(s, i))
+    assert len(p[0]["image"]) == 260 and len(p.unreadable) == 129
+    assert len(reads) < 3 * 260  # Nor is the whole run read for each of them.
+    with pytest.raises(RuntimeError, match="more than data.max_unreadable, 40.0%"):
+        pipeline(max_unreadable=0.4, **where)[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 12, 30, 97, 1000, 1281167])
+def test_stand_ins_are_looked_for_far_away_and_everywhere(count):
+    stride = _stride(count)
+    assert math.gcd(stride, count) == 1  # Its multiples are all examples.
+    assert count < 97 or 0.6 * count < stride < 0.65 * count
+
+
+def test_a_source_of_one_unreadable_image_stops(tmp_path):
+    write_images(tmp_path, [(16, 16)], broken=(0,))
+    with pytest.raises(RuntimeError, match="(?s)Of 1 images, not a single one.*00.png"):
+        pipeline(source="folder", path=str(tmp_path), split="all")[0]
 
 
 def test_an_image_of_another_size_without_a_crop_names_image_and_remedy(tmp_path):

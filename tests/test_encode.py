@@ -11,7 +11,7 @@ from PIL import Image
 from flextok_jax import FlexTok, cli
 from flextok_jax.commands import encoders
 from flextok_jax.data import records as record_files
-from flextok_jax.data import shards
+from flextok_jax.data import shards, sources
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.data.records import Record
 from flextok_jax.data.sources import NULL_TEXT
@@ -22,7 +22,7 @@ TOKENIZER = {"source": "a", "origin": "model A", "fingerprint": "aaaa", "levels"
 def settings(**changes):
     return {
         "tokenizer": TOKENIZER, "vocab_size": 40, "num_tokens": 4, "crops": 3, "num_shards": 3,
-        "arrays": {"tokens": [4]},
+        "num_images": 16, "arrays": {"tokens": [4]},
     } | changes  # fmt: skip
 
 
@@ -198,6 +198,40 @@ def test_a_missing_split_says_how_to_make_it(tmp_path):
         shards.ShardSource(tmp_path, "test")
 
 
+def test_data_of_another_format_are_refused_with_the_remedy(tmp_path):
+    write(tmp_path)
+    file = tmp_path / "train" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+    for read in (
+        lambda: shards.ShardSource(tmp_path, "train"),
+        lambda: sources.parse(str(tmp_path)),
+        lambda: write(tmp_path),
+        lambda: write(tmp_path, "test"),
+    ):
+        with pytest.raises(ValueError, match="has format 1, .* reads 2: encode .* again"):
+            read()
+
+
+def test_too_many_left_out_by_all_processes_together_are_no_finished_split(tmp_path):
+    def make(shard):
+        return records(shard)[:4], {f"{shard}.jpg": "no image"}
+
+    folder = tmp_path / "train"
+    for index in range(2):
+        shards.write_split(folder, settings(num_images=15), make, part=(index, 3))
+    with pytest.raises(ValueError, match="(?s)Of 15 images, more than 10%.*0.jpg.*1.jpg.*2.jpg"):
+        shards.write_split(folder, settings(num_images=15), make, part=(2, 3))
+    with pytest.raises(ValueError, match="run it again"):
+        shards.ShardSource(tmp_path, "train")
+
+
+def test_a_split_without_a_record_is_refused(tmp_path):
+    one = settings(num_shards=1, num_images=1)
+    shards.write_split(tmp_path / "train", one, lambda _: ([], {"a.jpg": "no image"}))
+    with pytest.raises(ValueError, match="holds no records .1 images were left out"):
+        shards.ShardSource(tmp_path, "train")
+
+
 # The command.
 
 
@@ -270,7 +304,7 @@ def test_an_interrupted_command_continues(model, tmp_path, capsys, monkeypatch):
         return np.zeros((len(images), k), np.int32)
 
     monkeypatch.setattr(FlexTok, "tokenize", tokenize)
-    assert run(*args) == 130 and "interrupted" in capsys.readouterr().err
+    assert run(*args) == 130 and "the same command goes on" in capsys.readouterr().err
     assert run(*args) == 0 and len(calls) == 4
     assert len(shards.ShardSource(tmp_path, "test")) == 9
     assert run(*args) == 0 and len(calls) == 4  # Nothing is left to do.

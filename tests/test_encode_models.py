@@ -80,6 +80,25 @@ def test_records_hold_what_the_models_make_of_the_crops(images, encoded):
     np.testing.assert_allclose(features[:, 0], expected, rtol=2e-3, atol=4e-3)
 
 
+def test_digits_are_enlarged_where_another_size_is_wanted(tmp_path):
+    assert encode("digits", tmp_path, "--vae", VAE, "--image-size", 2 * SIZE, "--limit", 2) == 0
+    source = shards.ShardSource(tmp_path, "all")
+    found = [records.from_bytes(source[i]).arrays["moments"].shape for i in range(len(source))]
+    assert found == [(1, 8, 8, 8)] * 2
+
+
+def test_too_many_unreadable_images_stop_with_the_list_and_no_shard(images, tmp_path, capsys):
+    for i in range(8):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        data = next(images.glob("*/0.png")).read_bytes() if i > 1 else b"no image"
+        (tmp_path / "in" / f"{i}.png").write_bytes(data)
+    options = ["--vae", VAE, "--image-size", SIZE]
+    assert encode(tmp_path / "in", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert "Of 8 images, more than 10%" in error and "0.png (" in error and "1.png (" in error
+    assert [path.name for path in (tmp_path / "out" / "all").iterdir()] == ["manifest.json"]
+
+
 def test_the_check_command_tells_by_whom_and_verifies(encoded, capsys):
     assert cli.main(["data", "check", str(encoded)]) == 0
     out = capsys.readouterr().out

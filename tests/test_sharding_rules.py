@@ -25,7 +25,8 @@ def config_of(kind, variant, folder):
         model = config.model
         about = dict(
             tokenizer=TOKENIZER, vocab_size=model.vocab_size, num_tokens=model.num_tokens,
-            num_shards=1, **({"text_dim": model.text_dim} if model.text_dim else {}),
+            arrays={"tokens": [model.num_tokens]}, num_images=1, num_shards=1,
+            **({"text_dim": model.text_dim} if model.text_dim else {}),
         )  # fmt: skip
         embedding = np.zeros((1, model.text_dim)) if model.text_dim else None
         for split in ("train", "test"):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import struct
 import tarfile
 import zlib
@@ -13,11 +12,10 @@ from PIL import Image
 from test_data_pipeline import pipeline
 
 from flextok_jax import cli
-from flextok_jax.data import sources, webdataset
+from flextok_jax.data import shards, sources
 from flextok_jax.data.decode import decode_image, opened, upright_rgb, upright_size
 from flextok_jax.data.pipeline import Images
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
-from flextok_jax.data.webdataset import WebDatasetSource, read_index
 
 SIZE = (24, 18)
 SMOOTH = np.stack(np.meshgrid(np.arange(0, 240, 10), np.arange(0, 180, 10)), -1)
@@ -204,6 +202,30 @@ def test_a_list_of_each_part_may_have_numbers_and_what_it_misses_is_unreadable(t
     assert "FileNotFoundError" in p.unreadable["test/d.png"]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_caption_may_hold_any_character_of_a_line_end(suffix, tmp_path):
+    folder_of(tmp_path, ["a.png", "b.png"])
+    caption = "one\u2028two\x85three\x0bfour\x0cfive"
+    rows = [{"file_name": name, "caption": caption} for name in ("a.png", "b.png")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if suffix == "csv":
+        lines = ["file_name,caption", *(",".join(row.values()) for row in rows)]
+    (tmp_path / f"metadata.{suffix}").write_text("\n".join(lines), encoding="utf-8")
+    source = sources.make_source(sources.parse(str(tmp_path)), "all")
+    assert everything(source) == [("a.png", -1, caption), ("b.png", -1, caption)]
+
+
+def test_the_label_minus_one_of_a_list_is_unknown_and_no_name(tmp_path):
+    folder_of(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,-1\nb.png,10\nc.png,9\n")
+    source = sources.make_source(sources.parse(str(tmp_path)), "all")
+    assert (source.classes, source.labels) == ([], [-1, 10, 9])
+    lines = [json.dumps({"file_name": f"{n}.png", "label": i}) for n, i in zip("abc", (-1, 10, 9))]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert sources.make_source(sources.parse(str(tmp_path)), "all").labels == [-1, 10, 9]
+
+
 @pytest.mark.parametrize("line", ['{"label": 1}', '{"file_name": "../x.png"}', "[]", "x"])
 def test_a_list_that_names_no_image_of_the_folder_is_refused(line, tmp_path):
     folder_of(tmp_path, ["a.png"])
@@ -212,7 +234,7 @@ def test_a_list_that_names_no_image_of_the_folder_is_refused(line, tmp_path):
         sources.make_source(sources.parse(str(tmp_path)), "all")
 
 
-# Tar shards.
+# Tar shards; see also test_webdataset.py.
 
 
 def tar(path, files):
@@ -233,92 +255,6 @@ def shard(first, count=4):
         files[f"{i:04}.cls"] = f"{i % 3}\n".encode()
         files[f"{i:04}.txt"] = f"Bild {i} für alle".encode()
     return files
-
-
-def test_tar_shards_have_random_access_with_labels_and_captions(tmp_path):
-    files = shard(0)
-    files["deep/0009.PNG"] = encoded(SMOOTH)
-    files["deep/0009.json"] = json.dumps({"label": 5, "caption": "aus JSON"}).encode()
-    files["0010.json"] = b"{}"  # No image: no example.
-    files["0011.jpg"] = b""
-    tar(tmp_path / "a.tar", files)
-    tar(tmp_path / "b.tar", shard(20))
-    assert sources.parse(str(tmp_path)) == sources.Data("webdataset", str(tmp_path))
-    source = sources.make_source(sources.parse(str(tmp_path)), "all")
-    found = everything(source)
-    assert found[1] == ("a.tar/0001", 1, "Bild 1 für alle")
-    assert found[4:6] == [("a.tar/deep/0009", 5, "aus JSON"), ("a.tar/0011", -1, None)]
-    assert found[6] == ("b.tar/0020", 2, "Bild 20 für alle") and len(found) == 10
-    order = np.random.RandomState(0).permutation(4)
-    assert all(source[i]["image"] == files[f"{i:04}.jpg"] for i in order)
-    p = pipeline(source="webdataset", path=str(tmp_path), split="all", crop="random", batch_size=10)
-    assert p[0]["image"].shape == (10, 16, 16, 3) and list(p.unreadable) == ["a.tar/0011"]
-
-
-def test_the_index_is_built_once_and_again_when_the_tar_has_changed(tmp_path, monkeypatch):
-    path = tar(tmp_path / "a.tar", shard(0))
-    scans, scan = [], tarfile.open
-    monkeypatch.setattr(tarfile, "open", lambda *a, **k: scans.append(a) or scan(*a, **k))
-    for _ in range(3):
-        assert read_index(path)[0].tolist() == [b"0000", b"0001", b"0002", b"0003"]
-    assert len(scans) == 1
-    index = tmp_path / ".a.tar.index.npz"
-    index.write_bytes(index.read_bytes()[:50])  # Damaged: it is only a cache.
-    assert len(read_index(path)[0]) == 4 and len(scans) == 2
-    tar(path, shard(8, 6))
-    scans.clear()
-    assert read_index(path)[0][0] == b"0008" and len(scans) == 1
-    os.utime(path, ns=(0, 0))
-    assert len(read_index(path)[0]) == 6 and len(scans) == 2
-
-
-def test_the_index_of_a_read_only_folder_lies_in_the_cache(tmp_path, monkeypatch):
-    path = tar(tmp_path / "a.tar", shard(0))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    atomic = webdataset.tensor_file.atomic
-
-    def refuses(file):
-        if file.parent == tmp_path:
-            raise PermissionError(file)
-        return atomic(file)
-
-    monkeypatch.setattr(webdataset.tensor_file, "atomic", refuses)
-    keys, places = read_index(path)
-    monkeypatch.setattr(webdataset, "_scan", None)  # Not called again.
-    assert (read_index(path)[1] == places).all() and len(keys) == 4
-    assert len(list((tmp_path / "home").rglob("*.npz"))) == 1
-
-
-@pytest.mark.parametrize("names", [("train/0.tar", "val/0.tar"), ("x-train-0.tar", "x-test-0.tar")])
-def test_tar_splits_are_folders_or_words_of_the_names(names, tmp_path):
-    tar(tmp_path / names[0], shard(0, 3))
-    tar(tmp_path / names[1], shard(10, 2))
-    counts = [len(WebDatasetSource(tmp_path, split)) for split in ("train", "test", "all")]
-    assert counts == [3, 2, 5]
-
-
-def test_other_tar_shards_hold_out_examples_by_their_keys(tmp_path):
-    tar(tmp_path / "a.tar", shard(0, 30))
-    parts = {s: WebDatasetSource(tmp_path, s) for s in ("train", "test", "all")}
-    names = {s: {p.name(i) for i in range(len(p))} for s, p in parts.items()}
-    assert names["train"] | names["test"] == names["all"] and len(names["all"]) == 30
-    assert not names["train"] & names["test"] and names["test"]
-    test = parts["test"]
-    number = int(test.name(0).split("/")[1])
-    assert test[0]["caption"] == f"Bild {number} für alle"
-
-
-def test_what_is_no_tar_file_is_refused_by_name(tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(ValueError, match="a.tar is not a whole tar file"):
-        WebDatasetSource(tmp_path, "all")
-    path = tar(tmp_path / "a.tar", shard(0))
-    path.write_bytes(path.read_bytes()[:1200])
-    with pytest.raises(ValueError, match="a.tar is not a whole tar file"):
-        WebDatasetSource(tmp_path, "all")
-    (tmp_path / "a.tar").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no .tar files"):
-        WebDatasetSource(tmp_path, "all")
 
 
 # Packing, and the same examples from every source.
@@ -365,6 +301,22 @@ def test_packing_carries_embeddings_and_leaves_out_what_is_not_there(tmp_path, c
     assert [source.embedding(i) is None for i in range(len(source))] == [True, False]
     assert source.embedding(1).shape == (2, 6)
     assert sources.null_text(sources.parse(str(tmp_path / "out"))).shape == (1, 6)
+
+
+def test_packing_leaves_out_what_breaks_in_any_way_and_stops_at_too_many(tmp_path, capsys):
+    folder_of(tmp_path / "in", [f"{i}.png" for i in range(3)])
+    (tmp_path / "in" / "1.npy").write_bytes(b"no array")  # Its ValueError.
+    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
+    assert "1 of 3 images could not be read" in capsys.readouterr().err
+    (tmp_path / "in" / "2.npy").write_bytes(b"no array")
+    write = tmp_path / "in", tmp_path / "many", "--split", "all", "--shard-size", 2
+    assert pack(*write) == 2
+    error = capsys.readouterr().err
+    assert "Of 3 images, more than 10%" in error and "1.png (" in error and "2.png (" in error
+    left = {path.name for path in (tmp_path / "many" / "all").iterdir()}
+    assert not any(name.startswith("records-00001") for name in left), left
+    with pytest.raises(ValueError, match="holds 1 of 2 shards"):
+        shards.ShardSource(tmp_path / "many", "all")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+from flextok_jax.data.shards import MANIFEST
 from flextok_jax.data.sources import parse
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import Pictures
@@ -97,6 +98,21 @@ def report_unreadable(pictures: Pictures) -> None:
         )
 
 
+def report(manifest: dict, folder: pathlib.Path) -> None:
+    """What was left out of shards, and what is still missing."""
+    unreadable = manifest["unreadable"]
+    if unreadable:
+        lines = [f"\n  {name}: {why}" for name, why in list(unreadable.items())[:10]]
+        print(
+            f"warning: {len(unreadable)} of {manifest['num_images']} images could not be read and "
+            f"were left out (all in {MANIFEST}):{''.join(lines)}",
+            file=sys.stderr,
+        )
+    done, wanted = len(manifest["shards"]), manifest["num_shards"]
+    if done < wanted:
+        print(f"{done} of {wanted} shards are in {folder}; the other processes write the rest")
+
+
 def table(result: dict, columns: dict[str, tuple[str, str]]) -> str:
     """Numbers by k as lines of text.
 
@@ -117,4 +133,3 @@ QUALITY = {
     "mae": ("MAE", ".4f"),
     "recognition": ("recognised", ".1%"),
 }
-USAGE = {"codebook_usage": ("ids used", ".1%")}

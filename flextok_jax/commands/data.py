@@ -7,12 +7,11 @@ import pathlib
 import numpy as np
 
 from flextok_jax.commands import common
-from flextok_jax.commands.encode import report
 from flextok_jax.data import check as checks
 from flextok_jax.data import shards, sources
 from flextok_jax.data.decode import reason
-from flextok_jax.data.pipeline import MAX_LISTED, MAX_UNREADABLE, too_many
 from flextok_jax.data.records import Record
+from flextok_jax.data.unreadable import MAX_LISTED, MAX_UNREADABLE, too_many
 from flextok_jax.interop import tensor_file
 
 
@@ -44,7 +43,7 @@ def _look(data: sources.Data, args) -> None:
         print(f"  {min(checks.SHOWN, len(found) - len(bad))} of them are shown in {args.out}")
     if len(places) < len(source):
         print(f"  {len(source) - len(places)} were not opened: --all opens every one")
-    if too_many(len(bad), len(found), MAX_UNREADABLE):
+    if too_many(len(bad), len(found)):
         raise ValueError(
             f"{len(bad)} of {len(found)} images are unreadable: training would stop, because that "
             f"is more than {MAX_UNREADABLE:.0%} (data.max_unreadable)"
@@ -73,11 +72,11 @@ def _verify(data: sources.Data, split: str | None) -> None:
         for name, model in shards.models(manifest).items():
             where = model.get("source") or model.get("origin")
             print(f"  {name:<10}{where}, sha256 {model['fingerprint']}")
-        for name, shape in manifest.get("arrays", {}).items():
+        for name, shape in manifest["arrays"].items():
             words = "files as they are" if shape is None else "x".join(map(str, shape))
             crops = f", {manifest['crops']} crops of each image" if "crops" in manifest else ""
             print(f"  {name:<10}{words}{crops}")
-        print(f"  {'of':<10}{manifest.get('data')}, split {manifest.get('split')}")
+        print(f"  {'of':<10}{manifest['data']}, split {manifest['split']}")
         for name, why in list(manifest["unreadable"].items())[:MAX_LISTED]:
             print(f"  left out: {name}: {why}")
     if damaged:
@@ -102,7 +101,6 @@ def pack(args) -> None:
     count, size = min(len(source), args.limit or len(source)), args.shard_size
     folder = pathlib.Path(args.out).expanduser() / args.split
     settings = {
-        "format": 2,
         "arrays": {"image": None},
         "data": str(data),
         "split": args.split,
@@ -119,7 +117,7 @@ def pack(args) -> None:
             for place in range(index * size, min(index * size + size, count)):
                 try:
                     records.append(_record(source, place))
-                except OSError as error:
+                except Exception as error:  # Files break in any way there is.
                     unreadable[source.name(place)] = reason(error)
                 bar.update()
             return records, unreadable
@@ -127,7 +125,7 @@ def pack(args) -> None:
         write = functools.partial(shards.write_split, folder, settings, make_shard)
         manifest = write(sources.null_text(data), args.process)
         bar.update(count - bar.n)
-    report(manifest, folder)
+    common.report(manifest, folder)
     total = sum(about["records"] for about in manifest["shards"].values())
     print(
         f"{total} images in {folder}; to train on them: --config.data.source=array_record "

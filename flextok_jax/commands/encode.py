@@ -6,7 +6,6 @@
 import concurrent.futures
 import functools
 import pathlib
-import sys
 
 import numpy as np
 
@@ -34,9 +33,11 @@ def encode(args) -> None:
     count = min(len(source), args.limit or len(source))
     folder = pathlib.Path(args.out).expanduser() / args.split
     null_text = sources.null_text(data)
+    # The digits fill their pictures: a crop of one is another sign.
+    whole = data.source == "digits" and source.images.shape[1:3] == (size, size)
     augmented = Transform(
         size,
-        "none" if data.source == "digits" else "random",
+        "none" if whole else "random",
         crop_scale=(args.crop_scale, 1.0),
         flip=args.flip,
         shift=args.shift,
@@ -58,11 +59,11 @@ def encode(args) -> None:
             # Some batches at a time, so that the last one, which is filled up, costs little.
             for group in _groups(pool, read, places, -(-8 * batch_size // args.crops)):
                 found = []
-                for place, future in group:
-                    try:
-                        found.append(future.result())
-                    except Exception as error:  # Files break in any way there is.
-                        unreadable[source.name(place)] = reason(error)
+                for crops, about in (future.result() for future in group):
+                    if crops is None:
+                        unreadable |= about
+                    else:
+                        found.append((crops, about))
                 if found:
                     images = np.concatenate([crops for crops, _ in found])
                     arrays = {e.name: _run(e, images, batch_size, args.crops) for e in made}
@@ -73,7 +74,6 @@ def encode(args) -> None:
             return records, unreadable
 
         settings = {
-            "format": 2,
             **{key: value for e in made for key, value in e.about.items()},
             "arrays": {e.name: e.shape for e in made},
             "dtype": args.dtype,
@@ -88,7 +88,7 @@ def encode(args) -> None:
         }
         manifest = shards.write_split(folder, settings, make_shard, null_text, args.process)
         bar.update(count - bar.n)
-    report(manifest, folder)
+    common.report(manifest, folder)
     if len(manifest["shards"]) == manifest["num_shards"]:
         total = sum(about["records"] for about in manifest["shards"].values())
         what = " and ".join(e.words for e in made)
@@ -96,10 +96,10 @@ def encode(args) -> None:
 
 
 def _groups(pool, read, places, size: int):
-    """Lists of (place, future of `read(place)`), each begun while the one before is used."""
+    """Lists of futures of `read(place)`, each begun while the one before is used."""
     begun = None
     for start in range(0, len(places), size):
-        part = [(place, pool.submit(read, place)) for place in places[start : start + size]]
+        part = [pool.submit(read, place) for place in places[start : start + size]]
         if begun:
             yield begun
         begun = part
@@ -119,33 +119,21 @@ def _run(encoder, images: np.ndarray, batch_size: int, crops: int) -> np.ndarray
 def _read(source, augmented: Transform, count: int, seed: int, place: int):
     """(uint8 [count, S, S, 3], key, label, caption and embedding) of one image.
 
-    The first crop has no randomness; the draws of another are a function of (seed, place of the
-    image, number of the crop).
+    Or, of one that cannot be read, (None, {key: reason}). The first crop has no randomness; the
+    draws of another are a function of (seed, place of the image, number of the crop).
     """
-    item = source[place]
-    image = item["image"]
-    if isinstance(image, bytes):
-        image = decode_image(image)
-    crops = []
+    key = source.name(place)
+    try:
+        item, embedding = source[place], source.embedding(place)
+        image = item["image"]
+        if isinstance(image, bytes):
+            image = decode_image(image)
+    except Exception as error:  # Files break in any way there is.
+        return None, {key: reason(error)}
+    crops = []  # What fails from here on is no fault of the file, and stops.
     for crop in range(count):
         draws = np.random.RandomState([seed, place, crop]).random_sample((1, NUM_DRAWS))
         transform = augmented if crop else augmented.without_randomness()
         crops.append(transform.augment(transform.fit(image, draws[0])[None], draws)[0])
     about = {name: item[name] for name in ("label", "caption")}
-    about |= {"key": source.name(place), "embedding": source.embedding(place)}
-    return np.stack(crops), about
-
-
-def report(manifest: dict, folder: pathlib.Path) -> None:
-    """What was left out, and what is still missing."""
-    unreadable = manifest["unreadable"]
-    if unreadable:
-        lines = [f"\n  {name}: {why}" for name, why in list(unreadable.items())[:10]]
-        print(
-            f"warning: {len(unreadable)} of {manifest['num_images']} images could not be read and "
-            f"were left out (all in {shards.MANIFEST}):{''.join(lines)}",
-            file=sys.stderr,
-        )
-    done, wanted = len(manifest["shards"]), manifest["num_shards"]
-    if done < wanted:
-        print(f"{done} of {wanted} shards are in {folder}; the other processes write the rest")
+    return np.stack(crops), about | {"key": key, "embedding": embedding}

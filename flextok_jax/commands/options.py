@@ -115,13 +115,7 @@ def add_measuring(parser):
     group.add_argument(
         "--export", metavar="FILE.npz", help="write the images of one setting as the array arr_0"
     )
-    group.add_argument(
-        "--process",
-        type=process,
-        default=(0, 1),
-        metavar="I/N",
-        help="this is process I, from 0, of N that share --out (0/1)",
-    )
+    add_process(group, "--out")
 
 
 def add_num_tokens(parser):
@@ -166,12 +160,16 @@ def add_shards(parser, title):
 
 def add_files(parser):
     parser.add_argument("--shard-size", type=positive, metavar="N", help="images per file (4096)")
+    add_process(parser, "the work")
+
+
+def add_process(parser, shared):
     parser.add_argument(
         "--process",
         type=process,
         default=(0, 1),
         metavar="I/N",
-        help="this is process I, from 0, of N that share the work (0/1)",
+        help=f"this is process I, from 0, of N that share {shared} (0/1)",
     )
 
 

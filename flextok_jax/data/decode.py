@@ -1,12 +1,10 @@
 """Bytes of an image file to upright RGB, by Pillow.
 
-Pillow and not a faster binding, by measurement (`python -m benchmarks.data`; table in
-docs/data.md): Pillow, simplejpeg and OpenCV all call libjpeg-turbo and give the same pixels.
-simplejpeg decodes a photograph of ImageNet's size in three quarters of the time, but most of it
-goes into the antialiased crop that follows, so an example is ready only 2 to 8 % earlier, and
-Pillow would still be needed for every other format, for the camera's rotation and for damaged
-files. Where decoding does weigh, in photographs of many megapixels, scaled decoding helps more than
-any binding, and Pillow has it ("draft" mode: libjpeg's reduced inverse DCT).
+Pillow and not a faster binding, by measurement (`python -m benchmarks.data`; numbers in
+docs/data.md): what simplejpeg saves in decoding is nearly lost in the antialiased crop that
+follows, and Pillow would still be needed for every other format, for the camera's rotation and for
+damaged files. Scaled decoding of large photographs it has too ("draft" mode: libjpeg's reduced
+inverse DCT).
 """
 
 import io

@@ -1,6 +1,7 @@
 """Folders of image files, with labels and captions beside them."""
 
 import csv
+import io
 import json
 import os
 import pathlib
@@ -26,8 +27,9 @@ class FolderSource:
 
     Beside NAME.jpg may lie its caption, NAME.txt, and the caption's embedding, NAME.npy. Or
     metadata.csv or metadata.jsonl lists images: `file_name` (relative to where the list lies),
-    `label` (a whole number, or the name of a class) and `caption` (or `text`); it goes before
-    subfolders and .txt files. What it lists and is not there counts as an unreadable image.
+    `label` (a whole number, or the name of a class; -1 or nothing: unknown) and `caption` (or
+    `text`); it goes before subfolders and .txt files. What it lists and is not there counts as an
+    unreadable image.
 
     Attributes:
         files: the paths of this split's images.
@@ -168,15 +170,17 @@ def _listed(folder: pathlib.Path, root: pathlib.Path) -> dict[str, tuple[str | N
             )
         label, caption = row.get("label"), row.get("caption") or row.get("text")
         key = (folder.relative_to(root) / path).as_posix()
-        found[key] = (None if label in (None, "") else str(label), caption or None)
+        unknown = label in (None, "", -1, "-1")
+        found[key] = (None if unknown else str(label), caption or None)
     return found
 
 
 def _rows(file: pathlib.Path, text: str) -> list[dict]:
     if file.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
+        return list(csv.DictReader(io.StringIO(text, newline="")))
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines: it also breaks at characters that a caption may hold, such as U+2028.
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not one JSON object per line: {error}") from error
     if not all(isinstance(row, dict) for row in rows):

@@ -12,6 +12,7 @@ asking for another step, and the global batch is the same for any number of proc
 import dataclasses
 import functools
 import logging
+import math
 import operator
 import os
 import threading
@@ -24,11 +25,9 @@ import numpy as np
 from flextok_jax.data import decode, sources
 from flextok_jax.data.encoded import Crops
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
+from flextok_jax.data.unreadable import MAX_UNREADABLE, complaint, too_many
 
 MAX_STEPS = 2**31 - 1
-MAX_UNREADABLE_IN_A_ROW = 100
-MAX_UNREADABLE = 0.1  # What data.max_unreadable is in the configs.
-MAX_LISTED = 1000  # Lines of an error.
 
 _log = logging.getLogger(__name__)
 
@@ -91,8 +90,7 @@ def make_pipeline(
 
 def _wanted(kind: str, manifest: dict) -> dict[str, tuple[int, ...]]:
     """The arrays of encoded data that a batch holds: tokens, or all others."""
-    arrays = manifest.get("arrays") or {"tokens": [manifest["num_tokens"]]}
-    tokens = kind == "tokens"
+    arrays, tokens = manifest["arrays"], kind == "tokens"
     wanted = {n: tuple(shape) for n, shape in arrays.items() if (n == "tokens") == tokens}
     if not wanted:
         raise ValueError(f"data.source is {kind!r}, but the data has {', '.join(arrays)} only.")
@@ -170,8 +168,8 @@ class Pipeline:
         source: the examples.
         num_examples: how many there are.
         unreadable: name → reason of the examples that could not be read so far. Each was named once
-            by a warning, and the next readable one stands in for it. A single one never stops a
-            run; more than the share `max_unreadable` of all examples do, with the list.
+            by a warning, and a readable one of elsewhere stands in for it. A single one never stops
+            a run; more than the share `max_unreadable` of all examples do, with the list.
     """
 
     def __init__(
@@ -200,6 +198,7 @@ class Pipeline:
         self._process = process_index, process_count
         self._max_unreadable = max_unreadable
         self._local(batch_size)  # Refuses a size that does not divide.
+        self._stride = _stride(self.num_examples)
         self._lock = threading.Lock()
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
@@ -268,9 +267,9 @@ class Pipeline:
         return np.random.RandomState([self._seed, int(epoch)]).permutation(self.num_examples)
 
     def _read(self, index: int, draws: np.ndarray, examples: Examples) -> tuple[dict, bool]:
-        """An example, and False where the next readable one had to stand in."""
-        for tried in range(min(self.num_examples, MAX_UNREADABLE_IN_A_ROW)):
-            index_tried = int((index + tried) % self.num_examples)
+        """An example, and False where another one had to stand in."""
+        for tried in range(self.num_examples):
+            index_tried = int((index + tried * self._stride) % self.num_examples)
             try:
                 example = examples.decode(self.source[index_tried], draws)
             except Exception as error:  # Pillow raises nearly anything for a broken file.
@@ -280,7 +279,7 @@ class Pipeline:
                 return examples.read(example, draws), tried == 0
             except ValueError as error:
                 raise ValueError(f"{self.source.name(index_tried)}: {error}") from None
-        raise self._too_many(f"the last {tried + 1} tried in a row")
+        raise self._too_many("not a single one")
 
     def _record(self, name: str, error: Exception) -> None:
         with self._lock:
@@ -293,17 +292,16 @@ class Pipeline:
             raise self._too_many(f"more than data.max_unreadable, {self._max_unreadable:.1%},")
 
     def _too_many(self, which: str) -> RuntimeError:
-        lines = [f"  {name} ({why})" for name, why in sorted(self.unreadable.items())]
-        return RuntimeError(
-            f"Of {self.num_examples} images, {which} could not be read. Remove or repair them "
-            "(`flextok data check` names them all), check that data.path is right, or allow more. "
-            f"So far {len(lines)} were unreadable:\n" + "\n".join(lines[:MAX_LISTED])
-        )
+        remedy = ", check that data.path is right, or allow more"
+        return RuntimeError(complaint(self.unreadable, self.num_examples, which, remedy))
 
 
-def too_many(unreadable: int, count: int, share: float) -> bool:
-    """Whether so many unreadable ones of `count` images are more than one and than that share."""
-    return unreadable > max(1, share * count)
+def _stride(count: int) -> int:
+    """The way to the next stand-in: about 0.618 of `count`, and it leads to every example.
+
+    What cannot be read often lies together (a folder, a shard), and so far away no more does.
+    """
+    return next(n for n in range(round(0.618 * count) or 1, 2 * count) if math.gcd(n, count) == 1)
 
 
 def cores() -> int:

@@ -22,9 +22,11 @@ import numpy as np
 
 from flextok_jax.data.records import Record, from_bytes, to_bytes
 from flextok_jax.data.sources import NULL_TEXT
+from flextok_jax.data.unreadable import MAX_UNREADABLE, complaint, too_many
 from flextok_jax.interop import tensor_file
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # Of manifest and records.
 MODELS = ("tokenizer", "vae", "dinov2")  # Keys of a manifest: by whom the arrays were made.
 PROGRESS = ("shards", "unreadable")  # What the manifest gathers; all else is a setting.
 # Words for a model; its sha256 decides.
@@ -46,9 +48,9 @@ def write_split(
 
     Args:
         folder: DIR/SPLIT.
-        settings: in JSON terms: "num_shards", "arrays" ({name: shape of one crop, None: bytes of a
-            file}), those of MODELS (dictionaries with "origin" and "fingerprint"), and all else
-            that decides the records.
+        settings: in JSON terms: "num_shards", "num_images", "arrays" ({name: shape of one crop,
+            None: bytes of a file}), those of MODELS (dictionaries with "origin" and "fingerprint"),
+            and all else that decides the records.
         make_shard: index -> (its records, {key: reason} of the images it leaves out).
         null_text: float [T, E], the embedding of the empty caption, where the data set has text.
         part: (i, n): write the shards i, i + n, i + 2n, ...
@@ -58,31 +60,36 @@ def write_split(
 
     Raises:
         ValueError: the folder, or another split beside it, holds what other models made, or was
-            made with other settings.
+            made with other settings; or too many images are left out: then the shard is not
+            written.
     """
-    folder, settings = pathlib.Path(folder), json.loads(json.dumps(settings))
+    folder, settings = pathlib.Path(folder), json.loads(json.dumps({"format": FORMAT} | settings))
     for other in manifests(folder.parent):
         if other.parent != folder:
-            check_same(*map(models, (tensor_file.read_json(other), settings)), other.parent)
+            check_same(models(open_manifest(other)), models(settings), other.parent)
     path = folder / MANIFEST
     if path.exists():
-        found = tensor_file.read_json(path)
+        found = open_manifest(path)
         check_same({k: v for k, v in found.items() if k not in PROGRESS}, settings, folder)
     else:
         _write_json(path, settings | {"shards": {}, "unreadable": {}})
     if null_text is not None:
         with tensor_file.atomic(folder.parent / NULL_TEXT) as temporary:
             np.save(temporary, np.asarray(null_text, np.float16))
+    left_out: dict[str, str] = {}
     for name in _names(settings)[part[0] :: part[1]]:
         shard, beside = folder / f"{name}.array_record", folder / f"{name}.json"
         known = beside.is_file() and tensor_file.read_json(beside)
         if known and shard.is_file() and _sha256(shard) == known["sha256"]:
+            left_out |= known["unreadable"]
             continue
         if known:
             log.warning("%s is missing or damaged: it is made again", shard)
         for leftover in folder.glob(f".{name}.*"):  # of a killed run
             leftover.unlink()
         records, unreadable = make_shard(int(name.split("-")[1]))
+        left_out |= unreadable
+        _check_readable(left_out, settings, folder)
         _write_json(beside, _write_shard(shard, records) | {"unreadable": unreadable})
     return _gather(folder, settings)
 
@@ -90,6 +97,13 @@ def write_split(
 def _names(settings: dict) -> list[str]:
     count = settings["num_shards"]
     return [f"records-{index:05d}-of-{count:05d}" for index in range(count)]
+
+
+def _check_readable(unreadable: dict, settings: dict, folder: pathlib.Path):
+    count = settings["num_images"]
+    if too_many(len(unreadable), count):
+        remedy = f", delete {folder} and give the command again"
+        raise ValueError(complaint(unreadable, count, f"more than {MAX_UNREADABLE:.0%}", remedy))
 
 
 def _gather(folder: pathlib.Path, settings: dict) -> dict:
@@ -102,6 +116,7 @@ def _gather(folder: pathlib.Path, settings: dict) -> dict:
             del about["keys"]
             manifest["shards"][f"{name}.array_record"] = about
     if len(manifest["shards"]) == settings["num_shards"]:
+        _check_readable(manifest["unreadable"], settings, folder)
         _write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -177,12 +192,27 @@ def manifests(path) -> list[pathlib.Path]:
     return sorted(pathlib.Path(path).expanduser().glob(f"*/{MANIFEST}"))
 
 
+def open_manifest(file: pathlib.Path) -> dict:
+    """A manifest, of a finished split or not.
+
+    Raises:
+        ValueError: it has another format.
+    """
+    manifest = tensor_file.read_json(file)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} has format {manifest.get('format')}, and this version of flextok reads "
+            f"{FORMAT}: encode (or pack) the images again, to another folder"
+        )
+    return manifest
+
+
 def read_manifest(path, split: str) -> dict:
     """The manifest of a finished split.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the split is not finished.
+        ValueError: the split is not finished, or has another format.
     """
     file = pathlib.Path(path).expanduser() / split / MANIFEST
     if not file.is_file():
@@ -190,7 +220,7 @@ def read_manifest(path, split: str) -> dict:
             f"{file} does not exist: `flextok encode`, `flextok tokenize` or `flextok data pack` "
             f"with --split {split} --out {path} makes it"
         )
-    manifest = tensor_file.read_json(file)
+    manifest = open_manifest(file)
     if len(manifest["shards"]) != manifest["num_shards"]:
         done = sum((file.parent / f"{name}.json").is_file() for name in _names(manifest))
         raise ValueError(
@@ -210,7 +240,7 @@ def verify(folder: pathlib.Path) -> Iterator[tuple[str, str | None, int]]:
         FileNotFoundError, ValueError: there is no finished split.
     """
     manifest = read_manifest(folder.parent, folder.name)
-    crops, shapes = manifest.get("crops"), manifest.get("arrays", {})
+    crops, shapes = manifest.get("crops"), manifest["arrays"]
     for name, about in manifest["shards"].items():
         yield name, _wrong(folder / name, about, crops, shapes), about["records"]
 
@@ -256,7 +286,8 @@ class ShardSource:
         """Opens DIR/SPLIT; "all": every split there is.
 
         Raises:
-            FileNotFoundError, ValueError: it is missing, unfinished or damaged; with the remedy.
+            FileNotFoundError, ValueError: it is missing, unfinished, damaged or holds no records;
+                with the remedy.
         """
         root = pathlib.Path(path).expanduser()
         names = [split]
@@ -277,6 +308,12 @@ class ShardSource:
                 longest = max(longest, about["max_text"])
                 if about["records"]:
                     self._files.append((file, about["records"]))
+        if not self._files:
+            left_out = sum(len(manifest["unreadable"]) for manifest in found.values())
+            raise ValueError(
+                f"{root}, split {split!r}, holds no records ({left_out} images were left out as "
+                "unreadable): delete it and make it again of other images"
+            )
         self._ends = np.cumsum([count for _, count in self._files])
         self._records = _open([file for file, _ in self._files])
         self.classes = self.manifest.get("classes") or []

@@ -61,7 +61,7 @@ def parse(text: str, image_size: int = 0) -> Data:
         image_size: see `Data`.
 
     Raises:
-        ValueError: "tfds:" without a name or a folder.
+        ValueError: "tfds:" without a name or a folder, or a manifest of another format.
     """
     if text in IN_MEMORY:
         return Data(text, image_size=image_size)
@@ -82,11 +82,10 @@ def _absolute(path) -> str:
 
 
 def _kind(path: pathlib.Path) -> str:
-    from flextok_jax.data.shards import manifests
-    from flextok_jax.interop import tensor_file
+    from flextok_jax.data.shards import manifests, open_manifest
 
     for file in manifests(path):
-        arrays = tensor_file.read_json(file).get("arrays", {"tokens": 0})
+        arrays = open_manifest(file)["arrays"]
         if "image" in arrays:
             return "array_record"
         return "encoded" if "moments" in arrays else "tokens"

@@ -81,13 +81,15 @@ class WebDatasetSource:
 
     def __getitem__(self, index: int) -> dict:
         found = self._read(index, FIELDS[:-1])
-        about = json.loads(found["json"]) if "json" in found else {}
-        label, caption = about.get("label", -1), about.get("caption") or about.get("text")
+        about = json.loads(found.get("json", b"{}"))
+        about = about if isinstance(about, dict) else {}  # A list of boxes, for example.
+        label, caption = about.get("label"), about.get("caption") or about.get("text")
         if "cls" in found:
             label = found["cls"].decode()
         if "txt" in found:
             caption = found["txt"].decode().strip()
-        return {"image": found["image"], "label": int(label), "caption": caption or None}
+        label = -1 if label is None else int(label)
+        return {"image": found["image"], "label": label, "caption": caption or None}
 
     def embedding(self, index: int) -> np.ndarray | None:
         """float [T, E] of the caption, None where there is none."""

@@ -7,9 +7,11 @@ layout. Each kernel here reads its inputs once and writes its results once, forw
     normalize       LayerNorm with its modulation, beside the residual path
     add_gated       x + gate y
 
-They compute in float32 and round their results. The compiler does not cut a kernel's work over
-devices, so `shard_map` does: images over the batch axes, heads over `tensor`. B batch, T positions,
-D width, S segments of equal length that share a modulation.
+They compute in float32 and round their results; but the factors of matrix products are of the
+inputs' type (their sums float32), and among them, by `attend`, what is averaged over a head for
+QK-norm. The compiler does not cut a kernel's work over devices, so `shard_map` does: images over
+the batch axes, heads over `tensor`. B batch, T positions, D width, S segments of equal length that
+share a modulation.
 """
 
 import functools
