@@ -13,8 +13,7 @@ from flextok_jax.commands import encoders
 from flextok_jax.data import records as record_files
 from flextok_jax.data import shards, sources
 from flextok_jax.data.pipeline import make_pipeline
-from flextok_jax.data.records import Record
-from flextok_jax.data.sources import NULL_TEXT
+from flextok_jax.data.records import NULL_TEXT, Record
 
 TOKENIZER = {"source": "a", "origin": "model A", "fingerprint": "aaaa", "levels": [8, 5]}
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+NULL_TEXT = "null_text.npy"  # The embedding of the empty caption, in the folder of a data set.
 _TEXT = ("key", "caption")
 _KNOWN = (*_TEXT, "label", "embedding")
 

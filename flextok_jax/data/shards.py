@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from flextok_jax.data.records import Record, from_bytes, to_bytes
-from flextok_jax.data.sources import NULL_TEXT
+from flextok_jax.data.records import NULL_TEXT, Record, from_bytes, to_bytes
 from flextok_jax.data.unreadable import MAX_UNREADABLE, complaint, too_many
 from flextok_jax.interop import tensor_file
 

@@ -21,12 +21,12 @@ import numpy as np
 
 from flextok_jax.data.folder import FolderSource, check_split
 from flextok_jax.data.photos import photos
+from flextok_jax.data.records import NULL_TEXT
 
 IN_MEMORY = ("digits", "photos")
 ENCODED = ("tokens", "encoded")  # Not images any more; see `encoded`.
 SOURCES = (*IN_MEMORY, "folder", "tfds", "webdataset", "array_record", *ENCODED)
 NUM_DIGITS, NUM_TRAIN_DIGITS = 1797, 1500
-NULL_TEXT = "null_text.npy"  # The embedding of the empty caption, in the folder of a data set.
 
 
 @dataclasses.dataclass(frozen=True)
