@@ -148,13 +148,14 @@ def write_pages(results: dict):
     costs = [COST_HEAD, *(cost(k, results[k]) for k in keys if "error" not in results[k]["train"])]
     _write(COSTS, costs)
     lines = [HEAD, *(row(key, results[key]) for key in keys)]
-    stamps = {
-        f"libtpu {run['versions']['libtpu']}, jax {run['versions']['jax']}, commit {run['commit']}"
-        for key in keys
-        for run in (results[key]["train"], results[key].get("vae", {}))
-        if "versions" in run
-    }
-    lines += ["", "Compiled by: " + "; ".join(sorted(stamps)) + "."]
+    commits = {}
+    for key in keys:
+        for run in (results[key]["train"], results[key].get("vae", {})):
+            if "versions" in run:
+                by = ", ".join(f"{k} {v}" for k, v in sorted(run["versions"].items()))
+                commits.setdefault(by, set()).add(run["commit"])
+    stamps = (f"{by} (commits {', '.join(sorted(of))})" for by, of in sorted(commits.items()))
+    lines += ["", "Compiled by: " + "; ".join(stamps) + "."]
     _write(PAGE, lines)
 
 
