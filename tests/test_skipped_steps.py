@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from test_training_state import ToyStage, equal, get_config, host
 
-from flextok_jax import main
+from flextok_jax import config_flag, main
 from flextok_jax.interop.checkpoint import Checkpoints, json_config
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training import loop
@@ -106,10 +106,10 @@ def test_the_command_ends_with_the_error_and_not_as_if_preempted(monkeypatch, tm
 
     monkeypatch.setattr(loop, "train", diverge)
     monkeypatch.setitem(main.STAGES, "toy", "test_training_state:ToyStage")
-    values = dict(_CONFIG=get_config(), _WORKDIR=tmp_path)
-    values |= dict.fromkeys(("_COORDINATOR", "_NUM_PROCESSES", "_PROCESS_ID"))
-    for name, value in values.items():
+    values = dict.fromkeys(("_COORDINATOR", "_NUM_PROCESSES", "_PROCESS_ID"))
+    for name, value in (values | dict(_WORKDIR=tmp_path)).items():
         monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(config_flag, "CONFIG", types.SimpleNamespace(value=get_config()))
     with pytest.raises(SystemExit, match="^error: steps 3 to 5"):  # A text makes it exit code 1.
         main.main(["main"])
 

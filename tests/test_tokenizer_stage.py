@@ -130,7 +130,7 @@ def test_full_size_configs_describe_the_paper_models(variant):
         assert count == expected[variant]
         assert (c.batch_size, c.data.image_size, c.data.source) == (2048, 256, "tfds")
     else:
-        assert count > 0 and c.data.source in ("digits", "folder")
+        assert count > 0 and c.data.source in ("digits", "photos", "folder")
 
 
 def test_the_time_shift_moves_the_images_of_a_batch_towards_noise():

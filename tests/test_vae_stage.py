@@ -276,7 +276,7 @@ def test_fine_tuning_starts_from_a_vae(trained):
         stage.init_from(str(GOLDEN / "vae"))
 
 
-@pytest.mark.parametrize("variant", CONFIGS.VARIANTS)
+@pytest.mark.parametrize("variant", ["digits", "photos", "c16"])  # c4 and c8: other channels only.
 def test_every_variant_takes_a_real_step_when_cut_down(variant, tiny_tfds, tmp_path):
     size = 16 if variant == "digits" else 32
     c = CONFIGS.get_config(f"{variant},width=32,layers=1,channels=2,batch=4,image={size}")
