@@ -97,12 +97,21 @@ def _opening(results, generated) -> list[str]:
 
 
 def _line(results) -> list[dict]:
-    """The results along the number of tokens, at the settings that most of them share."""
+    """The results along the number of tokens at the other settings that do best with most tokens.
+
+    Best is the lowest FID, or else the highest PSNR.
+    """
     groups: dict = {}
     for result in results:
         key = tuple(_at(result, axis) for axis in AXES if axis != "num_tokens")
         groups.setdefault(key, []).append(result)
-    return max(groups.values(), key=len)
+    most = max(map(len, groups.values()))
+
+    def rank(group):
+        numbers = max(group, key=lambda r: _at(r, "num_tokens"))["metrics"]
+        return numbers.get("fid", -numbers.get("psnr", 0.0))
+
+    return min((group for group in groups.values() if len(group) == most), key=rank)
 
 
 def _pictures(results, pictures) -> str:
@@ -115,18 +124,22 @@ def _pictures(results, pictures) -> str:
     count = min(len(images) for _, images in columns)
     rows = [[images[i] for _, images in columns] for i in range(count)]
     point = line[0]["stamp"]["point"]
-    about = f"by number of tokens; guidance {point['guidance']:g}, {point['steps']} steps"
+    how = f"guidance {point['guidance']:g}, {point['steps']} steps"
+    about = f"by number of tokens; {how}, which did best"
     return report.picture_table("The first images", about, [t for t, _ in columns], rows)
 
 
 def _curves(results, axis: str, varied) -> list[str]:
     others = [a for a in varied if a != axis]
+    # Not every combination: those that differ from the best in one other setting at most.
+    best = max(_line(results), key=lambda r: _at(r, "num_tokens"))
+    shown = [r for r in results if sum(_at(r, a) != _at(best, a) for a in others) <= 1]
     charts = []
     for key, (title, about, percent) in CURVES.items():
         if key not in results[0]["metrics"] or key == "seconds_per_image":
             continue
         groups: dict = {}
-        for result in results:
+        for result in shown:
             values = [f"{AXES[a]} {_at(result, a):g}" for a in others]
             point = (_at(result, axis), result["metrics"][key])
             groups.setdefault(", ".join(values) or title, []).append(point)
