@@ -125,7 +125,8 @@ def _pictures(results, pictures) -> str:
     rows = [[images[i] for _, images in columns] for i in range(count)]
     point = line[0]["stamp"]["point"]
     how = f"guidance {point['guidance']:g}, {point['steps']} steps"
-    about = f"by number of tokens; {how}, which did best"
+    ranked = {"fid", "psnr"} & set(line[0]["metrics"])
+    about = f"by number of tokens; {how}{', which did best' if ranked else ''}"
     return report.picture_table("The first images", about, [t for t, _ in columns], rows)
 
 
