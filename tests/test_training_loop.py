@@ -133,6 +133,25 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path):
     assert int(outcome.state.step) == 3 and (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_cut_off_in_its_evaluation_loses_no_record(whole, tmp_path, monkeypatch):
+    def cut_off(self):
+        def fail(*args):
+            raise InterruptedError
+            yield
+
+        return {"size": fail}
+
+    monkeypatch.setattr(ToyStage, "evaluators", cut_off)
+    for _ in range(2):  # In the loop, and when the evaluation is to be made up for.
+        with pytest.raises(InterruptedError):
+            run(tmp_path, eval_every=3)
+        assert restore_ema(tmp_path)[2] == 3
+        assert [(r["step"], "loss" in r) for r in records(tmp_path)] == [(i, True) for i in (1, 2, 3)]
+    monkeypatch.undo()
+    run(tmp_path, eval_every=3)
+    assert without_time(tmp_path) == without_time(whole[0])
+
+
 def test_metrics_are_averaged_between_records(whole, tmp_path):
     run(tmp_path, log_every=2)
     each, pairs = records(whole[0]), records(tmp_path)

@@ -16,7 +16,8 @@ class RunLog:
     """Writes one record per logged step. Does nothing in processes other than 0.
 
     A resumed run first drops the records beyond the step it resumes from, so that no step appears
-    twice and a line torn by a crash disappears. The record of that step itself is opened again.
+    twice and a line torn by a crash disappears. What is added to the last record once it is written
+    goes into the same line, and at every moment the file has the old line or the new one.
 
     Attributes:
         resumed: the values of that record, {} if there is none (and in processes other than 0).
@@ -26,6 +27,7 @@ class RunLog:
         """Continues the logs of `workdir` after step `start`."""
         self.resumed = {}
         self._pending = None
+        self._last = None  # (step, record, bytes of the file before it) of the last line.
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -33,15 +35,14 @@ class RunLog:
         import tqdm
 
         workdir = pathlib.Path(workdir)
-        path = workdir / "metrics.jsonl"
-        records = _records(path)
-        kept = [json.dumps(record) + "\n" for record in records if record["step"] < start]
-        write_atomic(path, "".join(kept))
-        for record in records:
-            if record.pop("step") == start:
-                self.resumed = record
-                self.add(start, record)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = workdir / "metrics.jsonl"
+        records = [record for record in _records(self._path) if record["step"] <= start]
+        write_atomic(self._path, "".join(map(_line, records)))
+        if records and records[-1]["step"] == start:
+            before = sum(len(_line(record).encode()) for record in records[:-1])
+            self.resumed = {k: v for k, v in records[-1].items() if k != "step"}
+            self._last = (start, {}, before)
+            self.add(start, self.resumed)  # For TensorBoard, which forgets them with `purge_step`.
         self._events = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start)
         self._bar = tqdm.tqdm(initial=start, total=total, unit="step", disable=None)
 
@@ -52,7 +53,6 @@ class RunLog:
         if exc[0] is None:
             self.flush()
         if self._active:
-            self._file.close()
             self._events.close()
             self._bar.close()
 
@@ -81,8 +81,7 @@ class RunLog:
         if not self._active:
             return
         record = {name: _plain(value) for name, value in jax.device_get(values).items()}
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        self._write(step, record)
         for name, value in record.items():
             numbers = {name: value}
             if isinstance(value, list):
@@ -101,11 +100,28 @@ class RunLog:
             )  # fmt: skip
 
 
+    def _write(self, step: int, record: dict):
+        """A new line, or more in the last one."""
+        if self._last and self._last[0] == step:
+            _, known, before = self._last
+            text = self._path.read_bytes()[:before].decode()
+            self._last = (step, known | record, before)
+            write_atomic(self._path, text + _line({"step": step} | known | record))
+        else:
+            self._last = (step, record, self._path.stat().st_size)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line({"step": step} | record))
+
+
 def write_atomic(path: pathlib.Path, text: str):
     """Writes a whole file or nothing."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _records(path: pathlib.Path) -> list[dict]:

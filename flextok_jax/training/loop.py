@@ -137,9 +137,8 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
                     speed = {"step_time": seconds, "images_per_s": config.batch_size / seconds}
                     run_log.add(step, _compute(window) | speed)
                     window = None
-                    if saving and not evaluating:
-                        run_log.flush()  # What is saved is logged, whatever happens then.
                     if saving:
+                        run_log.flush()  # What is saved is logged, whatever happens then.
                         checkpoints.save(step, state)
                     if evaluating:
                         evaluate(step, state.ema)
