@@ -259,8 +259,9 @@ def test_each_augmentation_does_only_what_it_says():
     assert (by == by[:, :1, :1]).all() and np.abs(by).max() > 40
     together, apart = by.mean((1, 2, 3)), by[:, 0, 0] - by.mean((1, 2, 3))[:, None]
     assert np.abs(together).max() < 51 and 10 < apart.std() < 20
-    white = np.full_like(images, 255)
-    assert (Transform(16, color=1.0).augment(white, draws).max((1, 2, 3)) == 255).any()
+    for level, expected in ((0, np.maximum(by, 0)), (255, 255 + np.minimum(by, 0))):
+        clipped = Transform(16, color=0.1).augment(np.full_like(images, level), draws)
+        np.testing.assert_array_equal(clipped, expected)
 
 
 @pytest.mark.parametrize(

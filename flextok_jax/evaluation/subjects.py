@@ -40,11 +40,13 @@ class Subject(Protocol):
         tok: the tokenizer that draws.
         count: how many things there are.
         batch_size: how many are drawn at a time.
+        key: a name for what is prepared, among all that one folder of results may have.
     """
 
     tok: FlexTok
     count: int
     batch_size: int
+    key: str
 
     def prepare(self, places: range) -> dict[str, np.ndarray]:
         """Tokens by their names, "labels" and "names" of those of the places that can be read.
@@ -75,6 +77,10 @@ class Reconstructions:
     @property
     def count(self) -> int:
         return len(self.pictures)
+
+    @property
+    def key(self) -> str:
+        return f"k{self.num_tokens:04d}"
 
     def prepare(self, places: range) -> dict[str, np.ndarray]:
         readable, images, labels = self.pictures.read(places, side(self.tok))
@@ -121,6 +127,10 @@ class Samples:
     def count(self) -> int:
         return len(self.labels)
 
+    @property
+    def key(self) -> str:
+        return "_".join([f"k{self.num_tokens:04d}", *(str(how.guidance) for how in self.hows)])
+
     def prepare(self, places: range) -> dict[str, np.ndarray]:
         names = [f"{place:06d}_class{self.labels[place]}" for place in places]
         nothing = np.array([], np.str_)
@@ -147,7 +157,7 @@ class Samples:
 
 
 def missed(pictures: Pictures, places, readable) -> dict[str, np.ndarray]:
-    """ "unreadable" and "reasons": those of the places that are not among the readable ones."""
+    """Arrays "unreadable" and "reasons", of those of the places that are not readable."""
     names = [pictures.names[place] for place in sorted(set(places) - set(readable.tolist()))]
     reasons = [pictures.unreadable[name] for name in names]
     return {"unreadable": np.array(names, np.str_), "reasons": np.array(reasons, np.str_)}

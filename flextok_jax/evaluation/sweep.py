@@ -24,6 +24,7 @@ from flextok_jax.evaluation.subjects import Point, Subject, draw_point, missed
 from flextok_jax.interop import tensor_file
 
 SETTINGS, POINTS, WORK, REFERENCE = "settings.json", "points", ".work", "reference.npz"
+SHARED = PREPARED, REAL = "prepared", "real"  # In WORK, beside a folder for each point.
 SHOWN = 8  # Images of each point that are kept to be looked at.
 
 
@@ -124,19 +125,18 @@ class Sweep:
 
     def _tidy(self) -> None:
         """Removes what all points shared, where no point is unfinished."""
-        names = {"prepared", "real"}
         work = self.out / WORK
-        if work.exists() and {path.name for path in work.iterdir()} <= names:
-            shutil.rmtree(work)
+        if all(path.name.startswith(SHARED) for path in work.glob("*")):
+            shutil.rmtree(work, ignore_errors=True)
 
     @property
     def _prepared(self) -> Chunks:
-        return Chunks(self.out / WORK / "prepared", self.subject.count)
+        return Chunks(self.out / WORK / f"{PREPARED}_{self.subject.key}", self.subject.count)
 
     @property
     def _real(self) -> Chunks:
         pictures = self.reference.pictures
-        return Chunks(self.out / WORK / "real", 0 if pictures is None else len(pictures))
+        return Chunks(self.out / WORK / REAL, 0 if pictures is None else len(pictures))
 
     def _chunks(self, point: Point) -> Chunks:
         """With all images, where they are to be exported, and only the first ones else."""
