@@ -15,6 +15,7 @@ from flextok_jax.interop import flexar, tensor_file
 from flextok_jax.nn import ar, flextok, generation
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.rng import named
 from flextok_jax.parallel.sharding import param_shardings, spread_batch
 from flextok_jax.tokenizer import FlexTok, Key
@@ -71,14 +72,15 @@ class ImageGenerator:
             dtype: "float32" or "bfloat16", of the computation; parameters stay float32.
             mesh: spread batches and parameters over these devices. Axes `data` and `tensor` suit
                 generation; what is cut over `fsdp` is gathered for every token.
-            attention: "xla", or "cudnn" on CUDA GPUs with bfloat16 (of `logits`).
+            attention: of `logits`: "xla", "cudnn" (CUDA GPUs with bfloat16) or "pallas" (TPUs).
 
         Raises:
             FileNotFoundError: the source is not there; the message says how to get it.
             ValueError: the file is not understood (one error lists every reason), or the
-                tokenizer has other ids.
+                tokenizer has other ids, or these devices do not have that attention.
         """
         compute = Compute(dtype=dtype, attention=attention)
+        compute.check_platform(platform(mesh))
         file = flexar.load(source)
         made_by = (file.about.get("tokenizer") or {}).get("fingerprint")
         if tokenizer is not None and made_by not in (None, tokenizer.fingerprint):

@@ -14,6 +14,7 @@ from flextok_jax.flow import sampler
 from flextok_jax.interop import sources, tensor_file
 from flextok_jax.nn import flextok, fsq, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig
+from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.sharding import param_shardings, spread_batch
 
 Key = jax.Array | int | None
@@ -34,9 +35,7 @@ def _encode(params, images, noise, cfg: FlexTokConfig, compute: Compute, count: 
 def _decode(params, tokens, keep, noise, scales, cfg, compute, guided, normalized):
     """ids [B, K], of which the first keep [B] count -> images [B, H, W, 3]."""
     codes = fsq.indices_to_codes(tokens, cfg.levels)
-    latents = flextok.decode(
-        params, cfg, compute, codes, keep, noise, scales, guided, normalized
-    )
+    latents = flextok.decode(params, cfg, compute, codes, keep, noise, scales, guided, normalized)
     return vae.latents_to_images(params["vae"], cfg.vae, latents, jnp.dtype(compute.dtype))
 
 
@@ -75,13 +74,15 @@ class FlexTok:
                 ("demo-digits").
             dtype: "float32" or "bfloat16", of the computation; parameters stay float32.
             mesh: spread batches and parameters over these devices (see `parallel.mesh.make_mesh`).
-            attention: "xla", or "cudnn" on CUDA GPUs with bfloat16.
+            attention: "xla", or "cudnn" on CUDA GPUs with bfloat16, or "pallas" on TPUs.
 
         Raises:
             FileNotFoundError: the source is not there; the message says how to get it.
-            ValueError: the file is not understood; one error lists every reason.
+            ValueError: the file is not understood (one error lists every reason), or these devices
+                do not have that attention.
         """
         compute = Compute(dtype=dtype, attention=attention)
+        compute.check_platform(platform(mesh))
         file = sources.load(source)
         if mesh is None:
             params = jax.tree.map(jnp.asarray, file.params)

@@ -300,7 +300,8 @@ def test_missing_and_misplaced_folders_are_told_without_a_traceback(
     assert "holds no checkpoint" in reconstruct(model=tmp_path / "untrained")
     assert "is a file" in reconstruct(out=tmp_path / "file")
     assert "lies in the image folder" in reconstruct(out=f"{images}/out")
-    assert "CUDA GPU" in reconstruct(model, images, tmp_path / "out", "--attention", "cudnn")
+    cudnn = ("--attention", "cudnn", "--dtype", "bfloat16")
+    assert "CUDA GPUs" in reconstruct(model, images, tmp_path / "out", *cudnn)
     assert not (tmp_path / "out").exists()
 
 

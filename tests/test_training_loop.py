@@ -146,7 +146,9 @@ def test_a_run_cut_off_in_its_evaluation_loses_no_record(whole, tmp_path, monkey
         with pytest.raises(InterruptedError):
             run(tmp_path, eval_every=3)
         assert restore_ema(tmp_path)[2] == 3
-        assert [(r["step"], "loss" in r) for r in records(tmp_path)] == [(i, True) for i in (1, 2, 3)]
+        assert [(r["step"], "loss" in r) for r in records(tmp_path)] == [
+            (i, True) for i in (1, 2, 3)
+        ]
     monkeypatch.undo()
     run(tmp_path, eval_every=3)
     assert without_time(tmp_path) == without_time(whole[0])
@@ -169,6 +171,14 @@ def test_another_configuration_leaves_the_workdir_as_it_was(whole):
         (workdir / "config.json").read_text(),
         (workdir / "metrics.jsonl").read_text(),
     )
+
+
+def test_an_attention_that_these_devices_do_not_have_is_refused(tmp_path):
+    config = get_config()
+    config.compute = {"attention": "pallas"}
+    with pytest.raises(ValueError, match="'pallas' is for TPUs; these devices are 'cpu'"):
+        loop.train(ToyStage(config), config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_init_from_gives_the_parameters_of_a_new_run_only(tmp_path):

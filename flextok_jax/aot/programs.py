@@ -17,7 +17,7 @@ from flextok_jax.nn.config import Compute, VAEConfig
 from flextok_jax.nn.generation import Sampling
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from flextok_jax.training.ar_stage import ARStage
-from flextok_jax.training.state import build, check_sizes
+from flextok_jax.training.state import build, check_mesh
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 PROGRAMS = {
@@ -56,7 +56,7 @@ def make(name: str, config, mesh: Mesh) -> Program:
             f"--program={name}: a configuration of the stage {config.stage!r} has "
             f"{', '.join(allowed) or 'none yet'}"
         )
-    check_sizes(config, mesh)
+    check_mesh(config, mesh)
     if config.stage == "ar":
         return _ar(name, ARStage(config, made_by={}), config, mesh)
     return _tokenizer(name, TokenizerStage(config, vae_config=_vae_config(config)), config, mesh)

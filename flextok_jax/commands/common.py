@@ -25,12 +25,6 @@ DATA_OPTIONS = {  # Of `flextok encode`, with what they are when not given.
 
 def load_model(args, source: str | None = None) -> FlexTok:
     """The tokenizer of `source`, --model by default, computing as --dtype and --attention say."""
-    import jax
-
-    if args.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(
-            f"--attention cudnn needs a CUDA GPU; this is a {jax.default_backend()}: use xla"
-        )
     return FlexTok.from_pretrained(
         source or args.model, dtype=args.dtype, attention=args.attention, mesh=all_devices()
     )

@@ -15,6 +15,7 @@ from flextok_jax.evaluation.reconstruction import check_counts, identity, side
 from flextok_jax.interop import dinov2_files, sources, tensor_file
 from flextok_jax.nn import repa, vae
 from flextok_jax.nn.config import Compute
+from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.sharding import param_shardings, spread_batch
 
 IMAGE_SIZE = 256  # Where no model says another.
@@ -100,6 +101,7 @@ def _features(args) -> Encoder:
     fingerprint = tensor_file.fingerprint(params)
     about = {"source": _place(args.dinov2), "fingerprint": fingerprint, "size": args.dinov2_size}
     compute = Compute(args.dtype, args.attention)
+    compute.check_platform(platform(None))
 
     def features(params, images):
         return repa.targets(params, cfg, compute, images, args.dinov2_size)

@@ -238,3 +238,15 @@ class Compute:
             raise ValueError(f"remat={self.remat!r}: allowed are 'none', 'full' and 'dots'")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError("attention='cudnn' computes in bfloat16 only: set dtype='bfloat16'")
+
+    def check_platform(self, platform: str) -> None:
+        """Raises ValueError where devices of `platform` ("cpu", "gpu" or "tpu") cannot do it."""
+        for attention, wanted, devices in (
+            ("cudnn", "gpu", "CUDA GPUs"),
+            ("pallas", "tpu", "TPUs"),
+        ):
+            if self.attention == attention and platform != wanted:
+                raise ValueError(
+                    f"attention={attention!r} is for {devices}; these devices are {platform!r}: "
+                    "set it to 'xla'"
+                )

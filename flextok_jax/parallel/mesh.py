@@ -49,6 +49,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+    """Of its devices, without a mesh of the default one: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
+
+
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
     """What `jax.stages.Lowered.compile` is to be told for these devices."""
-    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    return TPU_OPTIONS if platform(mesh) == "tpu" else {}

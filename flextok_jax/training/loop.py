@@ -23,7 +23,7 @@ from flextok_jax.training.profile import Profile
 from flextok_jax.training.signals import StopSignals
 from flextok_jax.training.skips import Skips
 from flextok_jax.training.stage import Stage
-from flextok_jax.training.state import TrainState, build, check_sizes
+from flextok_jax.training.state import TrainState, build, check_mesh
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
     #     leave after a signal or a preemption notice, saved
     workdir, total = pathlib.Path(workdir).absolute(), config.total_steps
     plain, mesh = json_config(config), make_mesh(**config.mesh)
-    check_sizes(config, mesh)
+    check_mesh(config, mesh)
     with (
         jax.set_mesh(mesh),
         StopSignals() as signals,

@@ -11,7 +11,9 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.layout import path_string
+from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.rng import named, step_key
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from flextok_jax.training.optimizer import (
@@ -60,12 +62,13 @@ class Program(NamedTuple):
     step: Callable[[TrainState, Params, dict], tuple[TrainState, dict[str, clu_metrics.Metric]]]
 
 
-def check_sizes(config, mesh: Mesh) -> None:
-    """That batches can be cut over microbatches and devices.
+def check_mesh(config, mesh: Mesh) -> None:
+    """That batches can be cut over microbatches and devices, which can compute as configured.
 
     Raises:
-        ValueError: one cannot.
+        ValueError: they cannot.
     """
+    Compute(**config.get("compute", {})).check_platform(platform(mesh))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = config.optim.accumulate
     if parts < 1 or config.batch_size % (parts * shards):
@@ -159,9 +162,7 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
         def gradients(index, batch):
             def loss_fn(part):
                 params = overlay(state.params, part)
-                return stage.loss(
-                    params, frozen, batch, jax.random.fold_in(key, index), state.step
-                )
+                return stage.loss(params, frozen, batch, jax.random.fold_in(key, index), state.step)
 
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(part)
             return (loss, grads), metrics
