@@ -149,7 +149,8 @@ def _photos() -> ConfigDict:
         mid_attention=False,
     )
     c.loss.update(reconstruction="l2", lpips_weight=0.0, gan_weight=0.0)  # l2: what PSNR counts
-    # Adam (lr 2e-3) had 17.3 dB after 250 steps and 21.8 after 2000, where it had 20.9 and 25.7.
+    # Adam (lr 2e-3) had 17.3 dB after 250 steps and 21.8 after 2000, where it had 20.9 and 25.7;
+    # compared before data.color was added, and with other widths.
     c.optim.update(rule="muon", lr=1e-2, warmup_steps=100)
     return c
 

@@ -143,9 +143,9 @@ def test_moments_merge_to_those_of_all_and_leave_out_what_is_masked(features):
     """Also far from the origin, where sums of squares would have lost most digits."""
     x = features["real"] + 1e6
     streamed = Moments.empty(24)
-    for start in range(0, 150, 40):
+    for first in range(0, 150, 40):
         batch = np.full((40, 24), np.nan)  # What fills the last batch counts for nothing.
-        part = x[start : start + 40]
+        part = x[first : first + 40]
         batch[: len(part)] = part
         streamed = streamed.add(batch, np.arange(40) < len(part))
     merged = moments(x[:3]).merge(Moments.empty(24)).merge(moments(x[3:]))
