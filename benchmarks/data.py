@@ -7,16 +7,20 @@ JPEGs of ImageNet's usual size (500x375, quality 92, 4:2:0), made from the photo
 scikit-image and scikit-learn, random resized crop to 256x256 with flip, batches of 64.
 
 The limit is one thread that does nothing but decode and crop, of bytes in memory, times the cores
-this process may use. The pipeline (`data.pipeline`, its threads and batches) reads the same images
-from files in a folder. Both run in turn, round after round; medians, and the median of their ratio
-within a round; by the clock, and by the seconds of CPU that the process used (which other load on
-the machine changes less). Then the decoders: Pillow against simplejpeg and OpenCV where they are
-installed, on the same images and on large photographs, whole and scaled.
+this process may use. Cores share caches and memory, so that many such loops at the same time, each
+in a process of its own, are slower: that is the limit of the machine. The pipeline
+(`data.pipeline`, its threads and batches) reads the same images from files in a folder. They run in
+turn, round after round; medians, and the median of their ratio within a round; by the clock, and by
+the seconds of CPU that were used (which other load changes less). Then the decoders: Pillow against
+simplejpeg and OpenCV where they are installed, on the same images and on large photographs, whole
+and scaled.
 """
 
 import argparse
+import functools
 import io
 import json
+import multiprocessing
 import pathlib
 import tempfile
 import time
@@ -30,6 +34,7 @@ from flextok_jax.data.pipeline import cores, make_pipeline, threads
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
 SIZE, BATCH = 256, 64
+ONE, ALL, OURS = "one loop", "a loop on each core", "pipeline"
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")  # Of scikit-image.
 
 
@@ -101,34 +106,39 @@ def wait_until_idle():
 
 
 def compare(rounds: int, batches: int) -> dict:
-    """Prints and returns the pipeline's speed beside the limit's."""
+    """Prints and returns the pipeline's speed beside the limits'."""
+    by_core = np.array([cores(), 1])  # Seconds by the clock are for all cores.
     files = jpegs((500, 375))
     batches *= threads()
     draws = np.random.RandomState(0).random_sample((batches * BATCH, NUM_DRAWS))
     with tempfile.TemporaryDirectory() as folder:
         for i in range(8 * BATCH):
             pathlib.Path(folder, f"{i:04}.jpg").write_bytes(files[i % len(files)])
-        pipeline, limit, ours = pipeline_of(folder), [], []
-        for _ in range(rounds):
-            limit.append(limit_time(files, draws) / len(draws))
-            ours.append(pipeline_time(pipeline, batches) / len(draws))
-            wait_until_idle()
-    limit, ours = np.array(limit), np.array(ours)
-    shares = limit / ours / np.array([cores(), 1])
-    found = {
-        "cores": cores(),
-        "loop_ms": (1e3 * np.median(limit, 0)).tolist(),
-        "pipeline_ms": (1e3 * np.median(ours, 0)).tolist(),
-        "share_of_limit": np.median(shares, 0).tolist(),
-        "shares": shares.tolist(),
-    }
-    print(f"{cores()} cores; ms per image{'by the clock':>20}{'of CPU':>10}")
-    for name, words in (
-        ("loop_ms", "decode and crop, one thread"), ("pipeline_ms", "pipeline"),
-    ):  # fmt: skip
-        print(f"{words:<28}{found[name][0]:>13.2f}{found[name][1]:>10.2f}")
-    clock, cpu = found["share_of_limit"]
-    print(f"{'share of the limit':<28}{clock:>13.2f}{cpu:>10.2f}")
+        pipeline, times = pipeline_of(folder), {name: [] for name in (ONE, ALL, OURS)}
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(cores()) as pool:
+            loop = functools.partial(limit_time, files, draws)
+            every = functools.partial(pool.starmap, loop, [()] * cores(), 1)
+            every()  # Once, for the imports.
+            for _ in range(rounds):
+                times[ONE].append(pool.apply(loop))
+                times[ALL].append(np.mean(every(), 0) / by_core)
+                times[OURS].append(pipeline_time(pipeline, batches))
+                wait_until_idle()
+    times = {name: np.array(rows) / len(draws) for name, rows in times.items()}
+    limit = times[ONE] / by_core
+    found = {"cores": cores(), "rounds": {name: rows.tolist() for name, rows in times.items()}}
+    print(f"{cores()} cores{'':<33}{'by the clock':>14}{'of CPU':>10}")
+    for words, rows, scale in (
+        (f"ms per image: {ONE}", times[ONE], 1e3),
+        (f"ms per image: {ALL}", times[ALL], 1e3),
+        (f"ms per image: {OURS}", times[OURS], 1e3),
+        (f"{ALL}, of {ONE} x cores", limit / times[ALL], 1),
+        (f"{OURS}, of {ONE} x cores", limit / times[OURS], 1),
+        (f"{OURS}, of {ALL}", times[ALL] / times[OURS], 1),
+    ):
+        found[words] = (scale * np.median(rows, 0)).tolist()
+        print(f"{words:<40}{found[words][0]:>14.2f}{found[words][1]:>10.2f}")
     return found
 
 

@@ -1,7 +1,7 @@
 """The TPU compiler's estimates for every full-size configuration: the tables of docs/tpu.md and of
 costs in docs/training.md.
 
-    python -m benchmarks.tpu                     (about an hour on two cores)
+    python -m benchmarks.tpu                     (about two hours on two cores)
     python -m benchmarks.tpu --only 'd18_d28 on v5e.*train'
     python -m benchmarks.tpu --pages             (the tables again from the numbers kept)
 
@@ -31,6 +31,7 @@ OTHERS = (
     *("tokenizer.py:d12_d12", "tokenizer.py:d18_d18"),
     *(f"ar.py:c2i_d{depth}" for depth in (10, 12, 16, 20)),
     *(f"ar.py:t2i_d{depth}" for depth in (12, 18, 26, 36)),
+    *(f"vae.py:c{channels}" for channels in (4, 8, 16)),
 )
 # Chips that are rented together, with images per chip and microbatch such that a tenth of the
 # memory stays free while the results of matrix products are kept for the backward pass.
@@ -47,10 +48,12 @@ ACCUMULATE = {
 def flags(config: str, topology: str) -> list[str]:
     """What is recommended for training `config` on `topology`, as command-line flags."""
     file, _, variant = config.partition(":")
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=16"]
+    if file == "vae.py":
+        return mesh
     accumulate = ACCUMULATE[file][topology.partition(":")[0]] * (2 if variant == "t2i_d36" else 1)
     return [
-        "--config.mesh.data=1",
-        "--config.mesh.fsdp=16",
+        *mesh,
         "--config.compute.attention=pallas",
         "--config.compute.remat=dots",
         f"--config.optim.accumulate={accumulate}",
@@ -110,7 +113,7 @@ HEAD = (
 
 def _microbatches(found: dict) -> int:
     options = dict(flag.split("=") for flag in found["flags"])
-    return int(options["--config.optim.accumulate"])
+    return int(options.get("--config.optim.accumulate", 1))
 
 
 def _vae(found: dict) -> float | None:

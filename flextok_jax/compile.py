@@ -4,9 +4,9 @@ python -m flextok_jax.compile --config=configs/tokenizer.py:d18_d28 --topology=v
     [--config.mesh.fsdp=16] [--program=train] [--out=FILE.json] [--text=FILE.txt]
 
 Needs libtpu (`pip install libtpu`, Linux). Kinds: v4, v5e, v5p, v6e; "2*v5e:8x8" is two slices. The
-programs are train (on moments of the VAE or tokens that were made before), and of a tokenizer vae
-(those moments, of one microbatch), tokenize, detokenize; of an AR model generate. Exit code 1: it
-does not fit.
+programs are train (of a VAE on images, of the others on its moments or on tokens that were made
+before), and of a tokenizer vae (those moments, of one microbatch), tokenize, detokenize; of an AR
+model generate. Exit code 1: it does not fit.
 """
 
 import json

@@ -161,7 +161,7 @@ def test_a_kernel_takes_what_its_products_or_its_memory_take():
     [
         (["topology=v9:2x2"], "the kinds are v4, v5e, v5p, v6e"),
         (["topology=v5e:3x5"], "topology 'v5e:3x5'"),
-        (["config=vae.py:c16"], "'vae' has none yet"),
+        (["config=vae.py:c16", "--program=vae"], "'vae' has train"),
         (["--config.batch_size=62"], "batch_size=62 must be a multiple of"),
         (["--config.compute.atention=xla"], "the config has no key .*atention"),
         (["--out=/proc/nowhere/out.json"], "error: .*/proc/nowhere"),
@@ -188,6 +188,26 @@ def test_model_flops_are_those_of_the_formula():
     assert flops.tokenizer(cfg) == 6 * (encoder + decoder) + 12 * pairs * 8
     cfg = ARConfig(vocab_size=10, num_tokens=4, width=8, depth=2, head_dim=4, mlp_hidden=16)
     assert flops.ar_model(cfg) == 6 * 4 * (2 * (4 * 64 + 3 * 128) + 80) + 12 * 2 * 10 * 8
+
+
+def test_products_of_a_program_are_counted_once_and_without_zeros():
+    kernel, x = jnp.zeros((3, 3, 8, 16)), jnp.zeros((2, 12, 12, 8))
+    dense, scanned = jnp.zeros((16, 5)), jnp.zeros((7, 5, 5))
+
+    def loss(kernel, dense, scanned, x):
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.lax.cond(x.sum() > 0, lambda: x @ dense, lambda: x[..., :5])
+        return jnp.sum(jax.lax.scan(lambda x, w: (x @ w, None), x, scanned)[0])
+
+    positions = 2 * 6 * 6
+    convolved, linear = 2 * positions * 9 * 8 * 16, 2 * positions * (16 * 5 + 7 * 5 * 5)
+    args = kernel, dense, scanned, x
+    assert flops.products(loss, *args) == convolved + linear
+    # Twice as much backwards, but for images that have no gradient; then with it.
+    assert flops.products(jax.grad(loss, (0, 1, 2)), *args) == 2 * convolved + 3 * linear
+    assert flops.products(jax.grad(loss, (0, 1, 2, 3)), *args) == 3 * (convolved + linear)
 
 
 def test_slices_lie_along_data_and_a_v4_is_one_device():

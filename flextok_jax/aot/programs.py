@@ -12,15 +12,17 @@ from jax.sharding import Mesh
 from flextok_jax import generator, tokenizer
 from flextok_jax.aot import flops
 from flextok_jax.flow import sampler
-from flextok_jax.nn import ar, flextok, vae
+from flextok_jax.nn import ar, flextok, lpips, vae
 from flextok_jax.nn.config import Compute, VAEConfig
 from flextok_jax.nn.generation import Sampling
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from flextok_jax.training.ar_stage import ARStage
 from flextok_jax.training.state import build, check_mesh
 from flextok_jax.training.tokenizer_stage import TokenizerStage
+from flextok_jax.training.vae_stage import VAEStage
 
 PROGRAMS = {
+    "vae": ("train",),
     "tokenizer": ("train", "vae", "tokenize", "detokenize"),
     "ar": ("train", "generate"),
 }
@@ -44,7 +46,8 @@ def make(name: str, config, mesh: Mesh) -> Program:
     """The program `name` of a configuration file on a mesh.
 
     The training step takes moments of the VAE or tokens that were made before; "vae" makes the
-    moments of one microbatch. The others are what FlexTok and ImageGenerator run, on batches of
+    moments of one microbatch. That of a VAE takes images, and has its LPIPS term and its
+    discriminator. The others are what FlexTok and ImageGenerator run, on batches of
     `config.evaluation.batch_size` in the configuration's compute type.
 
     Raises:
@@ -54,12 +57,27 @@ def make(name: str, config, mesh: Mesh) -> Program:
     if name not in allowed:
         raise ValueError(
             f"--program={name}: a configuration of the stage {config.stage!r} has "
-            f"{', '.join(allowed) or 'none yet'}"
+            f"{', '.join(allowed) or 'none'}"
         )
     check_mesh(config, mesh)
+    if config.stage == "vae":
+        return _vae(VAEStage(config), config, mesh)
     if config.stage == "ar":
         return _ar(name, ARStage(config, made_by={}), config, mesh)
     return _tokenizer(name, TokenizerStage(config, vae_config=_vae_config(config)), config, mesh)
+
+
+def _vae(stage, config, mesh) -> Program:
+    size = config.data.image_size
+    frozen = _placed({"lpips": lpips.shapes()}, mesh) if stage.weights.lpips_weight else {}
+    batch = {"image": _array(mesh, (config.batch_size, size, size, 3), jnp.uint8)}
+    one = {"image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)}
+    key, step = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
+    total = flops.products(
+        jax.grad(lambda *args: stage.loss(*args)[0]),
+        *(jax.eval_shape(stage.init, key), frozen, one, key, step),
+    )
+    return _step(stage, config, mesh, frozen, batch, config.batch_size * total)
 
 
 def _vae_config(config) -> VAEConfig | None:
@@ -158,13 +176,14 @@ def _text(cfg, batch: tuple[int, ...], mesh) -> dict:
 
 def _step(stage, config, mesh, frozen, batch, total) -> Program:
     program = build(stage, config, mesh)
-    return Program(
-        lambda: program.step.lower(program.shapes, frozen, batch), total, program.shapes
-    )
+    return Program(lambda: program.step.lower(program.shapes, frozen, batch), total, program.shapes)
 
 
 def _shapes(init, mesh):
-    shapes = jax.eval_shape(init)
+    return _placed(jax.eval_shape(init), mesh)
+
+
+def _placed(shapes, mesh):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,

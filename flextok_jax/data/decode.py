@@ -14,6 +14,9 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+# A large image is fine; the one that is refused is twice as large. Once and for all, because what a
+# thread filters for a while all threads do.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # The EXIF tag of the camera's rotation; from 5 on it swaps the sides.
 
 
@@ -31,10 +34,7 @@ def opened(data: bytes) -> Image.Image:
     """
     if not data:
         raise ValueError("the file is empty")
-    with warnings.catch_warnings():
-        # A large image is fine; the one that is refused is twice as large.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data))
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
