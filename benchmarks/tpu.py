@@ -15,6 +15,7 @@ train or vae) compiles a part of them.
 import argparse
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -38,7 +39,10 @@ OTHERS = (
 TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 WANTED = [(config, topology) for topology in TOPOLOGIES for config in LARGE]
 WANTED += [(config, "v5e:4x4") for config in OTHERS]
-# Microbatches of a step.
+# What more chips cost.
+WANTED += [("tokenizer.py:d18_d28", f"v5e:{sides}") for sides in ("8x8", "16x16")]
+WANTED += [("ar.py:c2i_d24", topology) for topology in ("v5e:8x8", "v5e:16x16", "2*v5e:8x8")]
+# Microbatches of a step on 16 chips.
 ACCUMULATE = {
     "tokenizer.py": {"v5e": 16, "v5p": 4, "v6e": 8},
     "ar.py": {"v5e": 4, "v5p": 1, "v6e": 2},
@@ -48,15 +52,17 @@ ACCUMULATE = {
 def flags(config: str, topology: str) -> list[str]:
     """What is recommended for training `config` on `topology`, as command-line flags."""
     file, _, variant = config.partition(":")
-    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=16"]
+    slices, kind, sides = re.fullmatch(r"(?:(\d+)\*)?(\w+):([\dx]+)", topology).groups()
+    data = int(slices or 1) * math.prod(map(int, sides.split("x"))) // 16
+    mesh = [f"--config.mesh.data={data}", "--config.mesh.fsdp=16"]
     if file == "vae.py":
         return mesh
-    accumulate = ACCUMULATE[file][topology.partition(":")[0]] * (2 if variant == "t2i_d36" else 1)
+    accumulate = ACCUMULATE[file][kind] * (2 if variant == "t2i_d36" else 1)
     return [
         *mesh,
         "--config.compute.attention=pallas",
         "--config.compute.remat=dots",
-        f"--config.optim.accumulate={accumulate}",
+        f"--config.optim.accumulate={max(1, accumulate // data)}",
     ]
 
 
