@@ -21,6 +21,7 @@ from flextok_jax.parallel.mesh import compiler_options, make_mesh
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86_64")
 
+VGG16 = (64, 64, 128, 128, *3 * (256,), *6 * (512,))  # channels of its convolutions
 SMALL = "ar.py:c2i_d24,depth=2,width=256,batch=64,vocab=1024,num_tokens=128"  # hidden width 768
 
 
@@ -84,6 +85,21 @@ def test_the_report_says_what_it_is_and_holds_the_numbers(small):
     assert found["kernels"] == 2 + 2 and found["open_loops"] == 0  # forwards and backwards
     assert found["seconds"] > found["seconds_without_kernels"] > 0
     assert found["collectives"]["all-gather"]["bytes"] > 0
+
+
+@pytest.mark.slow
+def test_the_step_of_a_vae_compiles_with_all_its_terms(tmp_path):
+    done = run(
+        "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.discriminator.width=8",
+        f"--out={tmp_path}/out.json", config="vae.py:c4,width=32,layers=1,batch=4,image=64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    # The arguments that are not state: VGG16, whole on every chip, and the images.
+    weights = sum(9 * a * b for a, b in zip((3, *VGG16), VGG16)) + sum(VGG16)
+    heads = sum((64, 128, 256, 512, 512))
+    assert found["memory"]["other arguments"] >= 4 * (weights + heads)
+    assert found["model_flops"] > 0 and 0 < found["mfu"] < 1
 
 
 def compiled(f, mesh, args, out=None):
@@ -215,6 +231,9 @@ def test_slices_lie_along_data_and_a_v4_is_one_device():
     mesh = make_mesh(data=2, fsdp=4, devices=two.devices)
     of = [{device.slice_index for device in row.flat} for row in mesh.devices]
     assert sorted(map(sorted, of)) == [[0], [1]]
+    # Also where an axis is as long as no side of a slice.
+    larger = make_mesh(data=8, fsdp=16, devices=chips.topology("2*v5e:8x8").devices)
+    assert [{d.slice_index for d in half.flat} for half in np.split(larger.devices, 2)] == of
     with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 slices"):
         make_mesh(data=1, fsdp=8, devices=two.devices)
     assert chips.topology("v4:2x2x1").num_chips == 4

@@ -177,7 +177,10 @@ def add_compute(parser):
     group = parser.add_argument_group("computing")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     group.add_argument(
-        "--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: GPUs with bfloat16"
+        "--attention",
+        choices=("xla", "cudnn", "pallas"),
+        default="xla",
+        help="cudnn: GPUs with bfloat16; pallas: TPUs",
     )
     group.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="images at a time (32)"

@@ -39,7 +39,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
                 "should travel between them"
             )
         inside = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
         return jax.sharding.Mesh(grid, AXES, axis_types=auto)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
 
