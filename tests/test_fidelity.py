@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from skimage.metrics import structural_similarity
 from test_processes import finish, start
 
-from flextok_jax.evaluation import metrics, statistics
+from flextok_jax.data import sources
+from flextok_jax.evaluation import metrics, networks, statistics
 from flextok_jax.evaluation.statistics import Moments
 from flextok_jax.interop import inception_files, names, tensor_file, weight_files
 from flextok_jax.nn import inception
@@ -215,31 +216,43 @@ def measured(mesh, process=0, processes=1):
     return [moments.count, statistics.fid(moments.gaussian(), plain), *score, *moments.mean]
 
 
+def looked(mesh):
+    """The mean features of 21 digits in batches of 6, as `flextok evaluate` has them."""
+    images = sources.digits("test").images[:21]
+    found = networks.digits_features(mesh)(images, 6)
+    assert found["features"].shape == (21, 64) and found["logits"].shape == (21, 10)
+    return found["features"].mean(0, dtype=np.float64).tolist()
+
+
 BY_TWO_PROCESSES = """
 import json, sys
 import jax
 from flextok_jax.parallel import startup
 coordinator, count, index = (arg.partition("=")[2] for arg in sys.argv[2:])
 startup.start(coordinator, int(count), int(index))
-from test_fidelity import make_mesh, measured
+from test_fidelity import looked, make_mesh, measured
 found = [measured(make_mesh(devices=jax.local_devices()[:n])) for n in (1, 2, 4)]
 found.append(measured(make_mesh(), int(index), int(count)))
-print("FOUND", json.dumps([found, jax.device_count()]))
+seen = [looked(make_mesh(devices=jax.local_devices()[:n])) for n in (1, 2, 4)]
+print("FOUND", json.dumps([found, seen, jax.device_count()]))
 """
 
 
 def test_sums_are_equal_on_any_number_of_devices_and_by_two_processes(tmp_path):
     expected = measured(make_mesh(devices=jax.devices()[:1]))
     assert expected[0] == 21
+    alone = looked(None)
     codes, outputs = finish(tmp_path, start(tmp_path, BY_TWO_PROCESSES, 2, 4, lambda i: ["-"]))
     assert codes == [0, 0], "\n".join(outputs)
     for output in outputs:
         (line,) = [x for x in output.splitlines() if x.startswith("FOUND ")]
-        found, devices = json.loads(line.removeprefix("FOUND "))
+        found, seen, devices = json.loads(line.removeprefix("FOUND "))
         assert devices == 8 and len(found) == 4
         for numbers in found:
             assert numbers[0] == 21
             np.testing.assert_allclose(numbers, expected, rtol=1e-6)
+        for features in seen:
+            np.testing.assert_allclose(features, alone, rtol=1e-5, atol=1e-6)
 
 
 # Reconstructions against originals.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from flextok_jax.evaluation import (
     statistics,
     subjects,
     sweep,
+    sweep_report,
 )
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.pictures import Pictures, from_uint8, to_uint8
@@ -193,7 +195,7 @@ def test_unreadable_pictures_are_named_in_the_result_and_left_out(tok, tmp_path)
     for i in range(20):
         (folder / f"{i:02d}.png").write_bytes(b"no image")
     run = dataclasses.replace(run, out=tmp_path / "none")
-    with pytest.raises(ValueError, match="not one of 20 images"):
+    with pytest.raises(ValueError, match="not one of 20 images could be read:\n  00.png: "):
         run.run(POINTS[:1])
 
 
@@ -239,6 +241,69 @@ def test_what_an_interrupted_sweep_prepared_serves_no_other_sweep(
     assert not (out / sweep.WORK).exists()
 
 
+def folder_of_digits(path, count):
+    for i, image in enumerate(sources.digits("test").images[:count]):
+        pictures.write_png(path / f"{i:02d}.png", image, {})
+    return path
+
+
+def over_folder(tok, folder, out):
+    images = Pictures(str(folder))
+    run = sweep_of(tok, out)
+    subject = dataclasses.replace(run.subject, pictures=images)
+    return dataclasses.replace(run, subject=subject, reference=Reference(images))
+
+
+def test_pictures_that_changed_are_not_mixed_with_those_that_were_measured(
+    tok, tmp_path, monkeypatch
+):
+    folder, out = folder_of_digits(tmp_path / "images", 12), tmp_path / "out"
+    over_folder(tok, folder, out).run(POINTS[:1])
+    other = sources.digits("test").images[20]
+    pictures.write_png(folder / "03.png", other, {})
+    with pytest.raises(ValueError, match="measured with other pictures"):
+        over_folder(tok, folder, out).run(POINTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.Sweep, "_measure", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            over_folder(tok, folder, tmp_path / "stopped").run(POINTS)
+    pictures.write_png(folder / "03.png", 255 - other, {})
+    with pytest.raises(ValueError, match="changed since their tokens were made"):
+        over_folder(tok, folder, tmp_path / "stopped").run(POINTS)
+
+
+def test_what_could_not_be_read_is_tried_again_by_the_next_run(tok, tmp_path, monkeypatch):
+    folder, out = folder_of_digits(tmp_path / "images", 12), tmp_path / "out"
+    whole = (folder / "03.png").read_bytes()
+    (folder / "03.png").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "draw_point", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            over_folder(tok, folder, out).run(POINTS[:1])
+    (folder / "03.png").write_bytes(whole)
+    (result,) = over_folder(tok, folder, out).run(POINTS[:1])
+    assert result["metrics"]["count"] == 12 and not result["unreadable"]
+
+
+def test_what_a_kill_left_half_written_is_no_result(tok, plain, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(plain[1], out)
+    (out / sweep.POINTS / f".{sweep.name(POINTS[0])}.abcd.json").write_text("")
+    assert len(sweep.everything(out)[0]) == 2
+    assert numbers(sweep_of(tok, out).run(POINTS)) == numbers(plain[0])
+
+
+def test_the_stamp_has_the_machines_of_all_processes(tok, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    there = protocol.circumstances()
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "circumstances", lambda: there | {"machine": "gpu: 8 x other"})
+        sweep_of(tok, out, process=(1, 2)).run(POINTS[:1])
+    (result,) = sweep_of(tok, out).run(POINTS[:1])
+    assert result["stamp"]["machine"] == f"{there['machine']} and gpu: 8 x other"
+    assert result["stamp"]["versions"] == there["versions"]
+
+
 def test_processes_that_share_a_folder_find_what_one_finds(tok, plain, tmp_path):
     out = tmp_path / "out"
     assert sweep_of(tok, out, process=(0, 2)).run(POINTS) == []
@@ -274,6 +339,26 @@ def test_few_images_and_stand_in_networks_carry_a_warning():
     assert "49999" in warnings(49_999, 60_000)[0] and "biased" in warnings(60_000, 49_999)[0]
     about["networks"]["features"] = {"name": "digits", "words": "a stand-in"}
     assert "a stand-in" in warnings(50_000, 50_000)[0]
+
+
+def test_the_front_has_the_settings_that_no_other_beats_in_both():
+    seconds_and_psnr = {1: (1.0, 20.0), 2: (2.0, 19.0), 4: (3.0, 24.0), 8: (4.0, 24.0)}
+    results = [
+        {
+            "stamp": {
+                "point": dataclasses.asdict(Point(k, 1.0, 5)),
+                "machine": "m",
+                "batch_size": 1,
+            },
+            "metrics": {"seconds_per_image": seconds, "psnr": psnr},
+        }
+        for k, (seconds, psnr) in seconds_and_psnr.items()
+    ]
+    page = "".join(sweep_report._costs(results))
+    named = [f"front, tokens {k}, guidance scale 1, Euler steps 5, " for k in seconds_and_psnr]
+    assert [name in page for name in named] == [True, False, True, False]
+    assert page.count("settings, tokens") == 4
+    assert page.count("<polyline") == 2  # The cost by tokens, and the front: dots have no line.
 
 
 # Probing.
@@ -341,6 +426,15 @@ def test_a_probe_of_the_command_line_appears_in_the_report(model, tmp_path, caps
     assert f"{found['accuracy']['16']:.1%}" in told
     assert run(capsys, *command, *settings, "--steps", 1, "--guidance", 1)[0] == 0
     assert "Linear probe" in (tmp_path / "out" / "report.html").read_text()
+    code, _, noted = run(capsys, *command, *settings, "--task", "probe", "--split", "all")
+    assert code == 2 and "learns from the split train" in noted
+    code, _, noted = run(capsys, *command, "--limit", 60, "--num-tokens", 1, "--task", "probe")
+    assert code == 2 and "data.test.images: 120 | 60" in noted
+    file = tmp_path / "out" / "probe.json"
+    code, told, _ = run(capsys, "compare", file, file)
+    assert code == 0 and "accuracy 16" in told
+    (point,) = (tmp_path / "out" / sweep.POINTS).glob("*k0016*.json")
+    assert run(capsys, "compare", point, file)[0] == 0
 
 
 @pytest.mark.parametrize(

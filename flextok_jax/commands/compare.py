@@ -7,14 +7,10 @@ from flextok_jax.interop import tensor_file
 def compare(args) -> None:
     """Prints the numbers that both have, then the differences of the stamps."""
     a, b = (_read(path) for path in (args.first, args.second))
-    names = [
-        name
-        for name, value in a["metrics"].items()
-        if isinstance(value, (int, float)) and name in b["metrics"]
-    ]
+    first, second = _numbers(a["metrics"]), _numbers(b["metrics"])
     print(f"{'':<26}{'first':>14}{'second':>14}{'difference':>14}")
-    for name in names:
-        x, y = a["metrics"][name], b["metrics"][name]
+    for name in (name for name in first if name in second):
+        x, y = first[name], second[name]
         print(f"{name:<26}{x:>14.6g}{y:>14.6g}{y - x:>14.4g}")
     different = list(protocol.differences(a["stamp"], b["stamp"]))
     if not different:
@@ -22,6 +18,17 @@ def compare(args) -> None:
     else:
         print("They were made differently (first | second):")
         print("\n".join(f"  {line}" for line in different))
+
+
+def _numbers(metrics: dict, path: str = "") -> dict[str, float]:
+    """All numbers, those of an inner dictionary under "NAME KEY"."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, f"{path}{name} ")
+        elif isinstance(value, (int, float)):
+            found[f"{path}{name}"] = value
+    return found
 
 
 def _read(path) -> dict:

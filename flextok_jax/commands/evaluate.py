@@ -1,6 +1,7 @@
 """`flextok evaluate`: numbers of reconstructions, of generated images, of registers; a report."""
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 
@@ -8,7 +9,15 @@ import numpy as np
 
 from flextok_jax.commands import common
 from flextok_jax.commands.generate import load_generator, read_labels
-from flextok_jax.evaluation import networks, probe, protocol, statistics, sweep, sweep_report
+from flextok_jax.evaluation import (
+    digits_network,
+    networks,
+    probe,
+    protocol,
+    statistics,
+    sweep,
+    sweep_report,
+)
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.reconstruction import Sampling, check_counts, identity, side
@@ -86,7 +95,7 @@ def _sweep(args, about: dict, subject, pictures, points) -> None:
     if args.export and len(points) > 1:
         raise ValueError(f"--export is for one setting; this is a sweep of {len(points)}")
     common.check_apart(args.data, args.out)
-    instruments = _instruments(args)
+    instruments = _instruments(args, side(subject.tok))
     reference, about_reference = _reference(args, pictures, instruments)
     stamp = {
         "format": 1,
@@ -100,6 +109,7 @@ def _sweep(args, about: dict, subject, pictures, points) -> None:
         **about,
         "sampling": {"seed": args.seed, "norm_guidance": args.norm_guidance},
         "dtype": args.dtype,
+        "attention": args.attention,
         "batch_size": subject.batch_size,
     }
     out = pathlib.Path(args.out).expanduser()
@@ -136,6 +146,11 @@ def _probe(args) -> None:
     tok = common.load_model(args)
     counts = check_counts(tok, args.num_tokens)
     splits = "train", args.split or "test"
+    if splits[1] in ("train", "all"):
+        raise ValueError(
+            f"--split {splits[1]}: the probe learns from the split train; name another one, which "
+            "is read to see what it learned"
+        )
     train, test = (common.pictures(args, side(tok), split) for split in splits)
     both = [probe.registers(tok, part, counts[-1], args.batch_size) for part in (train, test)]
     metrics = probe.probe(*both, counts)
@@ -158,6 +173,16 @@ def _probe(args) -> None:
         "warnings": [],
     }
     out = pathlib.Path(args.out).expanduser()
+    if (out / PROBE).exists():
+        known = tensor_file.read_json(out / PROBE)["stamp"]
+        different = [
+            line
+            for key in ("data", "model")
+            for line in protocol.differences(known[key], result["stamp"][key], key)
+        ]
+        if different:
+            lines = "".join(f"\n  {line}" for line in different)
+            raise ValueError(f"{out / PROBE} is of another probe (there | now):{lines}")
     common.write_json(out / PROBE, result)
     print(f"Classes read linearly from the first k registers, of {metrics['count']} images:")
     for k, accuracy in metrics["accuracy"].items():
@@ -165,12 +190,12 @@ def _probe(args) -> None:
     print(f"The commonest class alone is {metrics['chance']:.1%}. Everything is in {out / PROBE}")
 
 
-def _instruments(args) -> Instruments:
+def _instruments(args, size: int) -> Instruments:
     """The networks of the files that are named; says which are not there."""
     features, perceptual, mesh = None, None, common.all_devices()
     if args.inception:
         features = networks.inception_network(_kept(args.inception), mesh)
-    elif args.data == pics.DIGITS:
+    elif args.data == pics.DIGITS and size == digits_network.SIDE:
         features = networks.digits_features(mesh)
     else:
         print(f"note: {networks.NO_FEATURES}", file=sys.stderr)
@@ -209,7 +234,8 @@ def _reference(args, pictures, instruments: Instruments) -> tuple[Reference, dic
 
 def _about(pictures: pics.Pictures) -> dict:
     """For the stamp."""
-    return {"title": pictures.title, "images": len(pictures)}
+    names = hashlib.sha256("\n".join(pictures.names).encode(errors="surrogateescape")).hexdigest()
+    return {"title": pictures.title, "images": len(pictures), "names_sha256": names}
 
 
 def _scales(given: list[float] | None, default: float) -> list[float]:

@@ -35,10 +35,17 @@ class Chunks:
         """Which of the things chunk `index` is about."""
         return range(index * SIZE, min((index + 1) * SIZE, self.count))
 
+    def there(self, process: tuple[int, int] = (0, 1)) -> list[int]:
+        """The chunks that are there, of those that process (i, of n) makes."""
+        return [i for i in self._of(process) if self._path(i).exists()]
+
     def missing(self, process: tuple[int, int] = (0, 1)) -> list[int]:
-        """The chunks that are not there yet, of those that process (i, of n) makes."""
+        """Those that are not."""
+        return [i for i in self._of(process) if not self._path(i).exists()]
+
+    def _of(self, process) -> range:
         first, step = process
-        return [i for i in range(first, len(self), step) if not self._path(i).exists()]
+        return range(first, len(self), step)
 
     def write(self, index: int, arrays: dict[str, np.ndarray]) -> None:
         """Writes a whole chunk or nothing."""
@@ -56,7 +63,15 @@ class Chunks:
 
     def joined(self, name: str) -> np.ndarray:
         """One array of all chunks, in order."""
-        return np.concatenate([chunk[name] for chunk in self])
+        parts = []
+        for index in range(len(self)):
+            with np.load(self._path(index), allow_pickle=False) as file:
+                parts.append(file[name])
+        return np.concatenate(parts)
+
+    def forget(self, index: int) -> None:
+        """Removes a chunk, to be made again."""
+        self._path(index).unlink(missing_ok=True)
 
     def delete(self) -> None:
         """Removes all files."""

@@ -30,6 +30,13 @@ def circumstances() -> dict:
     return {"versions": versions, "machine": machine, "commit": commit()}
 
 
+def together(found: list) -> dict | str:
+    """Circumstances of several processes as one: where they differ, all there were."""
+    if isinstance(found[0], dict):
+        return {key: together([one[key] for one in found]) for key in found[0]}
+    return " and ".join(sorted(set(found)))
+
+
 @functools.cache
 def commit() -> str:
     """The commit of this source tree, with "+changes" where files differ; "unknown" without git."""

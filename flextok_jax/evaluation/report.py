@@ -7,7 +7,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -136,11 +136,12 @@ def fact_table(facts: dict[str, str]) -> str:
 def chart(
     caption: str,
     about: str,
-    series: dict[str, Sequence[tuple[float, float]]],
+    series: dict[str, Sequence[tuple]],
     x_title: str,
     *,
     log2: bool = False,
     dots: bool = False,
+    scattered: Collection[str] = (),
     percent: bool = False,
     from_zero: bool = False,
     level: tuple[str, float] | None = None,
@@ -150,25 +151,27 @@ def chart(
 
     Args:
         caption, about: what it shows, and a line below that (the unit).
-        series: {name: points (x, y), ascending in x}; points that are not finite are left out.
+        series: {name: points (x, y), ascending in x, or (x, y, what it is in words)}; points that
+            are not finite are left out.
         x_title: below the axis.
         log2: equal steps per doubling along x, with a tick and a dot at every point.
         dots: a dot at every point.
+        scattered: names of series without a line between their points.
         percent: y is a share of 1.
         from_zero: the y axis begins at 0.
         level: (name, y) of a dashed line across.
         colors: one per series.
     """
     finite = {
-        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        name: [p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
         for name, points in series.items()
     }
     points = [point for part in finite.values() for point in part]
     if not points:
         return _figure(caption, about, paragraph("Nothing was recorded.", note=True))
-    ys = [y for _, y in points] + ([level[1]] if level else []) + ([0.0] if from_zero else [])
+    ys = [y for _, y, *_ in points] + ([level[1]] if level else []) + ([0.0] if from_zero else [])
     ticks = _ticks(min(ys), max(ys), most=1.0 if percent else math.inf)
-    xs = sorted({x for x, _ in points})
+    xs = sorted({x for x, *_ in points})
     x_ticks = xs
     if not log2:
         whole = all(float(x).is_integer() for x in xs)
@@ -199,17 +202,18 @@ def chart(
         parts.append(_line(_LEFT, y, _WIDTH - _RIGHT, y, "#646b78", 'stroke-dasharray="5 4"'))
         parts.append(_label(_WIDTH - _RIGHT, y - 6, "end", level[0]))
     for (name, part), color in zip(finite.items(), colors):
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in part)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5" '
-            'stroke-linejoin="round" stroke-linecap="round"/>'
-        )
-        for x, y in part if log2 or dots else ():
+        if name not in scattered:
+            path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, *_ in part)
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5" '
+                'stroke-linejoin="round" stroke-linecap="round"/>'
+            )
+        for x, y, *words in part if log2 or dots else ():
             value = f"{100 * y:.1f}\u00a0%" if percent else f"{y:.4g}"
+            about_it = _text(", ".join([name, *words, f"{x:g}"]))
             parts.append(
                 f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="4.5" fill="{color}" '
-                f'stroke="#fff" stroke-width="1.5"><title>{_text(name)}, {x:g}: {value}</title>'
-                "</circle>"
+                f'stroke="#fff" stroke-width="1.5"><title>{about_it}: {value}</title></circle>'
             )
     svg = (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(caption)}">'
@@ -223,9 +227,7 @@ def chart(
     return _figure(caption, about, svg + (keys if len(finite) > 1 else ""))
 
 
-def _ticks(
-    low: float, high: float, most: float = math.inf, whole: bool = False
-) -> list[float]:
+def _ticks(low: float, high: float, most: float = math.inf, whole: bool = False) -> list[float]:
     """Two to eight round numbers around low..high, none above `most`; `whole`: integers."""
     span = high - low or abs(high) or 1.0
     unit = 10.0 ** math.floor(math.log10(span / 4))

@@ -196,7 +196,8 @@ def _squares(a, b, chunk):
     norms = np.sum(np.square(b), axis=1)
     for start in range(0, len(a), chunk):
         part = a[start : start + chunk]
-        squares = part @ (-2 * b.T)
+        squares = part @ b.T
+        squares *= -2
         squares += np.sum(np.square(part), axis=1)[:, None]
         squares += norms[None]
         yield np.maximum(squares, 0, out=squares)

@@ -4,6 +4,7 @@ Both give tokens once, and images from the first k of them at every point of a s
 """
 
 import dataclasses
+import hashlib
 import time
 from typing import Protocol
 
@@ -90,6 +91,7 @@ class Reconstructions:
             "tokens": np.concatenate([np.zeros((0, self.num_tokens), np.int32), *tokens]),
             "labels": labels,
             "places": readable,
+            "sha256": digest(images),
             "names": np.array([self.pictures.names[place] for place in readable], np.str_),
             **missed(self.pictures, places, readable),
         }
@@ -98,7 +100,13 @@ class Reconstructions:
         return prepared["tokens"]
 
     def originals(self, prepared: dict) -> np.ndarray:
-        return self.pictures.read(prepared["places"], side(self.tok))[1]
+        images = self.pictures.read(prepared["places"], side(self.tok))[1]
+        if not np.array_equal(digest(images), prepared["sha256"]):
+            raise ValueError(
+                f"the pictures of {self.pictures.title} have changed since their tokens were made: "
+                "delete the results, or pass another --out"
+            )
+        return images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +162,11 @@ class Samples:
 
     def originals(self, prepared: dict) -> None:
         return None
+
+
+def digest(images: np.ndarray) -> np.ndarray:
+    """The sha256 of images as an array: uint8 [1, 32]."""
+    return np.frombuffer(hashlib.sha256(images.tobytes()).digest(), np.uint8)[None]
 
 
 def missed(pictures: Pictures, places, readable) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import itertools
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from flextok_jax.evaluation import measure, npz_images, protocol, statistics
 from flextok_jax.evaluation.chunks import Chunks
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.reconstruction import Sampling, side
-from flextok_jax.evaluation.subjects import Point, Subject, draw_point, missed
+from flextok_jax.evaluation.subjects import Point, Subject, digest, draw_point, missed
 from flextok_jax.interop import tensor_file
 
 SETTINGS, POINTS, WORK, REFERENCE = "settings.json", "points", ".work", "reference.npz"
@@ -53,7 +54,7 @@ def everything(out: pathlib.Path) -> tuple[list[dict], list[dict]]:
     Returns:
         (results, {"images", and "originals" where there are: uint8 [n, S, S, 3]} of each).
     """
-    files = (out / POINTS).glob("*.json")
+    files = (out / POINTS).glob("[!.]*.json")  # Those with a dot are being written, or were.
     found = [(tensor_file.read_json(file), file) for file in files]
     axes = ("token_guidance", "guidance", "steps", "num_tokens")
     found.sort(key=lambda pair: [pair[0]["stamp"]["point"][axis] or 0 for axis in axes])
@@ -97,7 +98,8 @@ class Sweep:
             missing.
 
         Raises:
-            ValueError: the folder has results of other settings, or no image could be read.
+            ValueError: the folder has results of other settings or pictures, the pictures changed
+                while it ran, or not one could be read.
         """
         from tqdm import tqdm
 
@@ -109,8 +111,10 @@ class Sweep:
             bar.update(count * (len(points) - len(todo)))
             if todo:
                 prepared = self._prepared
+                self._retry()
                 self._fill(prepared, bar, lambda i: self.subject.prepare(prepared.places(i)))
                 self._fill(self._real, bar, self._look_at_real)
+                self._check_pictures()
             for point in todo:
                 chunks = self._chunks(point)
                 self._warm_up(chunks, point)
@@ -118,6 +122,8 @@ class Sweep:
                 every = (self._prepared, self._real, chunks)
                 if self.process[0] == 0 and not any(part.missing() for part in every):
                     self._finish(point, chunks)
+                    if bar.disable:
+                        print(f"{name(point)}: measured", file=sys.stderr, flush=True)
         found = [path for path in (self._path(p, "json") for p in points) if path.exists()]
         if self.process[0] == 0:
             self._tidy()
@@ -163,6 +169,35 @@ class Sweep:
         with tensor_file.atomic(path) as temporary:
             temporary.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
+    def _retry(self) -> None:
+        """Forgets chunks with unreadable pictures, unless something was drawn of them already."""
+        if all(path.name.startswith(SHARED) for path in (self.out / WORK).glob("*")):
+            for chunks in (self._prepared, self._real):
+                for index in chunks.there(self.process):
+                    if len(chunks.read(index)["unreadable"]):
+                        chunks.forget(index)
+
+    def _check_pictures(self) -> None:
+        """Raises ValueError where none can be read, or they are not those of the results here."""
+        if not self._prepared.missing() and not len(self._prepared.joined("labels")):
+            lines = [f"\n  {name}: {why}" for name, why in list(self._unreadable().items())[:10]]
+            count = self._prepared.count
+            raise ValueError(f"not one of {count} images could be read:{''.join(lines)}")
+        now = self._pixels()
+        for path in (self.out / POINTS).glob("[!.]*.json"):
+            then = tensor_file.read_json(path)["stamp"]["pixels_sha256"]
+            if now is not None and then not in (None, now):
+                raise ValueError(
+                    f"{path} was measured with other pictures than {self.reference.pictures.title} "
+                    "has now: pass another --out, or delete that one"
+                )
+
+    def _pixels(self) -> str | None:
+        """The sha256 over the pixels of all real pictures; None: not all are there, or none."""
+        if self._real.missing() or not self._real.count:
+            return None
+        return hashlib.sha256(self._real.joined("sha256").tobytes()).hexdigest()
+
     def _fill(self, chunks: Chunks, bar, make: Callable[[int], dict]) -> None:
         missing = chunks.missing(self.process)
         bar.update(chunks.count - sum(len(chunks.places(index)) for index in missing))
@@ -173,9 +208,8 @@ class Sweep:
     def _look_at_real(self, index: int) -> dict:
         places, size = self._real.places(index), side(self.subject.tok)
         readable, images, labels = self.reference.pictures.read(places, size)
-        digest = np.frombuffer(hashlib.sha256(images.tobytes()).digest(), np.uint8)
         shown = images[: 0 if index else SHOWN]
-        found = {"labels": labels, "sha256": digest[None], "images": shown}
+        found = {"labels": labels, "sha256": digest(images), "images": shown}
         found |= missed(self.reference.pictures, places, readable)
         return found | self.instruments.look(images, self.subject.batch_size)
 
@@ -194,39 +228,35 @@ class Sweep:
             found |= self.instruments.compare(images, originals, self.subject.batch_size)
         kept = images if self.export else images[: 0 if index else SHOWN]
         about = {"seconds": seconds / self.subject.batch_size, "images": kept}
-        return found | about | {"commit": np.array([protocol.commit()])}
+        return found | about | {"circumstances": np.array([json.dumps(protocol.circumstances())])}
 
     def _unreadable(self) -> dict[str, str]:
         """Name -> reason, of pictures that were to be drawn or compared with."""
         found = {}
         for chunks in (self._prepared, self._real):
-            for chunk in chunks:
-                found |= dict(zip(chunk["unreadable"].tolist(), chunk["reasons"].tolist()))
+            if chunks.count:
+                names, reasons = (chunks.joined(part) for part in ("unreadable", "reasons"))
+                found |= dict(zip(names.tolist(), reasons.tolist()))
         return found
 
     def _finish(self, point: Point, chunks: Chunks) -> None:
         """Writes the result of a point whose chunks are all there."""
         labels = self._prepared.joined("labels")
-        unreadable = self._unreadable()
-        if not len(labels):
-            raise ValueError(f"not one of {len(unreadable)} images could be read")
         numbers = measure.summarise(chunks, self._real, self.reference, self.instruments, labels)
         tokens = [self.subject.tokens(have, point) for have in self._prepared]
         tokens = np.concatenate(tokens)[:, : point.num_tokens]
         numbers |= measure.codes(tokens, self.subject.tok.config.vocab_size)
-        digests = b"".join(chunk["sha256"].tobytes() for chunk in self._real)
         stamp = {
             **self.stamp,
             "point": dataclasses.asdict(point),
-            "pixels_sha256": hashlib.sha256(digests).hexdigest() if digests else None,
-            **protocol.circumstances(),
-            "commit": " and ".join(sorted(set(chunks.joined("commit").tolist()))),
+            "pixels_sha256": self._pixels(),
+            **protocol.together([json.loads(x) for x in chunks.joined("circumstances").tolist()]),
         }
         result = {
             "stamp": stamp,
             "metrics": numbers,
             "warnings": protocol.warnings(stamp, numbers),
-            "unreadable": unreadable,
+            "unreadable": self._unreadable(),
         }
         if self.export:
             npz_images.write(self.export, (chunk["images"] for chunk in chunks), len(labels))

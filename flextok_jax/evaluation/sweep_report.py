@@ -1,5 +1,6 @@
 """The report of a sweep: what more tokens, guidance and steps bring, and what they cost."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -30,11 +31,15 @@ CURVES = {
 }
 AXES = {"num_tokens": "tokens", "guidance": "guidance scale", "steps": "Euler steps",
         "token_guidance": "guidance scale of the tokens"}  # fmt: skip
-# Reported for ImageNet 256x256 (arXiv 2502.13967): tokens, rFID, gFID.
+# Reported for ImageNet 256x256 (arXiv 2502.13967, of TiTok 2406.07550): tokens, rFID, gFID.
 PUBLISHED = (
     ("d12-d12", "32", "4.20", "not given", "rFID 3.18; PSNR 18.47, LPIPS .22, SSIM .47"),
     ("d18-d18", "32", "1.61", "2.02", "rFID 1.18; PSNR 18.54, LPIPS .21, SSIM .47"),
     ("d18-d28", "32", "1.45", "1.86", "rFID 1.05; PSNR 18.41, LPIPS .21, SSIM .47"),
+    ("d18-d28", "8 to 128", "", "below 2", ""),
+    ("TiTok", "32", "2.21", "2.77", ""),
+    ("TiTok", "64", "1.70", "2.48", ""),
+    ("TiTok", "128", "1.71", "1.97", ""),
 )
 _LINES = len(report.COLORS)
 
@@ -157,25 +162,31 @@ def _costs(results) -> list[str]:
     charts = [
         report.chart(title, about, {title: sorted(seconds)}, "tokens", log2=True, from_zero=True)
     ]
-    for key in ("fid", "psnr"):
+    for key, sign in (("fid", 1), ("psnr", -1)):
         if key in results[0]["metrics"]:
-            groups: dict = {}
-            for r in results:
-                name = f"{_at(r, 'steps')} steps, guidance {_at(r, 'guidance'):g}"
-                point = (r["metrics"]["seconds_per_image"], r["metrics"][key])
-                groups.setdefault(name, []).append(point)
-            series = {name: sorted(points) for name, points in _spread(groups).items()}
-            name = CURVES[key][0]
-            about = "each dot is a number of tokens; what a second buys"
-            charts.append(
-                report.chart(f"{name} against cost", about, series, "seconds per image", dots=True)
+            points = sorted(
+                (r["metrics"]["seconds_per_image"], r["metrics"][key], _words(r)) for r in results
             )
-    machine = results[0]["stamp"]["machine"]
+            best = list(itertools.accumulate((sign * y for _, y, _ in points), min))
+            front = [p for p, now, before in zip(points, best, [math.inf, *best]) if now < before]
+            name = CURVES[key][0]
+            about = "a dot for every setting; the line: no other is both cheaper and better"
+            series = {"settings": points, "front": front}
+            options = {"dots": True, "scattered": ("settings",)}
+            charts.append(
+                report.chart(f"{name} against cost", about, series, "seconds per image", **options)
+            )
+    machines = " and ".join(sorted({r["stamp"]["machine"] for r in results}))
     note = (
-        f"Medians over batches of {results[0]['stamp']['batch_size']} images on {machine}; the "
+        f"Medians over batches of {results[0]['stamp']['batch_size']} images on {machines}; the "
         "machine may have had other work."
     )
     return [report.row(*charts), report.paragraph(note, note=True)]
+
+
+def _words(result) -> str:
+    axes = [axis for axis in AXES if _at(result, axis) is not None]
+    return ", ".join(f"{AXES[axis]} {_at(result, axis):g}" for axis in axes)
 
 
 def _bands(results) -> str:
