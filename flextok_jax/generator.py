@@ -53,6 +53,18 @@ class ImageGenerator:
     def __post_init__(self):
         if self.tokenizer is not None:
             _check_fit(self.config, self.tokenizer)
+            self._warn_of_another_tokenizer()
+
+    def _warn_of_another_tokenizer(self):
+        about = self._file.about if self._file else {}
+        made_by = (about.get("tokenizer") or {}).get("fingerprint")
+        if made_by not in (None, self.tokenizer.fingerprint):
+            warnings.warn(
+                f"{self.origin} learned tokens of a tokenizer with the sha256 {made_by[:16]}…, not "
+                f"of {self.tokenizer.origin} ({self.tokenizer.fingerprint[:16]}…): where their "
+                "encoders differ, images will make no sense",
+                stacklevel=5,
+            )
 
     @classmethod
     def from_pretrained(
@@ -82,14 +94,6 @@ class ImageGenerator:
         compute = Compute(dtype=dtype, attention=attention)
         compute.check_platform(platform(mesh))
         file = flexar.load(source)
-        made_by = (file.about.get("tokenizer") or {}).get("fingerprint")
-        if tokenizer is not None and made_by not in (None, tokenizer.fingerprint):
-            warnings.warn(
-                f"{file.origin} learned tokens of a tokenizer with the sha256 {made_by[:16]}…, not "
-                f"of {tokenizer.origin} ({tokenizer.fingerprint[:16]}…): where their encoders "
-                "differ, images will make no sense",
-                stacklevel=2,
-            )
         if mesh is None:
             params = jax.tree.map(jnp.asarray, file.params)
         else:

@@ -16,6 +16,7 @@ from flextok_jax.data import sources as image_sources
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.data.records import Record, stored_tokens
 from flextok_jax.data.shards import write_split
+from flextok_jax.interop.checkpoint import WorkdirError
 from flextok_jax.interop.tensor_file import fingerprint
 from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig
@@ -307,6 +308,10 @@ def test_a_run_on_images_trains_and_leaves_the_tokenizer_out_of_its_state(
     assert set(outcome.state.params) == {"ar"} and int(outcome.state.skipped) == 0
     *_, last = lines(tmp_path)
     assert np.isfinite(last["eval/held_out/loss"])
+    c.total_steps = 3
+    stage = ARStage(c, made_by=ARStage(c).export_config()["tokenizer"] | {"fingerprint": "other"})
+    with pytest.raises(WorkdirError, match="tokenizer.fingerprint: \\w+ before, other now"):
+        train(stage, c, tmp_path)
 
 
 # What is refused.

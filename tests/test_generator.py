@@ -79,8 +79,13 @@ def test_a_model_of_ours_round_trips_with_what_no_tensor_says(tmp_path):
     about = json.loads(metadata[flexar.METADATA])["tokenizer"]
     assert about == {"fingerprint": gen.tokenizer.fingerprint, "levels": list(TINY.levels)}
     other = FlexTok(TINY, jax.tree.map(lambda p: p + 1, gen.tokenizer.params))
-    with pytest.warns(UserWarning, match="not of"):
-        ImageGenerator.from_pretrained(tmp_path, tokenizer=other)
+    for attach in (
+        lambda: ImageGenerator.from_pretrained(tmp_path, tokenizer=other),
+        lambda: dataclasses.replace(again, tokenizer=other),
+    ):
+        with pytest.warns(UserWarning, match="not of") as told:
+            attach()
+        assert told[0].filename == __file__
 
 
 def rewritten(folder, out, change, text=None):

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from flextok_jax.commands import model as commands
 from flextok_jax.data.sources import digits
 from flextok_jax.interop import sources, vae_files
+from flextok_jax.interop.checkpoint import WorkdirError
 from flextok_jax.nn import lpips, vae
 from flextok_jax.nn.config import VAEConfig
 from flextok_jax.parallel.mesh import make_mesh
@@ -253,7 +254,7 @@ def test_the_reference_folder_round_trips(tmp_path):
     assert relative(mean, np.moveaxis(io["mean"], 1, -1)) < 1e-5
 
 
-def test_a_workdir_is_the_frozen_vae_of_a_tokenizer(trained, tmp_path):
+def test_a_workdir_is_the_frozen_vae_of_a_tokenizer(trained, tmp_path, monkeypatch):
     from flextok_jax import FlexTok
     from flextok_jax.training.tokenizer_stage import TokenizerStage
 
@@ -265,6 +266,20 @@ def test_a_workdir_is_the_frozen_vae_of_a_tokenizer(trained, tmp_path):
     assert tok.config.vae == sources.load_vae(str(trained[0]))[0]
     tokens = tok.tokenize(digits("test").images[:2], 4)
     assert np.isfinite(tok.detokenize(tokens, steps=1)).all()
+    # The same path, but the VAE that lies there was trained further.
+    load = sources.load_vae
+
+    def further(source, scaling_factor=None):
+        cfg, params = load(source, scaling_factor)
+        return cfg, jax.tree.map(lambda x: x * 1.01, params)
+
+    monkeypatch.setattr(sources, "load_vae", further)
+    with pytest.raises(ValueError, match="trained with another VAE than"):
+        FlexTok.from_pretrained(tmp_path)
+    c.total_steps, before = 2, (tmp_path / "config.json").read_text()
+    with pytest.raises(WorkdirError, match="vae_fingerprint: \\w+ before, \\w+ now"):
+        train(TokenizerStage(c), c, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_fine_tuning_starts_from_a_vae(trained):

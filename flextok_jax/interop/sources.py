@@ -68,8 +68,7 @@ def resolve(source, files=(WEIGHTS,), optional=("config.json",)) -> pathlib.Path
     if _HUB_ID.fullmatch(text) and not text.startswith("."):
         return _fetch(text, files, optional)
     raise FileNotFoundError(
-        f"{text!r} is no file, no folder, no hub id (owner/name) and no demo "
-        f"({', '.join(DEMOS)})"
+        f"{text!r} is no file, no folder, no hub id (owner/name) and no demo ({', '.join(DEMOS)})"
     )
 
 
@@ -182,6 +181,13 @@ def _load_workdir(path: pathlib.Path) -> Loaded:
     about, cfg = _about(path, "flextok", config_from_dict)
     params = {name: params[name] for name in ("encoder", "decoder")}  # No projection of REPA.
     params["vae"] = vae_params(about["vae_source"], cfg.vae)
+    fingerprint = tensor_file.fingerprint(params["vae"])
+    if about.get("vae_fingerprint", fingerprint) != fingerprint:
+        raise ValueError(
+            f"{path} was trained with another VAE than {about['vae_source']} is now: its sha256 is "
+            f"{fingerprint[:16]}…, not {about['vae_fingerprint'][:16]}…. Put the VAE back as it "
+            "was (before a VAE is trained further, `flextok convert` keeps a copy)"
+        )
     params = jax.tree.map(np.asarray, params)
     return Loaded(cfg, params, origin=f"{path}, step {step}", step=step)
 

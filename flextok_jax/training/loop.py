@@ -17,13 +17,16 @@ from jax.experimental import multihost_utils
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings
-from flextok_jax.interop.checkpoint import Checkpoints, json_config
+from flextok_jax.interop import tensor_file
+from flextok_jax.interop.checkpoint import Checkpoints, WorkdirError, flatten, json_config
 from flextok_jax.training.logs import RunLog, write_atomic
 from flextok_jax.training.profile import Profile
 from flextok_jax.training.signals import StopSignals
 from flextok_jax.training.skips import Skips
 from flextok_jax.training.stage import Stage
 from flextok_jax.training.state import TrainState, build, check_mesh
+
+PLACES = ("source", "origin")  # In `export_config`: where a network lies, not which one it is.
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         start, stopped = int(state.step), None
         skips = Skips(state, config.max_skipped_in_row)
         profile = Profile(config.profile, workdir, start, total)
-        _describe(workdir, plain, stage, program)
+        _describe(workdir, plain, stage, program, continued=start > 0)
         frozen = stage.load_frozen()
         frozen = jax.device_put(frozen, param_shardings(mesh, frozen))
         evaluators = stage.evaluators()
@@ -189,11 +192,28 @@ def _first_state(stage, config, program, checkpoints) -> TrainState:
     return program.init()
 
 
-def _describe(workdir, plain, stage, program):
-    """DIR/config.json, and the table of parameters in the log."""
+def _describe(workdir, plain, stage, program, continued: bool):
+    """DIR/config.json, and the table of parameters in the log.
+
+    Raises:
+        WorkdirError: a frozen network is not the one that the run was begun with.
+    """
+    path, model = workdir / "config.json", json.loads(json.dumps(stage.export_config()))
+    if continued and path.exists():
+        old, new = (flatten(x) for x in (tensor_file.read_json(path)["model"], model))
+        different = [
+            f"{key}: {old[key]} before, {new[key]} now"
+            for key in sorted(old.keys() & new.keys())
+            if old[key] != new[key] and not key.endswith(PLACES)
+        ]
+        if different:
+            raise WorkdirError(
+                f"{workdir} was begun with another frozen network, which was since replaced or "
+                "trained further. Put it back, or use a new workdir:\n  " + "\n  ".join(different)
+            )
     if jax.process_index() == 0:
-        about = {"config": plain, "model": stage.export_config()}
-        write_atomic(workdir / "config.json", json.dumps(about, indent=2) + "\n")
+        about = {"config": plain, "model": model}
+        write_atomic(path, json.dumps(about, indent=2) + "\n")
         table = parameter_overview.get_parameter_overview(
             program.shapes.params, include_stats="sharding"
         )

@@ -234,7 +234,7 @@ class TokenizerStage:
         return out
 
     def evaluators(self):
-        """"reconstruction": held-out images by number of tokens; see `_reconstruction`."""
+        """ "reconstruction": held-out images by number of tokens; see `_reconstruction`."""
         return {"reconstruction": self._reconstruction} if self._evaluation.num_images else {}
 
     def _reconstruction(self, params, frozen, mesh):
@@ -293,11 +293,16 @@ class TokenizerStage:
         return jnp.clip(vae.latents_to_images(params["vae"], cfg.vae, x, dtype), -1, 1)
 
     def export_config(self):
-        """What `FlexTok.from_pretrained` needs to rebuild the model from a workdir."""
+        """What `FlexTok.from_pretrained` needs to rebuild the model from a workdir.
+
+        "vae_fingerprint" is the sha256 over the parameters of the VAE that it is trained with.
+        """
+        frozen = sources.vae_params(self._vae_source, self.model.vae)
         return {
             "kind": "flextok",
             "config": dataclasses.asdict(self.model),
             "vae_source": self._vae_source,
+            "vae_fingerprint": tensor_file.fingerprint(frozen),
         }
 
 
