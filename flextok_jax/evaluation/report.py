@@ -15,7 +15,7 @@ from flextok_jax.interop import tensor_file
 
 COLORS = ("#1f5fd0", "#e07a1f", "#2f9e6e", "#8a4fc8", "#c23b5a", "#7a6a4f")
 _WIDTH, _HEIGHT = 440, 280  # Of a chart, in SVG units.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 14, 44  # Its margins.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 14, 44  # Its margins.
 _STYLE = """
 :root { --ink: #1d1f24; --soft: #646b78; --line: #e3e6eb; --paper: #ffffff; --card: #f7f8fa; }
 * { box-sizing: border-box; }
