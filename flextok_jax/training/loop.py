@@ -18,12 +18,13 @@ from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings
 from flextok_jax.interop.checkpoint import Checkpoints, json_config
+from flextok_jax.training.checks import check_config
 from flextok_jax.training.logs import RunLog, write_atomic
 from flextok_jax.training.profile import Profile
 from flextok_jax.training.signals import StopSignals
 from flextok_jax.training.skips import Skips
 from flextok_jax.training.stage import Stage
-from flextok_jax.training.state import TrainState, build, check_mesh
+from flextok_jax.training.state import TrainState, build
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         WorkdirError: DIR holds a run with another configuration, its checkpoints are unreadable or
             lost, or one cannot be written.
         Diverged: max_skipped_in_row steps were skipped; the state before them is saved.
-        ValueError: sizes that do not fit each other.
+        ValueError: numbers that are too small, or do not fit each other.
     """
     # The order of a run:
     #   mesh -> shapes -> newest checkpoint, or init_from, or init -> logs -> data -> compile
@@ -64,7 +65,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
     #     leave after a signal or a preemption notice, saved
     workdir, total = pathlib.Path(workdir).absolute(), config.total_steps
     plain, mesh = json_config(config), make_mesh(**config.mesh)
-    check_mesh(config, mesh)
+    check_config(config, mesh)
     with (
         jax.set_mesh(mesh),
         StopSignals() as signals,
