@@ -1,5 +1,6 @@
 """The launch scripts, against fakes of gcloud and Slurm that refuse what is not documented."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -174,6 +175,24 @@ def test_a_worker_runs_one_training_and_keeps_its_exit_code(launch, tmp_path):
     assert launch("worker.sh", "stop", **at)[0] == 0
     assert launch("worker.sh", "state", **at) == (0, f"flextok-worker {host} exit:143\n")
     assert attempts(launch) == ["attempt of 0 from step 0"]
+
+
+def test_looking_at_a_worker_disturbs_neither_other_looks_nor_a_start(launch, tmp_path):
+    at = {"HOME": str(tmp_path / "home"), "WORKER": "0"}
+    run = tmp_path / "home" / "flextok-run"
+    run.mkdir(parents=True)
+    (run / "exit").write_text("0\n")
+    with open(run / "lock", "w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert launch("worker.sh", "state", **at)[1].endswith(" exit:0\n")
+        start = subprocess.Popen(
+            launch.command("worker.sh", "start", *TRAIN),
+            env=launch.environment(**at),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(0.5)  # Enough for it to come to the lock; if not, it waits for nothing.
+    assert start.communicate()[1] == "" and start.returncode == 0
 
 
 def test_several_slices_are_one_request_and_every_host_of_each_trains(launch):
