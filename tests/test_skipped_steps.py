@@ -3,6 +3,7 @@
 Also `config.profile`, which records steps.
 """
 
+import json
 import logging
 import shutil
 import types
@@ -61,6 +62,20 @@ def test_each_skipped_step_is_named_also_the_last(tmp_path, caplog):
     named = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
     assert [line.split(":")[0] for line in named] == ["step 3 skipped", "step 6 skipped"]
     assert "its loss is nan (1 in a row of at most 20, 2 in all)" in named[1]
+
+
+def test_the_averages_of_a_record_are_those_of_the_steps_that_were_not_skipped(tmp_path):
+    def records(log_every):
+        workdir = tmp_path / str(log_every)
+        run(workdir, bad=(1, 4, 5, 6), log_every=log_every, checkpoint__every=0)
+        return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+    each, pairs = records(1), records(2)
+    assert [r["skipped"] for r in pairs] == [1, 2, 4]
+    names = ["loss", "grad_norm", "by_half", "codes/mean", "codes/count"]
+    for pair, good in zip(pairs, (each[1], each[2])):
+        assert [pair[name] for name in names] == [good[name] for name in names]
+    assert pairs[2]["loss"] is None  # There is nothing to average.
 
 
 def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_state(tmp_path, whole):

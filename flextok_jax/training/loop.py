@@ -10,8 +10,10 @@ import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
+from clu.metrics import LastValue
 from jax.experimental import multihost_utils
 
 from flextok_jax.data.pipeline import make_pipeline
@@ -226,7 +228,23 @@ def _on_mesh(batches, sharding):
 
 @jax.jit
 def _merge(window, metrics):
-    return {name: metric.merge(metrics[name]) for name, metric in window.items()}
+    """The averages of a window and one more step, without skipped steps where there are others."""
+
+    def pick(both, old, new):
+        return jnp.where(_finite(metrics), jnp.where(_finite(window), both, new), old)
+
+    merged = {name: metric.merge(metrics[name]) for name, metric in window.items()}
+    return {
+        name: metric
+        if isinstance(metric, LastValue)
+        else jax.tree.map(pick, metric, window[name], metrics[name])
+        for name, metric in merged.items()
+    }
+
+
+def _finite(metrics):
+    """Whether a step was not skipped, or a window has such a step: as the step itself tells."""
+    return jnp.isfinite(metrics["loss"].total) & jnp.isfinite(metrics["grad_norm"].total)
 
 
 @jax.jit
