@@ -50,18 +50,22 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option begins with --")
     from flextok_jax.interop.checkpoint import WorkdirError
     from flextok_jax.parallel import startup
+    from flextok_jax.parallel.mesh import make_mesh
+    from flextok_jax.training.checks import check_config
     from flextok_jax.training.loop import train
     from flextok_jax.training.signals import PREEMPTED
     from flextok_jax.training.skips import Diverged
 
     logging.getLogger("flextok_jax").setLevel(logging.INFO)
+    config = config_flag.CONFIG.value
     try:
         startup.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        stage = make_stage(config_flag.CONFIG.value)
+        check_config(config, make_mesh(**config.mesh))  # As `train` does; here it needs no trace.
+        stage = make_stage(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        outcome = train(stage, config_flag.CONFIG.value, _WORKDIR.value)
+        outcome = train(stage, config, _WORKDIR.value)
     except (WorkdirError, Diverged, OSError) as error:  # The trace of a ValueError is wanted.
         sys.exit(f"error: {error}")
     return PREEMPTED if outcome.stopped == signal.SIGTERM else 0

@@ -13,13 +13,20 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-options=() gpus='' dry=''
+options=() gpus='' dry='' before=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
     --dry-run) dry=1 ;;
     --gpus-per-node=*) gpus=${1##*[=:]} options+=("$1") ;; # also --gpus-per-node=TYPE:N
-    *) options+=("$1") ;;
+    *)
+        if [[ $1 != -* && $before == --* && $before != *=* ]]; then
+            echo "error: $before=$1 is needed, with an = instead of a space" >&2
+            exit 2
+        fi
+        options+=("$1")
+        ;;
     esac
+    before=$1
     shift
 done
 if [ $# -lt 2 ] || [[ $gpus != [1-9]* ]] || [[ " $*" != *" --config="* || " $*" != *" --workdir="* ]]; then

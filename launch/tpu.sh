@@ -284,7 +284,10 @@ run | resume)
         "\`resume\` those of the last run of this name"
     check_arguments
     ;;&
-create | run) save ;;
+run) save ;;
+create) # What is there already keeps what `resume` needs to know.
+    if [ -n "$dry" ] || [ ! -e "$saved" ] || [ "$(state)" = NONE ]; then save; fi
+    ;;
 esac
 if [ -n "$dry" ] && [[ $command == run || $command == resume ]]; then
     if [ "$command" = run ]; then

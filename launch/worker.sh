@@ -47,12 +47,15 @@ mount_bucket() {
         --rename-dir-limit=100000 "$1" "$target"
 }
 
-# Whoever holds the lock is the run. It is inherited by the training, and gone when that is gone,
-# however it went: no process id has to be believed.
+# Whoever holds the lock for itself is the run. It is inherited by the training, and gone when that is
+# gone, however it went: no process id has to be believed. Who only looks shares it for a moment, which
+# other lookers do not notice, and for which a start waits.
 lock() {
     exec 9>"$RUN/lock"
-    flock -n 9
+    flock -w 2 9
 }
+
+idle() { flock -n -s "$RUN/lock" true; }
 
 case ${1:-} in
 setup)
@@ -79,7 +82,7 @@ start)
 state)
     if [ ! -e "$RUN/lock" ]; then
         found=none
-    elif ! lock; then
+    elif ! idle; then
         found=running
     elif [ -e "$RUN/exit" ]; then
         found=exit:$(cat "$RUN/exit")
@@ -92,11 +95,11 @@ log)
     tail -n "${2:-50}" ${3:+-F} "$RUN/log"
     ;;
 stop)
-    if [ ! -e "$RUN/group" ] || lock; then exit; fi
+    if [ ! -e "$RUN/group" ] || idle; then exit; fi
     group=$(cat "$RUN/group")
     kill -TERM -- "-$group" 2>/dev/null || true
     for ((i = 0; i < 60; i++)); do
-        if lock; then exit; fi
+        if idle; then exit; fi
         sleep 1
     done
     kill -KILL -- "-$group" 2>/dev/null || true

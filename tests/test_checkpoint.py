@@ -223,6 +223,14 @@ def test_another_configuration_is_refused_with_every_difference(workdir, program
 def test_keys_that_do_not_change_a_step_may_differ(workdir, program):
     changes = dict(total_steps=99, log_every=7, eval_every=2, checkpoint__keep=9, mesh__fsdp=-1)
     assert restore(workdir, program, **changes) is not None
+    other = {"evaluation": {"batch_size": 3, "num_images": 9, "steps": 2, "num_latents": 4}}
+    other["compute"] = {"attention": "pallas", "remat": "dots", "scan": False}
+    with Checkpoints(workdir, json_config(get_config()) | other) as checkpoints:
+        assert checkpoints.restore(program.shapes) is not None
+    other["compute"]["dtype"] = "bfloat16"
+    with pytest.raises(WorkdirError, match="set these back:\n  compute.dtype: [^\n]*$"):
+        with Checkpoints(workdir, json_config(get_config()) | other) as checkpoints:
+            checkpoints.restore(program.shapes)
 
 
 def test_inference_reads_the_averaged_parameters_alone(saved, workdir):

@@ -1,5 +1,6 @@
 """The launch scripts, against fakes of gcloud and Slurm that refuse what is not documented."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -94,11 +95,14 @@ def test_a_run_from_nothing_to_the_end(launch):
     assert attempts(launch) == ["attempt of 0 from step 0", "attempt of 1 from step 0"]
     assert (launch.fake / "mounts").read_text() == "b /gcs/b\n" * 2
     assert "delete" not in [call[0] for call in launch.calls()]
-    # The other commands know the rest by the name.
+    # The other commands know the rest by the name, also when it was created once more.
+    assert launch("tpu.sh", "create", *SLICE[:4])[0] == 0
     code, out = launch("tpu.sh", "status", "--name=t")
     assert code == 0 and "ACTIVE" in out and len(re.findall("exit:0", out)) == 2, out
     code, out = launch("tpu.sh", "logs", "--name=t", "--worker=1", "--lines=2")
     assert code == 0 and out == "step 5/6\nstep 6/6\n"
+    code, out = launch("tpu.sh", "resume", "--name=t")
+    assert code == 0 and "training: done" in out, out
     code, out = launch("tpu.sh", "delete", "--name=t")
     assert code == 0 and not (launch.fake / "state").exists()
 
@@ -174,6 +178,24 @@ def test_a_worker_runs_one_training_and_keeps_its_exit_code(launch, tmp_path):
     assert launch("worker.sh", "stop", **at)[0] == 0
     assert launch("worker.sh", "state", **at) == (0, f"flextok-worker {host} exit:143\n")
     assert attempts(launch) == ["attempt of 0 from step 0"]
+
+
+def test_looking_at_a_worker_disturbs_neither_other_looks_nor_a_start(launch, tmp_path):
+    at = {"HOME": str(tmp_path / "home"), "WORKER": "0"}
+    run = tmp_path / "home" / "flextok-run"
+    run.mkdir(parents=True)
+    (run / "exit").write_text("0\n")
+    with open(run / "lock", "w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert launch("worker.sh", "state", **at)[1].endswith(" exit:0\n")
+        start = subprocess.Popen(
+            launch.command("worker.sh", "start", *TRAIN),
+            env=launch.environment(**at),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(0.5)  # Enough for it to come to the lock; if not, it waits for nothing.
+    assert start.communicate()[1] == "" and start.returncode == 0
 
 
 def test_several_slices_are_one_request_and_every_host_of_each_trains(launch):
@@ -269,6 +291,8 @@ def test_a_slurm_dry_run_prints_the_job(launch):
     assert "#SBATCH --ntasks-per-node=2\n" in out and "'--config.data.path=a b'" in out
     for wrong in (SLURM[:1], [*SLURM, "--"], [*SLURM[:1], "--", *TRAIN]):
         assert launch("slurm.sh", *wrong)[0] == 2
+    code, out = launch("slurm.sh", "--nodes", "2", *SLURM[1:], "--", *TRAIN)
+    assert code == 2 and out == "error: --nodes=2 is needed, with an = instead of a space\n"
 
 
 def test_training_on_the_gpus_of_one_machine(launch):
@@ -278,6 +302,21 @@ def test_training_on_the_gpus_of_one_machine(launch):
     python.write_text('#!/usr/bin/env bash\necho "$JAX_PLATFORMS: $*"\n')
     code, out = launch("gpu.sh", "train", "--config=c", "--workdir=d", **arguments)
     assert code == 0 and out == "cuda: -m flextok_jax.main --config=c --workdir=d\n"
+
+
+def test_a_gpu_dry_run_and_the_help_need_no_gpu(launch):
+    code, out = launch("gpu.sh", "tokenize", "--model", "a b", "--dry-run", DRIVER="none")
+    *setup, last = out.splitlines()
+    venv = launch.environment()["VENV"]
+    assert code == 0 and last.endswith(
+        "flextok tokenize --dtype bfloat16 --batch-size 128 --model 'a b'"
+    )
+    assert last.startswith(venv) and "source launch/common.sh" in setup
+    code, out = launch("gpu.sh", "--dry-run", "train", *TRAIN, DRIVER="none")
+    assert code == 0 and out.endswith(f"-m flextok_jax.main {CONFIG} {WORKDIR} '{TRAIN[2]}'\n")
+    for words in (["--help"], ["train", "--help"], []):
+        code, out = launch("gpu.sh", *words, DRIVER="none")
+        assert code == (0 if words else 2) and "./launch/gpu.sh train --config=" in out
 
 
 def test_the_jobset_restarts_on_143_and_counts_other_failures():

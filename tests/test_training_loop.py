@@ -203,6 +203,32 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         run(tmp_path, optim__accumulate=3)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("checkpoint.keep", 0),
+        ("checkpoint.keep", -1),
+        ("checkpoint.every", -1),
+        ("log_every", 0),
+        ("eval_every", -1),
+        ("batch_size", 0),
+        ("optim.accumulate", 0),
+        ("max_skipped_in_row", 0),
+        ("evaluation.num_images", -1),
+        ("evaluation.num_latents", 0),
+        ("evaluation.batch_size", 0),
+        ("evaluation.steps", 0),
+    ],
+)
+def test_a_number_that_is_too_small_is_refused_before_anything_is_made(name, value, tmp_path):
+    config = get_config()
+    config.evaluation = dict(num_images=8, num_latents=8, batch_size=8, steps=2)
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=f"^{name}={value}: at least [01] is needed"):
+        loop.train(ToyStage(config), config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_works_outside_the_main_thread(tmp_path):
     outcomes = []
     thread = threading.Thread(target=lambda: outcomes.append(run(tmp_path, total_steps=1)))
@@ -255,9 +281,13 @@ def test_sigterm_ends_the_command_with_its_own_exit_code(tmp_path):
     [
         (["--workdir=x", "--config.optim.learning=1"], "no key .*learning"),
         (["--config.seed=1"], "flag --workdir"),
+        (["--workdir=x", "--config.checkpoint.keep=0"], "^error: checkpoint.keep=0: at least 1"),
+        (["--workdir=x", "--config.mesh.data=3"], "^error: mesh data=3, .* does not fit"),
     ],
 )
 def test_a_wrong_command_line_is_explained(arguments, message):
     config = f"--config={pathlib.Path(__file__).with_name('test_training_state.py')}"
     process = command(config, *arguments)
-    assert re.search(message, process.communicate()[1]) and process.returncode == 1
+    output = process.communicate()[1]
+    assert re.search(message, output, re.M) and process.returncode == 1
+    assert "Traceback" not in output

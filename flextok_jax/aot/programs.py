@@ -17,7 +17,8 @@ from flextok_jax.nn.config import Compute, VAEConfig
 from flextok_jax.nn.generation import Sampling
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from flextok_jax.training.ar_stage import ARStage
-from flextok_jax.training.state import build, check_mesh
+from flextok_jax.training.checks import check_config
+from flextok_jax.training.state import build
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 from flextok_jax.training.vae_stage import VAEStage
 
@@ -59,7 +60,7 @@ def make(name: str, config, mesh: Mesh) -> Program:
             f"--program={name}: a configuration of the stage {config.stage!r} has "
             f"{', '.join(allowed) or 'none'}"
         )
-    check_mesh(config, mesh)
+    check_config(config, mesh)
     if config.stage == "vae":
         return _vae(VAEStage(config), config, mesh)
     if config.stage == "ar":

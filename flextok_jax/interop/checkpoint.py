@@ -17,12 +17,13 @@ from jax.experimental import multihost_utils
 from flextok_jax.interop import tensor_file
 from flextok_jax.interop.checksums import checksums, differing
 
-# Keys that may change between the runs of one workdir: where it runs, what it reports, when it
-# gives up, and how long it is (total_steps also stretches the schedule of the learning rate that is
-# still to come).
+# Keys that may change between the runs of one workdir: where it runs and by which of several ways
+# to compute the same, what it reports, when it gives up, and how long it is (total_steps also
+# stretches the schedule of the learning rate that is still to come). Not optim.accumulate: every
+# microbatch draws its own noise, so another number of them is another run.
 HARMLESS = (
-    r"total_steps|log_every|eval_every|max_skipped_in_row|profile|(checkpoint|mesh)\..*"
-    r"|data\.max_unreadable|evaluation\.data"
+    r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.max_unreadable"
+    r"|(checkpoint|mesh|evaluation)\..*|compute\.(attention|remat|scan)"
 )
 
 # DIR/saved.json names the newest completed checkpoint. It lies outside of DIR/checkpoints to tell

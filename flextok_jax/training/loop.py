@@ -10,8 +10,10 @@ import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
+from clu.metrics import LastValue
 from jax.experimental import multihost_utils
 
 from flextok_jax.data.pipeline import make_pipeline
@@ -19,12 +21,13 @@ from flextok_jax.parallel.mesh import compiler_options, make_mesh
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings
 from flextok_jax.interop import tensor_file
 from flextok_jax.interop.checkpoint import Checkpoints, WorkdirError, flatten, json_config
+from flextok_jax.training.checks import check_config
 from flextok_jax.training.logs import RunLog, write_atomic
 from flextok_jax.training.profile import Profile
 from flextok_jax.training.signals import StopSignals
 from flextok_jax.training.skips import Skips
 from flextok_jax.training.stage import Stage
-from flextok_jax.training.state import TrainState, build, check_mesh
+from flextok_jax.training.state import TrainState, build
 
 PLACES = ("source", "origin")  # In `export_config`: where a network lies, not which one it is.
 
@@ -56,7 +59,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         WorkdirError: DIR holds a run with another configuration, its checkpoints are unreadable or
             lost, or one cannot be written.
         Diverged: max_skipped_in_row steps were skipped; the state before them is saved.
-        ValueError: sizes that do not fit each other.
+        ValueError: numbers that are too small, or do not fit each other.
     """
     # The order of a run:
     #   mesh -> shapes -> newest checkpoint, or init_from, or init -> logs -> data -> compile
@@ -67,7 +70,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
     #     leave after a signal or a preemption notice, saved
     workdir, total = pathlib.Path(workdir).absolute(), config.total_steps
     plain, mesh = json_config(config), make_mesh(**config.mesh)
-    check_mesh(config, mesh)
+    check_config(config, mesh)
     with (
         jax.set_mesh(mesh),
         StopSignals() as signals,
@@ -245,7 +248,23 @@ def _on_mesh(batches, sharding):
 
 @jax.jit
 def _merge(window, metrics):
-    return {name: metric.merge(metrics[name]) for name, metric in window.items()}
+    """The averages of a window and one more step, without skipped steps where there are others."""
+
+    def pick(both, old, new):
+        return jnp.where(_finite(metrics), jnp.where(_finite(window), both, new), old)
+
+    merged = {name: metric.merge(metrics[name]) for name, metric in window.items()}
+    return {
+        name: metric
+        if isinstance(metric, LastValue)
+        else jax.tree.map(pick, metric, window[name], metrics[name])
+        for name, metric in merged.items()
+    }
+
+
+def _finite(metrics):
+    """Whether a step was not skipped, or a window has such a step: as the step itself tells."""
+    return jnp.isfinite(metrics["loss"].total) & jnp.isfinite(metrics["grad_norm"].total)
 
 
 @jax.jit

@@ -11,6 +11,25 @@ import jax
 log = logging.getLogger(__name__)
 
 
+def steps_of(text: str, total: int) -> tuple[int, int] | None:
+    """(A, B) of "A:B", the first and the last step to record; None of "".
+
+    Raises:
+        ValueError: `text` is not of that form, or names no steps of a run of `total`.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found:
+        raise ValueError(
+            f"profile={text!r}: A:B is needed, the first and the last step to record (100:105)"
+        )
+    first, last = map(int, found.groups())
+    if not 1 <= first <= last <= total:
+        raise ValueError(f"profile={text!r}: needed are steps 1 <= A <= B <= total_steps={total}")
+    return first, last
+
+
 class Profile:
     """Records the steps A to B of a run in DIR/profile, in process 0."""
 
@@ -24,22 +43,14 @@ class Profile:
             total: the last step of the run.
 
         Raises:
-            ValueError: `text` is not of that form, or names no steps of the run.
+            ValueError: see `steps_of`.
         """
         self._folder, self._on = pathlib.Path(workdir) / "profile", False
         self._first = self._last = 0
-        if not text:
+        steps = steps_of(text, total)
+        if steps is None:
             return
-        found = re.fullmatch(r"(\d+):(\d+)", text)
-        if not found:
-            raise ValueError(
-                f"profile={text!r}: A:B is needed, the first and the last step to record (100:105)"
-            )
-        first, last = map(int, found.groups())
-        if not 1 <= first <= last <= total:
-            raise ValueError(
-                f"profile={text!r}: needed are steps 1 <= A <= B <= total_steps={total}"
-            )
+        first, last = steps
         if last <= start:
             log.warning("profile=%s: nothing is recorded after step %d, where this run begins",
                         text, start)  # fmt: skip

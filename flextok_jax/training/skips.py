@@ -23,13 +23,7 @@ class Skips:
     """
 
     def __init__(self, state: TrainState, limit: int):
-        """Begins at `state`, of which `limit` following steps in a row may not all be skipped.
-
-        Raises:
-            ValueError: a limit below 1.
-        """
-        if limit < 1:
-            raise ValueError(f"max_skipped_in_row={limit}: at least 1 is needed")
+        """Begins at `state`, of which `limit` following steps in a row may not all be skipped."""
         self.row, self.good, self._limit = [], int(state.step), limit
         self._count = self._count_at_good = int(state.skipped)
 

@@ -11,9 +11,7 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flextok_jax.nn.config import Compute
 from flextok_jax.nn.layout import path_string
-from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.rng import named, step_key
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from flextok_jax.training.optimizer import (
@@ -60,28 +58,6 @@ class Program(NamedTuple):
     init: Callable[[], TrainState]
     init_from: Callable[[Params], TrainState]
     step: Callable[[TrainState, Params, dict], tuple[TrainState, dict[str, clu_metrics.Metric]]]
-
-
-def check_mesh(config, mesh: Mesh) -> None:
-    """That batches can be cut over microbatches and devices, which can compute as configured.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    Compute(**config.get("compute", {})).check_platform(platform(mesh))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = config.optim.accumulate
-    if parts < 1 or config.batch_size % (parts * shards):
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of optim.accumulate={parts} times "
-            f"the {shards} devices of the mesh's data and fsdp axes"
-        )
-    size = config.get("evaluation", {}).get("batch_size", shards)
-    if size % shards:
-        raise ValueError(
-            f"evaluation.batch_size={size} must be a multiple of the {shards} devices of the "
-            "mesh's data and fsdp axes"
-        )
 
 
 def build(stage: Stage, config, mesh: Mesh) -> Program:
