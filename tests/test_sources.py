@@ -319,6 +319,28 @@ def test_packing_leaves_out_what_breaks_in_any_way_and_stops_at_too_many(tmp_pat
         shards.ShardSource(tmp_path / "many", "all")
 
 
+def test_work_goes_on_with_the_images_that_it_began_with_or_not_at_all(tmp_path, capsys):
+    folder_of(tmp_path / "in", [f"{i}.png" for i in range(4)])
+    write = tmp_path / "in", tmp_path / "out", "--split", "all", "--shard-size", 2
+    assert pack(*write) == 0
+    (tmp_path / "out" / "all" / "records-00001-of-00002.json").unlink()  # As if interrupted.
+    (tmp_path / "in" / "3.png").rename(tmp_path / "in" / "1b.png")  # As many, others.
+    assert pack(*write) == 2
+    assert "keys_sha256: " in capsys.readouterr().err
+    (tmp_path / "in" / "1b.png").rename(tmp_path / "in" / "3.png")
+    assert pack(*write) == 0
+
+
+def test_finished_shards_of_which_no_images_are_told_are_read(tmp_path):
+    folder_of(tmp_path / "in", ["a.png"])
+    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
+    manifest = tmp_path / "out" / "all" / "manifest.json"
+    about = json.loads(manifest.read_text())
+    del about["keys_sha256"]
+    manifest.write_text(json.dumps(about))
+    assert len(shards.ShardSource(tmp_path / "out", "all")) == 1
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

@@ -104,8 +104,7 @@ def pack(args) -> None:
         "arrays": {"image": None},
         "data": str(data),
         "split": args.split,
-        "num_images": count,
-        "classes": list(source.classes),
+        **shards.about_images(source, count),
         "shard_size": size,
         "num_shards": -(-count // size),
     }
