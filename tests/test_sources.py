@@ -341,6 +341,22 @@ def test_finished_shards_of_which_no_images_are_told_are_read(tmp_path):
     assert len(shards.ShardSource(tmp_path / "out", "all")) == 1
 
 
+def test_packing_leaves_out_images_that_do_not_decode_and_stops_at_too_many(tmp_path, capsys):
+    folder_of(tmp_path / "in", [f"{i:02}.png" for i in range(54)])
+    for name, (data, _) in BROKEN.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
+    assert "6 of 60 images could not be read" in capsys.readouterr().err
+    manifest = shards.read_manifest(tmp_path / "out", "all")
+    assert manifest["unreadable"].keys() == BROKEN.keys()
+    assert all(BROKEN[name][1] in why for name, why in manifest["unreadable"].items())
+    assert len(shards.ImageSource(tmp_path / "out", "all")) == 54
+    (tmp_path / "in" / "00.png").write_bytes(b"")
+    assert pack(tmp_path / "in", tmp_path / "many", "--split", "all") == 2
+    error = capsys.readouterr().err
+    assert "Of 60 images, more than 10%" in error and "bomb.png (Decompression" in error
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
