@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -22,8 +22,9 @@ class FolderSource:
 
     Where `path/train` and `path/test` (or `val`, `validation`) both exist, they are the splits and
     the classes are their subfolders. Otherwise about 5 % are held out for "test", by a hash of each
-    image's relative path (so adding images does not move the others), at least one and never all.
-    Hidden files are left out; linked folders are followed.
+    image's relative path (so adding images does not move the others), at least one and never all;
+    where all images lie in one such folder, its subfolders are the classes. Hidden files are left
+    out; linked folders are followed.
 
     Beside NAME.jpg may lie its caption, NAME.txt, and the caption's embedding, NAME.npy. Or
     metadata.csv or metadata.jsonl lists images: `file_name` (relative to where the list lies),
@@ -47,12 +48,15 @@ class FolderSource:
                 "(in a config: --config.data.path=FOLDER)."
             )
         held_out = next((name for name in HELD_OUT if (root / name).is_dir()), None)
+        listed = {}
+        for folder in (root, root / "train", root / (held_out or "test")):
+            listed |= _listed(folder, root)
         self._beside: set[str] = set()
         if held_out and (root / "train").is_dir():
             names = {"train": "train", "test": held_out}
-            parts = {split: _images(root, name, self._beside) for split, name in names.items()}
+            parts = {s: _images(root, name, self._beside, listed) for s, name in names.items()}
         else:
-            found = _images(root, "", self._beside)
+            found = _without_parts(_images(root, "", self._beside, listed))
             test = hold_out([file[0] for file in found])
             parts = {
                 "train": [file for file, out in zip(found, test) if not out],
@@ -70,10 +74,6 @@ class FolderSource:
                 f"The folder {str(root)!r} has no images for split {split!r} ({len(everything)} in "
                 "all). Give at least two images, or put images into both train/ and test/."
             )
-        listed = {}
-        for folder in (root, root / "train", root / (held_out or "test")):
-            listed |= _listed(folder, root)
-        self._root = root
         self._keys = [key for key, _ in chosen]
         self._captions = {key: caption for key, (_, caption) in listed.items() if caption}
         self.files = [str(root / key) for key in self._keys]
@@ -127,9 +127,12 @@ def hold_out(keys: Sequence[str]) -> list[bool]:
     return np.isin(np.arange(len(keys)), first).tolist()
 
 
-def _images(root: pathlib.Path, part: str, beside: set[str]) -> list[tuple[str, str]]:
+def _images(
+    root: pathlib.Path, part: str, beside: set[str], listed: Collection[str]
+) -> list[tuple[str, str]]:
     """Sorted (path below root, first-level subfolder below root/part or "") of the images.
 
+    Those of `listed` that lie in the part are among them, whether they are there or not.
     `beside` gains the paths of captions and embeddings: asking for each image whether it has one
     would be a request each on a mounted bucket.
     """
@@ -149,9 +152,18 @@ def _images(root: pathlib.Path, part: str, beside: set[str]) -> list[tuple[str, 
                 found[key] = inside[0] if inside else ""
             elif name.endswith((".txt", ".npy")):
                 beside.add(key)
-    for key in _listed(top, root):
-        found.setdefault(key, "")
+    for key in listed:
+        if key.startswith(f"{part}/" if part else ""):
+            found.setdefault(key, "")
     return sorted(found.items())
+
+
+def _without_parts(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`_images` of a whole folder, with the subfolder below train/ where there is nothing else."""
+    split = [key.split("/") for key, _ in found]
+    if not {names[0] for names in split} <= {"train", *HELD_OUT}:
+        return found
+    return [("/".join(names), names[1] if len(names) > 2 else "") for names in split]
 
 
 def _listed(folder: pathlib.Path, root: pathlib.Path) -> dict[str, tuple[str | None, str | None]]:
