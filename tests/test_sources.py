@@ -226,6 +226,26 @@ def test_the_label_minus_one_of_a_list_is_unknown_and_no_name(tmp_path):
     assert sources.make_source(sources.parse(str(tmp_path)), "all").labels == [-1, 10, 9]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_whole_numbers_that_became_floats_are_numbers(suffix, tmp_path):
+    folder_of(tmp_path, ["a.png", "b.png", "c.png", "d.png"])
+    rows = [(f"{name}.png", label) for name, label in zip("abcd", ("0.0", "12.0", "", "-1.0"))]
+    lines = [f'{{"file_name": "{name}", "label": {label or "null"}}}' for name, label in rows]
+    if suffix == "csv":
+        lines = ["file_name,label", *map(",".join, rows)]
+    (tmp_path / f"metadata.{suffix}").write_text("\n".join(lines))
+    source = sources.make_source(sources.parse(str(tmp_path)), "all")
+    assert (source.classes, source.labels) == ([], [0, 12, -1, -1])
+
+
+@pytest.mark.parametrize("number, name", [("3", "dog"), ("3.0", "0.5"), ("1", "-2")])
+def test_a_list_of_numbers_and_names_is_refused(number, name, tmp_path):
+    folder_of(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\na.png,{number}\nb.png,{name}\n")
+    with pytest.raises(ValueError, match=f"a.png is the number .*b.png the name '{name}'.*every"):
+        sources.make_source(sources.parse(str(tmp_path)), "all")
+
+
 @pytest.mark.parametrize("line", ['{"label": 1}', '{"file_name": "../x.png"}', "[]", "x"])
 def test_a_list_that_names_no_image_of_the_folder_is_refused(line, tmp_path):
     folder_of(tmp_path, ["a.png"])
