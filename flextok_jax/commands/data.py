@@ -97,9 +97,7 @@ def pack(args) -> None:
             setattr(args, option, common.DATA_OPTIONS[option])
     common.check_apart(args.source, args.out)
     data = sources.parse(args.source)
-    source = sources.make_source(data, args.split)
-    if data.source in sources.ENCODED:
-        raise ValueError(f"{args.source} holds no images any more")
+    source = sources.make_image_source(data, args.split)
     count, size = min(len(source), args.limit or len(source)), args.shard_size
     folder = pathlib.Path(args.out).expanduser() / args.split
     settings = {

@@ -29,7 +29,7 @@ def encode(args) -> None:
     common.check_apart(args.data, args.out)
     size, made = encoders(args)
     data = sources.parse(args.data, size)
-    source = sources.make_source(data, args.split)
+    source = sources.make_image_source(data, args.split)
     count = min(len(source), args.limit or len(source))
     folder = pathlib.Path(args.out).expanduser() / args.split
     null_text = sources.null_text(data)

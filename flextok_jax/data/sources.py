@@ -143,6 +143,20 @@ def make_source(cfg, split: str):
     return shards.ShardSource(cfg.path, split)
 
 
+def make_image_source(data: Data, split: str):
+    """`make_source`, of data that hold images.
+
+    Raises:
+        ValueError: they are what `flextok encode` made of images, or as `make_source`.
+    """
+    if data.source in ENCODED:
+        raise ValueError(
+            f"{data.path} holds what `flextok encode` made of images, and the images no more: name "
+            "the data set that it was made of (`flextok data check` tells which)"
+        )
+    return make_source(data, split)
+
+
 def null_text(cfg) -> np.ndarray | None:
     """float [T, E]: the embedding of the empty caption, of data with text embeddings."""
     path = pathlib.Path(cfg.path).expanduser() / NULL_TEXT
