@@ -88,6 +88,18 @@ def test_folder_with_train_and_val_uses_them_and_shares_the_classes(tmp_path):
     assert (train.labels, test.labels) == ([0, 1], [1])
 
 
+@pytest.mark.parametrize("part", ["train", "test", "val"])
+def test_a_folder_with_one_part_alone_has_the_classes_below_it_and_holds_out(part, tmp_path):
+    for i in range(20):
+        save(tmp_path / part / "ab"[i % 2] / f"{i}.png", noise(2, 2, 3))
+    (tmp_path / part / "metadata.csv").write_text("file_name,caption\na/no.png,lost\n")
+    train, test, both = (FolderSource(tmp_path, split) for split in SPLITS)
+    assert train.classes == test.classes == ["a", "b"] and set(both.labels) == {0, 1}
+    assert sorted(train.files + test.files) == both.files and len(both) == 21 and len(test)
+    save(tmp_path / "ship" / "1.png", noise(2, 2, 3))  # Beside others it is a class.
+    assert FolderSource(tmp_path, "all").classes == sorted([part, "ship"])
+
+
 def test_folder_hold_out_is_disjoint_complete_and_does_not_move_when_images_are_added(tmp_path):
     for i in range(60):
         save(tmp_path / f"{i}.png", noise(2, 2, 3))

@@ -309,6 +309,19 @@ def test_an_interrupted_command_continues(model, tmp_path, capsys, monkeypatch):
     assert run(*args) == 0 and len(calls) == 4  # Nothing is left to do.
 
 
+@pytest.mark.parametrize("command", ["encode", "reconstruct", "evaluate", "tokenize", "pack"])
+def test_encoded_data_are_refused_where_images_are_wanted(command, model, tmp_path, capsys):
+    write(tmp_path / "data")
+    given, out = str(tmp_path / "data"), ["--out", str(tmp_path / "out")]
+    images = "--data" if command in ("encode", "evaluate") else "--images"
+    arguments = [command, "--model", model, images, given, *out]
+    if command == "pack":
+        arguments = ["data", "pack", given, *out]
+    assert cli.main(arguments) == 2
+    assert f"error: {given} holds what `flextok encode` made" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_one_form_are_refused_with_the_other(model, images, tmp_path, capsys):
     out = ["--model", model, "--out", tmp_path / "x.npz"]
     assert run(*out, "--images", images, "--crops", 2) == 2

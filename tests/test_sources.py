@@ -226,6 +226,26 @@ def test_the_label_minus_one_of_a_list_is_unknown_and_no_name(tmp_path):
     assert sources.make_source(sources.parse(str(tmp_path)), "all").labels == [-1, 10, 9]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_whole_numbers_that_became_floats_are_numbers(suffix, tmp_path):
+    folder_of(tmp_path, ["a.png", "b.png", "c.png", "d.png"])
+    rows = [(f"{name}.png", label) for name, label in zip("abcd", ("0.0", "12.0", "", "-1.0"))]
+    lines = [f'{{"file_name": "{name}", "label": {label or "null"}}}' for name, label in rows]
+    if suffix == "csv":
+        lines = ["file_name,label", *map(",".join, rows)]
+    (tmp_path / f"metadata.{suffix}").write_text("\n".join(lines))
+    source = sources.make_source(sources.parse(str(tmp_path)), "all")
+    assert (source.classes, source.labels) == ([], [0, 12, -1, -1])
+
+
+@pytest.mark.parametrize("number, name", [("3", "dog"), ("3.0", "0.5"), ("1", "-2")])
+def test_a_list_of_numbers_and_names_is_refused(number, name, tmp_path):
+    folder_of(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\na.png,{number}\nb.png,{name}\n")
+    with pytest.raises(ValueError, match=f"a.png is the number .*b.png the name '{name}'.*every"):
+        sources.make_source(sources.parse(str(tmp_path)), "all")
+
+
 @pytest.mark.parametrize("line", ['{"label": 1}', '{"file_name": "../x.png"}', "[]", "x"])
 def test_a_list_that_names_no_image_of_the_folder_is_refused(line, tmp_path):
     folder_of(tmp_path, ["a.png"])
@@ -317,6 +337,44 @@ def test_packing_leaves_out_what_breaks_in_any_way_and_stops_at_too_many(tmp_pat
     assert not any(name.startswith("records-00001") for name in left), left
     with pytest.raises(ValueError, match="holds 1 of 2 shards"):
         shards.ShardSource(tmp_path / "many", "all")
+
+
+def test_work_goes_on_with_the_images_that_it_began_with_or_not_at_all(tmp_path, capsys):
+    folder_of(tmp_path / "in", [f"{i}.png" for i in range(4)])
+    write = tmp_path / "in", tmp_path / "out", "--split", "all", "--shard-size", 2
+    assert pack(*write) == 0
+    (tmp_path / "out" / "all" / "records-00001-of-00002.json").unlink()  # As if interrupted.
+    (tmp_path / "in" / "3.png").rename(tmp_path / "in" / "1b.png")  # As many, others.
+    assert pack(*write) == 2
+    assert "keys_sha256: " in capsys.readouterr().err
+    (tmp_path / "in" / "1b.png").rename(tmp_path / "in" / "3.png")
+    assert pack(*write) == 0
+
+
+def test_finished_shards_of_which_no_images_are_told_are_read(tmp_path):
+    folder_of(tmp_path / "in", ["a.png"])
+    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
+    manifest = tmp_path / "out" / "all" / "manifest.json"
+    about = json.loads(manifest.read_text())
+    del about["keys_sha256"]
+    manifest.write_text(json.dumps(about))
+    assert len(shards.ShardSource(tmp_path / "out", "all")) == 1
+
+
+def test_packing_leaves_out_images_that_do_not_decode_and_stops_at_too_many(tmp_path, capsys):
+    folder_of(tmp_path / "in", [f"{i:02}.png" for i in range(54)])
+    for name, (data, _) in BROKEN.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
+    assert "6 of 60 images could not be read" in capsys.readouterr().err
+    manifest = shards.read_manifest(tmp_path / "out", "all")
+    assert manifest["unreadable"].keys() == BROKEN.keys()
+    assert all(BROKEN[name][1] in why for name, why in manifest["unreadable"].items())
+    assert len(shards.ImageSource(tmp_path / "out", "all")) == 54
+    (tmp_path / "in" / "00.png").write_bytes(b"")
+    assert pack(tmp_path / "in", tmp_path / "many", "--split", "all") == 2
+    error = capsys.readouterr().err
+    assert "Of 60 images, more than 10%" in error and "bomb.png (Decompression" in error
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 from test_data_pipeline import pipeline
-from test_sources import SMOOTH, encoded, everything, shard, tar
+from test_sources import SMOOTH, encoded, everything, folder_of, shard, tar
 
 from flextok_jax.data import sources, webdataset
 from flextok_jax.data.webdataset import WebDatasetSource, read_index
@@ -61,7 +61,7 @@ def test_the_index_of_a_read_only_folder_lies_in_the_cache(tmp_path, monkeypatch
         return atomic(file)
 
     monkeypatch.setattr(webdataset.tensor_file, "atomic", refuses)
-    keys, places = read_index(path)
+    keys, places, *_ = read_index(path)
     monkeypatch.setattr(webdataset, "_scan", None)  # Not called again.
     assert (read_index(path)[1] == places).all() and len(keys) == 4
     assert len(list((tmp_path / "home").rglob("*.npz"))) == 1
@@ -96,6 +96,56 @@ def test_what_is_no_tar_file_is_refused_by_name(tmp_path):
         WebDatasetSource(tmp_path, "all")
     (tmp_path / "a.tar").unlink()
     with pytest.raises(FileNotFoundError, match="holds no .tar files"):
+        WebDatasetSource(tmp_path, "all")
+
+
+def test_labels_are_names_or_numbers_over_all_tar_files(tmp_path):
+    picture = encoded(SMOOTH)
+    about = json.dumps({"label": "cat"}).encode()
+    tar(tmp_path / "train-0.tar", {"0.png": picture, "0.cls": b"dog\n", "0.json": about})
+    tar(tmp_path / "test-0.tar", {"1.json": about} | {f"{i}.png": picture for i in (1, 2)})
+    train, test = (WebDatasetSource(tmp_path, split) for split in ("train", "test"))
+    assert train.classes == test.classes == ["cat", "dog"]
+    assert (train[0]["label"], [test[i]["label"] for i in range(2)]) == (1, [0, -1])
+    tar(tmp_path / "train-1.tar", {"3.png": picture, "3.cls": b"3"})
+    with pytest.raises(ValueError, match="train-1.tar/3 is the number 3, that of .* the name '"):
+        WebDatasetSource(tmp_path, "train")
+    for name in ("train-0.tar", "test-0.tar"):
+        (tmp_path / name).unlink()
+    tar(tmp_path / "a.tar", {"4.png": picture, "4.json": b'{"label": 2.0}'})
+    source = WebDatasetSource(tmp_path, "all")
+    assert source.classes == [] and [source[i]["label"] for i in range(2)] == [2, 3]
+
+
+@pytest.mark.parametrize("second", ["x/i.jpg", "x/i.PNG", "x/i.png"])
+def test_two_images_of_one_name_are_refused_and_other_endings_left_alone(second, tmp_path):
+    picture = encoded(SMOOTH)
+    path = tar(tmp_path / "a.tar", {"x/i.png": picture, "x/i.seg.png": b"", "i.png": picture})
+    assert read_index(path).keys.tolist() == [b"x/i", b"i"]
+    with tarfile.open(path, "a") as file:
+        file.addfile(tarfile.TarInfo(second))
+    with pytest.raises(ValueError, match=f"a.tar has more than one image of .*'x/i'.*{second}"):
+        WebDatasetSource(tmp_path, "all")
+
+
+def test_tar_files_beside_image_files_are_not_guessed(tmp_path):
+    tar(tmp_path / "a.tar", shard(0))
+    folder_of(tmp_path, ["train/class/1.png", ".hidden.png"])
+    words = f"a.tar.*1.png.*webdataset:{tmp_path} or folder:{tmp_path}"
+    with pytest.raises(ValueError, match=words):
+        sources.parse(str(tmp_path))
+    counts = [
+        len(sources.make_source(sources.parse(f"{kind}:{tmp_path}"), "all"))
+        for kind in ("webdataset", "folder")
+    ]
+    assert counts == [4, 1]
+    (tmp_path / "train/class/1.png").unlink()
+    assert sources.parse(str(tmp_path)).source == "webdataset"
+
+
+def test_a_label_that_is_no_name_is_refused(tmp_path):
+    tar(tmp_path / "a.tar", {"0.png": encoded(SMOOTH), "0.json": b'{"label": [1, 2]}'})
+    with pytest.raises(ValueError, match=r"a.tar: 0 has the label '\[1, 2\]'"):
         WebDatasetSource(tmp_path, "all")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from flextok_jax.commands import common
 from flextok_jax.data import check as checks
 from flextok_jax.data import shards, sources
-from flextok_jax.data.decode import reason
+from flextok_jax.data.decode import decode_image, reason
+from flextok_jax.data.pipeline import ahead
 from flextok_jax.data.records import Record
 from flextok_jax.data.unreadable import MAX_LISTED, MAX_UNREADABLE, too_many
 from flextok_jax.interop import tensor_file
@@ -30,7 +31,8 @@ def _look(data: sources.Data, args) -> None:
     source = sources.make_source(data, args.split or "all")
     count = len(source) if args.all else min(args.sample, len(source))
     places = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
-    found = list(tqdm(checks.looks(source, places), total=len(places), unit="image", disable=None))
+    looks = ahead(functools.partial(checks.look, source), places)
+    found = list(tqdm(looks, total=len(places), unit="image", disable=None))
     print(f"{data}, split {args.split or 'all'}: {len(source)} images")
     for what, about in checks.summary(found, source.classes):
         print(f"  {what:<10}{about}")
@@ -95,17 +97,14 @@ def pack(args) -> None:
             setattr(args, option, common.DATA_OPTIONS[option])
     common.check_apart(args.source, args.out)
     data = sources.parse(args.source)
-    source = sources.make_source(data, args.split)
-    if data.source in sources.ENCODED:
-        raise ValueError(f"{args.source} holds no images any more")
+    source = sources.make_image_source(data, args.split)
     count, size = min(len(source), args.limit or len(source)), args.shard_size
     folder = pathlib.Path(args.out).expanduser() / args.split
     settings = {
         "arrays": {"image": None},
         "data": str(data),
         "split": args.split,
-        "num_images": count,
-        "classes": list(source.classes),
+        **shards.about_images(source, count),
         "shard_size": size,
         "num_shards": -(-count // size),
     }
@@ -114,11 +113,12 @@ def pack(args) -> None:
         def make_shard(index: int) -> tuple[list[Record], dict]:
             records, unreadable = [], {}
             bar.update(index * size - bar.n)  # What is there already counts as done.
-            for place in range(index * size, min(index * size + size, count)):
-                try:
-                    records.append(_record(source, place))
-                except Exception as error:  # Files break in any way there is.
-                    unreadable[source.name(place)] = reason(error)
+            places = range(index * size, min(index * size + size, count))
+            for record, about in ahead(functools.partial(_record, source), places):
+                if record is None:
+                    unreadable |= about
+                else:
+                    records.append(record)
                 bar.update()
             return records, unreadable
 
@@ -133,15 +133,21 @@ def pack(args) -> None:
     )
 
 
-def _record(source, place: int) -> Record:
+def _record(source, place: int) -> tuple[Record | None, dict[str, str]]:
+    """(record, {}) of one image; of one that cannot be read (None, {key: reason})."""
     from PIL import Image
 
-    item = source[place]
-    image = item["image"]
-    if not isinstance(image, bytes):
-        stream = io.BytesIO()
-        Image.fromarray(image).save(stream, "PNG")
-        image = stream.getvalue()
+    key = source.name(place)
+    try:
+        item, embedding = source[place], source.embedding(place)
+        image = item["image"]
+        if isinstance(image, bytes):
+            decode_image(image)  # It is kept as it is, but only if there is a picture in it.
+        else:
+            stream = io.BytesIO()
+            Image.fromarray(image).save(stream, "PNG")
+            image = stream.getvalue()
+    except Exception as error:  # Files break in any way there is.
+        return None, {key: reason(error)}
     arrays = {"image": np.frombuffer(image, np.uint8)}
-    embedding = source.embedding(place)
-    return Record(source.name(place), arrays, item["label"], item["caption"], embedding)
+    return Record(key, arrays, item["label"], item["caption"], embedding), {}

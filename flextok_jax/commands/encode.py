@@ -29,7 +29,7 @@ def encode(args) -> None:
     common.check_apart(args.data, args.out)
     size, made = encoders(args)
     data = sources.parse(args.data, size)
-    source = sources.make_source(data, args.split)
+    source = sources.make_image_source(data, args.split)
     count = min(len(source), args.limit or len(source))
     folder = pathlib.Path(args.out).expanduser() / args.split
     null_text = sources.null_text(data)
@@ -80,8 +80,7 @@ def encode(args) -> None:
             "data": str(data),
             "split": args.split,
             "image_size": size,
-            "num_images": count,
-            "classes": list(source.classes),
+            **shards.about_images(source, count),
             "text_dim": None if null_text is None else null_text.shape[1],
             **{name: getattr(args, name) for name in common.DATA_OPTIONS if name != "split"},
             "num_shards": -(-count // args.shard_size),

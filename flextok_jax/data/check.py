@@ -1,16 +1,14 @@
 """What is in a source: counts, kinds of images, labels, captions, unreadable ones; a picture."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from flextok_jax.data.decode import ORIENTATION, opened, reason, upright_rgb
-from flextok_jax.data.pipeline import cores
 
 CELL, TEXT, GAP = 144, 48, 10  # Pixels of a picture, of the words below it, and between.
 COLUMNS, SHOWN = 8, 48
@@ -67,18 +65,6 @@ def look(source, place: int) -> Look:
         return Look(source.name(place), None, *about)
     except Exception as error:  # Files break in any way there is.
         return Look(source.name(place), reason(error))
-
-
-def looks(source, places: Iterable[int]) -> Iterator[Look]:
-    """`look` at many, in order, by threads."""
-    with concurrent.futures.ThreadPoolExecutor(min(16, cores())) as pool:
-        waiting: collections.deque = collections.deque()
-        for place in places:
-            waiting.append(pool.submit(look, source, place))
-            if len(waiting) > 64:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:

@@ -5,8 +5,9 @@ import io
 import json
 import os
 import pathlib
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -22,14 +23,15 @@ class FolderSource:
 
     Where `path/train` and `path/test` (or `val`, `validation`) both exist, they are the splits and
     the classes are their subfolders. Otherwise about 5 % are held out for "test", by a hash of each
-    image's relative path (so adding images does not move the others), at least one and never all.
-    Hidden files are left out; linked folders are followed.
+    image's relative path (so adding images does not move the others), at least one and never all;
+    where all images lie in one such folder, its subfolders are the classes. Hidden files are left
+    out; linked folders are followed.
 
     Beside NAME.jpg may lie its caption, NAME.txt, and the caption's embedding, NAME.npy. Or
     metadata.csv or metadata.jsonl lists images: `file_name` (relative to where the list lies),
-    `label` (a whole number, or the name of a class; -1 or nothing: unknown) and `caption` (or
-    `text`); it goes before subfolders and .txt files. What it lists and is not there counts as an
-    unreadable image.
+    `label` (all of them whole numbers, or all names of classes; -1 or nothing: unknown) and
+    `caption` (or `text`); it goes before subfolders and .txt files. What it lists and is not there
+    counts as an unreadable image.
 
     Attributes:
         files: the paths of this split's images.
@@ -47,12 +49,15 @@ class FolderSource:
                 "(in a config: --config.data.path=FOLDER)."
             )
         held_out = next((name for name in HELD_OUT if (root / name).is_dir()), None)
+        listed = {}
+        for folder in (root, root / "train", root / (held_out or "test")):
+            listed |= _listed(folder, root)
         self._beside: set[str] = set()
         if held_out and (root / "train").is_dir():
             names = {"train": "train", "test": held_out}
-            parts = {split: _images(root, name, self._beside) for split, name in names.items()}
+            parts = {s: _images(root, name, self._beside, listed) for s, name in names.items()}
         else:
-            found = _images(root, "", self._beside)
+            found = _without_parts(_images(root, "", self._beside, listed))
             test = hold_out([file[0] for file in found])
             parts = {
                 "train": [file for file, out in zip(found, test) if not out],
@@ -70,14 +75,10 @@ class FolderSource:
                 f"The folder {str(root)!r} has no images for split {split!r} ({len(everything)} in "
                 "all). Give at least two images, or put images into both train/ and test/."
             )
-        listed = {}
-        for folder in (root, root / "train", root / (held_out or "test")):
-            listed |= _listed(folder, root)
-        self._root = root
         self._keys = [key for key, _ in chosen]
         self._captions = {key: caption for key, (_, caption) in listed.items() if caption}
         self.files = [str(root / key) for key in self._keys]
-        self.classes, labels = _labels(everything, listed)
+        self.classes, labels = _labels(root, everything, listed)
         self.labels = [labels[key] for key in self._keys]
 
     def __len__(self) -> int:
@@ -127,9 +128,12 @@ def hold_out(keys: Sequence[str]) -> list[bool]:
     return np.isin(np.arange(len(keys)), first).tolist()
 
 
-def _images(root: pathlib.Path, part: str, beside: set[str]) -> list[tuple[str, str]]:
+def _images(
+    root: pathlib.Path, part: str, beside: set[str], listed: Collection[str]
+) -> list[tuple[str, str]]:
     """Sorted (path below root, first-level subfolder below root/part or "") of the images.
 
+    Those of `listed` that lie in the part are among them, whether they are there or not.
     `beside` gains the paths of captions and embeddings: asking for each image whether it has one
     would be a request each on a mounted bucket.
     """
@@ -149,9 +153,18 @@ def _images(root: pathlib.Path, part: str, beside: set[str]) -> list[tuple[str, 
                 found[key] = inside[0] if inside else ""
             elif name.endswith((".txt", ".npy")):
                 beside.add(key)
-    for key in _listed(top, root):
-        found.setdefault(key, "")
+    for key in listed:
+        if key.startswith(f"{part}/" if part else ""):
+            found.setdefault(key, "")
     return sorted(found.items())
+
+
+def _without_parts(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`_images` of a whole folder, with the subfolder below train/ where there is nothing else."""
+    split = [key.split("/") for key, _ in found]
+    if not {names[0] for names in split} <= {"train", *HELD_OUT}:
+        return found
+    return [("/".join(names), names[1] if len(names) > 2 else "") for names in split]
 
 
 def _listed(folder: pathlib.Path, root: pathlib.Path) -> dict[str, tuple[str | None, str | None]]:
@@ -168,11 +181,41 @@ def _listed(folder: pathlib.Path, root: pathlib.Path) -> dict[str, tuple[str | N
                 f"{file}, line {number}: file_name is {name!r}; each line must name an image "
                 "below the folder of the list"
             )
-        label, caption = row.get("label"), row.get("caption") or row.get("text")
-        key = (folder.relative_to(root) / path).as_posix()
-        unknown = label in (None, "", -1, "-1")
-        found[key] = (None if unknown else str(label), caption or None)
+        label, caption = label_text(row.get("label")), row.get("caption") or row.get("text")
+        found[(folder.relative_to(root) / path).as_posix()] = label, caption or None
     return found
+
+
+def label_text(label) -> str | None:
+    """A label as it stands in a list or a JSON file, as text; None for an unknown one.
+
+    A whole number becomes its digits, also where pandas made it a float, as it does with a column
+    that has gaps: "1.0" is "1".
+    """
+    text = "" if label is None else str(label).strip()
+    number = re.fullmatch(r"(-?[0-9]+)(\.0*)?", text)
+    text = str(int(number[1])) if number else text
+    return None if text in ("", "-1") else text
+
+
+def label_classes(labels: Mapping[str, str], where) -> list[str]:
+    """The sorted names that these labels ({an image that has it: label}, see `label_text`) are.
+
+    Returns:
+        [] where all are numbers.
+
+    Raises:
+        ValueError: some are numbers and some are names.
+    """
+    numbers = {key: label for key, label in labels.items() if label.isdecimal()}
+    if numbers and len(numbers) < len(labels):
+        names = ((key, label) for key, label in labels.items() if key not in numbers)
+        (a, number), (b, name) = next(iter(numbers.items())), next(names)
+        raise ValueError(
+            f"{where}: the label of {a} is the number {number}, that of {b} the name {name!r}. "
+            "Give every image a whole number from 0 on (-1: unknown), or every image a name"
+        )
+    return [] if numbers else sorted(set(labels.values()))
 
 
 def _rows(file: pathlib.Path, text: str) -> list[dict]:
@@ -188,12 +231,17 @@ def _rows(file: pathlib.Path, text: str) -> list[dict]:
     return rows
 
 
-def _labels(files: list[tuple[str, str]], listed: dict) -> tuple[list[str], dict[str, int]]:
+def _labels(
+    root: pathlib.Path, files: list[tuple[str, str]], listed: dict
+) -> tuple[list[str], dict[str, int]]:
     """(classes, {path below root: label}): by the list if it has labels, else by subfolders."""
-    given = {key: label for key, (label, _) in listed.items() if label is not None}
-    if given and all(label.isdecimal() for label in given.values()):
-        return [], {key: int(given.get(key, -1)) for key, _ in files}
-    names = given if given else dict(files)
-    classes = sorted({name for name in names.values() if name})
+    names = {key: label for key, (label, _) in listed.items() if label is not None}
+    if names:
+        classes = label_classes(names, f"the list in {root}")
+        if not classes:
+            return [], {key: int(names.get(key, -1)) for key, _ in files}
+    else:
+        names = dict(files)
+        classes = sorted({name for name in names.values() if name})
     index = {name: i for i, name in enumerate(classes)}
     return classes, {key: index.get(names.get(key), -1) for key, _ in files}

@@ -9,6 +9,8 @@ asking for another step, and the global batch is the same for any number of proc
     for batch in p.iterate(1000):   # the same, then 1001, ..., made ahead of time by threads
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -16,7 +18,7 @@ import math
 import operator
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import grain
@@ -308,6 +310,18 @@ def cores() -> int:
     """The cores that this process may use."""
     # macOS has no affinity.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ahead(function: Callable, places: Iterable[int]) -> Iterator:
+    """`function(place)` of each, in order, made ahead of time by threads."""
+    with concurrent.futures.ThreadPoolExecutor(min(16, cores())) as pool:
+        waiting: collections.deque = collections.deque()
+        for place in places:
+            waiting.append(pool.submit(function, place))
+            if len(waiting) > 64:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _stack(examples: list[dict]) -> dict:

@@ -47,9 +47,9 @@ def write_split(
 
     Args:
         folder: DIR/SPLIT.
-        settings: in JSON terms: "num_shards", "num_images", "arrays" ({name: shape of one crop,
-            None: bytes of a file}), those of MODELS (dictionaries with "origin" and "fingerprint"),
-            and all else that decides the records.
+        settings: in JSON terms: "num_shards", those of `about_images`, "arrays" ({name: shape of
+            one crop, None: bytes of a file}), those of MODELS (dictionaries with "origin" and
+            "fingerprint"), and all else that decides the records.
         make_shard: index -> (its records, {key: reason} of the images it leaves out).
         null_text: float [T, E], the embedding of the empty caption, where the data set has text.
         part: (i, n): write the shards i, i + n, i + 2n, ...
@@ -91,6 +91,19 @@ def write_split(
         _check_readable(left_out, settings, folder)
         _write_json(beside, _write_shard(shard, records) | {"unreadable": unreadable})
     return _gather(folder, settings)
+
+
+def about_images(source, count: int) -> dict:
+    """The part of `settings` that says which images there are: the first `count` of a source.
+
+    "keys_sha256" is over their keys in order, so that work which was interrupted does not go on
+    with other images than it began with.
+    """
+    digest = hashlib.sha256()
+    for place in range(count):
+        digest.update(source.name(place).encode("utf-8", "surrogateescape") + b"\0")
+    keys = digest.hexdigest()
+    return {"num_images": count, "keys_sha256": keys, "classes": list(source.classes)}
 
 
 def _names(settings: dict) -> list[str]:

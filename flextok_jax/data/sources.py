@@ -19,7 +19,7 @@ import pathlib
 
 import numpy as np
 
-from flextok_jax.data.folder import FolderSource, check_split
+from flextok_jax.data.folder import IMAGE_SUFFIXES, FolderSource, check_split
 from flextok_jax.data.photos import photos
 from flextok_jax.data.records import NULL_TEXT
 
@@ -61,7 +61,8 @@ def parse(text: str, image_size: int = 0) -> Data:
         image_size: see `Data`.
 
     Raises:
-        ValueError: "tfds:" without a name or a folder, or a manifest of another format.
+        ValueError: "tfds:" without a name or a folder, a manifest of another format, or tar files
+            beside image files.
     """
     if text in IN_MEMORY:
         return Data(text, image_size=image_size)
@@ -89,9 +90,19 @@ def _kind(path: pathlib.Path) -> str:
         if "image" in arrays:
             return "array_record"
         return "encoded" if "moments" in arrays else "tokens"
-    if path.suffix == ".tar" or next(path.glob("*.tar"), next(path.glob("*/*.tar"), None)):
+    if path.suffix == ".tar":
         return "webdataset"
-    return "folder"
+    tar = next(path.glob("*.tar"), next(path.glob("*/*.tar"), None))
+    if tar is None:
+        return "folder"
+    inside = (file.relative_to(path).as_posix() for file in path.rglob("*"))
+    for name in inside:
+        if name.lower().endswith(IMAGE_SUFFIXES) and "/." not in f"/{name}":
+            raise ValueError(
+                f"{path} holds both tar files ({tar.relative_to(path)}) and image files ({name}): "
+                f"say webdataset:{path} or folder:{path}"
+            )
+    return "webdataset"
 
 
 def make_source(cfg, split: str):
@@ -130,6 +141,20 @@ def make_source(cfg, split: str):
     if cfg.source == "array_record":
         return shards.ImageSource(cfg.path, split)
     return shards.ShardSource(cfg.path, split)
+
+
+def make_image_source(data: Data, split: str):
+    """`make_source`, of data that hold images.
+
+    Raises:
+        ValueError: they are what `flextok encode` made of images, or as `make_source`.
+    """
+    if data.source in ENCODED:
+        raise ValueError(
+            f"{data.path} holds what `flextok encode` made of images, and the images no more: name "
+            "the data set that it was made of (`flextok data check` tells which)"
+        )
+    return make_source(data, split)
 
 
 def null_text(cfg) -> np.ndarray | None:

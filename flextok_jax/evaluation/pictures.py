@@ -62,7 +62,7 @@ class Pictures:
         split = split or ("test" if data.source in sources.IN_MEMORY else "all")
         self.title = f"{images}, {split}"
         self.unreadable: dict[str, str] = {}
-        self._source = sources.make_source(data, split)
+        self._source = sources.make_image_source(data, split)
         names = [self._source.name(i) for i in range(len(self._source))]
         if data.source == DIGITS:
             names = [f"digit{i:03d}_{label}" for i, label in enumerate(self._source.labels)]
