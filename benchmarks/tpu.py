@@ -96,7 +96,7 @@ def row(key: str, found: dict) -> str:
     config, topology = key.split(" on ")
     name, step = config.replace(".py:", " "), found["train"]
     if "error" in step:
-        return f"| {name} | {topology} | {step['error']} |||||||||"
+        return f"| {name} | {topology} | {step['error']} ||||||||||"
     memory, batch = step["memory"], found["batch"]
     images_per_chip = batch // step["chips"] // _microbatches(found)
     hours = step["seconds"] * found["steps"] * step["chips"] / 3600
@@ -106,14 +106,14 @@ def row(key: str, found: dict) -> str:
         f"({1 - memory['total'] / memory['chip']:.0%} free) | {step['seconds']:.2f} s "
         f"| **{step['mfu']:.1%}** | {step['mfu_without_kernels']:.1%} "
         f"| {_seconds(step['collectives_seconds'])} | {_seconds(_vae(found))} | {hours:,.0f} "
-        f"| {step['compile_seconds']:.0f} s |"
+        f"| {step['compile_seconds']:.0f} s | {step['commit']} |"
     )
 
 
 HEAD = (
     "| configuration | topology | images per chip at a time | memory per chip | step | MFU "
-    "| without Pallas | collectives alone | frozen VAE | chip-hours | compiled in |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|"
+    "| without Pallas | collectives alone | frozen VAE | chip-hours | compiled in | at commit |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -157,14 +157,13 @@ def write_pages(results: dict):
     costs = [COST_HEAD, *(cost(k, results[k]) for k in keys if "error" not in results[k]["train"])]
     _write(COSTS, costs)
     lines = [HEAD, *(row(key, results[key]) for key in keys)]
-    commits = {}
-    for key in keys:
-        for run in (results[key]["train"], results[key].get("vae", {})):
-            if "versions" in run:
-                by = ", ".join(f"{k} {v}" for k, v in sorted(run["versions"].items()))
-                commits.setdefault(by, set()).add(run["commit"])
-    stamps = (f"{by} (commits {', '.join(sorted(of))})" for by, of in sorted(commits.items()))
-    lines += ["", "Compiled by: " + "; ".join(stamps) + "."]
+    compilers = {
+        ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
+        for key in keys
+        for run in (results[key]["train"], results[key].get("vae", {}))
+        if "versions" in run
+    }
+    lines += ["", f"Compiled by: {'; '.join(sorted(compilers))}."]
     _write(PAGE, lines)
 
 

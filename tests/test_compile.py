@@ -268,6 +268,18 @@ backend_config={"estimated_cycles":"5"}
 """
 
 
+def test_the_tables_of_the_pages_are_those_of_the_numbers_that_were_kept(tmp_path, monkeypatch):
+    from benchmarks import tpu
+
+    for name in ("PAGE", "COSTS"):
+        page = getattr(tpu, name)
+        monkeypatch.setattr(tpu, name, tmp_path / page.name)
+        (tmp_path / page.name).write_text(page.read_text())
+    tpu.write_pages(json.loads(tpu.RESULTS.read_text()))
+    for page in ("tpu.md", "training.md"):
+        assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text()
+
+
 def test_instructions_count_as_often_as_the_loops_around_them_run():
     found = list(hlo.instructions(PROGRAM))
     assert sum(instruction.cycles for instruction in found) == 7 * 10 + 10 + 5
