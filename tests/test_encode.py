@@ -199,6 +199,20 @@ def test_a_damaged_shard_is_noticed_and_made_again(tmp_path):
     assert contents(tmp_path / "train") == before
 
 
+@pytest.mark.parametrize("rest", [0, 9, -2])
+def test_a_torn_json_file_counts_as_none(rest, tmp_path):
+    write(tmp_path)
+    folder, name = tmp_path / "train", "records-00001-of-00003.json"
+    before = contents(folder)
+    (folder / name).write_bytes(before[name][:rest])
+    assert [why for _, why, _ in shards.verify(folder)][1] == "its .json file is missing or damaged"
+    write(tmp_path)
+    assert contents(folder) == before
+    (folder / name).write_bytes(before[name][:rest])
+    part = shards.write_split(folder, settings(), made, part=(0, 3))  # Another's is not there yet.
+    assert len(part["shards"]) == 2
+
+
 def test_tokenizers_and_settings_are_not_mixed(tmp_path):
     write(tmp_path)
     before = contents(tmp_path / "train")

@@ -88,7 +88,7 @@ def write_split(
     left_out: dict[str, str] = {}
     for name in _names(settings)[part[0] :: part[1]]:
         shard, beside = folder / f"{name}.array_record", folder / f"{name}.json"
-        known = beside.is_file() and tensor_file.read_json(beside)
+        known = _about(beside)
         if known and shard.is_file() and _sha256(shard) == known["sha256"]:
             left_out |= known["unreadable"]
             continue
@@ -140,8 +140,7 @@ def _gather(folder: pathlib.Path, settings: dict) -> dict:
     """The manifest of what is there; written once everything is."""
     manifest = settings | {"shards": {}, "unreadable": {}}
     for name in _names(settings):
-        if (folder / f"{name}.json").is_file():
-            about = tensor_file.read_json(folder / f"{name}.json")
+        if about := _about(folder / f"{name}.json"):
             manifest["unreadable"] |= about.pop("unreadable")
             del about["keys"]
             manifest["shards"][f"{name}.array_record"] = about
@@ -170,6 +169,14 @@ def _write_shard(path: pathlib.Path, records: Iterable[Record]) -> dict:
         about = {"sha256": _sha256(temporary), "bytes": temporary.stat().st_size}
     about |= {"records": len(keys), "max_label": max_label, "max_text": max_text}
     return about | {"keys": keys}
+
+
+def _about(file: pathlib.Path) -> dict | None:
+    """What a shard's .json tells; None where there is none, or a lost machine left a part of it."""
+    try:
+        return tensor_file.read_json(file)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _write_json(path: pathlib.Path, content: dict):
@@ -254,7 +261,7 @@ def read_manifest(path, split: str) -> dict:
         )
     manifest = open_manifest(file)
     if len(manifest["shards"]) != manifest["num_shards"]:
-        done = sum((file.parent / f"{name}.json").is_file() for name in _names(manifest))
+        done = sum(_about(file.parent / f"{name}.json") is not None for name in _names(manifest))
         raise ValueError(
             f"{file.parent} holds {done} of {manifest['num_shards']} shards: the command that "
             "wrote them was interrupted; run it again, it continues"
@@ -292,7 +299,10 @@ def _wrong(path: pathlib.Path, about: dict, crops: int | None, shapes: dict) -> 
         found = {n: a.shape if expected.get(n) else None for n, a in record.arrays.items()}
         if found != expected:
             return f"{record.key} has arrays {found}, {expected} expected"
-    if keys != tensor_file.read_json(path.with_suffix(".json"))["keys"]:
+    beside = _about(path.with_suffix(".json"))
+    if beside is None:
+        return "its .json file is missing or damaged"
+    if keys != beside["keys"]:
         return f"it holds {len(keys)} records whose keys are not those of its .json file"
     return None
 
