@@ -21,13 +21,18 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for what a person can put right, told on stderr; 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # A notebook's cannot.
+            stream.reconfigure(errors="backslashreplace")  # Names of files may be any bytes.
     args = _parser().parse_args(argv)
     module, function = args.function.split(":")
     try:
         getattr(importlib.import_module(f"flextok_jax.commands.{module}"), function)(args)
     except KeyboardInterrupt as error:
         what = "nothing half-written is left; the same command goes on from what is finished"
-        print(f"interrupted: {str(error) or what}", file=sys.stderr)
+        # A `Paused` says how it goes on. A plain one may hold the words of what it came in between.
+        what = what if type(error) is KeyboardInterrupt else str(error)
+        print(f"interrupted: {what}", file=sys.stderr)
         return 130
     except Exception as error:
         message = _message(error)

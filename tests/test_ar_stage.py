@@ -46,7 +46,7 @@ def write(folder, split, tokenizer=TOKENIZER, text=False, count=24):
             embedding = rng.standard_normal((1 + i % 3, TEXT)) if text and i else None
             arrays = {"tokens": stored_tokens(ids, VOCAB)}
             found.append(Record(f"{i}", arrays, i % 10, embedding=embedding))
-        return found, {}
+        return found
 
     about = dict(tokenizer=tokenizer, vocab_size=VOCAB, num_tokens=LENGTH, num_shards=1)
     about |= {"arrays": {"tokens": [LENGTH]}, "num_images": count}

@@ -312,14 +312,23 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_behind(
     model, images, tmp_path, monkeypatch, capsys
 ):
     def interrupt(*_):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("decoding with 'cp437' codec failed")
 
     monkeypatch.setattr(reconstruction, "draw", interrupt)
     out = tmp_path / "out"
     arguments = ["reconstruct", "--model", model, "--images", images, "--out", str(out)]
     assert cli.main(arguments) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert "interrupted: nothing half-written is left" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_no_text_are_printed(tmp_path, capsys):
+    for name in (os.fsdecode(b"caf\xe9.png"), "a.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    assert cli.main(["data", "check", str(tmp_path)]) == 2
+    assert r"unreadable: caf\udce9.png: Unidentified" in capsys.readouterr().out
+    assert cli.main(["data", "pack", str(tmp_path), "--split", "all", "--out", f"{tmp_path}x"]) == 2
+    assert r"caf\udce9.png (Unidentified" in capsys.readouterr().err
 
 
 def test_a_fault_of_ours_keeps_its_traceback(model, monkeypatch):

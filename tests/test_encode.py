@@ -1,7 +1,9 @@
 """Encoded data sets: what is written is read, interrupted work is continued, nothing is mixed."""
 
+import functools
 import json
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from flextok_jax.data import records as record_files
 from flextok_jax.data import shards, sources
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.data.records import NULL_TEXT, Record
+from flextok_jax.data.shards import LeftOut
 
 TOKENIZER = {"source": "a", "origin": "model A", "fingerprint": "aaaa", "levels": [8, 5]}
 
@@ -39,11 +42,13 @@ def records(shard, text=False):
     ]
 
 
-def write(folder, split="train", text=False, **changes):
-    def make(shard):
-        return records(shard, text), {"broken.jpg": "no image"} if shard == 1 else {}
+def made(shard, text=False):
+    """The records of one shard, and what it leaves out."""
+    return records(shard, text) + [LeftOut("broken.jpg", "no image")] * (shard == 1)
 
-    null = np.ones((2, 6)) if text else None
+
+def write(folder, split="train", text=False, **changes):
+    make, null = functools.partial(made, text=text), np.ones((2, 6)) if text else None
     return shards.write_split(folder / split, settings(**changes), make, null)
 
 
@@ -93,6 +98,21 @@ def test_shards_hold_every_record_in_order_and_the_manifest_says_so(tmp_path):
     for name, about in manifest["shards"].items():
         data = (tmp_path / "train" / name).read_bytes()
         assert about["bytes"] == len(data) and about["records"] == 5 and about["max_label"] <= 9
+
+
+def test_each_record_is_written_before_the_next_is_made(tmp_path):
+    before = []
+
+    def make(shard):
+        for _ in range(5):
+            assert all(record() is None for record in before[:-1])
+            record = Record("a", {"tokens": np.zeros((3, 4), np.uint16)})
+            before.append(weakref.ref(record))
+            yield record
+            del record
+
+    shards.write_split(tmp_path / "train", settings(num_shards=1), make)
+    assert len(before) == 5
 
 
 # Batches.
@@ -146,13 +166,13 @@ def test_text_is_padded_to_the_longest_caption_with_a_mask(tmp_path):
 
 def test_a_run_killed_between_shards_continues_to_the_same_files(tmp_path):
     write(tmp_path / "whole")
-    made = []
+    begun = []
 
     def killed(shard):
-        made.append(shard)
-        if shard == 2 and made.count(2) == 1:
+        begun.append(shard)
+        yield from made(shard)
+        if shard == 2 and begun.count(2) == 1:
             raise KeyboardInterrupt
-        return records(shard), {"broken.jpg": "no image"} if shard == 1 else {}
 
     folder = tmp_path / "killed" / "train"
     with pytest.raises(KeyboardInterrupt):
@@ -161,7 +181,7 @@ def test_a_run_killed_between_shards_continues_to_the_same_files(tmp_path):
         shards.ShardSource(tmp_path / "killed", "train")
     (folder / ".records-00002-of-00003.half.array_record").write_bytes(b"half")
     shards.write_split(folder, settings(), killed)
-    assert made == [0, 1, 2, 2]
+    assert begun == [0, 1, 2, 2]
     assert contents(folder) == contents(tmp_path / "whole" / "train")
 
 
@@ -177,6 +197,20 @@ def test_a_damaged_shard_is_noticed_and_made_again(tmp_path):
     shard.write_bytes(data)
     write(tmp_path)
     assert contents(tmp_path / "train") == before
+
+
+@pytest.mark.parametrize("rest", [0, 9, -2])
+def test_a_torn_json_file_counts_as_none(rest, tmp_path):
+    write(tmp_path)
+    folder, name = tmp_path / "train", "records-00001-of-00003.json"
+    before = contents(folder)
+    (folder / name).write_bytes(before[name][:rest])
+    assert [why for _, why, _ in shards.verify(folder)][1] == "its .json file is missing or damaged"
+    write(tmp_path)
+    assert contents(folder) == before
+    (folder / name).write_bytes(before[name][:rest])
+    part = shards.write_split(folder, settings(), made, part=(0, 3))  # Another's is not there yet.
+    assert len(part["shards"]) == 2
 
 
 def test_tokenizers_and_settings_are_not_mixed(tmp_path):
@@ -213,7 +247,7 @@ def test_data_of_another_format_are_refused_with_the_remedy(tmp_path):
 
 def test_too_many_left_out_by_all_processes_together_are_no_finished_split(tmp_path):
     def make(shard):
-        return records(shard)[:4], {f"{shard}.jpg": "no image"}
+        return records(shard)[:4] + [LeftOut(f"{shard}.jpg", "no image")]
 
     folder = tmp_path / "train"
     for index in range(2):
@@ -226,7 +260,7 @@ def test_too_many_left_out_by_all_processes_together_are_no_finished_split(tmp_p
 
 def test_a_split_without_a_record_is_refused(tmp_path):
     one = settings(num_shards=1, num_images=1)
-    shards.write_split(tmp_path / "train", one, lambda _: ([], {"a.jpg": "no image"}))
+    shards.write_split(tmp_path / "train", one, lambda _: [LeftOut("a.jpg", "no image")])
     with pytest.raises(ValueError, match="holds no records .1 images were left out"):
         shards.ShardSource(tmp_path, "train")
 
@@ -320,6 +354,27 @@ def test_encoded_data_are_refused_where_images_are_wanted(command, model, tmp_pa
     assert cli.main(arguments) == 2
     assert f"error: {given} holds what `flextok encode` made" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_batch_gives_is_written_before_the_next_is_run(model, tmp_path, monkeypatch):
+    """Three crops of each of five images, in batches of four."""
+    events, to_bytes = [], shards.to_bytes
+
+    def tokenize(tok, images, k):
+        events.append("run")
+        return np.arange(4 * (events.count("run") - 1), 4 * events.count("run"))[:, None]
+
+    def written(record):
+        events.append(record.arrays["tokens"].ravel().tolist())
+        return to_bytes(record)
+
+    monkeypatch.setattr(encoders, "side", lambda tok: 16)
+    monkeypatch.setattr(FlexTok, "tokenize", tokenize)
+    monkeypatch.setattr(shards, "to_bytes", written)
+    args = ["--model", model, "--data", "digits", "--limit", 5, "--out", tmp_path]
+    assert run(*args, "--crops", 3, "--batch-size", 4, "--num-tokens", 1) == 0
+    first, second, third, fourth, fifth = ([i, i + 1, i + 2] for i in range(0, 15, 3))
+    assert events == ["run", first, "run", second, "run", third, fourth, "run", fifth]
 
 
 def test_options_of_one_form_are_refused_with_the_other(model, images, tmp_path, capsys):

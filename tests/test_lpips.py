@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pickle
 import re
+import struct
 import zipfile
 
 import jax
@@ -117,15 +118,17 @@ def test_nothing_in_a_file_is_called(protocol, tmp_path, monkeypatch):
     assert (tmp_path / "harm").exists()
 
 
+def number(value):
+    return b"\x8a\x0c" + value.to_bytes(12, "little", signed=True)
+
+
 def tensor(offset, shape, strides, numel=4, dtype="FloatStorage", more=b""):
     """A pickle of {"a": a tensor}, by hand."""
 
     def ints(values):
-        return b"(" + b"".join(b"J" + v.to_bytes(4, "little", signed=True) for v in values) + b"t"
+        return b"(" + b"".join(map(number, values)) + b"t"
 
-    storage = b"(U\x07storagectorch\n%s\nU\x010U\x03cpuJ%st" % (
-        dtype.encode(), numel.to_bytes(4, "little"),
-    )  # fmt: skip
+    storage = b"(U\x07storagectorch\n%s\nU\x010U\x03cpu%st" % (dtype.encode(), number(numel))
     arguments = b"(" + storage + b"Q" + ints([offset])[1:-1] + ints(shape) + ints(strides) + b"t"
     return b"\x80\x02}U\x01actorch._utils\n_rebuild_tensor\n" + arguments + b"Rs" + more + b"."
 
@@ -147,6 +150,48 @@ def test_views_stay_inside_their_storage(tmp_path):
     ):
         with pytest.raises(ValueError, match=re.escape(reason)):
             read(**wrong)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (tensor(0, (2**30, 2**30), (0, 0)), "of a storage of 4 elements"),
+        (tensor(0, (5,), (0,)), "of a storage of 4 elements"),
+        (tensor(0, (2**70,), (0,)), "a tensor of shape .1180591620717411303424,"),
+        (tensor(0, (0, 2**70), (1, 1)), "a tensor of shape .0, 1180591620717411303424"),
+        (tensor(0, (1,), (2**70,)), "strides .1180591620717411303424"),
+        (b"\x80\x02]U\x01aK\x01s.", "it fills a list as if it were a dict"),
+        (b"\x80\x02](U\x01aK\x01u.", "it fills a list as if it were a dict"),
+        (b"\x80\x02}K\x01a.", "it fills a dict as if it were a list"),
+        (b"\x80\x02}(K\x01e.", "it fills a dict as if it were a list"),
+    ],
+)
+def test_an_odd_pickle_is_refused_for_what_it_does(content, reason, tmp_path):
+    with pytest.raises(ValueError, match=f"x.pth: .*{reason}"):
+        torch_tensors.read(write(tmp_path / "x.pth", content))
+
+
+def test_a_tensor_without_elements_reaches_nowhere(tmp_path):
+    path = write(tmp_path / "x.pth", tensor(0, (0, 3), (3, 1)))
+    assert torch_tensors.read(path)["a"].shape == (0, 3)
+
+
+def test_an_archive_of_two_pickles_is_refused(tmp_path):
+    path = write(tmp_path / "x.pth", tensor(0, (2,), (1,)))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other/data.pkl", b"")
+    with pytest.raises(ValueError, match="x.pth: an archive with 2 files data.pkl"):
+        torch_tensors.read(path)
+
+
+def test_an_announced_size_beyond_the_file_is_refused_before_it_is_read(tmp_path):
+    count = 2**60
+    old = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+    value = tensor(0, (2,), (1,), numel=count)
+    keys = pickle.dumps(["0"], 2)
+    (tmp_path / "x.pth").write_bytes(old + value + keys + struct.pack("<q", count))
+    with pytest.raises(ValueError, match="x.pth: a storage is missing or cut short"):
+        torch_tensors.read(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("name", ["new.pth", "old.pth"])

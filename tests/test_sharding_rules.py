@@ -32,7 +32,7 @@ def config_of(kind, variant, folder):
         for split in ("train", "test"):
             arrays = {"tokens": np.zeros((1, model.num_tokens), np.uint16)}
             record = Record("0", arrays, 0, embedding=embedding)
-            write_split(folder / split, about, lambda _: ([record], {}), embedding)
+            write_split(folder / split, about, lambda _: [record], embedding)
         config.data.path = str(folder)
     return config
 

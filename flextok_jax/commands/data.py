@@ -3,6 +3,7 @@
 import functools
 import io
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -110,17 +111,12 @@ def pack(args) -> None:
     }
     with tqdm(total=count, unit="image", disable=None) as bar:
 
-        def make_shard(index: int) -> tuple[list[Record], dict]:
-            records, unreadable = [], {}
+        def make_shard(index: int) -> Iterator[Record | shards.LeftOut]:
             bar.update(index * size - bar.n)  # What is there already counts as done.
             places = range(index * size, min(index * size + size, count))
-            for record, about in ahead(functools.partial(_record, source), places):
-                if record is None:
-                    unreadable |= about
-                else:
-                    records.append(record)
+            for made in ahead(functools.partial(_record, source), places):
+                yield made
                 bar.update()
-            return records, unreadable
 
         write = functools.partial(shards.write_split, folder, settings, make_shard)
         manifest = write(sources.null_text(data), args.process)
@@ -133,8 +129,7 @@ def pack(args) -> None:
     )
 
 
-def _record(source, place: int) -> tuple[Record | None, dict[str, str]]:
-    """(record, {}) of one image; of one that cannot be read (None, {key: reason})."""
+def _record(source, place: int) -> Record | shards.LeftOut:
     from PIL import Image
 
     key = source.name(place)
@@ -148,6 +143,6 @@ def _record(source, place: int) -> tuple[Record | None, dict[str, str]]:
             Image.fromarray(image).save(stream, "PNG")
             image = stream.getvalue()
     except Exception as error:  # Files break in any way there is.
-        return None, {key: reason(error)}
+        return shards.LeftOut(key, reason(error))
     arrays = {"image": np.frombuffer(image, np.uint8)}
-    return Record(key, arrays, item["label"], item["caption"], embedding), {}
+    return Record(key, arrays, item["label"], item["caption"], embedding)

@@ -6,11 +6,12 @@
 import concurrent.futures
 import functools
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
 from flextok_jax.commands import common
-from flextok_jax.commands.encoders import encoders
+from flextok_jax.commands.encoders import Encoder, encoders
 from flextok_jax.data import shards, sources
 from flextok_jax.data.decode import decode_image, reason
 from flextok_jax.data.pipeline import cores
@@ -50,28 +51,24 @@ def encode(args) -> None:
         concurrent.futures.ThreadPoolExecutor(min(16, cores())) as pool,
     ):
 
-        def make_shard(index: int) -> tuple[list[Record], dict]:
-            """The records of one shard, and why images are missing."""
+        def make_shard(index: int) -> Iterator[Record | shards.LeftOut]:
             first = index * args.shard_size
             bar.update(first - bar.n)  # What is there already counts as done.
             places = range(first, min(first + args.shard_size, count))
-            records, unreadable = [], {}
             # Some batches at a time, so that the last one, which is filled up, costs little.
             for group in _groups(pool, read, places, -(-8 * batch_size // args.crops)):
                 found = []
                 for crops, about in (future.result() for future in group):
                     if crops is None:
-                        unreadable |= about
+                        yield about
                     else:
                         found.append((crops, about))
                 if found:
                     images = np.concatenate([crops for crops, _ in found])
-                    arrays = {e.name: _run(e, images, batch_size, args.crops) for e in made}
-                    for i, (_, about) in enumerate(found):
-                        own = {name: array[i] for name, array in arrays.items()}
-                        records.append(Record(arrays=own, **about))
+                    arrays = _run(made, images, batch_size, args.crops)
+                    for own, (_, about) in zip(arrays, found, strict=True):
+                        yield Record(arrays=own, **about)
                 bar.update(len(group))
-            return records, unreadable
 
         settings = {
             **{key: value for e in made for key, value in e.about.items()},
@@ -106,19 +103,28 @@ def _groups(pool, read, places, size: int):
         yield begun
 
 
-def _run(encoder, images: np.ndarray, batch_size: int, crops: int) -> np.ndarray:
-    """uint8 [n * crops, S, S, 3] -> [n, crops, ...]."""
-    found = []
+def _run(
+    made: list[Encoder], images: np.ndarray, batch_size: int, crops: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """uint8 [n * crops, S, S, 3] -> of each of the n images {name: [crops, ...]}.
+
+    A batch is run when all images before it are used, so that little is held at a time.
+    """
+    waiting: dict[str, list] = {e.name: [] for e in made}  # Crops of an image that is not whole.
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        found.append(encoder.run(padded(part, batch_size))[: len(part)])
-    return np.concatenate(found).reshape(-1, crops, *encoder.shape)
+        for e in made:
+            waiting[e.name] += list(e.run(padded(part, batch_size))[: len(part)])
+        for _ in range((start + len(part)) // crops - start // crops):
+            yield {name: np.stack(found[:crops]) for name, found in waiting.items()}
+            for found in waiting.values():
+                del found[:crops]
 
 
 def _read(source, augmented: Transform, count: int, seed: int, place: int):
     """(uint8 [count, S, S, 3], key, label, caption and embedding) of one image.
 
-    Or, of one that cannot be read, (None, {key: reason}). The first crop has no randomness; the
+    Or, of one that cannot be read, (None, `LeftOut`). The first crop has no randomness; the
     draws of another are a function of (seed, place of the image, number of the crop).
     """
     key = source.name(place)
@@ -128,7 +134,7 @@ def _read(source, augmented: Transform, count: int, seed: int, place: int):
         if isinstance(image, bytes):
             image = decode_image(image)
     except Exception as error:  # Files break in any way there is.
-        return None, {key: reason(error)}
+        return None, shards.LeftOut(key, reason(error))
     crops = []  # What fails from here on is no fault of the file, and stops.
     for crop in range(count):
         draws = np.random.RandomState([seed, place, crop]).random_sample((1, NUM_DRAWS))

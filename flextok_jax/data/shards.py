@@ -11,12 +11,13 @@ one, or whose bytes have another sha256, is made again. So any number of process
 their own shards, and die at any time; whoever finds all shards there completes the manifest.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -34,10 +35,18 @@ NAMES = tuple(f"{model}.{word}" for model in MODELS for word in ("source", "orig
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """An image that has no record, and why."""
+
+    key: str
+    reason: str
+
+
 def write_split(
     folder,
     settings: dict,
-    make_shard: Callable[[int], tuple[list[Record], dict[str, str]]],
+    make_shard: Callable[[int], Iterable[Record | LeftOut]],
     null_text: np.ndarray | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> dict:
@@ -50,7 +59,8 @@ def write_split(
         settings: in JSON terms: "num_shards", those of `about_images`, "arrays" ({name: shape of
             one crop, None: bytes of a file}), those of MODELS (dictionaries with "origin" and
             "fingerprint"), and all else that decides the records.
-        make_shard: index -> (its records, {key: reason} of the images it leaves out).
+        make_shard: index -> what becomes of its images, in order; each record is written before
+            the next is asked for, because a shard of features is larger than memory.
         null_text: float [T, E], the embedding of the empty caption, where the data set has text.
         part: (i, n): write the shards i, i + n, i + 2n, ...
 
@@ -59,8 +69,8 @@ def write_split(
 
     Raises:
         ValueError: the folder, or another split beside it, holds what other models made, or was
-            made with other settings; or too many images are left out: then the shard is not
-            written.
+            made with other settings; or too many images are left out: it stops at once, without
+            the shard that it was at.
     """
     folder, settings = pathlib.Path(folder), json.loads(json.dumps({"format": FORMAT} | settings))
     for other in manifests(folder.parent):
@@ -78,7 +88,7 @@ def write_split(
     left_out: dict[str, str] = {}
     for name in _names(settings)[part[0] :: part[1]]:
         shard, beside = folder / f"{name}.array_record", folder / f"{name}.json"
-        known = beside.is_file() and tensor_file.read_json(beside)
+        known = _about(beside)
         if known and shard.is_file() and _sha256(shard) == known["sha256"]:
             left_out |= known["unreadable"]
             continue
@@ -86,10 +96,18 @@ def write_split(
             log.warning("%s is missing or damaged: it is made again", shard)
         for leftover in folder.glob(f".{name}.*"):  # of a killed run
             leftover.unlink()
-        records, unreadable = make_shard(int(name.split("-")[1]))
-        left_out |= unreadable
-        _check_readable(left_out, settings, folder)
-        _write_json(beside, _write_shard(shard, records) | {"unreadable": unreadable})
+        unreadable: dict[str, str] = {}
+
+        def records(index: int) -> Iterator[Record]:
+            for made in make_shard(index):
+                if isinstance(made, Record):
+                    yield made
+                else:
+                    left_out[made.key] = unreadable[made.key] = made.reason
+                    _check_readable(left_out, settings, folder)
+
+        about = _write_shard(shard, records(int(name.split("-")[1])))
+        _write_json(beside, about | {"unreadable": unreadable})
     return _gather(folder, settings)
 
 
@@ -122,8 +140,7 @@ def _gather(folder: pathlib.Path, settings: dict) -> dict:
     """The manifest of what is there; written once everything is."""
     manifest = settings | {"shards": {}, "unreadable": {}}
     for name in _names(settings):
-        if (folder / f"{name}.json").is_file():
-            about = tensor_file.read_json(folder / f"{name}.json")
+        if about := _about(folder / f"{name}.json"):
             manifest["unreadable"] |= about.pop("unreadable")
             del about["keys"]
             manifest["shards"][f"{name}.array_record"] = about
@@ -133,23 +150,33 @@ def _gather(folder: pathlib.Path, settings: dict) -> dict:
     return manifest
 
 
-def _write_shard(path: pathlib.Path, records: list[Record]) -> dict:
+def _write_shard(path: pathlib.Path, records: Iterable[Record]) -> dict:
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    keys, max_label, max_text = [], -1, 0
     with tensor_file.atomic(path) as temporary:
         # One record per group: they are read one by one, in any order.
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        for record in records:
-            writer.write(to_bytes(record))
-        writer.close()
+        try:
+            for record in records:
+                writer.write(to_bytes(record))
+                keys.append(record.key)
+                max_label = max(max_label, record.label)
+                if record.embedding is not None:
+                    max_text = max(max_text, len(record.embedding))
+        finally:
+            writer.close()
         about = {"sha256": _sha256(temporary), "bytes": temporary.stat().st_size}
-    lengths = [len(r.embedding) for r in records if r.embedding is not None]
-    return about | {
-        "records": len(records),
-        "max_label": max((r.label for r in records), default=-1),
-        "max_text": max(lengths, default=0),
-        "keys": [record.key for record in records],
-    }
+    about |= {"records": len(keys), "max_label": max_label, "max_text": max_text}
+    return about | {"keys": keys}
+
+
+def _about(file: pathlib.Path) -> dict | None:
+    """What a shard's .json tells; None where there is none, or a lost machine left a part of it."""
+    try:
+        return tensor_file.read_json(file)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _write_json(path: pathlib.Path, content: dict):
@@ -234,7 +261,7 @@ def read_manifest(path, split: str) -> dict:
         )
     manifest = open_manifest(file)
     if len(manifest["shards"]) != manifest["num_shards"]:
-        done = sum((file.parent / f"{name}.json").is_file() for name in _names(manifest))
+        done = sum(_about(file.parent / f"{name}.json") is not None for name in _names(manifest))
         raise ValueError(
             f"{file.parent} holds {done} of {manifest['num_shards']} shards: the command that "
             "wrote them was interrupted; run it again, it continues"
@@ -272,7 +299,10 @@ def _wrong(path: pathlib.Path, about: dict, crops: int | None, shapes: dict) -> 
         found = {n: a.shape if expected.get(n) else None for n, a in record.arrays.items()}
         if found != expected:
             return f"{record.key} has arrays {found}, {expected} expected"
-    if keys != tensor_file.read_json(path.with_suffix(".json"))["keys"]:
+    beside = _about(path.with_suffix(".json"))
+    if beside is None:
+        return "its .json file is missing or damaged"
+    if keys != beside["keys"]:
         return f"it holds {len(keys)} records whose keys are not those of its .json file"
     return None
 

@@ -74,7 +74,10 @@ def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Non
 
 @contextlib.contextmanager
 def atomic(path) -> Iterator[pathlib.Path]:
-    """A temporary path beside `path`, moved onto it if the block succeeds, else removed."""
+    """A temporary path beside `path`, moved onto it if the block succeeds, else removed.
+
+    Its bytes are on the disk before it gets its name: a machine that is lost leaves all or nothing.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
@@ -85,6 +88,8 @@ def atomic(path) -> Iterator[pathlib.Path]:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # private until here
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,10 +10,12 @@ VGG16 are.
 """
 
 import math
+import os
 import pathlib
 import pickletools
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -30,6 +32,12 @@ _TYPES = {
     "ByteStorage": "u1",
     "BoolStorage": "?",
 }
+# What a damaged file leads to; RuntimeError: an encrypted archive or an unknown compression.
+_DAMAGE = (
+    KeyError, IndexError, TypeError, struct.error, EOFError, RuntimeError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
+_LARGEST = 2**48  # Of numbers that say where an element lies: no file has so many.
 _MARK = object()
 _FROM_ARGUMENT = {
     "BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG", "BINUNICODE", "SHORT_BINUNICODE",
@@ -59,7 +67,7 @@ def read(path) -> dict[str, np.ndarray]:
         if not tensors:
             raise ValueError("it holds no tensors")
         return {name: tensor() for name, tensor in tensors.items()}
-    except (KeyError, IndexError, TypeError, struct.error, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         reason = f"{type(error).__name__} {error}"
         raise ValueError(f"{path} is no whole PyTorch file: {reason}") from error
     except ValueError as error:
@@ -84,11 +92,14 @@ class _Tensor:
         numbers = (offset, *shape, *strides)
         if not isinstance(storage, _Storage) or len(shape) != len(strides):
             raise ValueError("a tensor without a storage, or with a wrong number of strides")
-        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        if not all(isinstance(n, int) and 0 <= n < _LARGEST for n in numbers):
             raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {offset}")
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
-        if math.prod(shape) and last >= storage.count:
+        count = math.prod(shape)
+        if count and last >= storage.count:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
+        if count > storage.count:  # Elements many times over: a small file would fill the memory.
+            raise ValueError(f"a tensor of shape {shape} of a storage of {storage.count} elements")
         self._view = storage, offset, shape, strides
 
     def __call__(self) -> np.ndarray:
@@ -102,13 +113,15 @@ class _Tensor:
 
 def _read_zip(file):
     with zipfile.ZipFile(file) as archive:
-        (pickle,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-        root = pickle.removesuffix("data.pkl")
+        pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"an archive with {len(pickles)} files data.pkl, one expected")
+        root = pickles[0].removesuffix("data.pkl")
         if root + "byteorder" in archive.namelist():
             if archive.read(root + "byteorder") != b"little":
                 raise ValueError("big-endian files are not read")
         storages = {}
-        found = _run(archive.read(pickle), storages)
+        found = _run(archive.read(pickles[0]), storages)
         for key, storage in storages.items():
             storage.data = archive.read(f"{root}data/{key}")
         return found
@@ -117,15 +130,18 @@ def _read_zip(file):
 def _read_sequence(file):
     if _run(file, {}) != _MAGIC or _run(file, {}) != _PROTOCOL:
         raise ValueError("no PyTorch file")
-    if not _run(file, {}).get("little_endian", True):
-        raise ValueError("big-endian files are not read")
-    storages = {}
+    system = _run(file, {})
+    if not isinstance(system, dict) or not system.get("little_endian", True):
+        raise ValueError("files that are not of a little-endian machine are not read")
+    storages, size = {}, os.fstat(file.fileno()).st_size
     found = _run(file, storages)
     for key in _run(file, {}):  # In the order of the bytes that follow, each after its length.
         storage = storages[key]
         (count,) = struct.unpack("<q", file.read(8))
         if count != storage.count:
             raise ValueError(f"a storage has {count} elements, {storage.count} were announced")
+        if count * storage.dtype.itemsize > size:
+            raise ValueError("a storage is missing or cut short")
         storage.data = file.read(count * storage.dtype.itemsize)
     return found
 
@@ -160,10 +176,10 @@ def _run(pickle, storages: dict):
             stack[-count:] = [tuple(stack[-count:])]
         elif name in ("SETITEM", "SETITEMS"):
             items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            stack[-1].update(zip(items[::2], items[1::2]))
+            _filled(stack, dict).update(zip(items[::2], items[1::2]))
         elif name in ("APPEND", "APPENDS"):
             items = since_mark() if name == "APPENDS" else [stack.pop()]
-            stack[-1].extend(items)
+            _filled(stack, list).extend(items)
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif name == "MEMOIZE":
@@ -184,6 +200,13 @@ def _run(pickle, storages: dict):
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"the instruction {name} is not part of a dictionary of tensors")
     raise ValueError("the file ends too early")
+
+
+def _filled(stack: list, kind: type):
+    """The top of the stack, which is to be filled."""
+    if not isinstance(stack[-1], kind):
+        raise ValueError(f"it fills a {type(stack[-1]).__name__} as if it were a {kind.__name__}")
+    return stack[-1]
 
 
 def _storage(identity, storages: dict) -> _Storage:
