@@ -49,6 +49,8 @@ def report(found: dict) -> str:
     lines.append(
         f"  {'alone':18}{found['collectives_seconds'] * 1e3:8.1f} ms at the interconnect's rate"
     )
+    if "*" in found["topology"]:
+        lines.append("  (between slices not counted at their own rate, which is lower)")
     if found["open_loops"]:
         lines.append(f"{found['open_loops']} loops of unknown length, each counted once:")
     lines.append(

@@ -15,6 +15,7 @@ from common import ROOT
 from jax.sharding import NamedSharding
 
 from flextok_jax.aot import chips, flops, hlo, verdict
+from flextok_jax.compile import report
 from flextok_jax.nn import ar, kernels, layers, layout
 from flextok_jax.nn.config import ARConfig, FlexTokConfig, identity_vae
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
@@ -237,6 +238,15 @@ def test_slices_lie_along_data_and_a_v4_is_one_device():
     with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 slices"):
         make_mesh(data=1, fsdp=8, devices=two.devices)
     assert chips.topology("v4:2x2x1").num_chips == 4
+
+
+def test_the_report_says_what_is_not_counted_between_slices():
+    topologies = "v5e:2x4", "2*v5e:2x2"
+    found = dict.fromkeys(["seconds", "seconds_without_kernels", "kernels", "open_loops"], 0)
+    found |= dict(program="train", chips=8, mesh={"data": 8}, versions={}, compile_seconds=1.0)
+    found |= dict(memory={"total": 1, "chip": 2}, collectives={}, collectives_seconds=0.1)
+    one, two = (report(found | {"topology": t, "model_flops": None}) for t in topologies)
+    assert "between slices not counted at their own rate" in two and "slices" not in one
 
 
 PROGRAM = """HloModule toy

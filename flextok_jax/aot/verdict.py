@@ -32,7 +32,8 @@ def verdict(name: str, config, topology: Topology) -> tuple[dict, str]:
             memory: bytes per chip by kind, "total" and "chip" (what there is);
             model_flops: of one call on all chips, or None;
             collectives: {kind: {count, bytes}} per device and call, not part of the time;
-            collectives_seconds: their bytes over the rate of the interconnect;
+            collectives_seconds: their bytes over the rate of the interconnect inside a slice, also
+                of those between slices;
             kernels: Pallas calls per call;
             open_loops: loops that were counted once, since data decides how often they run;
             seconds: estimated time of a call, kernels by their roofline;

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from clu import metrics
 
 from flextok_jax.data import encoded, shards
-from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.interop import flexar, sources, tensor_file
 from flextok_jax.nn import ar, flextok, vae
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.parallel.rng import named
-from flextok_jax.parallel.sharding import batch_sharding
+from flextok_jax.training.batches import held_out
 
 TOKENS = "tokens"
 
@@ -198,16 +197,8 @@ class ARStage:
 
         Of the first held-out images, each with its condition.
         """
-        size, sharding = self._evaluation.batch_size, batch_sharding(mesh)
-        pipeline = make_pipeline(self._data, seed=0, batch_size=size, train=False)
         total = None
-        for index, batch in enumerate(pipeline.eval_batches(size)):
-            if index * size >= self._evaluation.num_images:
-                break
-            batch = {
-                name: jax.make_array_from_process_local_data(sharding, value)
-                for name, value in batch.items()
-            }
+        for batch in held_out(self._data, self._evaluation, mesh):
             found = jax.device_get(self._evaluate(params, frozen, batch))
             total = found if total is None else {k: total[k].merge(found[k]) for k in found}
         for name, metric in total.items():

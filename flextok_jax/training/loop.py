@@ -18,9 +18,10 @@ from jax.experimental import multihost_utils
 
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
-from flextok_jax.parallel.sharding import batch_sharding, param_shardings
+from flextok_jax.parallel.sharding import param_shardings
 from flextok_jax.interop import tensor_file
 from flextok_jax.interop.checkpoint import Checkpoints, WorkdirError, flatten, json_config
+from flextok_jax.training.batches import on_mesh
 from flextok_jax.training.checks import check_config
 from flextok_jax.training.logs import RunLog, write_atomic
 from flextok_jax.training.profile import Profile
@@ -108,7 +109,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
             pipeline = make_pipeline(
                 config.data, seed=config.seed, batch_size=config.batch_size, train=True
             )
-            batches = _on_mesh(pipeline.iterate(start), batch_sharding(mesh))
+            batches = on_mesh(pipeline.iterate(start), mesh)
             step_fn, batches = _compile(program.step, mesh, state, frozen, batches)
             window, previous, watch = None, None, Stopwatch(start)
             for step, batch in enumerate(batches, start + 1):
@@ -235,15 +236,6 @@ def _compile(step, mesh, state, frozen, batches):
     executable = lowered.compile(compiler_options=compiler_options(mesh))
     log.info("compiled the step in %.1f s", time.perf_counter() - begin)
     return executable, itertools.chain([first], batches)
-
-
-def _on_mesh(batches, sharding):
-    """Batches of this process's images as arrays of the global batch."""
-    for batch in batches:
-        yield {
-            name: jax.make_array_from_process_local_data(sharding, value)
-            for name, value in batch.items()
-        }
 
 
 @jax.jit

@@ -12,7 +12,6 @@ from clu.metrics import Average
 
 from flextok_jax.data import shards
 from flextok_jax.data import sources as image_sources
-from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.evaluation import metrics, statistics
 from flextok_jax.flow import path as flow
 from flextok_jax.flow import sampler
@@ -22,7 +21,7 @@ from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig, identity_va
 from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.layers import is_fixed
 from flextok_jax.parallel.rng import named
-from flextok_jax.parallel.sharding import batch_sharding
+from flextok_jax.training.batches import held_out
 from flextok_jax.training.code_usage import CodeUsage
 
 TIME_BINS = 4
@@ -244,22 +243,13 @@ class TokenizerStage:
         guidance of the model, the posterior's mean, noise of seed 0. `flextok evaluate` measures
         more.
         """
-        size = self._evaluation.batch_size
-        pipeline = make_pipeline(self._images(), seed=0, batch_size=size, train=False)
-        sharding = batch_sharding(mesh)
         found = collections.defaultdict(list)
-        for index, batch in enumerate(pipeline.eval_batches(size)):
-            if index * size >= self._evaluation.num_images:
-                break
-            there = {
-                name: jax.make_array_from_process_local_data(sharding, batch[name])
-                for name in ("image", "mask")
-            }
+        for index, batch in enumerate(held_out(self._images(), self._evaluation, mesh)):
             key = jax.random.fold_in(jax.random.key(0), index)
-            whole = statistics.gather(there)
+            whole = statistics.gather({name: batch[name] for name in ("image", "mask")})
             originals = whole["image"][whole["mask"]] / np.float32(127.5) - 1
             for k in flextok.lengths(self.model.num_tokens):
-                drawn = self._drawn(params, frozen, there["image"], key, jnp.int32(k))
+                drawn = self._drawn(params, frozen, batch["image"], key, jnp.int32(k))
                 drawn = statistics.gather(drawn)[whole["mask"]]
                 for name, values in metrics.compare(drawn, originals).items():
                     found[f"{name}/{k}"].append(values)

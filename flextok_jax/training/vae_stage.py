@@ -37,7 +37,7 @@ from flextok_jax.nn.layout import path_string
 from flextok_jax.nn.lpips import lpips
 from flextok_jax.nn.patchgan import PatchGAN
 from flextok_jax.parallel.rng import named
-from flextok_jax.parallel.sharding import batch_sharding
+from flextok_jax.training.batches import held_out, on_mesh
 
 MAX_ADAPTIVE_WEIGHT = 1e4
 FIRST_LOGVAR = -6.0
@@ -183,8 +183,8 @@ class VAEStage:
         """Yields ("std", ...) and ("scaling_factor", ...) of the first training batches."""
         size, count = self._evaluation.batch_size, self._evaluation.num_latents
         pipeline = make_pipeline(self._data, seed=0, batch_size=size, train=True)
-        batches = (pipeline[i] for i in range(-(-count // size)))
-        sums = _sum_over(mesh, batches, lambda b, key: self._moments(params["vae"], b, key))
+        batches = on_mesh((pipeline[i] for i in range(-(-count // size))), mesh)
+        sums = _sum_over(batches, lambda b, key: self._moments(params["vae"], b, key))
         mean, square = sums[:2] / sums[2]
         std = math.sqrt(max(square - mean**2, 1e-12))
         yield "std", std
@@ -203,10 +203,8 @@ class VAEStage:
         The latter is of the same images stored as small images of as many values; see
         `downsampled`. PSNR has range 2 and is averaged over the images, which are clipped.
         """
-        size, count = self._evaluation.batch_size, self._evaluation.num_images
-        pipeline = make_pipeline(self._data, seed=0, batch_size=size, train=False)
-        batches = (b for i, b in enumerate(pipeline.eval_batches(size)) if i * size < count)
-        sums = _sum_over(mesh, batches, lambda b, _: self._psnr_sums(params["vae"], b))
+        batches = held_out(self._data, self._evaluation, mesh)
+        sums = _sum_over(batches, lambda b, _: self._psnr_sums(params["vae"], b))
         for name, total in zip(("psnr", "psnr_downsampled"), sums):
             yield name, total / max(sums[2], 1)
 
@@ -290,13 +288,10 @@ def _area_weights(size: int, small: int) -> np.ndarray:
     return (np.maximum(high - low, 0) * small / size).astype(np.float32)
 
 
-def _sum_over(mesh, batches, score) -> np.ndarray:
-    """The float64 sum over batches of score(batch on the mesh, key)."""
-    sharding, total = batch_sharding(mesh), 0.0
+def _sum_over(batches, score) -> np.ndarray:
+    """The float64 sum over batches of score(batch, key)."""
+    total = 0.0
     for index, batch in enumerate(batches):
-        batch = {
-            name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()
-        }
         key = jax.random.fold_in(jax.random.key(0), index)
         total = total + np.asarray(jax.device_get(score(batch, key)), np.float64)
     return total
