@@ -24,6 +24,7 @@ FAKES = ROOT / "tests" / "fakes"
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 CONFIG, WORKDIR = "--config=configs/tokenizer.py:digits", "--workdir=/gcs/b/runs/x"
 TRAIN = [CONFIG, WORKDIR, "--config.data.path=a b"]
+LIMIT = 600  # seconds: whoever takes longer hangs, however slow the machine
 SLICE = ["--name=t", "--zone=z", "--accelerator=v5litepod-8", "--runtime=r", "--bucket=b"]
 
 
@@ -67,7 +68,7 @@ def launch(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=LIMIT,
         )
         return done.returncode, done.stdout
 
@@ -76,11 +77,19 @@ def launch(tmp_path):
 
     run.fake, run.calls, run.environment, run.command = fake, calls, environment, command
     yield run
+    (fake / "over").touch()
     for group in fake.glob("workers/*/flextok-run/group"):
         try:
             os.killpg(int(group.read_text()), signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+
+def wait_for(file):
+    deadline = time.time() + LIMIT
+    while not file.exists():
+        assert time.time() < deadline, file
+        time.sleep(0.05)
 
 
 def attempts(launch):
@@ -148,9 +157,7 @@ def test_a_run_that_lost_its_supervision_is_resumed_not_doubled(launch):
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.time() + 30
-    while not (launch.fake / "played.1").exists() and time.time() < deadline:
-        time.sleep(0.05)
+    wait_for(launch.fake / "played.1")
     os.killpg(supervised.pid, signal.SIGKILL)
     supervised.wait()
     code, out = launch("tpu.sh", "status", "--name=t")
@@ -172,9 +179,7 @@ def test_a_worker_runs_one_training_and_keeps_its_exit_code(launch, tmp_path):
     assert launch("worker.sh", "state", **at) == (0, f"flextok-worker {host} running\n")
     code, out = launch("worker.sh", "start", *TRAIN, **at)
     assert code == 1 and "a run is going on" in out
-    deadline = time.time() + 30
-    while not (launch.fake / "played.0").exists() and time.time() < deadline:
-        time.sleep(0.05)
+    wait_for(launch.fake / "played.0")
     assert launch("worker.sh", "stop", **at)[0] == 0
     assert launch("worker.sh", "state", **at) == (0, f"flextok-worker {host} exit:143\n")
     assert attempts(launch) == ["attempt of 0 from step 0"]

@@ -84,10 +84,22 @@ def test_flags_that_do_not_fit_are_refused_with_the_remedy(started, flags, compl
     assert started == []
 
 
+HELD = []  # Sockets, open until the tests end.
+
+
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
+    """A port that nobody else is given: held, and shared with gRPC's servers, which ask for it."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind(("", 0))
+    HELD.append(holder)
+    return holder.getsockname()[1]
+
+
+def test_a_free_port_stays_free():
+    port = free_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("localhost", port))
 
 
 def losses(workdir) -> list[float]:

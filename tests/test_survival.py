@@ -4,10 +4,13 @@ What damage does to a checkpoint: test_checkpoint.py.
 """
 
 import os
+import random
 import re
 import subprocess
 import sys
 
+import pytest
+import torture
 from common import ROOT
 from conftest import CACHE
 from torture import why_no_namespace
@@ -40,3 +43,21 @@ def test_faults_are_survived_bitwise():
             continue
         tried, survived = re.search(rf"^{fault} +(\d+) +(\d+)", done.stdout, re.MULTILINE).groups()
         assert tried == survived == "1", done.stdout
+
+
+def test_a_fault_whose_moment_is_never_seen_is_given_up(tmp_path, monkeypatch):
+    class Quick:
+        """A run that is over before it is hit."""
+
+        def __init__(self, workdir):
+            workdir.mkdir()
+
+        def hit(self, *_):
+            return False
+
+    monkeypatch.setattr(torture, "Run", Quick)
+    monkeypatch.setattr(torture, "check_end", lambda *_: None)
+    table = torture.Table()
+    with pytest.raises(torture.Fault, match="20 runs ended before its moment was seen"):
+        torture.one_round(tmp_path / "run", random.Random(0), 1.0, {}, table)
+    assert sum(table.failed.values()) == sum(table.tried.values()) == 1
