@@ -154,6 +154,10 @@ def test_what_does_not_fit_is_refused_with_both_sides(changes, words, encoded):
         c[owner][name] = value
     with pytest.raises(ValueError, match=words):
         TokenizerStage(c)
+    c = config(encoded, encoded)
+    c.evaluation.num_images = 5
+    with pytest.raises(ValueError, match="holds what `flextok encode` made"):
+        TokenizerStage(c)
 
 
 def test_moments_of_another_vae_are_refused_by_its_sha256(encoded, tmp_path, capsys):

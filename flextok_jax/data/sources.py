@@ -147,14 +147,19 @@ def make_image_source(data: Data, split: str):
     """`make_source`, of data that hold images.
 
     Raises:
-        ValueError: they are what `flextok encode` made of images, or as `make_source`.
+        ValueError: as `check_images` and `make_source`.
     """
+    check_images(data)
+    return make_source(data, split)
+
+
+def check_images(data: Data) -> None:
+    """Raises ValueError for what `flextok encode` made of images."""
     if data.source in ENCODED:
         raise ValueError(
             f"{data.path} holds what `flextok encode` made of images, and the images no more: name "
             "the data set that it was made of (`flextok data check` tells which)"
         )
-    return make_source(data, split)
 
 
 def null_text(cfg) -> np.ndarray | None:

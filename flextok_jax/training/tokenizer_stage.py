@@ -65,6 +65,8 @@ class TokenizerStage:
         self._dinov2 = self._check_repa() if config.repa.weight else None
         if config.data.source == "encoded":
             self._check_encoded()
+        if self._evaluation.num_images:
+            self._images()  # Before training, what cannot be evaluated on is refused.
 
     def _check_encoded(self):
         """Refuses latents and features that are not what this configuration would make."""
@@ -262,6 +264,7 @@ class TokenizerStage:
         if self._evaluation.data:
             data = data.copy_and_resolve_references()
             found = image_sources.parse(self._evaluation.data)
+            image_sources.check_images(found)
             data.update(source=found.source, path=found.path, name=found.name)
         return data
 
