@@ -112,6 +112,11 @@ def test_a_hash_in_the_name_is_checked(tmp_path):
     assert weight_files.sha256(good) == digest
     with pytest.raises(ValueError, match=f"begins with {digest[:8]}, not 01234567"):
         weight_files.sha256(bad)
+    kept = weight_files.keep(good)
+    assert weight_files.published_sha256(kept) == digest
+    tensor_file.write(kept, weight_files.read(good), {"made_from_sha256": 64 * "0"})
+    with pytest.raises(ValueError, match=f"begins with 00000000, not {digest[:8]}"):
+        weight_files.published_sha256(kept)
 
 
 # Statistics of features.

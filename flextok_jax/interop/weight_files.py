@@ -12,8 +12,9 @@ import numpy as np
 
 from flextok_jax.interop import tensor_file, torch_tensors
 
-# The first digits of its own sha256, which published PyTorch files carry in their names.
-_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(pth|pt)")
+# The first digits of its own sha256, which published PyTorch files carry in their names, and so do
+# those that `keep` makes of them.
+_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(pth|pt|safetensors)")
 
 
 def read(path) -> dict[str, np.ndarray]:
@@ -38,7 +39,17 @@ def sha256(path) -> str:
     """
     path = _existing(path)
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _as_named(path, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def published_sha256(path) -> str:
+    """`sha256` of a file, or of the file that `keep` made it from, as it says itself."""
+    path = _existing(path)
+    made_from = _made_from(path)
+    return _as_named(path, made_from) if made_from else sha256(path)
+
+
+def _as_named(path: pathlib.Path, digest: str) -> str:
     said = _IN_NAME.search(path.name)
     if said and not digest.startswith(said[1]):
         raise ValueError(
@@ -47,11 +58,6 @@ def sha256(path) -> str:
             "hash"
         )
     return digest
-
-
-def published_sha256(path) -> str:
-    """`sha256` of a file, or of the file that `keep` made it from."""
-    return _made_from(_existing(path)) or sha256(path)
 
 
 def keep(path) -> pathlib.Path:
