@@ -426,6 +426,7 @@ def test_a_probe_of_the_command_line_appears_in_the_report(model, tmp_path, caps
     assert f"{found['accuracy']['16']:.1%}" in told
     assert run(capsys, *command, *settings, "--steps", 1, "--guidance", 1)[0] == 0
     assert "Linear probe" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.setattr(probe, "registers", lambda *_: 1 / 0)  # Refused before any work.
     code, _, noted = run(capsys, *command, *settings, "--task", "probe", "--split", "all")
     assert code == 2 and "learns from the split train" in noted
     code, _, noted = run(capsys, *command, "--limit", 60, "--num-tokens", 1, "--task", "probe")

@@ -152,38 +152,37 @@ def _probe(args) -> None:
             "is read to see what it learned"
         )
     train, test = (common.pictures(args, side(tok), split) for split in splits)
-    both = [probe.registers(tok, part, counts[-1], args.batch_size) for part in (train, test)]
-    metrics = probe.probe(*both, counts)
-    for part in (train, test):
-        common.report_unreadable(part)
-    result = {
-        "stamp": {
-            "format": 1,
-            "task": args.task,
-            "data": {"train": _about(train), "test": _about(test)},
-            "crop": CROP,
-            "image_size": side(tok),
-            "model": identity(tok),
-            "classifier": "logistic regression on standardised registers before quantisation, its "
-            f"strength by {probe.FOLDS}-fold cross-validation of the training images",
-            "dtype": args.dtype,
-            **protocol.circumstances(),
-        },
-        "metrics": metrics,
-        "warnings": [],
+    stamp = {
+        "format": 1,
+        "task": args.task,
+        "data": {"train": _about(train), "test": _about(test)},
+        "crop": CROP,
+        "image_size": side(tok),
+        "model": identity(tok),
+        "classifier": "logistic regression on standardised registers before quantisation, its "
+        f"strength by {probe.FOLDS}-fold cross-validation of the training images",
+        "dtype": args.dtype,
+        **protocol.circumstances(),
     }
     out = pathlib.Path(args.out).expanduser()
-    if (out / PROBE).exists():
+    if (out / PROBE).exists():  # Asked before the work, not after it.
         known = tensor_file.read_json(out / PROBE)["stamp"]
         different = [
             line
             for key in ("data", "model")
-            for line in protocol.differences(known[key], result["stamp"][key], key)
+            for line in protocol.differences(known[key], stamp[key], key)
         ]
         if different:
             lines = "".join(f"\n  {line}" for line in different)
-            raise ValueError(f"{out / PROBE} is of another probe (there | now):{lines}")
-    common.write_json(out / PROBE, result)
+            raise ValueError(
+                f"{out / PROBE} is of another probe (there | now); pass another --out, or delete "
+                f"it:{lines}"
+            )
+    both = [probe.registers(tok, part, counts[-1], args.batch_size) for part in (train, test)]
+    metrics = probe.probe(*both, counts)
+    for part in (train, test):
+        common.report_unreadable(part)
+    common.write_json(out / PROBE, {"stamp": stamp, "metrics": metrics, "warnings": []})
     print(f"Classes read linearly from the first k registers, of {metrics['count']} images:")
     for k, accuracy in metrics["accuracy"].items():
         print(f"{k:8} {accuracy:8.1%}")
