@@ -19,6 +19,7 @@ from test_training_state import ToyStage, equal, get_config, host
 from flextok_jax import main
 from flextok_jax.training import loop, signals
 from flextok_jax.interop.checkpoint import WorkdirError, restore_ema
+from flextok_jax.training.logs import RunLog
 
 
 def run(workdir, **changes):
@@ -152,6 +153,29 @@ def test_a_run_cut_off_in_its_evaluation_loses_no_record(whole, tmp_path, monkey
     monkeypatch.undo()
     run(tmp_path, eval_every=3)
     assert without_time(tmp_path) == without_time(whole[0])
+
+
+def test_a_damaged_description_is_named_with_the_remedy(whole, tmp_path):
+    run(tmp_path, eval_every=3)
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    for text in ("", "{}", '{"model": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(WorkdirError, match="config.json is damaged .*remove it"):
+            run(tmp_path, eval_every=3)
+    (tmp_path / "config.json").unlink()
+    run(tmp_path, eval_every=3)
+    assert without_time(tmp_path) == without_time(whole[0])
+
+
+def test_a_log_that_was_moved_away_is_begun_anew(tmp_path):
+    with RunLog(tmp_path, 0, 3) as log:
+        log.add(1, {"loss": 1.0})
+        log.flush()
+        (tmp_path / "metrics.jsonl").rename(tmp_path / "old.jsonl")
+        for name in ("loss", "eval/psnr"):
+            log.add(2, {name: 2.0})
+            log.flush()
+    assert records(tmp_path) == [{"step": 2, "loss": 2.0, "eval/psnr": 2.0}]
 
 
 def test_metrics_are_averaged_between_records(whole, tmp_path):

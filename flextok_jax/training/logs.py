@@ -99,7 +99,6 @@ class RunLog:
                 "  ".join(f"{k}={v if v is None else format(v, '.4g')}" for k, v in short.items()),
             )  # fmt: skip
 
-
     def _write(self, step: int, record: dict):
         """A new line, or more in the last one."""
         if self._last and self._last[0] == step:
@@ -108,15 +107,22 @@ class RunLog:
             self._last = (step, known | record, before)
             write_atomic(self._path, text + _line({"step": step} | known | record))
         else:
-            self._last = (step, record, self._path.stat().st_size)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line({"step": step} | record))
+            with self._path.open("ab") as file:
+                self._last = (step, record, file.tell())
+                file.write(_line({"step": step} | record).encode())
 
 
 def write_atomic(path: pathlib.Path, text: str):
-    """Writes a whole file or nothing."""
+    """Writes a whole file or nothing, also if the machine is lost.
+
+    Not by `tensor_file.atomic`: a run has one writer, and what a kill leaves of it has a fixed name
+    that the next run writes over.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -200,11 +200,18 @@ def _describe(workdir, plain, stage, program, continued: bool):
     """DIR/config.json, and the table of parameters in the log.
 
     Raises:
-        WorkdirError: a frozen network is not the one that the run was begun with.
+        WorkdirError: a frozen network is not the one that the run was begun with, or the file does
+            not tell.
     """
     path, model = workdir / "config.json", json.loads(json.dumps(stage.export_config()))
     if continued and path.exists():
-        old, new = (flatten(x) for x in (tensor_file.read_json(path)["model"], model))
+        try:
+            old, new = (flatten(x) for x in (tensor_file.read_json(path)["model"], model))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WorkdirError(
+                f"{path} is damaged ({error}): it tells which frozen networks the run was begun "
+                "with. If those are the same still, remove it; it is written anew"
+            ) from error
         different = [
             f"{key}: {old[key]} before, {new[key]} now"
             for key in sorted(old.keys() & new.keys())
