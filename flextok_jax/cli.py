@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         getattr(importlib.import_module(f"flextok_jax.commands.{module}"), function)(args)
     except KeyboardInterrupt as error:
+        what = "nothing half-written is left; the same command goes on from what is finished"
         # A `Paused` says how it goes on. A plain one may hold the words of what it came in between.
-        plain = type(error) is KeyboardInterrupt
-        what = "nothing half-written is left" if plain else str(error)
+        what = what if type(error) is KeyboardInterrupt else str(error)
         print(f"interrupted: {what}", file=sys.stderr)
         return 130
     except Exception as error:
