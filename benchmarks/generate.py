@@ -159,7 +159,7 @@ def show(rows, bandwidth):
 
 
 def numbers(text: str) -> list[int]:
-    """"1,16" -> [1, 16]."""
+    """ "1,16" -> [1, 16]."""
     found = [int(part) for part in text.split(",")]
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be positive")

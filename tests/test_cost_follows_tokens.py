@@ -39,9 +39,7 @@ def plain_latents(params, codes, keep, noise, scales, guided, normalized):
     def step(x, t):
         # One pass at a time, each image with its own time.
         t = jnp.broadcast_to(t, (batch,))
-        return tuple(
-            flextok.velocities(params, TINY, Compute(), x, t, (c,))[0] for c in conditions
-        )
+        return tuple(flextok.velocities(params, TINY, Compute(), x, t, (c,))[0] for c in conditions)
 
     return sampler.euler(step, noise, scales, guided, normalized)
 

@@ -54,7 +54,10 @@ def write(folder, split="train", text=False, **changes):
 
 def pipeline(folder, train=True, seed=0, batch_size=6, index=0, count=1):
     cfg = types.SimpleNamespace(
-        source="tokens", path=str(folder), split="train", eval_split="train",
+        source="tokens",
+        path=str(folder),
+        split="train",
+        eval_split="train",
         max_unreadable=0.1,
     )
     return make_pipeline(

@@ -114,6 +114,7 @@ main.STAGES["toy"] = "test_training_state:ToyStage"
 main.run()
 """
 
+
 def test_the_command_line_tells_of_a_forgotten_flag(tmp_path):
     done = subprocess.run(
         [sys.executable, main.__file__, "--config=configs/tokenizer.py:digits"]

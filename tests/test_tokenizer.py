@@ -187,9 +187,7 @@ def test_noise_overrides_the_key(tok):
     noise = np.random.default_rng(3).standard_normal((2, 8, 8, 3))
     with_key = tok.detokenize(tokens(), steps=2, noise=noise, key=5)
     np.testing.assert_array_equal(with_key, tok.detokenize(tokens(), steps=2, noise=noise))
-    np.testing.assert_array_equal(
-        with_key, tok.detokenize(tokens(), steps=2, noise=noise.tolist())
-    )
+    np.testing.assert_array_equal(with_key, tok.detokenize(tokens(), steps=2, noise=noise.tolist()))
 
 
 @pytest.mark.parametrize("normalized", [False, True])

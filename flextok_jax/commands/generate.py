@@ -82,7 +82,7 @@ def load_generator(args) -> ImageGenerator:
 
 
 def read_labels(text: str, num_classes: int) -> np.ndarray:
-    """"all", "3", "0-9,42", or a file with one label per line -> int [n]."""
+    """ "all", "3", "0-9,42", or a file with one label per line -> int [n]."""
     if not num_classes:
         raise ValueError("the model knows no classes: only class-conditional models can be used")
     if text == "all":

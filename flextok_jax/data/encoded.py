@@ -54,7 +54,7 @@ def _dtype(name: str):
 
 
 def padded_text(embedding: np.ndarray | None, shape: tuple[int, int]) -> dict:
-    """"text": float16 [T, E] and "text_mask": bool [T]; None: all padding."""
+    """ "text": float16 [T, E] and "text_mask": bool [T]; None: all padding."""
     text, count = np.zeros(shape, np.float16), 0 if embedding is None else len(embedding)
     if count:
         text[:count] = embedding

@@ -138,7 +138,7 @@ class WebDatasetSource:
 
 
 def _part(name: str) -> str:
-    """"train", "test" or "" by the words of a shard's path below the folder."""
+    """ "train", "test" or "" by the words of a shard's path below the folder."""
     for word in re.split(r"[^a-z]+", name.lower()):
         if word == "train" or word in HELD_OUT:
             return "train" if word == "train" else "test"

@@ -18,7 +18,7 @@ def mae(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
 
 
 def compare(images: np.ndarray, originals: np.ndarray) -> dict[str, np.ndarray]:
-    """"psnr", "mae", and "ssim" where its window fits: [B, H, W, C] twice -> [B] each."""
+    """ "psnr", "mae", and "ssim" where its window fits: [B, H, W, C] twice -> [B] each."""
     found = {"psnr": psnr(images, originals), "mae": mae(images, originals)}
     fits = min(images.shape[1:3]) >= WINDOW
     return found | ({"ssim": ssim(images, originals)} if fits else {})

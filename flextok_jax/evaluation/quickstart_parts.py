@@ -163,9 +163,7 @@ def picture(model: Judged, generator: Sampled):
         "Held-out digits, from their first k tokens": pictures.grid(
             model.rows, ["original", *(f"k = {k}" for k in COUNTS)], cell=64
         ),
-        "New digits, ten of each class": pictures.grid(
-            generator.rows, [""] * PER_CLASS, cell=64
-        ),
+        "New digits, ten of each class": pictures.grid(generator.rows, [""] * PER_CLASS, cell=64),
     }
     head, gap = 44, 28
     width = sum(sheet.width for sheet in sheets.values()) + gap
@@ -366,8 +364,7 @@ def _facts(content: Content) -> dict[str, str]:
         + ", compilation included",
         "Machine": f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}; "
         f"computed on {jax.devices()[0].device_kind}",
-        "Versions": f"flextok_jax {__version__}, Python {platform.python_version()}, "
-        + versions,
+        "Versions": f"flextok_jax {__version__}, Python {platform.python_version()}, " + versions,
     }
     for model, samples in zip(both, (content.shipped_samples, content.trained_samples)):
         for part in (model.tok, samples.gen):

@@ -177,8 +177,10 @@ def to_params(entries: list[Entry], tensors: dict) -> dict:
     flat = {}
     for path, arrays in parts.items():
         stacked = arrays[0][0] is not None
-        flat[path] = np.stack([a for _, a in sorted(arrays, key=lambda x: x[0])]) if stacked else (
-            arrays[0][1]
+        flat[path] = (
+            np.stack([a for _, a in sorted(arrays, key=lambda x: x[0])])
+            if stacked
+            else (arrays[0][1])
         )
     return unflatten(flat)
 

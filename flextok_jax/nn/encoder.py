@@ -92,12 +92,14 @@ class Encoder(nn.Module):
         )
         x = jnp.concatenate([x, registers], axis=1)
         blocks = layers.stack(
-            EncoderBlock, cfg, self.compute, cfg.enc_depth, "encoder/blocks",
+            EncoderBlock,
+            cfg,
+            self.compute,
+            cfg.enc_depth,
+            "encoder/blocks",
             num_patches=num_patches,
         )
         x, _ = blocks(x, None)
         x = layers.layer_norm(x[:, num_patches:])
-        head = nn.Dense(
-            len(cfg.levels), dtype=jnp.float32, kernel_init=layers.zeros, name="head"
-        )
+        head = nn.Dense(len(cfg.levels), dtype=jnp.float32, kernel_init=layers.zeros, name="head")
         return head(x.astype(jnp.float32))

@@ -48,5 +48,3 @@ def indices_to_codes(indices: jax.Array, levels: tuple[int, ...]) -> jax.Array:
     sizes = np.asarray(levels).reshape(basis.shape)
     digits = (indices[..., None] // basis) % sizes
     return (digits - sizes // 2).astype(jnp.float32) / (sizes // 2).astype(np.float32)
-
-

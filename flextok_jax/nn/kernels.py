@@ -129,9 +129,7 @@ def _on_each_device(f, in_specs, out_specs):
     """`f` of each device's part; `f` itself where no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return f
-    return jax.shard_map(
-        f, in_specs=tuple(in_specs), out_specs=tuple(out_specs), check_vma=False
-    )
+    return jax.shard_map(f, in_specs=tuple(in_specs), out_specs=tuple(out_specs), check_vma=False)
 
 
 # Heads that share the lanes are never cut apart, which would move channels between lanes: where
@@ -296,9 +294,7 @@ def add_gated(x, y, gate) -> jax.Array:
 
 def _add_gated_backward(saved, grad):
     y, gate = saved
-    dy, dgate = _row_call(
-        "add_gated_gradient", _add_gated_rows_gradient, (y, grad), (gate,), 1, 1
-    )
+    dy, dgate = _row_call("add_gated_gradient", _add_gated_rows_gradient, (y, grad), (gate,), 1, 1)
     return grad, dy, dgate.astype(gate.dtype)
 
 

@@ -189,7 +189,7 @@ class ARStage:
         return bins
 
     def evaluators(self):
-        """"held_out": cross-entropy of held-out images; see `_held_out`."""
+        """ "held_out": cross-entropy of held-out images; see `_held_out`."""
         return {"held_out": self._held_out} if self._evaluation.num_images else {}
 
     def _held_out(self, params, frozen, mesh):

@@ -17,10 +17,10 @@ from clu.metrics import LastValue
 from jax.experimental import multihost_utils
 
 from flextok_jax.data.pipeline import make_pipeline
-from flextok_jax.parallel.mesh import compiler_options, make_mesh
-from flextok_jax.parallel.sharding import param_shardings
 from flextok_jax.interop import tensor_file
 from flextok_jax.interop.checkpoint import Checkpoints, WorkdirError, flatten, json_config
+from flextok_jax.parallel.mesh import compiler_options, make_mesh
+from flextok_jax.parallel.sharding import param_shardings
 from flextok_jax.training.batches import on_mesh
 from flextok_jax.training.checks import check_config
 from flextok_jax.training.logs import RunLog, write_atomic

@@ -10,7 +10,6 @@ import optax.contrib
 
 from flextok_jax.nn.layout import path_string
 
-
 _MAIN = ""  # The label of what is in no group.
 
 

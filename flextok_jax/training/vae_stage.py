@@ -173,7 +173,7 @@ class VAEStage:
         return g, gradient, d, jnp.mean(real), jnp.mean(fake)
 
     def evaluators(self):
-        """"latents": see above. "reconstruction": PSNR of held-out images."""
+        """ "latents": see above. "reconstruction": PSNR of held-out images."""
         found = {"latents": self._measure_latents}
         if self._evaluation.num_images:
             found["reconstruction"] = self._reconstruction
