@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from flextok_jax.data.photos import HELD_OUT, SPLITS, TRAIN, photos
-from flextok_jax.interop import sources
+from flextok_jax.io import models
 from flextok_jax.nn import vae
 from flextok_jax.training.vae_stage import downsampled, psnr
 
@@ -34,7 +34,7 @@ def main():
     parser.add_argument("vae", help="a workdir of the VAE stage, or a folder in diffusers' layout")
     parser.add_argument("--size", type=int, default=64, help="S (64)")
     args = parser.parse_args()
-    cfg, params = sources.load_vae(args.vae)
+    cfg, params = models.load_vae(args.vae)
     tiles = photos("test", args.size)
     images = np.stack(tiles.images).astype(np.float32) / 127.5 - 1
     ours, small = (np.asarray(x) for x in scores(params, cfg, images))

@@ -52,7 +52,7 @@ def _message(error: Exception) -> str | None:
     if "RESOURCE_EXHAUSTED" in str(error):
         reason = str(error).splitlines()[0]
         return f"out of memory: try a smaller --batch-size, or --dtype bfloat16 ({reason})"
-    checkpoint = sys.modules.get("flextok_jax.interop.checkpoint")  # Imports orbax: maybe absent.
+    checkpoint = sys.modules.get("flextok_jax.io.checkpoint")  # Imports orbax: maybe absent.
     told = (ValueError, OSError, *([checkpoint.WorkdirError] if checkpoint else []))
     return str(error) if isinstance(error, told) else None
 

@@ -74,7 +74,7 @@ def main(argv):
     os.environ["JAX_PLATFORMS"] = "cpu"
     from flextok_jax.aot.chips import topology
     from flextok_jax.aot.verdict import DoesNotFit, verdict
-    from flextok_jax.interop.tensor_file import atomic
+    from flextok_jax.io.storage import atomic
 
     try:
         for path in filter(None, (_OUT.value, _TEXT.value)):

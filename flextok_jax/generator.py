@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flextok_jax.interop import flexar, tensor_file
+from flextok_jax.io import storage
+from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, flextok, generation
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
@@ -109,7 +110,7 @@ class ImageGenerator:
     @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 over all parameters of the AR model."""
-        return tensor_file.fingerprint(self.params)
+        return storage.fingerprint(self.params)
 
     @property
     def tokenizer_source(self) -> str | None:

@@ -48,7 +48,7 @@ def main(argv):
     """Runs and returns the exit code."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option begins with --")
-    from flextok_jax.interop.checkpoint import WorkdirError
+    from flextok_jax.io.checkpoint import WorkdirError
     from flextok_jax.parallel import startup
     from flextok_jax.parallel.mesh import make_mesh
     from flextok_jax.training.checks import check_config

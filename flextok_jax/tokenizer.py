@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flextok_jax.flow import sampler
-from flextok_jax.interop import sources, tensor_file
+from flextok_jax.io import models, storage
 from flextok_jax.nn import flextok, fsq, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig
 from flextok_jax.parallel.mesh import platform
@@ -60,7 +60,7 @@ class FlexTok:
     compute: Compute = Compute()
     mesh: Mesh | None = None
     origin: str = "memory"
-    _file: sources.Loaded | None = dataclasses.field(default=None, repr=False)
+    _file: models.Loaded | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def from_pretrained(
@@ -83,7 +83,7 @@ class FlexTok:
         """
         compute = Compute(dtype=dtype, attention=attention)
         compute.check_platform(platform(mesh))
-        file = sources.load(source)
+        file = models.load(source)
         if mesh is None:
             params = jax.tree.map(jnp.asarray, file.params)
         else:
@@ -99,7 +99,7 @@ class FlexTok:
     @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 over all parameters."""
-        return tensor_file.fingerprint(self.params)
+        return storage.fingerprint(self.params)
 
     def tokenize(self, images, num_tokens: int | None = None, key: Key = None) -> jax.Array:
         """Images to tokens, coarse to fine.
@@ -188,9 +188,9 @@ class FlexTok:
         A model that was loaded from such a file keeps its tensor names and its metadata. A model
         with another VAE than the released ones is written with a `_target_` of this project.
         """
-        file = self._file or sources.Loaded(self.config, {})
+        file = self._file or models.Loaded(self.config, {})
         params = jax.tree.map(np.asarray, self.params)
-        sources.save(folder, dataclasses.replace(file, params=params))
+        models.save(folder, dataclasses.replace(file, params=params))
 
     def _run_encoder(self, images, num_tokens, key):
         cfg = self.config

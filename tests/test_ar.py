@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from common import relative
 
-from flextok_jax.interop.flexar import shapes
-from flextok_jax.interop.names import flatten, unflatten
+from flextok_jax.io.formats.flexar import shapes
+from flextok_jax.io.formats.names import flatten, unflatten
 from flextok_jax.nn import ar, layout
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute

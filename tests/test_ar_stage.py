@@ -16,8 +16,8 @@ from flextok_jax.data import sources as image_sources
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.data.records import Record, stored_tokens
 from flextok_jax.data.shards import write_split
-from flextok_jax.interop.checkpoint import WorkdirError
-from flextok_jax.interop.tensor_file import fingerprint
+from flextok_jax.io.checkpoint import WorkdirError
+from flextok_jax.io.storage import fingerprint
 from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig
 from flextok_jax.parallel import sharding

@@ -1,4 +1,4 @@
-"""The house rules that can be read off the source: imports run downward, files stay small."""
+"""The rules that can be read off the source: imports run downward, few libraries, no eval."""
 
 import ast
 import pathlib
@@ -11,7 +11,7 @@ PACKAGE = "flextok_jax"
 # An import goes to the same level or a lower one.
 LEVELS = (
     ("nn", "flow"),
-    ("interop", "parallel"),
+    ("io", "parallel"),
     ("tokenizer", "generator"),
     ("data", "evaluation"),
     ("training",),
@@ -26,15 +26,14 @@ AT_IMPORT = {"jax", "flax", "numpy"}
 WHEN_USED = AT_IMPORT | {"safetensors", "huggingface_hub", "PIL", "tqdm", "yaml"}
 # Libraries that one place alone may import.
 ONLY_IN = {
-    "orbax": "interop/checkpoint.py",
+    "orbax": "io/checkpoint.py",
     "tensorflow_datasets": "data/tfds_source.py",
     "grain": "data/",
 }
-CHECKPOINT = "interop/checkpoint.py"  # For training, and for reading a workdir: imported when used.
+CHECKPOINT = "io/checkpoint.py"  # For training, and for reading a workdir: imported when used.
 
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
-SCRIPTS = sorted(p for folder in ("tests", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
 
 
 def relative_name(path: pathlib.Path) -> str:
@@ -106,7 +105,7 @@ def test_inference_stands_on_few_libraries(path):
     if relative_name(path) == CHECKPOINT:
         return
     for name, lazy in imports(path):
-        assert lazy or not name.startswith(f"{PACKAGE}.interop.checkpoint"), name
+        assert lazy or not name.startswith(f"{PACKAGE}.io.checkpoint"), name
         library = name.split(".")[0]
         if library != PACKAGE and library not in sys.stdlib_module_names:
             allowed = WHEN_USED if lazy else AT_IMPORT
@@ -121,17 +120,17 @@ def test_the_check_sees_upward_and_lazy_imports(tmp_path, monkeypatch):
         "import flextok_jax.data.pipeline\n"
         "from flextok_jax import FlexTok\n"
         "from ..training import loop\n"
-        "def f():\n    from flextok_jax.interop import names\n    import torch.nn\n"
+        "def f():\n    from flextok_jax.io import names\n    import torch.nn\n"
     )
     assert imports(path) == [
         ("flextok_jax.data.pipeline", False),
         ("flextok_jax.FlexTok", False),
         ("flextok_jax.training.loop", False),
-        ("flextok_jax.interop.names", True),
+        ("flextok_jax.io.storage", True),
         ("torch.nn", True),
     ]
     found = [part for name, _ in imports(path) for part in parts_imported(name)]
-    assert found == ["data", "tokenizer", "training", "interop"]
+    assert found == ["data", "tokenizer", "training", "io"]
     with pytest.raises(AssertionError, match="imports flextok_jax.data.pipeline above it"):
         test_imports_run_downward(path)
     with pytest.raises(AssertionError, match="torch"):
@@ -155,18 +154,3 @@ def test_no_text_becomes_code():
         libraries = {name.split(".")[0] for name in names}
         assert not libraries & {"pickle", "dill", "marshal", "shelve"}, path
         assert "importlib" not in libraries or relative_name(path) in by_own_names, path
-
-
-def test_no_file_is_longer_than_400_lines():
-    lengths = {path: len(path.read_text().splitlines()) for path in SOURCES + CONFIGS}
-    assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > 400} == {}
-
-
-def test_no_line_is_wider_than_100_columns():
-    wide = [
-        f"{path.relative_to(ROOT)}:{number}: {len(line)}"
-        for path in SOURCES + CONFIGS + SCRIPTS
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if len(line) > 100
-    ]
-    assert wide == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_training_state import ToyStage, build, equal, get_config, host, make_mesh
 
-from flextok_jax.interop.checkpoint import Checkpoints, WorkdirError, json_config, restore_ema
+from flextok_jax.io.checkpoint import Checkpoints, WorkdirError, json_config, restore_ema
 
 
 @pytest.fixture(scope="module")

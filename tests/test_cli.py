@@ -16,7 +16,7 @@ from PIL import Image
 from flextok_jax import FlexTok, cli
 from flextok_jax.evaluation import metrics, reconstruction
 from flextok_jax.evaluation.pictures import from_uint8
-from flextok_jax.interop.checkpoint import Checkpoints
+from flextok_jax.io.checkpoint import Checkpoints
 
 COMMANDS = (
     "reconstruct", "tokenize", "detokenize", "encode", "generate", "evaluate", "convert", "info",
@@ -335,7 +335,7 @@ def test_a_fault_of_ours_keeps_its_traceback(model, monkeypatch):
     def fault(_):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("flextok_jax.interop.sources.load", fault)
+    monkeypatch.setattr("flextok_jax.io.models.load", fault)
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main(["info", model])
 

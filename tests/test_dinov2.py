@@ -11,7 +11,7 @@ import pytest
 from common import GOLDEN, last, relative
 from safetensors.numpy import load_file, save_file
 
-from flextok_jax.interop import dinov2_files
+from flextok_jax.io.formats import dinov2_files
 from flextok_jax.nn import dinov2
 from flextok_jax.nn.config import Compute
 

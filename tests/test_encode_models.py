@@ -19,8 +19,9 @@ from flextok_jax.data import records, shards, sources
 from flextok_jax.data.decode import decode_image
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.data.transforms import center_crop
-from flextok_jax.interop import dinov2_files, tensor_file
-from flextok_jax.interop.sources import load_vae
+from flextok_jax.io import storage
+from flextok_jax.io.formats import dinov2_files
+from flextok_jax.io.models import load_vae
 from flextok_jax.nn import repa, vae
 from flextok_jax.nn.config import Compute
 from flextok_jax.training.loop import train
@@ -101,7 +102,7 @@ def test_too_many_unreadable_images_stop_with_the_list_and_no_shard(images, tmp_
 def test_the_check_command_tells_by_whom_and_verifies(encoded, capsys):
     assert cli.main(["data", "check", str(encoded)]) == 0
     out = capsys.readouterr().out
-    sha = tensor_file.fingerprint(load_vae(VAE)[1])
+    sha = storage.fingerprint(load_vae(VAE)[1])
     assert "7 records in 2 shards, each as its manifest says" in out
     assert f"vae       {VAE}, sha256 {sha}" in out and "dinov2" in out
     assert "moments   4x4x8, 2 crops of each image" in out and "repa      9x24" in out
@@ -161,7 +162,7 @@ def test_what_does_not_fit_is_refused_with_both_sides(changes, words, encoded):
 
 
 def test_moments_of_another_vae_are_refused_by_its_sha256(encoded, tmp_path, capsys):
-    from flextok_jax.interop import vae_files
+    from flextok_jax.io.formats import vae_files
 
     cfg, params = load_vae(VAE)
     changed = jax.tree.map(np.array, params)
@@ -169,7 +170,7 @@ def test_moments_of_another_vae_are_refused_by_its_sha256(encoded, tmp_path, cap
     vae_files.save_folder(tmp_path / "vae", cfg, changed)
     c = config(encoded)
     c.vae.source = str(tmp_path / "vae")
-    sha = [tensor_file.fingerprint(p) for p in (params, changed)]
+    sha = [storage.fingerprint(p) for p in (params, changed)]
     with pytest.raises(ValueError, match=f"fingerprint: '{sha[0]}' there, '{sha[1]}' now"):
         TokenizerStage(c)
     more = ["--vae", tmp_path / "vae", "--image-size", SIZE, "--split", "test"]

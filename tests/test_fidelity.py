@@ -14,7 +14,8 @@ from test_processes import finish, start
 from flextok_jax.data import sources
 from flextok_jax.evaluation import metrics, networks, statistics
 from flextok_jax.evaluation.statistics import Moments
-from flextok_jax.interop import inception_files, names, tensor_file, weight_files
+from flextok_jax.io import storage, weight_files
+from flextok_jax.io.formats import inception_files, names
 from flextok_jax.nn import inception
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.parallel.sharding import batch_sharding
@@ -93,12 +94,12 @@ def test_a_pytorch_file_is_kept_as_safetensors(tmp_path):
         np.testing.assert_array_equal(ours[name], tensor)
         assert ours[name].dtype == tensor.dtype
     about = {"made_from": "new.pth", "made_from_sha256": weight_files.sha256(source)}
-    assert tensor_file.read(kept)[1] == about
+    assert storage.read(kept)[1] == about
     assert weight_files.keep(kept) == kept
     written = kept.stat().st_mtime_ns
     assert weight_files.keep(source) == kept and kept.stat().st_mtime_ns == written
     assert weight_files.published_sha256(kept) == weight_files.sha256(source)
-    tensor_file.write(kept, {"other": np.zeros(1)}, {})
+    storage.write(kept, {"other": np.zeros(1)}, {})
     with pytest.raises(ValueError, match="was not made from"):
         weight_files.keep(source)
 
@@ -114,7 +115,7 @@ def test_a_hash_in_the_name_is_checked(tmp_path):
         weight_files.sha256(bad)
     kept = weight_files.keep(good)
     assert weight_files.published_sha256(kept) == digest
-    tensor_file.write(kept, weight_files.read(good), {"made_from_sha256": 64 * "0"})
+    storage.write(kept, weight_files.read(good), {"made_from_sha256": 64 * "0"})
     with pytest.raises(ValueError, match=f"begins with 00000000, not {digest[:8]}"):
         weight_files.published_sha256(kept)
 

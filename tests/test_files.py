@@ -18,7 +18,8 @@ from huggingface_hub import constants as hub_constants
 from safetensors import safe_open
 
 from flextok_jax import FlexTok
-from flextok_jax.interop import names, released, sources, tensor_file, vae_files
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import flextok_config, names, vae_files
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
 
@@ -55,7 +56,7 @@ def assert_saved_again_bitwise(source, folder):
 
 
 def configuration(metadata) -> dict:
-    return released.parse_metadata(metadata)
+    return flextok_config.parse_metadata(metadata)
 
 
 def as_metadata(config) -> dict:
@@ -81,17 +82,17 @@ def test_a_configuration_beside_the_file_is_read_and_written_back(file, tmp_path
     assert_saved_again_bitwise(source, tmp_path / "b")
     written = (tmp_path / "b" / "config.json").read_text()
     assert written == (source / "config.json").read_text()
-    inside = sources.load(GOLDEN / "tokenizer").config
-    assert sources.load(tmp_path / "b" / "model.safetensors").config == inside
+    inside = models.load(GOLDEN / "tokenizer").config
+    assert models.load(tmp_path / "b" / "model.safetensors").config == inside
 
 
 def test_no_configuration_at_all_is_refused(file, tmp_path):
     source = write(tmp_path, file[0], {"format": "pt"})
     with pytest.raises(ValueError, match="no configuration in its metadata.*config.json"):
-        sources.load(source)
+        models.load(source)
     (source / "config.json").write_text("{'not': json}")
     with pytest.raises(ValueError, match="config.json is not JSON"):
-        sources.load(source)
+        models.load(source)
 
 
 def test_names_of_old_and_of_wrapped_files_are_read_and_written_back(file, tmp_path):
@@ -115,7 +116,7 @@ def test_a_tensor_under_both_its_names_is_refused(file, tmp_path):
     twice = "vae.vae.encoder.mid_block.attentions.0.{}.weight"
     tensors = tensors | {twice.format("query"): tensors[twice.format("to_q")]}
     with pytest.raises(ValueError, match="to_q.weight is there twice"):
-        sources.load(write(tmp_path, tensors, metadata))
+        models.load(write(tmp_path, tensors, metadata))
 
 
 def test_bfloat16_files_load_as_their_float32_values(file, tmp_path):
@@ -143,7 +144,7 @@ def test_every_fault_of_a_configuration_is_listed_in_one_error(file, tmp_path):
     del module(config, "dec_time_embedder")["max_timestep"]
     config["vae"]["_target_"] = "flextok.vae_wrapper.OtherVAE"
     with pytest.raises(ValueError) as error:
-        sources.load(write(tmp_path, tensors, as_metadata(config)))
+        models.load(write(tmp_path, tensors, as_metadata(config)))
     lines = str(error.value).splitlines()
     for words in (
         "vae._target_ OtherVAE known",
@@ -168,7 +169,7 @@ def test_a_value_of_another_type_is_a_fault_and_arguments_without_effect_are_not
     module(config, "dec_transformer")["use_act_checkpoint"] = True
     module(config, "enc_seq_packer")["max_seq_len"] = 9
     config["something_else"] = {1: 2}
-    assert released.read_config(config)[1] == []
+    assert flextok_config.read_config(config)[1] == []
     for path, key, value in (
         ("dec_transformer", "depth", True),
         ("dec_transformer", "depth", 0),
@@ -180,7 +181,7 @@ def test_a_value_of_another_type_is_a_fault_and_arguments_without_effect_are_not
     ):
         broken = configuration(file[1])
         module(broken, path)[key] = value
-        cfg, problems = released.read_config(broken)
+        cfg, problems = flextok_config.read_config(broken)
         assert cfg is None and any(f"{path}.{key}" in line for line in problems), (path, key)
 
 
@@ -198,7 +199,7 @@ def test_every_fault_of_the_tensors_is_listed_in_one_error(file, tmp_path, missi
     tensors["decoder.module_dict.dec_extra.weight"] = np.zeros(3, np.float32)
     tensors[misshapen] = tensors[misshapen][..., :-1, :-1].copy()
     with pytest.raises(ValueError) as error:
-        sources.load(write(tmp_path, tensors, metadata))
+        models.load(write(tmp_path, tensors, metadata))
     lines = str(error.value).splitlines()
     assert any(missing in line and "missing" in line for line in lines)
     assert any("unknown tensor decoder.module_dict.dec_extra.weight" in line for line in lines)
@@ -222,7 +223,7 @@ def test_nothing_that_a_file_names_is_imported_or_evaluated(file, tmp_path, monk
     module(config, "dec_transformer")["_target_"] = "named_by_a_file.Anything"
     hostile = as_metadata(config) | {"pipeline": call, "regularizer": "{[]: named_by_a_file}"}
     with pytest.raises(ValueError) as error:
-        sources.load(write(tmp_path / "c", tensors, hostile))
+        models.load(write(tmp_path / "c", tensors, hostile))
     assert "named_by_a_file.Anything" in str(error.value) and "__import__" in str(error.value)
     assert not trace.exists() and "named_by_a_file" not in sys.modules
 
@@ -251,37 +252,37 @@ def cached(hub, hub_id, folder):
 def test_a_hub_id_is_found_in_the_cache_of_the_hub_without_a_network(file, hub, tmp_path):
     inside = write(tmp_path / "inside", *file)
     snapshot = cached(hub, "owner/flextok_inside", inside)
-    loaded = sources.load("owner/flextok_inside")
-    assert loaded.config == sources.load(GOLDEN / "tokenizer").config
+    loaded = models.load("owner/flextok_inside")
+    assert loaded.config == models.load(GOLDEN / "tokenizer").config
     assert str(snapshot) in loaded.origin
 
     beside = write(tmp_path / "beside", file[0], {"format": "pt"})
     shutil.copy(GOLDEN / "tokenizer" / "config.json", beside)
     snapshot = cached(hub, "owner/flextok-beside.v1", beside)
-    assert sources.load("owner/flextok-beside.v1").config == loaded.config
-    assert sources.load(snapshot / "model.safetensors").config == loaded.config  # links to a blob
+    assert models.load("owner/flextok-beside.v1").config == loaded.config
+    assert models.load(snapshot / "model.safetensors").config == loaded.config  # links to a blob
 
 
 def test_a_vae_is_found_in_the_cache_of_the_hub(hub):
     cached(hub, "owner/vae", GOLDEN / "vae")
-    assert sources.vae_config("owner/vae") == vae_files.load_folder(GOLDEN / "vae")[0]
+    assert models.vae_config("owner/vae") == vae_files.load_folder(GOLDEN / "vae")[0]
 
 
 def test_without_a_cache_the_error_says_how_to_download_by_hand(hub):
     with pytest.raises(FileNotFoundError) as error:
-        sources.load("owner/not_there")
+        models.load("owner/not_there")
     download = "Download model.safetensors by hand"
     for words in ("owner/not_there", download, "pass that folder's path"):
         assert words in str(error.value)
     with pytest.raises(FileNotFoundError, match="Download .*diffusion_pytorch_model.* by hand"):
-        sources.vae_config("owner/no_vae")
+        models.vae_config("owner/no_vae")
 
 
 def test_what_is_nowhere_is_named_with_what_a_source_can_be(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file, no folder, no hub id.*demo-digits"):
-        sources.load("a/b/c")
+        models.load("a/b/c")
     with pytest.raises(FileNotFoundError, match="model.safetensors.*checkpoints"):
-        sources.load(tmp_path)
+        models.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -300,8 +301,8 @@ def test_what_is_nowhere_is_named_with_what_a_source_can_be(tmp_path):
     ],
 )
 def test_configurations_survive_writing_and_reading(cfg):
-    metadata = as_metadata(released.write_config(cfg))
-    again, problems = released.read_config(released.parse_metadata(metadata))
+    metadata = as_metadata(flextok_config.write_config(cfg))
+    again, problems = flextok_config.read_config(flextok_config.parse_metadata(metadata))
     assert problems == []
     shapes = ("block_out", "layers_per_block", "mid_attention", "quant_conv", "post_quant_conv")
     layout = {name: getattr(cfg.vae, name) for name in shapes}  # What only tensors tell.
@@ -312,7 +313,7 @@ def test_configurations_survive_writing_and_reading(cfg):
 
 def test_the_golden_configuration_is_written_as_it_was_read(file):
     config = configuration(file[1])
-    written = released.write_config(released.read_config(config)[0])
+    written = flextok_config.write_config(flextok_config.read_config(config)[0])
     for part in ("encoder", "decoder"):
         ratio = written[part]["module_dict"][f"{part[:3]}_transformer"].pop("mlp_ratio")
         assert ratio == 4.0  # The default, which that file leaves out.
@@ -414,7 +415,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", named)
-    with tensor_file.atomic(tmp_path / "x") as temporary:
+    with storage.atomic(tmp_path / "x") as temporary:
         temporary.write_text("all")
     assert (tmp_path / "x").read_text() == "all"
 
@@ -424,7 +425,7 @@ def test_a_cut_file_is_named_as_such(tmp_path, length):
     whole = (GOLDEN / "tokenizer" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:length])
     with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
-        sources.load(tmp_path)
+        models.load(tmp_path)
 
 
 def test_a_type_that_numpy_lacks_is_refused_by_name(tmp_path):
@@ -432,7 +433,7 @@ def test_a_type_that_numpy_lacks_is_refused_by_name(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
     with pytest.raises(ValueError, match="type that cannot be read.*float8"):
-        tensor_file.read(path)
+        storage.read(path)
 
 
 def test_only_model_safetensors_of_a_folder_is_read(file, tmp_path):

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from test_ar import random_params
 
 from flextok_jax import FlexTok, ImageGenerator
-from flextok_jax.interop import flexar, tensor_file
+from flextok_jax.io import storage
+from flextok_jax.io.formats import flexar
 from flextok_jax.nn.config import ARConfig
 from flextok_jax.parallel.mesh import make_mesh
 
@@ -75,7 +76,7 @@ def test_a_model_of_ours_round_trips_with_what_no_tensor_says(tmp_path):
     gen.save_pretrained(tmp_path)
     again = ImageGenerator.from_pretrained(tmp_path, tokenizer=gen.tokenizer)
     assert (again.config, again.fingerprint) == (gen.config, gen.fingerprint)
-    _, metadata = tensor_file.read(tmp_path / "model.safetensors")
+    _, metadata = storage.read(tmp_path / "model.safetensors")
     about = json.loads(metadata[flexar.METADATA])["tokenizer"]
     assert about == {"fingerprint": gen.tokenizer.fingerprint, "levels": list(TINY.levels)}
     other = FlexTok(TINY, jax.tree.map(lambda p: p + 1, gen.tokenizer.params))
@@ -189,7 +190,7 @@ def test_config_yaml_with_other_mathematics_is_refused_in_one_error(tmp_path):
 
 
 def test_a_workdir_of_training_gives_its_averaged_weights(tmp_path, monkeypatch):
-    from flextok_jax.interop import checkpoint
+    from flextok_jax.io import checkpoint
 
     gen, about = tiny(), {"source": "demo-digits", "fingerprint": "0" * 64, "levels": [8, 5, 5]}
     (tmp_path / "checkpoints").mkdir()

@@ -7,7 +7,8 @@ import pytest
 from common import golden_io, golden_tokenizer, last, relative
 
 from flextok_jax.flow import path, sampler
-from flextok_jax.interop import names, sources
+from flextok_jax.io import models
+from flextok_jax.io.formats import names
 from flextok_jax.nn import flextok, fsq, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig
 from flextok_jax.nn.decoder import Condition, unconditional
@@ -120,5 +121,5 @@ def test_parameter_counts_are_those_of_the_released_models(enc, dec, counts):
     def count(tree):
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
-    shapes = sources.shapes(cfg)
+    shapes = models.shapes(cfg)
     assert (count(shapes["encoder"]), count(shapes["decoder"]), count(shapes)) == counts

@@ -14,7 +14,7 @@ import pytest
 from common import GOLDEN, last, relative
 from safetensors.numpy import load_file, save_file
 
-from flextok_jax.interop import lpips_files, torch_tensors
+from flextok_jax.io.formats import lpips_files, torch_pickle
 from flextok_jax.nn import lpips
 
 FOLDER = GOLDEN / "lpips"
@@ -76,7 +76,7 @@ def test_wrong_files_are_refused_with_every_reason(files, tmp_path):
 
 @pytest.mark.parametrize("name", ["new.pth", "old.pth"])
 def test_both_layouts_of_torch_files_are_read(name):
-    tensors = torch_tensors.read(FOLDER / name)
+    tensors = torch_pickle.read(FOLDER / name)
     grid = np.arange(12, dtype=np.float32).reshape(3, 4)
     expected = {
         "weight": grid,
@@ -112,7 +112,7 @@ def test_nothing_in_a_file_is_called(protocol, tmp_path, monkeypatch):
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
     content = pickle.dumps({"a": Harmful()}, protocol)
     with pytest.raises(ValueError, match="no part of a dictionary|not part of a dictionary"):
-        torch_tensors.read(write(tmp_path / "x.pth", content))
+        torch_pickle.read(write(tmp_path / "x.pth", content))
     assert not (tmp_path / "harm").exists()
     pickle.loads(content)  # It would have been.
     assert (tmp_path / "harm").exists()
@@ -135,7 +135,7 @@ def tensor(offset, shape, strides, numel=4, dtype="FloatStorage", more=b""):
 
 def test_views_stay_inside_their_storage(tmp_path):
     def read(*args, **kwargs):
-        return torch_tensors.read(write(tmp_path / "x.pth", tensor(*args, **kwargs)))
+        return torch_pickle.read(write(tmp_path / "x.pth", tensor(*args, **kwargs)))
 
     assert read(0, (2, 2), (2, 1))["a"].shape == (2, 2)
     for wrong, reason in (
@@ -168,12 +168,12 @@ def test_views_stay_inside_their_storage(tmp_path):
 )
 def test_an_odd_pickle_is_refused_for_what_it_does(content, reason, tmp_path):
     with pytest.raises(ValueError, match=f"x.pth: .*{reason}"):
-        torch_tensors.read(write(tmp_path / "x.pth", content))
+        torch_pickle.read(write(tmp_path / "x.pth", content))
 
 
 def test_a_tensor_without_elements_reaches_nowhere(tmp_path):
     path = write(tmp_path / "x.pth", tensor(0, (0, 3), (3, 1)))
-    assert torch_tensors.read(path)["a"].shape == (0, 3)
+    assert torch_pickle.read(path)["a"].shape == (0, 3)
 
 
 def test_an_archive_of_two_pickles_is_refused(tmp_path):
@@ -181,7 +181,7 @@ def test_an_archive_of_two_pickles_is_refused(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/data.pkl", b"")
     with pytest.raises(ValueError, match="x.pth: an archive with 2 files data.pkl"):
-        torch_tensors.read(path)
+        torch_pickle.read(path)
 
 
 def test_an_announced_size_beyond_the_file_is_refused_before_it_is_read(tmp_path):
@@ -191,7 +191,7 @@ def test_an_announced_size_beyond_the_file_is_refused_before_it_is_read(tmp_path
     keys = pickle.dumps(["0"], 2)
     (tmp_path / "x.pth").write_bytes(old + value + keys + struct.pack("<q", count))
     with pytest.raises(ValueError, match="x.pth: a storage is missing or cut short"):
-        torch_tensors.read(tmp_path / "x.pth")
+        torch_pickle.read(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("name", ["new.pth", "old.pth"])
@@ -200,4 +200,4 @@ def test_a_damaged_file_is_refused(name, tmp_path):
     for cut in (0, 10, len(whole) // 2, len(whole) - 5):
         (tmp_path / name).write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=name):
-            torch_tensors.read(tmp_path / name)
+            torch_pickle.read(tmp_path / name)

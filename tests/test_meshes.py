@@ -61,7 +61,7 @@ from common import TINY, random_params, tiny_generator, tiny_tokenizer
 from test_sweep import CFG, POINTS, sweep_of
 from test_meshes import RUNS, configs, run
 from flextok_jax import FlexTok, ImageGenerator
-from flextok_jax.interop.checkpoint import Checkpoints
+from flextok_jax.io.checkpoint import Checkpoints
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.parallel.sharding import param_shardings
 

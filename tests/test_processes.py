@@ -47,8 +47,8 @@ if count != "1":
     startup.start(coordinator, int(count), int(index))
 from jax.experimental import multihost_utils
 from test_training_state import ToyStage, build, get_config, make_mesh
-from flextok_jax.interop.checkpoint import Checkpoints, json_config
-from flextok_jax.interop.names import flatten
+from flextok_jax.io.checkpoint import Checkpoints, json_config
+from flextok_jax.io.formats.names import flatten
 config = get_config(mesh__data=-1, mesh__fsdp=min(2, jax.device_count()))
 shapes = build(ToyStage(config), config, make_mesh(**config.mesh)).shapes
 with Checkpoints(sys.argv[1], json_config(config)) as checkpoints:

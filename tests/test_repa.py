@@ -12,7 +12,7 @@ from test_tokenizer_stage import config as tokenizer_config
 from test_tokenizer_stage import digits
 
 from flextok_jax import FlexTok
-from flextok_jax.interop import names
+from flextok_jax.io.formats import names
 from flextok_jax.nn import repa
 from flextok_jax.training.loop import train
 from flextok_jax.training.tokenizer_stage import TokenizerStage

@@ -13,7 +13,8 @@ import jax
 import pytest
 from common import ROOT, TINY, random_params, small_vae
 
-from flextok_jax.interop import flexar, names, sources, tensor_file, vae_files
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import flexar, names, vae_files
 from flextok_jax.nn import dinov2, layout, repa
 from flextok_jax.nn.config import ARConfig, FlexTokConfig, VAEConfig
 from flextok_jax.parallel import sharding
@@ -44,7 +45,7 @@ def vae_folder(tmp_path_factory):
     params = random_params(dataclasses.replace(TINY, vae=cfg))["vae"]
     folder = tmp_path_factory.mktemp("vae")
     tensors = names.to_tensors(list(names.vae_entries(params)), params)
-    tensor_file.write(folder / vae_files.WEIGHTS, tensors, {})
+    storage.write(folder / vae_files.WEIGHTS, tensors, {})
     (folder / "config.json").write_text(json.dumps({"scaling_factor": 0.88}))
     return folder
 
@@ -53,7 +54,7 @@ def vae_folder(tmp_path_factory):
 def run(request, vae_folder):
     """(the stage, its configuration, its training state's shapes with their shardings on MESH)."""
     config = shipped().get_config(request.param)
-    if config.vae.source != sources.IDENTITY:
+    if config.vae.source != models.IDENTITY:
         config.vae.source = str(vae_folder)
     stage = TokenizerStage(config)
     return stage, config, build(stage, config, MESH).shapes
@@ -112,12 +113,12 @@ def test_the_full_size_models_are_those_of_the_released_sizes(run):
 
 def test_frozen_networks_and_loaded_models_have_rules_too():
     cfg = FlexTokConfig(vae=VAEConfig())
-    for path, leaf in leaves(sources.shapes(cfg)).items():
+    for path, leaf in leaves(models.shapes(cfg)).items():
         assert len(rules_of(path)) == 1, path
         spec = layout.param_spec(path, leaf.shape, MESH)
         if leaf.size > BIG and not re.fullmatch(WHOLE, path):
             assert any(spec), path
-    frozen = {"vae": sources.shapes(cfg)["vae"]}  # As the loop places it.
+    frozen = {"vae": models.shapes(cfg)["vae"]}  # As the loop places it.
     placed = leaves(sharding.param_shardings(MESH, frozen)).values()
     assert all(s.is_fully_replicated for s in placed)
 
@@ -137,7 +138,7 @@ def test_networks_of_repa_have_rules_and_are_spread():
 def test_every_rule_is_used():
     sizes = dict(vocab_size=8, num_tokens=4, width=64, depth=1, mlp_hidden=64, qk_norm=True)
     models = (ARConfig(**sizes, num_classes=2), ARConfig(**sizes, text_dim=8, text_hidden=8))
-    paths = {*leaves(sources.shapes(FlexTokConfig(vae=VAEConfig()))), "null_text/text"}
+    paths = {*leaves(models.shapes(FlexTokConfig(vae=VAEConfig()))), "null_text/text"}
     paths |= {*leaves(for_repa())}
     paths |= {path for cfg in models for path in leaves(flexar.shapes(cfg))}
     for pattern, _ in layout.PARAMETER_RULES:

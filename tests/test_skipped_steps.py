@@ -13,7 +13,7 @@ import pytest
 from test_training_state import ToyStage, equal, get_config, host
 
 from flextok_jax import config_flag, main
-from flextok_jax.interop.checkpoint import Checkpoints, json_config
+from flextok_jax.io.checkpoint import Checkpoints, json_config
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training import loop
 from flextok_jax.training.skips import Diverged

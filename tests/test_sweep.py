@@ -30,7 +30,7 @@ from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.pictures import Pictures, from_uint8, to_uint8
 from flextok_jax.evaluation.reconstruction import Sampling, draw, encode
 from flextok_jax.evaluation.subjects import Point, Reconstructions, Samples
-from flextok_jax.interop import weight_files
+from flextok_jax.io import weight_files
 
 CFG = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
 POINTS = sweep.grid([16, 1], [1.0], [1])
@@ -468,7 +468,11 @@ def test_a_summary_of_one_image_has_what_one_image_gives(tok, tmp_path):
 
 @pytest.mark.slow
 def test_the_files_of_the_networks_give_their_metrics_and_their_hashes(
-    model, weights, files, tmp_path, capsys
+    model,
+    weights,
+    files,
+    tmp_path,
+    capsys,  # noqa: F811
 ):
     """Of random weights under the published names; `weights` of Inception, `files` of LPIPS."""
     out, (vgg, heads) = tmp_path / "out", files

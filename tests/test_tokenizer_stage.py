@@ -12,7 +12,7 @@ import pytest
 from common import GOLDEN, ROOT
 
 from flextok_jax import FlexTok
-from flextok_jax.interop import sources
+from flextok_jax.io import models
 from flextok_jax.nn.config import FlexTokConfig, VAEConfig
 from flextok_jax.training.loop import train
 from flextok_jax.training.tokenizer_stage import TokenizerStage
@@ -123,7 +123,7 @@ def test_full_size_configs_describe_the_paper_models(variant):
     c = CONFIGS.get_config(variant)
     fields = {k: tuple(v) if k == "levels" else v for k, v in c.model.items()}
     cfg = FlexTokConfig(vae=VAEConfig(latent_channels=16), **fields)
-    shapes = sources.shapes(cfg)
+    shapes = models.shapes(cfg)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
     if variant in IMAGENET:
         expected = {"d12_d12": 341_651_737, "d18_d18": 949_734_553, "d18_d28": 2_540_882_841}

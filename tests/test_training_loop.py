@@ -17,7 +17,7 @@ import pytest
 from test_training_state import ToyStage, equal, get_config, host
 
 from flextok_jax import main
-from flextok_jax.interop.checkpoint import WorkdirError, restore_ema
+from flextok_jax.io.checkpoint import WorkdirError, restore_ema
 from flextok_jax.training import loop, signals
 from flextok_jax.training.logs import RunLog
 

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 from flextok_jax.commands import model as commands
 from flextok_jax.data.sources import digits
-from flextok_jax.interop import sources, vae_files
-from flextok_jax.interop.checkpoint import WorkdirError
+from flextok_jax.io import models
+from flextok_jax.io.checkpoint import WorkdirError
+from flextok_jax.io.formats import vae_files
 from flextok_jax.nn import lpips, vae
 from flextok_jax.nn.config import VAEConfig
 from flextok_jax.parallel.mesh import make_mesh
@@ -199,12 +200,12 @@ def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, tmp_path):
     again = train(VAEStage(config()), config(), tmp_path / "run")
     for a, b in zip(*map(jax.tree.leaves, (again.state, trained[1].state)), strict=True):
         np.testing.assert_array_equal(a, b)
-    copy = sources.load_vae(str(tmp_path / "run"))[0]
-    assert copy == sources.load_vae(str(trained[0]))[0]
+    copy = models.load_vae(str(tmp_path / "run"))[0]
+    assert copy == models.load_vae(str(trained[0]))[0]
 
 
 def test_the_scaling_factor_makes_the_latents_unit_variance(trained):
-    cfg, params = sources.load_vae(str(trained[0]))
+    cfg, params = models.load_vae(str(trained[0]))
     images = digits("train").images[:200] / np.float32(127.5) - 1
     mean, _ = vae.encode_moments(params, cfg, images)
     noise = np.random.RandomState(0).randn(*mean.shape).astype(np.float32)
@@ -218,15 +219,15 @@ def test_a_workdir_that_measured_nothing_says_so(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
     with pytest.raises(ValueError, match="scaling_factor up to step 12.*vae.scaling_factor"):
-        sources.load_vae(str(tmp_path / "run"))
-    assert sources.load_vae(str(tmp_path / "run"), 0.5)[0].scaling_factor == 0.5
+        models.load_vae(str(tmp_path / "run"))
+    assert models.load_vae(str(tmp_path / "run"), 0.5)[0].scaling_factor == 0.5
 
 
 def test_a_workdir_becomes_a_diffusers_folder(trained, tmp_path, capsys):
     workdir, out = str(trained[0]), tmp_path / "vae"
     commands.convert(types.SimpleNamespace(model=workdir, out=str(out)))
     assert {p.name for p in out.iterdir()} == {"config.json", vae_files.WEIGHTS}
-    for a, b in zip(vae_files.load_folder(out), sources.load_vae(workdir), strict=True):
+    for a, b in zip(vae_files.load_folder(out), models.load_vae(workdir), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b) if isinstance(a, dict) else None
         assert isinstance(a, dict) or a == b
     about = [commands.describe(source) for source in (workdir, out)]
@@ -263,17 +264,17 @@ def test_a_workdir_is_the_frozen_vae_of_a_tokenizer(trained, tmp_path, monkeypat
     c.evaluation.num_images, c.mesh.data, c.vae.source = 0, 1, str(trained[0])
     assert int(train(TokenizerStage(c), c, tmp_path).state.skipped) == 0
     tok = FlexTok.from_pretrained(tmp_path)
-    assert tok.config.vae == sources.load_vae(str(trained[0]))[0]
+    assert tok.config.vae == models.load_vae(str(trained[0]))[0]
     tokens = tok.tokenize(digits("test").images[:2], 4)
     assert np.isfinite(tok.detokenize(tokens, steps=1)).all()
     # The same path, but the VAE that lies there was trained further.
-    load = sources.load_vae
+    load = models.load_vae
 
     def further(source, scaling_factor=None):
         cfg, params = load(source, scaling_factor)
         return cfg, jax.tree.map(lambda x: x * 1.01, params)
 
-    monkeypatch.setattr(sources, "load_vae", further)
+    monkeypatch.setattr(models, "load_vae", further)
     with pytest.raises(ValueError, match="trained with another VAE than"):
         FlexTok.from_pretrained(tmp_path)
     c.total_steps, before = 2, (tmp_path / "config.json").read_text()
@@ -305,7 +306,7 @@ def test_every_variant_takes_a_real_step_when_cut_down(variant, tiny_tfds, tmp_p
     state = train(stage, c, tmp_path).state
     assert int(state.step) == 1 and int(state.skipped) == 0
     assert ("discriminator" in state.params) == (variant in FULL_SIZE)
-    cfg, _ = sources.load_vae(str(tmp_path))
+    cfg, _ = models.load_vae(str(tmp_path))
     assert cfg.latent_channels == 2 and cfg.scaling_factor > 0
 
 

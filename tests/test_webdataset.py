@@ -53,14 +53,14 @@ def test_the_index_is_built_once_and_again_when_the_tar_has_changed(tmp_path, mo
 def test_the_index_of_a_read_only_folder_lies_in_the_cache(tmp_path, monkeypatch):
     path = tar(tmp_path / "a.tar", shard(0))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    atomic = webdataset.tensor_file.atomic
+    atomic = webdataset.storage.atomic
 
     def refuses(file):
         if file.parent == tmp_path:
             raise PermissionError(file)
         return atomic(file)
 
-    monkeypatch.setattr(webdataset.tensor_file, "atomic", refuses)
+    monkeypatch.setattr(webdataset.storage, "atomic", refuses)
     keys, places, *_ = read_index(path)
     monkeypatch.setattr(webdataset, "_scan", None)  # Not called again.
     assert (read_index(path)[1] == places).all() and len(keys) == 4

@@ -134,8 +134,8 @@ def whole(workdir) -> list[int]:
 
 def result(workdir) -> dict:
     """What has to be equal in the end."""
-    from flextok_jax.interop.checkpoint import restore_ema
-    from flextok_jax.interop.tensor_file import fingerprint
+    from flextok_jax.io.checkpoint import restore_ema
+    from flextok_jax.io.storage import fingerprint
 
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {

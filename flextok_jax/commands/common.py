@@ -9,7 +9,7 @@ from flextok_jax.data.sources import parse
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import Pictures
 from flextok_jax.evaluation.reconstruction import Sampling
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 from flextok_jax.tokenizer import FlexTok
 
 DATA_OPTIONS = {  # Of `flextok encode`, with what they are when not given.
@@ -72,7 +72,7 @@ def write_json(path, content: dict) -> None:
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass the name of a file")
-    with tensor_file.atomic(path) as temporary:
+    with storage.atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """`flextok compare`: two results, their numbers side by side and how they were made differently."""
 
 from flextok_jax.evaluation import protocol
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 
 def compare(args) -> None:
@@ -32,7 +32,7 @@ def _numbers(metrics: dict, path: str = "") -> dict[str, float]:
 
 
 def _read(path) -> dict:
-    found = tensor_file.read_json(path)
+    found = storage.read_json(path)
     if not all(isinstance(found.get(part), dict) for part in ("stamp", "metrics")):
         raise ValueError(f"{path} is no result of flextok evaluate: it has no stamp and metrics")
     return found

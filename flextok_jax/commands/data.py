@@ -14,7 +14,7 @@ from flextok_jax.data.decode import decode_image, reason
 from flextok_jax.data.pipeline import ahead
 from flextok_jax.data.records import Record
 from flextok_jax.data.unreadable import MAX_LISTED, MAX_UNREADABLE, too_many
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 
 def check(args) -> None:
@@ -41,7 +41,7 @@ def _look(data: sources.Data, args) -> None:
     for look in bad[:MAX_LISTED]:
         print(f"  unreadable: {look.name}: {look.error}")
     if len(bad) < len(found):
-        with tensor_file.atomic(pathlib.Path(args.out).expanduser()) as temporary:
+        with storage.atomic(pathlib.Path(args.out).expanduser()) as temporary:
             checks.contact_sheet(found, source.classes).save(temporary)
         print(f"  {min(checks.SHOWN, len(found) - len(bad))} of them are shown in {args.out}")
     if len(places) < len(source):

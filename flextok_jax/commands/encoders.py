@@ -12,7 +12,8 @@ import numpy as np
 from flextok_jax.commands import common
 from flextok_jax.data.records import stored_floats, stored_tokens
 from flextok_jax.evaluation.reconstruction import check_counts, identity, side
-from flextok_jax.interop import dinov2_files, sources, tensor_file
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import dinov2_files
 from flextok_jax.nn import repa, vae
 from flextok_jax.nn.config import Compute
 from flextok_jax.parallel.mesh import platform
@@ -78,11 +79,11 @@ def _tokens(args, tok) -> Encoder:
 
 
 def _moments(args, size: int) -> Encoder:
-    cfg, params = sources.load_vae(args.vae)
+    cfg, params = models.load_vae(args.vae)
     h, rest = divmod(size, cfg.downsample)
     if rest:
         raise ValueError(f"--image-size {size}: the VAE needs a multiple of {cfg.downsample}")
-    about = {"vae": {"source": _place(args.vae), **sources.vae_identity(cfg, params)}}
+    about = {"vae": {"source": _place(args.vae), **models.vae_identity(cfg, params)}}
     dtype = jnp.dtype(args.dtype)
 
     def moments(params, images):
@@ -98,7 +99,7 @@ def _features(args) -> Encoder:
     side, rest = divmod(args.dinov2_size, cfg.patch_size)
     if rest:
         raise ValueError(f"--dinov2-size {args.dinov2_size}: a multiple of {cfg.patch_size} needed")
-    fingerprint = tensor_file.fingerprint(params)
+    fingerprint = storage.fingerprint(params)
     about = {"source": _place(args.dinov2), "fingerprint": fingerprint, "size": args.dinov2_size}
     compute = Compute(args.dtype, args.attention)
     compute.check_platform(platform(None))

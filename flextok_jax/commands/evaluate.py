@@ -22,7 +22,7 @@ from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.reconstruction import Sampling, check_counts, identity, side
 from flextok_jax.evaluation.subjects import Reconstructions, Samples
-from flextok_jax.interop import tensor_file, weight_files
+from flextok_jax.io import storage, weight_files
 
 CROP = (
     "centre: halved by 2x2 averages while the short side is at least twice the size, then bicubic "
@@ -134,7 +134,7 @@ def _sweep(args, about: dict, subject, pictures, points) -> None:
         )
         return
     beside = out / PROBE
-    known = tensor_file.read_json(beside) if beside.exists() else None
+    known = storage.read_json(beside) if beside.exists() else None
     if known and known["stamp"]["model"] != stamp["model"]:
         known = None  # Of another model.
     sweep_report.write(out / "report.html", *sweep.everything(out), known)
@@ -166,7 +166,7 @@ def _probe(args) -> None:
     }
     out = pathlib.Path(args.out).expanduser()
     if (out / PROBE).exists():  # Asked before the work, not after it.
-        known = tensor_file.read_json(out / PROBE)["stamp"]
+        known = storage.read_json(out / PROBE)["stamp"]
         different = [
             line
             for key in ("data", "model")

@@ -5,7 +5,8 @@ import json
 
 import jax
 
-from flextok_jax.interop import flexar, sources, tensor_file, vae_files
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import flexar, vae_files
 
 
 def convert(args) -> None:
@@ -13,16 +14,16 @@ def convert(args) -> None:
 
     A VAE on its own is written in the layout of diffusers, an AR model under the released names.
     """
-    if sources.is_vae(args.model):
-        cfg, params = sources.load_vae(args.model)
+    if models.is_vae(args.model):
+        cfg, params = models.load_vae(args.model)
         origin, path = args.model, vae_files.save_folder(args.out, cfg, params)
     elif flexar.is_ar(args.model):
         model = flexar.load(args.model)
         origin, params, path = model.origin, model.params, flexar.save(args.out, model)
     else:
-        model = sources.load(args.model)
-        origin, params, path = model.origin, model.params, sources.save(args.out, model)
-    print(f"{origin}\n-> {path}\nsha256 {tensor_file.fingerprint(params)}")
+        model = models.load(args.model)
+        origin, params, path = model.origin, model.params, models.save(args.out, model)
+    print(f"{origin}\n-> {path}\nsha256 {storage.fingerprint(params)}")
 
 
 def info(args) -> None:
@@ -42,14 +43,14 @@ def describe(source) -> dict:
         AR model the same with "kind": "ar", `ARConfig`, "step" and "tokenizer", whose tokens it
         makes.
     """
-    if sources.is_vae(source):
-        cfg, params = sources.load_vae(str(source))
+    if models.is_vae(source):
+        cfg, params = models.load_vae(str(source))
         return {
             "kind": "vae",
             "origin": str(source),
             "config": dataclasses.asdict(cfg),
             "parameters": {"total": sum(leaf.size for leaf in jax.tree.leaves(params))},
-            "sha256": tensor_file.fingerprint(params),
+            "sha256": storage.fingerprint(params),
         }
     if flexar.is_ar(source):
         model = flexar.load(source)
@@ -60,9 +61,9 @@ def describe(source) -> dict:
             "config": dataclasses.asdict(model.config),
             "tokenizer": model.about.get("tokenizer"),
             "parameters": {"total": sum(leaf.size for leaf in jax.tree.leaves(model.params))},
-            "sha256": tensor_file.fingerprint(model.params),
+            "sha256": storage.fingerprint(model.params),
         }
-    model = sources.load(source)
+    model = models.load(source)
     sizes = {
         part: sum(leaf.size for leaf in jax.tree.leaves(model.params.get(part, {})))
         for part in ("vae", "encoder", "decoder")
@@ -74,7 +75,7 @@ def describe(source) -> dict:
         "image_size": list(model.config.image_size),
         "vocab_size": model.config.vocab_size,
         "parameters": sizes | {"total": sum(sizes.values())},
-        "sha256": tensor_file.fingerprint(model.params),
+        "sha256": storage.fingerprint(model.params),
     }
 
 

@@ -10,7 +10,7 @@ from flextok_jax.commands.reconstruct import metadata
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.reconstruction import check_counts, draw, encode, identity, side
 from flextok_jax.evaluation.results import results_folder
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 FIELDS = ("tokens", "names", "origin", "fingerprint", "levels", "num_tokens")
 
@@ -87,7 +87,7 @@ def write_tokens(path, tok, tokens: np.ndarray, names: list[str]) -> None:
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass the name of a file, such as tokens.npz")
-    with tensor_file.atomic(path) as temporary, temporary.open("wb") as file:
+    with storage.atomic(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             tokens=tokens.astype(np.int32),

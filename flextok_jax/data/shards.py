@@ -23,7 +23,7 @@ import numpy as np
 
 from flextok_jax.data.records import NULL_TEXT, Record, from_bytes, to_bytes
 from flextok_jax.data.unreadable import MAX_UNREADABLE, complaint, too_many
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # Of manifest and records.
@@ -83,7 +83,7 @@ def write_split(
     else:
         _write_json(path, settings | {"shards": {}, "unreadable": {}})
     if null_text is not None:
-        with tensor_file.atomic(folder.parent / NULL_TEXT) as temporary:
+        with storage.atomic(folder.parent / NULL_TEXT) as temporary:
             np.save(temporary, np.asarray(null_text, np.float16))
     left_out: dict[str, str] = {}
     for name in _names(settings)[part[0] :: part[1]]:
@@ -154,7 +154,7 @@ def _write_shard(path: pathlib.Path, records: Iterable[Record]) -> dict:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     keys, max_label, max_text = [], -1, 0
-    with tensor_file.atomic(path) as temporary:
+    with storage.atomic(path) as temporary:
         # One record per group: they are read one by one, in any order.
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
@@ -174,13 +174,13 @@ def _write_shard(path: pathlib.Path, records: Iterable[Record]) -> dict:
 def _about(file: pathlib.Path) -> dict | None:
     """What a shard's .json tells; None where there is none, or a lost machine left a part of it."""
     try:
-        return tensor_file.read_json(file)
+        return storage.read_json(file)
     except (FileNotFoundError, ValueError):
         return None
 
 
 def _write_json(path: pathlib.Path, content: dict):
-    with tensor_file.atomic(path) as temporary:
+    with storage.atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -237,7 +237,7 @@ def open_manifest(file: pathlib.Path) -> dict:
     Raises:
         ValueError: it has another format.
     """
-    manifest = tensor_file.read_json(file)
+    manifest = storage.read_json(file)
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{file} has format {manifest.get('format')}, and this version of flextok reads "
@@ -378,7 +378,7 @@ class ShardSource:
 
 @functools.lru_cache(maxsize=4)
 def _keys(path: pathlib.Path) -> list[str]:
-    return tensor_file.read_json(path)["keys"]
+    return storage.read_json(path)["keys"]
 
 
 class ImageSource(ShardSource):

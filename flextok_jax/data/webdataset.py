@@ -28,7 +28,7 @@ from flextok_jax.data.folder import (
     label_classes,
     label_text,
 )
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 FIELDS = ("image", "txt", "json", "npy")  # That are read when an example is wanted.
 LONGEST = 200  # Characters of a class's name.
@@ -191,7 +191,7 @@ def read_index(path: pathlib.Path) -> Index:
     index = _scan(path)
     for file in (beside, CACHE.expanduser() / f"{name}.npz"):
         try:
-            with tensor_file.atomic(file) as temporary:
+            with storage.atomic(file) as temporary:
                 np.savez(temporary, stamp=stamp, **index._asdict())
             break
         except OSError:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 SIZE = 512  # Places in a chunk: what a kill costs at most, and small enough to be held in memory.
 
@@ -50,7 +50,7 @@ class Chunks:
     def write(self, index: int, arrays: dict[str, np.ndarray]) -> None:
         """Writes a whole chunk or nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tensor_file.atomic(self._path(index)) as temporary, temporary.open("wb") as file:
+        with storage.atomic(self._path(index)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     def read(self, index: int) -> dict[str, np.ndarray]:

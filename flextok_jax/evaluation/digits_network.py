@@ -18,7 +18,7 @@ import optax
 from flax import traverse_util
 
 from flextok_jax.data import sources, transforms
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 SIDE, CLASSES, FEATURES = 16, 10, 64
 FILE = pathlib.Path(__file__).parents[1] / "demos" / "digits_network" / "model.safetensors"
@@ -40,7 +40,7 @@ class _Network(nn.Module):
 @functools.cache
 def parameters() -> dict:
     """The shipped parameters."""
-    return traverse_util.unflatten_dict(tensor_file.read(FILE)[0], sep="/")
+    return traverse_util.unflatten_dict(storage.read(FILE)[0], sep="/")
 
 
 @jax.jit
@@ -87,7 +87,7 @@ def main() -> int:
     """Trains, writes the file that is named, and prints the share of held-out digits read."""
     params = train()
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
-    tensor_file.write(pathlib.Path(sys.argv[1]), flat, {})
+    storage.write(pathlib.Path(sys.argv[1]), flat, {})
     test = sources.digits("test")
     _, logits = features(params, test.images.astype(np.float32) / 127.5 - 1)
     print(f"{np.mean(np.argmax(logits, 1) == test.labels):.2%} of {len(test)} held-out digits")

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flextok_jax.evaluation import digits_network
 from flextok_jax.evaluation.reconstruction import padded
-from flextok_jax.interop import inception_files, lpips_files, tensor_file, weight_files
+from flextok_jax.io import storage, weight_files
+from flextok_jax.io.formats import inception_files, lpips_files
 from flextok_jax.nn import inception, lpips
 from flextok_jax.parallel.sharding import spread_batch
 
@@ -97,7 +98,7 @@ def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> Perceptual:
         "name": "lpips",
         "vgg_sha256": weight_files.published_sha256(vgg),
         "heads_sha256": weight_files.published_sha256(heads),
-        "parameters_sha256": tensor_file.fingerprint(params),
+        "parameters_sha256": storage.fingerprint(params),
     }
 
     def distance(params, images, originals):
@@ -138,5 +139,5 @@ def _hashes(path, params) -> dict:
     """Of the file as it was published, where that can be told, and of what is computed with."""
     return {
         "file_sha256": weight_files.published_sha256(path),
-        "parameters_sha256": tensor_file.fingerprint(params),
+        "parameters_sha256": storage.fingerprint(params),
     }

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 NAME = "arr_0.npy"
 
@@ -23,7 +23,7 @@ def write(path, parts: Iterable[np.ndarray], count: int) -> None:
     """
     written = 0
     with (
-        tensor_file.atomic(path) as temporary,
+        storage.atomic(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
         archive.open(NAME, "w", force_zip64=True) as file,
     ):

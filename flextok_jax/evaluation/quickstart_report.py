@@ -11,8 +11,8 @@ import sys
 
 from flextok_jax.evaluation import pictures, report
 from flextok_jax.evaluation import quickstart_parts as parts
-from flextok_jax.interop import tensor_file
-from flextok_jax.interop.checkpoint import WorkdirError
+from flextok_jax.io import storage
+from flextok_jax.io.checkpoint import WorkdirError
 
 COMMANDS = """./launch/quickstart.sh
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         content = _content(args)
         if args.picture:
-            with tensor_file.atomic(args.picture) as temporary:
+            with storage.atomic(args.picture) as temporary:
                 whole = parts.picture(content.shipped, content.shipped_samples)
                 pictures.write_png(temporary, whole, _about(content))
         title = "An image in one token, or two, or sixteen"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 COLORS = ("#1f5fd0", "#e07a1f", "#2f9e6e", "#8a4fc8", "#c23b5a", "#7a6a4f")
 _WIDTH, _HEIGHT = 440, 280  # Of a chart, in SVG units.
@@ -75,7 +75,7 @@ def write_report(path, title: str, sections: Sequence[tuple[str, Sequence[str]]]
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
-    with tensor_file.atomic(path) as temporary:
+    with storage.atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 SHUFFLE_SEED = 2020  # Of the Inception score's parts; that of torch-fidelity.
 
@@ -205,7 +205,7 @@ def _squares(a, b, chunk):
 
 def write_gaussian(path, gaussian: Gaussian) -> None:
     """Writes the arrays `mu` and `sigma` as the ADM evaluator (arXiv 2105.05233) keeps them."""
-    with tensor_file.atomic(path) as temporary, temporary.open("wb") as file:
+    with storage.atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance)
 
 
@@ -230,5 +230,5 @@ def read_gaussian(path) -> tuple[Gaussian, str]:
         raise ValueError(
             f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}, expected (D,), (D, D)"
         )
-    digest = tensor_file.fingerprint({"mu": mean, "sigma": covariance})
+    digest = storage.fingerprint({"mu": mean, "sigma": covariance})
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64)), digest

@@ -22,7 +22,7 @@ from flextok_jax.evaluation.chunks import Chunks
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.reconstruction import Sampling, side
 from flextok_jax.evaluation.subjects import Point, Subject, digest, draw_point, missed
-from flextok_jax.interop import tensor_file
+from flextok_jax.io import storage
 
 SETTINGS, POINTS, WORK, REFERENCE = "settings.json", "points", ".work", "reference.npz"
 SHARED = PREPARED, REAL = "prepared", "real"  # In WORK, beside a folder for each point.
@@ -55,7 +55,7 @@ def everything(out: pathlib.Path) -> tuple[list[dict], list[dict]]:
         (results, {"images", and "originals" where there are: uint8 [n, S, S, 3]} of each).
     """
     files = (out / POINTS).glob("[!.]*.json")  # Those with a dot are being written, or were.
-    found = [(tensor_file.read_json(file), file) for file in files]
+    found = [(storage.read_json(file), file) for file in files]
     axes = ("token_guidance", "guidance", "steps", "num_tokens")
     found.sort(key=lambda pair: [pair[0]["stamp"]["point"][axis] or 0 for axis in axes])
     pictures = []
@@ -158,7 +158,7 @@ class Sweep:
             raise ValueError(f"{self.out} is a file: pass a folder")
         path, stamp = self.out / SETTINGS, json.loads(json.dumps(self.stamp))
         if path.exists():
-            different = list(protocol.differences(tensor_file.read_json(path), stamp))
+            different = list(protocol.differences(storage.read_json(path), stamp))
             if different:
                 lines = "".join(f"\n  {line}" for line in different)
                 raise ValueError(
@@ -166,7 +166,7 @@ class Sweep:
                     f", or delete it:{lines}"
                 )
             return
-        with tensor_file.atomic(path) as temporary:
+        with storage.atomic(path) as temporary:
             temporary.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
     def _retry(self) -> None:
@@ -185,7 +185,7 @@ class Sweep:
             raise ValueError(f"not one of {count} images could be read:{''.join(lines)}")
         now = self._pixels()
         for path in (self.out / POINTS).glob("[!.]*.json"):
-            then = tensor_file.read_json(path)["stamp"]["pixels_sha256"]
+            then = storage.read_json(path)["stamp"]["pixels_sha256"]
             if now is not None and then not in (None, now):
                 raise ValueError(
                     f"{path} was measured with other pictures than {self.reference.pictures.title} "
@@ -267,8 +267,8 @@ class Sweep:
         shown = {"images": chunks.read(0)["images"][:SHOWN]}
         if len(self._real):
             shown["originals"] = self._real.read(0)["images"]
-        with tensor_file.atomic(self._path(point, "npz")) as path, path.open("wb") as file:
+        with storage.atomic(self._path(point, "npz")) as path, path.open("wb") as file:
             np.savez_compressed(file, **shown)
-        with tensor_file.atomic(self._path(point, "json")) as path:
+        with storage.atomic(self._path(point, "json")) as path:
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         chunks.delete()

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from clu import metrics
 
 from flextok_jax.data import encoded, shards
-from flextok_jax.interop import flexar, sources, tensor_file
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, flextok, vae
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
@@ -243,7 +244,7 @@ def _check_fit(cfg: ARConfig, vocab_size: int, num_tokens: int, where) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(source: str) -> tuple[sources.Loaded, str]:
+def _tokenizer(source: str) -> tuple[models.Loaded, str]:
     """A tokenizer's file, and the sha256 over its parameters."""
-    loaded = sources.load(source)
-    return loaded, tensor_file.fingerprint(loaded.params)
+    loaded = models.load(source)
+    return loaded, storage.fingerprint(loaded.params)

@@ -115,7 +115,7 @@ class RunLog:
 def write_atomic(path: pathlib.Path, text: str):
     """Writes a whole file or nothing, also if the machine is lost.
 
-    Not by `tensor_file.atomic`: a run has one writer, and what a kill leaves of it has a fixed name
+    Not by `storage.atomic`: a run has one writer, and what a kill leaves of it has a fixed name
     that the next run writes over.
     """
     temporary = path.with_name(path.name + ".tmp")

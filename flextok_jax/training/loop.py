@@ -17,8 +17,8 @@ from clu.metrics import LastValue
 from jax.experimental import multihost_utils
 
 from flextok_jax.data.pipeline import make_pipeline
-from flextok_jax.interop import tensor_file
-from flextok_jax.interop.checkpoint import Checkpoints, WorkdirError, flatten, json_config
+from flextok_jax.io import storage
+from flextok_jax.io.checkpoint import Checkpoints, WorkdirError, flatten, json_config
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
 from flextok_jax.parallel.sharding import param_shardings
 from flextok_jax.training.batches import on_mesh
@@ -206,7 +206,7 @@ def _describe(workdir, plain, stage, program, continued: bool):
     path, model = workdir / "config.json", json.loads(json.dumps(stage.export_config()))
     if continued and path.exists():
         try:
-            old, new = (flatten(x) for x in (tensor_file.read_json(path)["model"], model))
+            old, new = (flatten(x) for x in (storage.read_json(path)["model"], model))
         except (ValueError, KeyError, AttributeError) as error:
             raise WorkdirError(
                 f"{path} is damaged ({error}): it tells which frozen networks the run was begun "

@@ -15,7 +15,8 @@ from flextok_jax.data import sources as image_sources
 from flextok_jax.evaluation import metrics, statistics
 from flextok_jax.flow import path as flow
 from flextok_jax.flow import sampler
-from flextok_jax.interop import dinov2_files, sources, tensor_file
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import dinov2_files
 from flextok_jax.nn import dinov2, flextok, repa, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig, identity_vae
 from flextok_jax.nn.decoder import Condition
@@ -42,8 +43,8 @@ class TokenizerStage:
         """
         source = config.vae.source
         if vae_config is None:
-            vae_config = sources.vae_config(source, config.vae.scaling_factor)
-        if source != sources.IDENTITY and pathlib.Path(source).exists():
+            vae_config = models.vae_config(source, config.vae.scaling_factor)
+        if source != models.IDENTITY and pathlib.Path(source).exists():
             source = str(pathlib.Path(source).resolve())
         fields = {f.name for f in dataclasses.fields(FlexTokConfig)} - {"vae", "grid"}
         unknown = sorted(set(config.model) - fields)
@@ -72,7 +73,7 @@ class TokenizerStage:
         """Refuses latents and features that are not what this configuration would make."""
         data, cfg = self._data, self.model.vae
         manifest = shards.read_manifest(data.path, data.split)
-        side, network = data.image_size // cfg.downsample, sources.VAE_NETWORK
+        side, network = data.image_size // cfg.downsample, models.VAE_NETWORK
         ours = {
             "image_size": data.image_size,
             "moments": [side, side, 2 * cfg.latent_channels],
@@ -87,9 +88,9 @@ class TokenizerStage:
         if self._repa.weight and not self._repa.source:
             ours["repa.width"] = self._repa.width
             theirs["repa.width"] = (arrays.get("repa") or [None])[-1]
-        if self._vae_source != sources.IDENTITY:
-            params = sources.vae_params(self._vae_source, cfg)
-            ours["vae"]["fingerprint"] = tensor_file.fingerprint(params)
+        if self._vae_source != models.IDENTITY:
+            params = models.vae_params(self._vae_source, cfg)
+            ours["vae"]["fingerprint"] = storage.fingerprint(params)
             theirs["vae"]["fingerprint"] = made_by.get("fingerprint")
         shards.check_same(theirs, ours, f"{data.path}/{data.split}")
         if self._evaluation.num_images and not self._evaluation.data:
@@ -131,7 +132,7 @@ class TokenizerStage:
 
         No model keeps its projection for REPA: it starts new.
         """
-        return _own(sources.load(source).params) | self._projection(jax.random.key(0))
+        return _own(models.load(source).params) | self._projection(jax.random.key(0))
 
     def _projection(self, key):
         if not self._repa.weight:
@@ -140,7 +141,7 @@ class TokenizerStage:
 
     def load_frozen(self):
         """{"vae"}, not for the identity; {"dinov2"}, where it computes the features for REPA."""
-        frozen = {"vae": sources.vae_params(self._vae_source, self.model.vae)}
+        frozen = {"vae": models.vae_params(self._vae_source, self.model.vae)}
         if self._dinov2:
             frozen["dinov2"] = dinov2_files.load(self._repa.source)[1]
         return {name: params for name, params in frozen.items() if params}
@@ -290,12 +291,12 @@ class TokenizerStage:
 
         "vae_fingerprint" is the sha256 over the parameters of the VAE that it is trained with.
         """
-        frozen = sources.vae_params(self._vae_source, self.model.vae)
+        frozen = models.vae_params(self._vae_source, self.model.vae)
         return {
             "kind": "flextok",
             "config": dataclasses.asdict(self.model),
             "vae_source": self._vae_source,
-            "vae_fingerprint": tensor_file.fingerprint(frozen),
+            "vae_fingerprint": storage.fingerprint(frozen),
         }
 
 

@@ -16,7 +16,7 @@ The latent scaling factor, 1 / (standard deviation of sampled latents of trainin
 averaged weights), is measured by an evaluator, so at the end of every run and with every other
 evaluation. It is thereby in DIR/metrics.jsonl beside the step it was measured at, survives an
 interruption as every evaluation does, and asks nothing of the loop; whoever reads the workdir as a
-VAE (`sources.load_vae`) takes it from there.
+VAE (`models.load_vae`) takes it from there.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ import numpy as np
 from clu import metrics
 
 from flextok_jax.data.pipeline import make_pipeline
-from flextok_jax.interop import lpips_files, sources
+from flextok_jax.io import models
+from flextok_jax.io.formats import lpips_files
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
 from flextok_jax.nn.layout import path_string
@@ -88,7 +89,7 @@ class VAEStage:
 
     def init_from(self, source: str):
         """The VAE of a folder, a hub id or a workdir of ours; the discriminator starts anew."""
-        found, params = sources.load_vae(source, scaling_factor=1.0)
+        found, params = models.load_vae(source, scaling_factor=1.0)
         if dataclasses.replace(found, sample_posterior=True) != self.model:
             raise ValueError(f"the VAE at {source} is {found}; the configuration is {self.model}")
         return jax.jit(self.init)(jax.random.key(0)) | {"vae": params}
@@ -219,7 +220,7 @@ class VAEStage:
         return jnp.stack([*scores, jnp.sum(mask.astype(jnp.float32))])
 
     def export_config(self):
-        """What `sources.load_vae` needs beside the weights and the measured scaling factor."""
+        """What `models.load_vae` needs beside the weights and the measured scaling factor."""
         return {"kind": "vae", "config": dataclasses.asdict(self.model)}
 
 

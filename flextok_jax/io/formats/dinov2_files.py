@@ -2,7 +2,8 @@
 
 import re
 
-from flextok_jax.interop import names, sources, tensor_file
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import names
 from flextok_jax.nn import dinov2
 from flextok_jax.nn.dinov2 import DINOv2Config
 
@@ -33,7 +34,7 @@ def config(source) -> DINOv2Config:
         ValueError: one error that lists every option that is missing or not implemented.
     """
     path = _folder(source) / CONFIG
-    found = tensor_file.read_json(path)
+    found = storage.read_json(path)
     problems = [
         f"{key}={found[key]!r}; implemented: {allowed!r}"
         for key, allowed in (
@@ -73,8 +74,8 @@ def load(source) -> tuple[DINOv2Config, dict]:
         ValueError: as `config` does, or one error that lists every missing, unknown and misshapen
             tensor.
     """
-    cfg, path = config(source), _folder(source) / sources.WEIGHTS
-    tensors = {n: t for n, t in tensor_file.read(path)[0].items() if n != _UNUSED}
+    cfg, path = config(source), _folder(source) / models.WEIGHTS
+    tensors = {n: t for n, t in storage.read(path)[0].items() if n != _UNUSED}
     entries = list(names.entries(dinov2.shapes(cfg), _name))
     problems = names.compare(entries, tensors)
     if problems:
@@ -84,10 +85,10 @@ def load(source) -> tuple[DINOv2Config, dict]:
 
 
 def _folder(source):
-    folder = sources.resolve(source, files=(sources.WEIGHTS, CONFIG), optional=())
-    for name in (CONFIG, sources.WEIGHTS):
+    folder = models.resolve(source, files=(models.WEIGHTS, CONFIG), optional=())
+    for name in (CONFIG, models.WEIGHTS):
         if not (folder / name).is_file():
-            files = f"{CONFIG} and {sources.WEIGHTS}"
+            files = f"{CONFIG} and {models.WEIGHTS}"
             raise FileNotFoundError(f"{folder} holds no {name}: DINOv2 is a folder with {files}")
     return folder
 

@@ -5,7 +5,8 @@ Published files are PyTorch's: torchvision's `vgg16-397923af.pth` (features and 
 safetensors files with tensors under the same names.
 """
 
-from flextok_jax.interop import names, weight_files
+from flextok_jax.io import weight_files
+from flextok_jax.io.formats import names
 from flextok_jax.nn import lpips
 
 

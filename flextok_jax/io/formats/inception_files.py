@@ -4,7 +4,8 @@ Published is `pt_inception-2015-12-05-6726825d.pth` (also as `weights-inception-
 file. Read are that, and safetensors files with tensors under the same names.
 """
 
-from flextok_jax.interop import names, weight_files
+from flextok_jax.io import weight_files
+from flextok_jax.io.formats import names
 from flextok_jax.nn import inception
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flextok_jax.interop import tensor_file
-from flextok_jax.interop.checksums import checksums, differing
+from flextok_jax.io import storage
+from flextok_jax.io.checksums import checksums, differing
 
 # Keys that may change between the runs of one workdir: where it runs and by which of several ways
 # to compute the same, what it reports, when it gives up, and how long it is (total_steps also
@@ -117,7 +117,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             if jax.process_index() == 0:
-                with tensor_file.atomic(pathlib.Path(self._workdir) / MARK) as path:
+                with storage.atomic(pathlib.Path(self._workdir) / MARK) as path:
                     path.write_text(json.dumps({"step": self._saving}) + "\n", encoding="utf-8")
         except Exception as error:
             raise self._failed(error) from error
@@ -179,7 +179,7 @@ class Checkpoints:
         """The step that DIR/saved.json names; -1 without that file."""
         path = pathlib.Path(self._workdir) / MARK
         try:
-            return int(tensor_file.read_json(path)["step"])
+            return int(storage.read_json(path)["step"])
         except FileNotFoundError:
             return -1
         except (ValueError, KeyError, TypeError) as error:

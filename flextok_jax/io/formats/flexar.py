@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flextok_jax.interop import flexar_config, names, sources, tensor_file
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import flexar_config, names
 from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig
 
@@ -76,11 +77,11 @@ def load(source) -> LoadedAR:
         FileNotFoundError: nothing is there; the message says how to get it.
         ValueError: what is there is not understood; one error lists every reason.
     """
-    path = sources.resolve(source, optional=(CONFIG,))
+    path = models.resolve(source, optional=(CONFIG,))
     if (path / "checkpoints").is_dir():
         return _load_workdir(path)
-    found = _load_file(path / sources.WEIGHTS if path.is_dir() else path)
-    return dataclasses.replace(found, origin=source) if source in sources.DEMOS else found
+    found = _load_file(path / models.WEIGHTS if path.is_dir() else path)
+    return dataclasses.replace(found, origin=source) if source in models.DEMOS else found
 
 
 def is_ar(source) -> bool:
@@ -89,26 +90,26 @@ def is_ar(source) -> bool:
     Raises:
         FileNotFoundError, ValueError: nothing readable is there.
     """
-    path = sources.resolve(source, optional=(CONFIG,))
+    path = models.resolve(source, optional=(CONFIG,))
     if (path / "checkpoints").is_dir():
         about = path / "config.json"
-        kind = tensor_file.read_json(about).get("model", {}).get("kind") if about.is_file() else ""
+        kind = storage.read_json(about).get("model", {}).get("kind") if about.is_file() else ""
         return kind == "ar"
-    path = path / sources.WEIGHTS if path.is_dir() else path
-    names_there = tensor_file.tensor_names(path) if path.is_file() else ()
+    path = path / models.WEIGHTS if path.is_dir() else path
+    names_there = storage.tensor_names(path) if path.is_file() else ()
     return any(name.startswith(MODEL) for name in names_there)
 
 
 def save(folder, model: LoadedAR) -> pathlib.Path:
     """Writes `model.safetensors` under the released names, and the `config.yaml` it came with."""
-    path = pathlib.Path(folder) / sources.WEIGHTS
+    path = pathlib.Path(folder) / models.WEIGHTS
     if path.parent.exists() and not path.parent.is_dir():
         raise ValueError(f"{folder} is a file: pass a folder")
     tensors = _join(names.to_tensors(_entries(model.config), model.params))
     about = model.about | {"config": dataclasses.asdict(model.config)}
-    tensor_file.write(path, tensors, {METADATA: json.dumps(about)})
+    storage.write(path, tensors, {METADATA: json.dumps(about)})
     if model.config_yaml is not None:
-        with tensor_file.atomic(path.parent / CONFIG) as temporary:
+        with storage.atomic(path.parent / CONFIG) as temporary:
             temporary.write_text(model.config_yaml, encoding="utf-8")
     return path
 
@@ -116,10 +117,10 @@ def save(folder, model: LoadedAR) -> pathlib.Path:
 def _load_file(path: pathlib.Path) -> LoadedAR:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist. An AR model is a folder with {sources.WEIGHTS}, such a file, "
+            f"{path} does not exist. An AR model is a folder with {models.WEIGHTS}, such a file, "
             "or a workdir of training with a folder `checkpoints`"
         )
-    tensors, metadata = tensor_file.read(path)
+    tensors, metadata = storage.read(path)
     tensors = {n: t for n, t in tensors.items() if not n.startswith(SKIPPED)}
     beside = path.parent / CONFIG
     text = beside.read_text(encoding="utf-8") if beside.is_file() else None
@@ -146,12 +147,12 @@ def _load_file(path: pathlib.Path) -> LoadedAR:
 
 
 def _load_workdir(path: pathlib.Path) -> LoadedAR:
-    from flextok_jax.interop import checkpoint
+    from flextok_jax.io import checkpoint
 
     params, _, step = checkpoint.restore_ema(path)
     about_file = path / "config.json"
     try:
-        about = dict(tensor_file.read_json(about_file)["model"])
+        about = dict(storage.read_json(about_file)["model"])
         if about["kind"] != "ar":
             raise ValueError(f"{path} holds a model of kind {about['kind']!r}, not an AR model")
         cfg = ARConfig(**about.pop("config"))

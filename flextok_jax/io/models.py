@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flextok_jax.interop import names, released, tensor_file, vae_files
+from flextok_jax.io import storage
+from flextok_jax.io.formats import flextok_config, names, vae_files
 from flextok_jax.nn import flextok
 from flextok_jax.nn.config import FlexTokConfig, VAEConfig, identity_vae
 
@@ -99,19 +100,19 @@ def _load_released(path: pathlib.Path) -> Loaded:
             f"{path} does not exist. A FlexTok model is a folder with {WEIGHTS}, such a file, or a "
             "workdir of training with a folder `checkpoints`"
         )
-    tensors, metadata = tensor_file.read(path)
+    tensors, metadata = storage.read(path)
     tensors, renamed = vae_files.modern_names(tensors)
     config_json = None
-    config = released.parse_metadata(metadata)
+    config = flextok_config.parse_metadata(metadata)
     if "encoder" not in config:
         beside = path.parent / "config.json"
         if not beside.is_file():
             raise ValueError(
                 f"{path} has no configuration in its metadata and there is no config.json beside it"
             )
-        config = tensor_file.read_json(beside)
+        config = storage.read_json(beside)
         config_json = beside.read_text(encoding="utf-8")
-    cfg, problems = released.read_config(config)
+    cfg, problems = flextok_config.read_config(config)
     if cfg is not None:
         cfg, problems, entries = _check_tensors(cfg, tensors)
     if problems:
@@ -163,25 +164,25 @@ def save(folder, model: Loaded) -> pathlib.Path:
     tensors = {model.renamed.get(name, name): tensor for name, tensor in tensors.items()}
     metadata = model.metadata
     if metadata is None:
-        metadata = {k: str(v) for k, v in released.write_config(model.config).items()}
+        metadata = {k: str(v) for k, v in flextok_config.write_config(model.config).items()}
     path = pathlib.Path(folder) / WEIGHTS
     if path.parent.exists() and not path.parent.is_dir():
         raise ValueError(f"{folder} is a file: pass a folder")
-    tensor_file.write(path, tensors, metadata)
+    storage.write(path, tensors, metadata)
     if model.config_json is not None:
-        with tensor_file.atomic(path.parent / "config.json") as temporary:
+        with storage.atomic(path.parent / "config.json") as temporary:
             temporary.write_text(model.config_json, encoding="utf-8")
     return path
 
 
 def _load_workdir(path: pathlib.Path) -> Loaded:
-    from flextok_jax.interop import checkpoint
+    from flextok_jax.io import checkpoint
 
     params, _, step = checkpoint.restore_ema(path)
     about, cfg = _about(path, "flextok", config_from_dict)
     params = {name: params[name] for name in ("encoder", "decoder")}  # No projection of REPA.
     params["vae"] = vae_params(about["vae_source"], cfg.vae)
-    fingerprint = tensor_file.fingerprint(params["vae"])
+    fingerprint = storage.fingerprint(params["vae"])
     if about.get("vae_fingerprint", fingerprint) != fingerprint:
         raise ValueError(
             f"{path} was trained with another VAE than {about['vae_source']} is now: its sha256 is "
@@ -196,7 +197,7 @@ def _about(path: pathlib.Path, kind: str, config_of):
     """What a workdir's `config.json` says about its model of this kind, and its configuration."""
     file = path / "config.json"
     try:
-        about = tensor_file.read_json(file)["model"]
+        about = storage.read_json(file)["model"]
         if about["kind"] != kind:
             raise ValueError(f"{path} holds a model of kind {about['kind']!r}, not {kind!r}")
         return about, config_of(about["config"])
@@ -254,7 +255,7 @@ def load_vae(source: str, scaling_factor: float | None = None) -> tuple[VAEConfi
     path = resolve(source, files=(vae_files.WEIGHTS, "config.json"), optional=())
     if not (path / "checkpoints").is_dir():
         return vae_files.load_folder(path, scaling_factor)
-    from flextok_jax.interop import checkpoint
+    from flextok_jax.io import checkpoint
 
     _, cfg = _about(path, "vae", _vae_from_dict)
     params, _, step = checkpoint.restore_ema(path)
@@ -275,14 +276,14 @@ VAE_NETWORK = tuple(
 def vae_identity(cfg: VAEConfig, params) -> dict:
     """Which VAE made moments: the sha256 over its parameters, and its network."""
     network = {name: getattr(cfg, name) for name in VAE_NETWORK}
-    return {"fingerprint": tensor_file.fingerprint(params), **network}
+    return {"fingerprint": storage.fingerprint(params), **network}
 
 
 def is_vae(source) -> bool:
     """Whether a local source is a VAE on its own, as `load_vae` reads it."""
     path = pathlib.Path(source).expanduser()
     if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
-        return tensor_file.read_json(path / "config.json").get("model", {}).get("kind") == "vae"
+        return storage.read_json(path / "config.json").get("model", {}).get("kind") == "vae"
     return (path / vae_files.WEIGHTS).is_file()
 
 

@@ -10,7 +10,8 @@ import re
 
 import numpy as np
 
-from flextok_jax.interop import tensor_file, torch_tensors
+from flextok_jax.io import storage
+from flextok_jax.io.formats import torch_pickle
 
 # The first digits of its own sha256, which published PyTorch files carry in their names, and so do
 # those that `keep` makes of them.
@@ -26,8 +27,8 @@ def read(path) -> dict[str, np.ndarray]:
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
-        return tensor_file.read(path)[0]
-    return torch_tensors.read(path)
+        return storage.read(path)[0]
+    return torch_pickle.read(path)
 
 
 def sha256(path) -> str:
@@ -84,7 +85,7 @@ def keep(path) -> pathlib.Path:
         return target
     about = {"made_from": path.name, "made_from_sha256": digest}
     try:
-        tensor_file.write(target, read(path), about)
+        storage.write(target, read(path), about)
     except OSError:  # Such as a folder that is read only.
         return path
     return target

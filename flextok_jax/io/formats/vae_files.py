@@ -6,7 +6,8 @@ import re
 
 import jax
 
-from flextok_jax.interop import names, tensor_file
+from flextok_jax.io import storage
+from flextok_jax.io.formats import names
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
 
@@ -114,7 +115,7 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
             raise FileNotFoundError(
                 f"{folder} holds no {name}: a VAE needs config.json and {WEIGHTS}"
             )
-    released = tensor_file.read_json(folder / "config.json")
+    released = storage.read_json(folder / "config.json")
     problems = [
         f"{key}={released[key]!r}; implemented: {allowed!r}"
         for key, allowed in (
@@ -134,7 +135,7 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
             f"{folder}/config.json names no scaling_factor: set it in the config "
             "(vae.scaling_factor)"
         )
-    tensors, _ = modern_names(tensor_file.read(folder / WEIGHTS)[0])
+    tensors, _ = modern_names(storage.read(folder / WEIGHTS)[0])
     cfg = infer_layout(
         tensors,
         norm_groups=released.get("norm_num_groups", 32),
@@ -155,8 +156,8 @@ def save_folder(folder, cfg: VAEConfig, params) -> pathlib.Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: pass a folder")
     tensors = names.to_tensors(list(names.vae_entries(params)), params)
-    tensor_file.write(folder / WEIGHTS, tensors, {"format": "pt"})
-    with tensor_file.atomic(folder / "config.json") as temporary:
+    storage.write(folder / WEIGHTS, tensors, {"format": "pt"})
+    with storage.atomic(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(_diffusers_config(cfg), indent=2) + "\n", encoding="utf-8")
     return folder / WEIGHTS
 

@@ -9,7 +9,7 @@ import dataclasses
 import re
 import reprlib
 
-from flextok_jax.interop.released_template import (
+from flextok_jax.io.formats.flextok_template import (
     IDENTITY_VAE,
     MISSING,
     OWN,

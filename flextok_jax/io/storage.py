@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flextok_jax.interop.names import flatten
+from flextok_jax.io.formats.names import flatten
 
 
 def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
