@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from flextok_jax.conditions import Conditions
 from flextok_jax.io import storage
 from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, flextok, generation
@@ -132,6 +133,7 @@ class ImageGenerator:
         null_embeddings=None,
         null_mask=None,
         text=None,
+        conditions: Conditions | None = None,
     ) -> jax.Array:
         """Tokens, coarse to fine.
 
@@ -157,6 +159,7 @@ class ImageGenerator:
             text_mask: bool or 0/1 [B, T], what of them is no padding; all by default.
             null_embeddings, null_mask: [1, T', E] and [1, T'], of the empty prompt, for guidance.
             text: prompts; needs a text encoder, which there is none of yet.
+            conditions: labels or texts in one object, in place of the arguments for them.
 
         Returns:
             int32 [B, num_tokens], the prefix first.
@@ -165,6 +168,9 @@ class ImageGenerator:
             ValueError: an argument has a wrong type, shape or value, or does not suit the model.
         """
         cfg = self.config
+        if conditions is not None:
+            labels = conditions.labels
+            text_embeddings, text_mask = conditions.text, conditions.text_mask
         if text is not None:
             raise ValueError("text needs a text encoder, which there is none of: text_embeddings")
         prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)

@@ -10,7 +10,7 @@ from common import ROOT
 PACKAGE = "flextok_jax"
 # An import goes to the same level or a lower one.
 LEVELS = (
-    ("nn", "flow"),
+    ("conditions", "nn", "flow"),
     ("io", "parallel"),
     ("tokenizer", "generator"),
     ("data", "evaluation"),
@@ -120,7 +120,7 @@ def test_the_check_sees_upward_and_lazy_imports(tmp_path, monkeypatch):
         "import flextok_jax.data.pipeline\n"
         "from flextok_jax import FlexTok\n"
         "from ..training import loop\n"
-        "def f():\n    from flextok_jax.io import names\n    import torch.nn\n"
+        "def f():\n    from flextok_jax.io import storage\n    import torch.nn\n"
     )
     assert imports(path) == [
         ("flextok_jax.data.pipeline", False),

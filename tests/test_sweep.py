@@ -469,10 +469,10 @@ def test_a_summary_of_one_image_has_what_one_image_gives(tok, tmp_path):
 @pytest.mark.slow
 def test_the_files_of_the_networks_give_their_metrics_and_their_hashes(
     model,
-    weights,
-    files,
+    weights,  # noqa: F811
+    files,  # noqa: F811
     tmp_path,
-    capsys,  # noqa: F811
+    capsys,
 ):
     """Of random weights under the published names; `weights` of Inception, `files` of LPIPS."""
     out, (vgg, heads) = tmp_path / "out", files

@@ -135,6 +135,11 @@ class FlexTokConfig:
         return self.patch_size**2 * self.vae.latent_channels
 
     @property
+    def code_dim(self) -> int:
+        """F, channels of a code."""
+        return len(self.levels)
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids."""
         size = 1
