@@ -14,6 +14,7 @@ from flextok_jax.flow import sampler
 from flextok_jax.io import models, storage
 from flextok_jax.nn import flextok, fsq, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig
+from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.sharding import param_shardings, spread_batch
 
@@ -24,7 +25,7 @@ Key = jax.Array | int | None
 def _encode(params, images, noise, cfg: FlexTokConfig, compute: Compute, count: int):
     """uint8 or float images -> (registers [B, count, F], ids [B, count]); N + count positions."""
     if images.dtype == jnp.uint8:
-        images = images.astype(jnp.float32) / 127.5 - 1.0
+        images = to_float(images)
     dtype = jnp.dtype(compute.dtype)
     latents = vae.images_to_latents(params["vae"], cfg.vae, images, dtype, noise)
     registers = flextok.encode(params, cfg, compute, latents, count)

@@ -15,6 +15,7 @@ from flextok_jax.flow import sampler
 from flextok_jax.nn import ar, flextok, lpips, vae
 from flextok_jax.nn.config import Compute, VAEConfig
 from flextok_jax.nn.generation import Sampling
+from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from flextok_jax.training.ar_stage import ARStage
 from flextok_jax.training.checks import check_config
@@ -123,7 +124,7 @@ def _tokenizer(name, stage, config, mesh) -> Program:
 
 @jax.jit(static_argnums=(2, 3))
 def _moments(params, images, cfg, compute: Compute):
-    images = images.astype(jnp.float32) / 127.5 - 1.0
+    images = to_float(images)
     return vae.encode_moments(params, cfg, images, jnp.dtype(compute.dtype))
 
 

@@ -16,6 +16,7 @@ from flextok_jax.io import models, storage
 from flextok_jax.io.formats import dinov2_files
 from flextok_jax.nn import repa, vae
 from flextok_jax.nn.config import Compute
+from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.sharding import param_shardings, spread_batch
 
@@ -87,7 +88,7 @@ def _moments(args, size: int) -> Encoder:
     dtype = jnp.dtype(args.dtype)
 
     def moments(params, images):
-        images = images.astype(jnp.float32) / 127.5 - 1.0
+        images = to_float(images)
         return jnp.concatenate(vae.encode_moments(params, cfg, images, dtype), -1)
 
     shape, run = (h, h, 2 * cfg.latent_channels), _on_devices(moments, "vae", params)

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +16,7 @@ from flextok_jax.evaluation.reconstruction import padded
 from flextok_jax.io import storage, weight_files
 from flextok_jax.io.formats import inception_files, lpips_files
 from flextok_jax.nn import inception, lpips
+from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.sharding import spread_batch
 
 NO_FEATURES = (
@@ -85,7 +85,7 @@ def digits_features(mesh: Mesh | None = None) -> FeatureNetwork:
     }
 
     def features(params, images):
-        return digits_network.features(params, _scaled(images))
+        return digits_network.features(params, to_float(images))
 
     sizes = digits_network.FEATURES, digits_network.CLASSES
     return FeatureNetwork(about, *sizes, _batched(features, params, mesh))
@@ -102,14 +102,9 @@ def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> Perceptual:
     }
 
     def distance(params, images, originals):
-        return lpips.lpips(params, _scaled(images), _scaled(originals))
+        return lpips.lpips(params, to_float(images), to_float(originals))
 
     return Perceptual(about, _batched(distance, params, mesh))
-
-
-def _scaled(images):
-    """uint8 -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def _batched(function, params, mesh: Mesh | None):

@@ -12,6 +12,8 @@ import numpy as np
 
 from flextok_jax.data import decode, sources, transforms
 from flextok_jax.data.folder import IMAGE_SUFFIXES
+from flextok_jax.nn.images import to_float as from_uint8  # noqa: F401
+from flextok_jax.nn.images import to_uint8  # noqa: F401
 
 DIGITS = "digits"
 GRID_ROWS = 16
@@ -173,16 +175,6 @@ def png_names(names: list[str]) -> list[str]:
         stems.append(stem if suffix.lower() in IMAGE_SUFFIXES else name)
     clash = len({stem.casefold() for stem in stems}) < len(stems)
     return [f"{stem}.png" for stem in (names if clash else stems)]
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1], clipped -> uint8."""
-    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
-
-
-def from_uint8(images: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]."""
-    return images.astype(np.float32) / 127.5 - 1
 
 
 def write_png(path: pathlib.Path, picture, about: dict) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flextok_jax.nn import dinov2, layers, layout
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.dinov2 import DINOv2Config
+from flextok_jax.nn.images import to_float
 
 BLOCK = 1  # Features are taken after this block of the decoder, counted from 0.
 # Added to squared lengths: at 0, where the projection begins, the cosine then has a gradient.
@@ -53,7 +54,7 @@ def targets(params, cfg: DINOv2Config, compute: Compute, images, size: int) -> j
     Returns:
         float32 [B, P, E].
     """
-    images = images.astype(jnp.float32) / 127.5 - 1.0
+    images = to_float(images)
     images = jax.image.resize(images, (len(images), size, size, 3), "cubic")
     return dinov2.patch_features(params, cfg, compute, images)
 

@@ -14,6 +14,7 @@ from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, flextok, vae
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
+from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.rng import named
 from flextok_jax.training.batches import held_out
 
@@ -158,7 +159,7 @@ class ARStage:
         # In float32, as `flextok tokenize` by default: rounding would turn ids into their
         # neighbours.
         cfg, params = self._tokenizer, frozen["tokenizer"]
-        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        images = to_float(batch["image"])
         latents = vae.images_to_latents(params["vae"], cfg.vae, images, jnp.float32)
         registers = flextok.encode(params, cfg, Compute(), latents, count)
         return flextok.quantize(registers, cfg)[1]

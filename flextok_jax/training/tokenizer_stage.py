@@ -20,6 +20,7 @@ from flextok_jax.io.formats import dinov2_files
 from flextok_jax.nn import dinov2, flextok, repa, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig, identity_vae
 from flextok_jax.nn.decoder import Condition
+from flextok_jax.nn.images import to_float
 from flextok_jax.nn.layers import is_fixed
 from flextok_jax.parallel.rng import named
 from flextok_jax.training.batches import held_out
@@ -209,7 +210,7 @@ class TokenizerStage:
         if "moments" in batch:
             mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
         else:
-            images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+            images = to_float(batch["image"])
             params, dtype = frozen.get("vae", {}), jnp.dtype(self.compute.dtype)
             mean, logvar = vae.encode_moments(params, cfg, images, dtype)
         if cfg.kind != "identity" and cfg.sample_posterior:
@@ -250,7 +251,7 @@ class TokenizerStage:
         for index, batch in enumerate(held_out(self._images(), self._evaluation, mesh)):
             key = jax.random.fold_in(jax.random.key(0), index)
             whole = statistics.gather({name: batch[name] for name in ("image", "mask")})
-            originals = whole["image"][whole["mask"]] / np.float32(127.5) - 1
+            originals = to_float(whole["image"][whole["mask"]])
             for k in flextok.lengths(self.model.num_tokens):
                 drawn = self._drawn(params, frozen, batch["image"], key, jnp.int32(k))
                 drawn = statistics.gather(drawn)[whole["mask"]]
@@ -274,7 +275,7 @@ class TokenizerStage:
         """uint8 [B, H, W, 3] -> float32, clipped to [-1, 1], from the first k tokens."""
         cfg, compute = self.model, self.compute
         params = params | {"vae": frozen.get("vae", {})}
-        images = images.astype(jnp.float32) / 127.5 - 1.0
+        images = to_float(images)
         dtype = jnp.dtype(compute.dtype)
         x0 = vae.images_to_latents(params["vae"], cfg.vae, images, dtype)
         codes, _ = flextok.quantize(flextok.encode(params, cfg, compute, x0), cfg)

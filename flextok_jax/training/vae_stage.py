@@ -34,6 +34,7 @@ from flextok_jax.io import models
 from flextok_jax.io.formats import lpips_files
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.images import to_float
 from flextok_jax.nn.layout import path_string
 from flextok_jax.nn.lpips import lpips
 from flextok_jax.nn.patchgan import PatchGAN
@@ -113,7 +114,7 @@ class VAEStage:
             batch: "image": uint8 [B, H, W, 3].
         """
         cfg, weights = self.model, self.weights
-        images = _signed(batch["image"])
+        images = to_float(batch["image"])
         mean, logvar = vae.encode_moments(params["vae"], cfg, images, self.dtype)
         noise = jax.random.normal(named(key, "posterior"), mean.shape)
         latents = vae.sample_posterior(mean, logvar, noise)
@@ -194,7 +195,7 @@ class VAEStage:
     @functools.partial(jax.jit, static_argnums=0)
     def _moments(self, params, batch, key):
         """[sum, sum of squares, number] of sampled latents."""
-        mean, logvar = vae.encode_moments(params, self.model, _signed(batch["image"]), self.dtype)
+        mean, logvar = vae.encode_moments(params, self.model, to_float(batch["image"]), self.dtype)
         x = vae.sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
         return jnp.stack([jnp.sum(x), jnp.sum(x**2), jnp.float32(x.size)])
 
@@ -212,7 +213,7 @@ class VAEStage:
     @functools.partial(jax.jit, static_argnums=0)
     def _psnr_sums(self, params, batch):
         """[sum of the VAE's PSNR, of the small image's, number of images that count]."""
-        images, mask = _signed(batch["image"]), batch["mask"]
+        images, mask = to_float(batch["image"]), batch["mask"]
         mean, _ = vae.encode_moments(params, self.model, images, self.dtype)
         made = vae.decode_latents(params, self.model, mean, self.dtype)
         small = downsampled(images, math.prod(mean.shape[1:]))
@@ -308,11 +309,6 @@ def _nothing(params, images, made):
     """The adversarial terms before they begin."""
     zero = jnp.float32(0)
     return zero, jnp.zeros_like(made), zero, zero, zero
-
-
-def _signed(images):
-    """uint8 -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def _average(values):
