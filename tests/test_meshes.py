@@ -20,6 +20,8 @@ from test_tokenizer_stage import config as tokenizer_config
 from flextok_jax import main
 from flextok_jax.training.loop import train
 
+pytestmark = pytest.mark.slow  # a process of eight devices
+
 RUNS = [("tokenizer", sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2))]  # data, fsdp, tensor
 RUNS += [("ar", (2, 2, 2))]  # the vocabulary over `tensor`
 STEPS = 20

@@ -21,6 +21,8 @@ from test_training_state import ToyStage, get_config
 from flextok_jax.training.loop import train
 from flextok_jax.training.signals import PREEMPTED
 
+pytestmark = pytest.mark.slow  # real processes
+
 TOY_CONFIG = """
 from test_training_state import get_config as toy
 def get_config():
@@ -134,7 +136,7 @@ def runs(folder):
     return outputs
 
 
-BY = ["two", pytest.param("four", marks=pytest.mark.slow)]
+BY = ["two", "four"]
 
 
 @pytest.mark.parametrize("name", BY)
@@ -166,7 +168,7 @@ def alone(runs, folder):
     return read_by(folder / "1x1", 1, 1, [folder / "two" / "run"])[0][0]
 
 
-@pytest.mark.parametrize("count, devices", [(1, 8), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count, devices", [(1, 8), (4, 2)])
 def test_a_checkpoint_of_two_processes_is_read_bitwise_by_others(count, devices, alone, folder):
     workdirs = [folder / "two" / "run"] * count
     found, _ = read_by(folder / f"{count}x{devices}", count, devices, workdirs)

@@ -1,63 +1,58 @@
-"""The short form of tests/torture.py: every kind of fault once, on a small model.
-
-What damage does to a checkpoint: test_checkpoint.py.
-"""
+"""A run that is killed continues from its newest checkpoint and becomes the undisturbed run."""
 
 import os
-import random
-import re
+import signal
 import subprocess
 import sys
+import time
 
+import jax
+import numpy as np
 import pytest
-import torture
 from common import ROOT
 from conftest import CACHE
-from torture import why_no_namespace
+from test_startup import TOY, losses
 
-FAULTS = (
-    "kill -9 at a random moment",
-    "kill -9 in a save",
-    "kill -9 in its commit",
-    "kill -9 after its commit",
-    "SIGTERM",
-    "changed",
-    "full disk",
-)
+from flextok_jax.io.checkpoint import restore_ema
+
+CONFIG = """
+from test_training_state import get_config as toy
+def get_config():
+    return toy(total_steps=40, checkpoint__every=5)
+"""
 
 
-def test_faults_are_survived_bitwise():
-    amounts = ["--rounds=1", "--damages=1", "--losses=0", "--disks=1", "--toy"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "torture.py"), *amounts],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "all survived"
-    for fault in FAULTS:
-        if fault == "full disk" and why_no_namespace():
-            assert "full disk: skipped: " in done.stdout
-            continue
-        tried, survived = re.search(rf"^{fault} +(\d+) +(\d+)", done.stdout, re.MULTILINE).groups()
-        assert tried == survived == "1", done.stdout
+def start(folder, name):
+    """Starts the training command with its workdir folder/name."""
+    (folder / "toy.py").write_text(CONFIG)
+    arguments = [f"--config={folder / 'toy.py'}", f"--workdir={folder / name}"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_DEFAULT_MATMUL_PRECISION": "float32",
+    }
+    with open(folder / f"{name}.log", "a") as log:
+        command = [sys.executable, "-c", TOY, *arguments]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def test_a_fault_whose_moment_is_never_seen_is_given_up(tmp_path, monkeypatch):
-    class Quick:
-        """A run that is over before it is hit."""
+def checkpoints(workdir):
+    folder = workdir / "checkpoints"
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
 
-        def __init__(self, workdir):
-            workdir.mkdir()
 
-        def hit(self, *_):
-            return False
-
-    monkeypatch.setattr(torture, "Run", Quick)
-    monkeypatch.setattr(torture, "check_end", lambda *_: None)
-    table = torture.Table()
-    with pytest.raises(torture.Fault, match="20 runs ended before its moment was seen"):
-        torture.one_round(tmp_path / "run", random.Random(0), 1.0, {}, table)
-    assert sum(table.failed.values()) == sum(table.tried.values()) == 1
+@pytest.mark.slow
+def test_a_killed_run_continues_bitwise(tmp_path):
+    assert start(tmp_path, "whole").wait() == 0
+    killed = 0
+    for least in (5, 20):  # Killed after these steps were saved.
+        process = start(tmp_path, "killed")
+        while process.poll() is None and max(checkpoints(tmp_path / "killed"), default=0) < least:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert start(tmp_path, "killed").wait() == 0, (tmp_path / "killed.log").read_text()
+    assert killed, "both runs ended before they were killed"
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    trees = [restore_ema(tmp_path / name)[0] for name in ("whole", "killed")]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *trees)))

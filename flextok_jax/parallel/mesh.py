@@ -1,9 +1,17 @@
 """The device mesh: three integers, `data`, `fsdp` and `tensor`."""
 
+import importlib.metadata
+import logging
+
 import jax
 from jax.experimental import mesh_utils
 
 AXES = ("data", "fsdp", "tensor")
+# How products of float32 matrices are computed unless the highest precision is asked for.
+PRECISION = {"gpu": "tensorfloat32", "tpu": "bfloat16"}
+CUDA_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+
+log = logging.getLogger(__name__)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
@@ -52,10 +60,41 @@ TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:
-    """Of its devices, without a mesh of the default one: "cpu", "gpu" or "tpu"."""
+    """The platform of the mesh's devices, or of the default device: "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """What `jax.stages.Lowered.compile` is to be told for these devices."""
+    """Options of `jax.stages.Lowered.compile` for these devices."""
     return TPU_OPTIONS if platform(mesh) == "tpu" else {}
+
+
+def describe(mesh: jax.sharding.Mesh | None = None, dtype="float32") -> str:
+    """One line about the devices: "8 x NVIDIA H100 (gpu), mesh data=8, bfloat16".
+
+    The first line of training and of every long command. A warning is logged where a CPU is used
+    although JAX's CUDA plugin is installed and nobody asked for the CPU.
+
+    Args:
+        mesh: of the run; None: the default device alone.
+        dtype: the compute type of the networks.
+    """
+    where = platform(mesh)
+    devices = list(mesh.devices.flat) if mesh else jax.local_devices()[:1]
+    if where == "cpu" and not jax.config.jax_platforms and any(map(_installed, CUDA_PLUGINS)):
+        log.warning("running on the CPU, although JAX's CUDA plugin is installed: no GPU was found")
+    kind = devices[0].device_kind
+    parts = [f"{len(devices)} x {kind}" + (f" ({where})" if kind != where else "")]
+    sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1] if mesh else []
+    parts += [f"mesh {' '.join(sizes)}"] if sizes else []
+    dtype = str(jax.numpy.dtype(dtype))
+    precision = jax.config.jax_default_matmul_precision or PRECISION.get(where)
+    inexact = dtype == "float32" and precision not in (None, "float32", "highest")
+    return ", ".join([*parts, dtype + (f" (matrix products in {precision})" if inexact else "")])
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
