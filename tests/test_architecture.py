@@ -23,7 +23,7 @@ INFERENCE = LEVEL["tokenizer"]  # Levels up to this one run without the librarie
 
 # What inference imports beside the standard library: at the top of a file, and only when used.
 AT_IMPORT = {"jax", "flax", "numpy"}
-WHEN_USED = AT_IMPORT | {"safetensors", "huggingface_hub", "PIL", "tqdm", "yaml", "etils"}
+WHEN_USED = AT_IMPORT | {"safetensors", "huggingface_hub", "PIL", "tqdm", "yaml", "etils", "fsspec"}
 # Libraries that one place alone may import.
 ONLY_IN = {
     "orbax": "io/checkpoint.py",

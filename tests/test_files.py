@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -404,20 +403,6 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     assert (tmp_path / "model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="is a file: pass a folder"):
         tok.save_pretrained(tmp_path / "model.safetensors")
-
-
-def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    synced, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda f: synced.append(os.fstat(f).st_ino) or fsync(f))
-
-    def named(source, target):
-        assert synced == [os.stat(source).st_ino]
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", named)
-    with storage.atomic(tmp_path / "x") as temporary:
-        temporary.write_text("all")
-    assert (tmp_path / "x").read_text() == "all"
 
 
 @pytest.mark.parametrize("length", [0, 5, 1000, 200_000])

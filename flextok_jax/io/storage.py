@@ -1,51 +1,62 @@
-"""Files: whole reads, atomic writes, and the identity of parameters."""
+"""Files: whole reads, atomic writes, comparing settings, and the identity of parameters."""
 
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 
 from flextok_jax.io.formats.names import flatten
+from flextok_jax.io.paths import as_path, copy_file, is_remote, local_copy
 
 
 def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a file, and its metadata.
+    """All tensors of a safetensors file, and its metadata.
 
     Raises:
         ValueError: the file is damaged, is no safetensors file, or holds a type we cannot read.
     """
+    with _opened(path) as file:
+        try:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (AttributeError, KeyError, TypeError) as error:  # from NumPy, which lacks the type
+            raise ValueError(
+                f"{path} holds tensors of a type that cannot be read ({error}); convert them to "
+                "float32, float16 or bfloat16"
+            ) from error
+        return tensors, file.metadata() or {}
+
+
+def read_header(path) -> tuple[list[str], dict[str, str]]:
+    """The names and the metadata of a safetensors file; no tensor is read. Raises as `read`."""
+    with _opened(path) as file:
+        return list(file.keys()), file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path):
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        with local_copy(path) as local, safe_open(str(local), framework="numpy") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); fetch it again"
         ) from error
-    except (AttributeError, KeyError, TypeError) as error:  # from NumPy, which lacks the type
-        raise ValueError(
-            f"{path} holds tensors of a type that cannot be read ({error}); convert them to "
-            "float32, float16 or bfloat16"
-        ) from error
 
 
-def tensor_names(path) -> list[str]:
-    """The names in a safetensors file; none of its tensors is read. Raises as `read` does."""
-    from safetensors import SafetensorError, safe_open
+def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    from safetensors.numpy import save_file
 
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); fetch it again"
-        ) from error
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata or None)
 
 
 def read_json(path) -> dict:
@@ -54,7 +65,7 @@ def read_json(path) -> dict:
     Raises:
         ValueError: the file holds something else.
     """
-    text = pathlib.Path(path).read_text(encoding="utf-8")
+    text = as_path(path).read_text(encoding="utf-8")
     try:
         found = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -64,21 +75,36 @@ def read_json(path) -> dict:
     return found
 
 
-def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes to a temporary name in the same folder, then renames: never half a file."""
-    from safetensors.numpy import save_file
+def write_json(path, content) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
+
+def write_text(path, text: str) -> None:
+    """Writes a text file (UTF-8), whole or not at all."""
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata or None)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def atomic(path) -> Iterator[pathlib.Path]:
-    """A temporary path beside `path`, moved onto it if the block succeeds, else removed.
+    """A temporary local file that becomes `path` if the block succeeds, else it is removed.
 
     Its bytes are on the disk before it gets its name: a machine that is lost leaves all or nothing.
+    Objects behind an address appear whole anyway.
+
+    Raises:
+        ValueError: `path` is a folder.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: pass the name of a file")
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = pathlib.Path(folder) / path.name
+            yield temporary
+            copy_file(temporary, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -93,6 +119,55 @@ def atomic(path) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def differences(old: dict, new: dict, ignore: str = "") -> list[str]:
+    """One line "a.b: OLD there, NEW now" for each key whose values differ.
+
+    Args:
+        old: what a file holds; nested dictionaries in JSON terms.
+        new: what is wanted now; tuples equal lists.
+        ignore: a regular expression of whole keys ("a.b") that may differ.
+    """
+    old, new = _dotted(old), _dotted(json.loads(json.dumps(new)))
+    return [
+        f"{key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, ...) != new.get(key, ...) and not re.fullmatch(ignore, key)
+    ]
+
+
+def same_or_refuse(path, settings: dict, what: str) -> None:
+    """Writes `settings` as JSON where no file is; returns where the same is there.
+
+    Args:
+        path: the file.
+        settings: in JSON terms.
+        what: what the settings made, such as "shards": for the message.
+
+    Raises:
+        ValueError: the file holds other settings; every difference is named.
+    """
+    path = as_path(path)
+    if not path.exists():
+        return write_json(path, settings)
+    found = differences(read_json(path), settings)
+    if found:
+        raise ValueError(
+            f"{path.parent} holds {what} of other settings ({path.name}). Use another folder, or "
+            "set these back:\n  " + "\n  ".join(found)
+        )
+
+
+def _dotted(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty dictionary is a value."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def fingerprint(params) -> str:

@@ -96,7 +96,7 @@ def is_ar(source) -> bool:
         kind = storage.read_json(about).get("model", {}).get("kind") if about.is_file() else ""
         return kind == "ar"
     path = path / models.WEIGHTS if path.is_dir() else path
-    names_there = storage.tensor_names(path) if path.is_file() else ()
+    names_there = storage.read_header(path)[0] if path.is_file() else ()
     return any(name.startswith(MODEL) for name in names_there)
 
 
