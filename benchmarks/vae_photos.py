@@ -13,12 +13,14 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.data.photos import HELD_OUT, SPLITS, TRAIN, photos
+from flextok_jax.evaluation import metrics
 from flextok_jax.io import models
 from flextok_jax.nn import vae
-from flextok_jax.training.vae_stage import downsampled, psnr
+from flextok_jax.training.vae_stage import downsampled
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -26,7 +28,8 @@ def scores(params, cfg, images):
     """PSNR [B] of the VAE and of the small image."""
     mean, _ = vae.encode_moments(params, cfg, images)
     small = downsampled(images, math.prod(mean.shape[1:]))
-    return psnr(vae.decode_latents(params, cfg, mean), images), psnr(small, images)
+    made = jnp.clip(vae.decode_latents(params, cfg, mean), -1, 1)
+    return metrics.psnr(made, images), metrics.psnr(jnp.clip(small, -1, 1), images)
 
 
 def main():

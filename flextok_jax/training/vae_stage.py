@@ -30,6 +30,7 @@ import numpy as np
 from clu import metrics
 
 from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.evaluation import metrics as evaluation
 from flextok_jax.io import models
 from flextok_jax.io.formats import lpips_files
 from flextok_jax.nn import vae
@@ -200,25 +201,27 @@ class VAEStage:
         return jnp.stack([jnp.sum(x), jnp.sum(x**2), jnp.float32(x.size)])
 
     def _reconstruction(self, params, frozen, mesh):
-        """Yields ("psnr", dB) from the posterior's mean, and ("psnr_downsampled", dB).
+        """Yields psnr (dB), mae, ssim from the posterior's mean, and of `downsampled` images.
 
-        The latter is of the same images stored as small images of as many values; see
-        `downsampled`. PSNR has range 2 and is averaged over the images, which are clipped.
+        The latter, NAME_downsampled, are the same images stored as small images of as many values.
+        Means over the first validation images, as `evaluation.metrics` defines them.
         """
-        batches = held_out(self._data, self._evaluation, mesh)
-        sums = _sum_over(batches, lambda b, _: self._psnr_sums(params["vae"], b))
-        for name, total in zip(("psnr", "psnr_downsampled"), sums):
-            yield name, total / max(sums[2], 1)
+
+        def stream():
+            for batch in held_out(self._data, self._evaluation, mesh):
+                made, small = self._reconstructed(params["vae"], batch["image"])
+                yield "", made, batch["image"], batch["mask"]
+                yield "_downsampled", small, batch["image"], batch["mask"]
+
+        return evaluation.means(stream())
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _psnr_sums(self, params, batch):
-        """[sum of the VAE's PSNR, of the small image's, number of images that count]."""
-        images, mask = to_float(batch["image"]), batch["mask"]
+    def _reconstructed(self, params, images):
+        """uint8 images → their reconstructions, and `downsampled` ones of as many values."""
+        images = to_float(images)
         mean, _ = vae.encode_moments(params, self.model, images, self.dtype)
-        made = vae.decode_latents(params, self.model, mean, self.dtype)
         small = downsampled(images, math.prod(mean.shape[1:]))
-        scores = [jnp.sum(jnp.where(mask, psnr(x, images), 0)) for x in (made, small)]
-        return jnp.stack([*scores, jnp.sum(mask.astype(jnp.float32))])
+        return vae.decode_latents(params, self.model, mean, self.dtype), small
 
     def export_config(self):
         """What `models.load_vae` needs beside the weights and the measured scaling factor."""
@@ -253,12 +256,6 @@ def _begin(cfg: VAEConfig, key):
 def adaptive_weight(fidelity_norm, adversarial_norm):
     """How much stronger the gradient of F is than that of G, within 0 .. 1e4."""
     return jnp.clip(fidelity_norm / (adversarial_norm + 1e-4), 0.0, MAX_ADAPTIVE_WEIGHT)
-
-
-def psnr(made, images):
-    """PSNR in dB of each image, `made` clipped to [-1, 1]: float32 [B, H, W, C] twice -> [B]."""
-    error = jnp.mean(jnp.square(jnp.clip(made, -1, 1) - images), axis=(1, 2, 3))
-    return 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
 
 
 def downsampled(images, values: int):
