@@ -29,6 +29,8 @@ released inference code and checkpoints; [assumed] recollected or not published,
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from examples import digits
+
 C2I = (10, 12, 16, 20, 24, 30)  # Depths; 49 M to 1.33 B parameters in the blocks [paper].
 T2I = (12, 18, 26, 36)  # [released]: 113 M, 382 M, 1 B, 3 B.
 VARIANTS = ("digits", *(f"c2i_d{d}" for d in C2I), *(f"t2i_d{d}" for d in T2I))
@@ -136,7 +138,7 @@ def _digits() -> ConfigDict:
     c.ema_decay = 0.99
     c.evaluation.num_images, c.evaluation.batch_size = 297, 160
     c.tokenizer.source = "demo-digits"
-    c.data.update(source="digits", image_size=16, rotate=8.0, zoom=0.08)
+    c.data.update(source="folder", path=digits.folder(), image_size=16, rotate=8.0, zoom=0.08)
     c.loss.chunk = 16  # all positions: their logits are small
     c.model.update(
         vocab_size=1000,

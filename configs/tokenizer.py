@@ -21,6 +21,8 @@ checkpoints; [assumed] recollected or not published, chosen by us.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from examples import digits, photos
+
 VARIANTS = ("digits", "photos", "folder", "d12_d12", "d18_d18", "d18_d28")
 
 
@@ -70,7 +72,7 @@ def _base() -> ConfigDict:
                 width=1024,  # channels of its features: 384, 768, 1024 for S, B, L
             ),
             data=dict(
-                source="digits",
+                source="folder",
                 path="",
                 name="",
                 split="train",
@@ -134,6 +136,7 @@ def _digits() -> ConfigDict:
     # shows through noise early: without the shift, with 12^(1/2) = 3.5 at least, the decoder does
     # not begin to use its tokens for thousands of steps. 6 began at some 600 steps, 12 at 750.
     c.time_shift = 6.0
+    c.data.path = digits.folder()
     c.model.update(
         patch_size=4,
         num_tokens=16,
@@ -163,7 +166,8 @@ def _photos() -> ConfigDict:
     c.ema_decay = 0.999
     c.evaluation.update(num_images=14, batch_size=14)
     c.time_shift = 3.0
-    c.data.update(source="photos", image_size=64, crop="window", flip=True, quarter_turns=True)
+    c.data.update(path=photos.folder(), image_size=64, crop="window")
+    c.data.update(flip=True, quarter_turns=True)
     c.data.color = 0.14  # as its VAE
     c.model.update(
         patch_size=1,
@@ -192,7 +196,7 @@ def _folder() -> ConfigDict:
     c.total_steps, c.batch_size = 100_000, 128
     c.log_every, c.eval_every = 100, 5000
     c.ema_decay = 0.9995
-    c.data.update(source="folder", image_size=64, crop="random", crop_scale=(0.5, 1.0), flip=True)
+    c.data.update(image_size=64, crop="random", crop_scale=(0.5, 1.0), flip=True)
     c.model.update(
         patch_size=4,
         num_tokens=64,

@@ -16,6 +16,8 @@ autoencoder of arXiv 2112.10752, recollected; [assumed] not published, chosen by
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from examples import digits, photos
+
 VARIANTS = ("digits", "photos", "c4", "c8", "c16")
 
 
@@ -55,7 +57,7 @@ def _base() -> ConfigDict:
                 batch_size=128,
             ),
             data=dict(
-                source="digits",
+                source="folder",
                 path="",
                 name="",
                 split="train",
@@ -114,7 +116,7 @@ def _digits() -> ConfigDict:
     c.log_every, c.eval_every, c.checkpoint.every = 100, 1000, 500
     c.ema_decay = 0.99
     c.evaluation.update(num_images=297, batch_size=160)
-    c.data.shift = 1
+    c.data.update(path=digits.folder(), shift=1)
     c.model.update(
         latent_channels=1,
         block_out=(16, 32),
@@ -139,7 +141,8 @@ def _photos() -> ConfigDict:
     c.log_every, c.eval_every, c.checkpoint.every = 100, 500, 500
     c.ema_decay = 0.99
     c.evaluation.update(num_images=14, num_latents=256, batch_size=14)
-    c.data.update(source="photos", image_size=64, crop="window", flip=True, quarter_turns=True)
+    c.data.update(path=photos.folder(), image_size=64, crop="window")
+    c.data.update(flip=True, quarter_turns=True)
     c.data.color = 0.14  # Eight photographs have few colours: held-out ones were off by a constant.
     c.model.update(
         latent_channels=16,

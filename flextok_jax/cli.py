@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="flextok",
         description="Images as ordered tokens: any first part of an image's tokens draws it;\n"
         "the more tokens, the closer.",
-        epilog="example:\n  flextok reconstruct --model demo-digits --images digits --limit 10 "
+        epilog="example:\n  flextok reconstruct --model demo-digits --images FOLDER --limit 10 "
         "--out reconstructions",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "images to a file of tokens, or a data set to shards of tokens to train on",
         "flextok tokenize --model EPFL-VILAB/flextok_d12_d12_in1k --images my_photos "
         "--num-tokens 16 --out tokens.npz\n"
-        "  flextok tokenize --model demo-digits --data digits --split train --crops 10 --shift 1 "
+        "  flextok tokenize --model demo-digits --data FOLDER --split train --crops 10 --shift 1 "
         "--out digit_tokens",
         "Of --images: writes int32 tokens [images, K], the images' names and the model's identity "
         "as .npz. Of --data: writes DIR/SPLIT with shards and manifest.json, for the AR stage; the "
@@ -204,11 +204,11 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         "evaluate:evaluate",
         "numbers and a report: reconstructions, generated images, registers",
-        "flextok evaluate --model demo-digits --data digits --num-tokens 1,2,4,8,16 "
+        "flextok evaluate --model demo-digits --data FOLDER --num-tokens 1,2,4,8,16 "
         "--guidance 1,3 --out evaluation\n"
-        "  flextok evaluate --task generation --model demo-digits-ar --data digits --per-label 100 "
+        "  flextok evaluate --task generation --model demo-digits-ar --data FOLDER --per-label 100 "
         "--out samples_evaluation\n"
-        "  flextok evaluate --task probe --model demo-digits --data digits --out evaluation",
+        "  flextok evaluate --task probe --model demo-digits --data FOLDER --out evaluation",
         "Draws at every combination of --num-tokens, --steps and --guidance and writes "
         "DIR/points/NAME.json, numbers with a stamp of how they were made, and DIR/report.html; "
         "goes on where it was stopped. Reconstruction: PSNR, MAE, SSIM, LPIPS, error by frequency, "

@@ -24,7 +24,14 @@ train() {
 
 echo
 echo "1/5  The shipped models: held-out digits from 1, 2, 4, 8 and 16 tokens; new digits by class"
-"$VENV/bin/flextok" reconstruct --model demo-digits --images digits --limit 10 \
+rm -rf "$OUT/images"
+mkdir "$OUT/images"
+DIGITS=$("$PYTHON" -m examples.digits)
+for class in {0..9}; do # The first digit of each class.
+    files=("$DIGITS/test/$class/"*)
+    cp "${files[0]}" "$OUT/images/$class.png"
+done
+"$VENV/bin/flextok" reconstruct --model demo-digits --images "$OUT/images" \
     --num-tokens 1,2,4,8,16 --out "$OUT/reconstructions"
 "$VENV/bin/flextok" generate --model demo-digits-ar --labels all --per-label 10 \
     --batch-size 100 --out "$OUT/samples"
@@ -45,7 +52,7 @@ train ar configs/ar.py:digits --config.tokenizer.source="$OUT/tokenizer" \
 
 echo
 echo "5/5  All models on all 297 held-out digits, 100 new digits of each AR model, and the report"
-"$PYTHON" -m flextok_jax.evaluation.quickstart_report --shipped demo-digits \
+"$PYTHON" -m examples.quickstart --shipped demo-digits \
     --shipped-ar demo-digits-ar --runs "$OUT" --out "$OUT/report.html" --picture "$OUT/digits.png"
 
 echo

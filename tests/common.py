@@ -2,11 +2,14 @@
 
 import functools
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
+from PIL import Image
 from safetensors.numpy import load_file
 
+from examples.digits import arrays
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.nn import ar, flextok
 from flextok_jax.nn.config import ARConfig, FlexTokConfig, VAEConfig, identity_vae
@@ -26,6 +29,23 @@ TINY = FlexTokConfig(
     dec_depth=3,
     head_dim=32,
 )
+
+
+_TEMPORARY = tempfile.TemporaryDirectory()  # Removed at the end of the process.
+
+
+@functools.cache
+def digits_folder() -> str:
+    """A folder train/, test/ of digits in the order of `arrays`, 160 and 297, with metadata.csv."""
+    root = pathlib.Path(_TEMPORARY.name) / "digits"
+    for split in ("train", "test"):
+        images, labels = (array[:160] if split == "train" else array for array in arrays(split))
+        (root / split).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / split / f"{i:04d}.png")
+        lines = [f"{i:04d}.png,{label}\n" for i, label in enumerate(labels)]
+        (root / split / "metadata.csv").write_text("file_name,label\n" + "".join(lines))
+    return str(root)
 
 
 def last(channels_first):

@@ -40,7 +40,7 @@ def tiny_tfds(tmp_path_factory):
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    from flextok_jax.data.sources import digits
+    from examples.digits import arrays
 
     def png(image):
         stream = io.BytesIO()
@@ -66,10 +66,10 @@ def tiny_tfds(tmp_path_factory):
             return {name: self._generate_examples(*part) for name, part in parts.items()}
 
         def _generate_examples(self, start, stop):
-            source = digits("train")
+            images, labels = arrays("train")
             for i in range(start, stop):
-                label = int(source.labels[i])
-                yield i, {"image": png(source.images[i]), "label": label, "file_name": f"{i}.png"}
+                label = int(labels[i])
+                yield i, {"image": png(images[i]), "label": label, "file_name": f"{i}.png"}
 
     path = tmp_path_factory.mktemp("tfds")
     tfds.disable_progress_bar()

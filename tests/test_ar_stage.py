@@ -11,8 +11,8 @@ import pytest
 from common import ROOT, TINY, random_params, tiny_tokenizer
 from PIL import Image
 
+from examples.digits import arrays
 from flextok_jax import cli
-from flextok_jax.data import sources as image_sources
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.data.records import Record, stored_tokens
 from flextok_jax.data.shards import write_split
@@ -264,11 +264,11 @@ def online(tokenizer, images, **changes):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    source = image_sources.digits("train")
+    digits, _ = arrays("train")
     for i in range(10):
         path = folder / f"class{i % 2}" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(source.images[i]).save(path)
+        Image.fromarray(digits[i]).save(path)
     return folder
 
 
@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_refused_with_both_sides(data, tokenizer, images, t
     refused(config(path, model__num_tokens=17), "num_tokens=17.*16 tokens")
     refused(config(path, model__num_classes=9), "label 9.*num_classes=9")
     refused(config(path, tokenizer__source=str(tokenizer)), "either the data is tokens")
-    refused(config(path, data__source="digits"), "either the data is tokens")
+    refused(config(path, data__source="folder"), "either the data is tokens")
     refused(online(tokenizer, images, model__vocab_size=64), f"vocab_size=64.*{VOCAB} ids")
     refused(config(path, "t2i_d12"), "text_dim=6.*None")
     with pytest.raises(ValueError, match="'colour'.*width"):

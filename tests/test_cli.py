@@ -355,7 +355,6 @@ assert main(["convert", "--model", model, "--out", f"{out}/model"]) == 0
 assert main(["reconstruct", "--model", model, "--images", images, "--out", f"{out}/a", *fast]) == 0
 assert main(["tokenize", "--model", model, "--images", images, "--out", tokens]) == 0
 assert main(["detokenize", "--model", model, "--tokens", tokens, "--out", f"{out}/b"]) == 0
-assert main(["reconstruct", "--model", model, "--images", "digits", "--out", f"{out}/c"]) == 2
 """
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -364,4 +363,3 @@ assert main(["reconstruct", "--model", model, "--images", "digits", "--out", f"{
     command = [sys.executable, "-c", code, model, images, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "pip install scikit-learn" in done.stderr

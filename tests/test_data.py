@@ -1,6 +1,5 @@
 """Sources and transforms."""
 
-import hashlib
 import io
 import types
 
@@ -17,7 +16,7 @@ from flextok_jax.data.transforms import NUM_DRAWS, Transform
 def config(**changes):
     """The `data` part of a config."""
     values = dict(
-        source="digits", path="", name="", split="train", eval_split="test", image_size=16,
+        source="folder", path="", name="", split="train", eval_split="test", image_size=16,
         crop="none", crop_scale=(0.08, 1.0), flip=False, shift=0, rotate=0.0, zoom=0.0,
         color=0.0,
         quarter_turns=False, max_unreadable=0.1,
@@ -39,33 +38,6 @@ def encoded(image, **options):
     stream = io.BytesIO()
     image.save(stream, **{"format": "PNG", **options})
     return stream.getvalue()
-
-
-# Digits.
-
-
-def test_digits_split_is_fixed():
-    parts = {split: sources.digits(split) for split in ("train", "test")}
-    hashes = {s: hashlib.sha256(part.images.tobytes()).hexdigest() for s, part in parts.items()}
-    assert hashes == {
-        "train": "37d1ad956d5c0728bd81885f4f11940e60aedbede5b25fa5bb114e0e000f534e",
-        "test": "67da8138ec1ceebb3bf8c194964515fcaf70d862c9b6dcfae4b557df961a09de",
-    }
-    counts = {split: np.bincount(p.labels).tolist() for split, p in parts.items()}
-    assert counts["train"] == [151, 157, 142, 155, 143, 157, 151, 148, 151, 145]
-    assert counts["test"] == [27, 25, 35, 28, 38, 25, 30, 31, 23, 35]
-
-
-def test_digits_are_the_bilinear_resize_of_the_originals():
-    from sklearn.datasets import load_digits
-
-    images, labels = sources.digits_images()
-    assert images.shape == (1797, 16, 16, 3) and labels.dtype == np.int32
-    for index in (0, 7, 1796):
-        small = Image.fromarray(load_digits().images[index].astype(np.float32))
-        large = np.asarray(small.resize((16, 16), Image.Resampling.BILINEAR))
-        for channel in range(3):
-            np.testing.assert_array_equal(images[index, ..., channel], np.rint(large / 16 * 255))
 
 
 # Folders.
@@ -133,8 +105,7 @@ def test_missing_and_empty_folders_and_unknown_names_say_what_to_do(tmp_path):
         (dict(source="folder", path=f"{tmp_path}/no"), "no' does not exist.*--config.data.path"),
         (dict(source="folder", path=str(tmp_path)), "holds no images.*\\.png"),
         (dict(source="folder"), "needs a folder.*--config.data.path"),
-        (dict(source="cloud"), "'cloud'; allowed are digits, photos, folder, tfds"),
-        (dict(split="dev"), "'dev'; the digits have train, test, all"),
+        (dict(source="cloud"), "'cloud'; allowed are folder, tfds"),
     ):
         cfg = config(**changes)
         with pytest.raises((FileNotFoundError, ValueError), match=words):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from common import digits_folder
 from PIL import Image
 from test_sources import BROKEN, ODD, SMOOTH, folder_of, pack
 
@@ -57,7 +58,7 @@ def test_it_fails_where_training_would(folder, tmp_path, capsys):
 
 
 def test_a_sample_is_spread_over_the_whole(tmp_path, capsys):
-    assert check("digits", tmp_path, "--sample", "10", "--split", "test") == 0
+    assert check(digits_folder(), tmp_path, "--sample", "10", "--split", "test") == 0
     out = capsys.readouterr().out
     assert "opened    10 images" in out and "287 were not opened: --all opens every one" in out
 

@@ -9,16 +9,18 @@ import types
 
 import numpy as np
 import pytest
+from common import digits_folder
 from PIL import Image
 
+from examples.digits import arrays
 from flextok_jax.data.pipeline import _stride, make_pipeline
 
 
 def pipeline(train=True, seed=0, batch_size=8, index=0, count=1, **changes):
     values = dict(
-        source="digits", path="", name="", split="train", eval_split="test", image_size=16,
-        crop="none", crop_scale=(0.08, 1.0), flip=True, shift=2, rotate=10.0, zoom=0.1, color=0.0,
-        quarter_turns=False, max_unreadable=0.5,
+        source="folder", path=digits_folder(), name="", split="train", eval_split="test",
+        image_size=16, crop="none", crop_scale=(0.08, 1.0), flip=True, shift=2, rotate=10.0,
+        zoom=0.1, color=0.0, quarter_turns=False, max_unreadable=0.5,
     )  # fmt: skip
     cfg = types.SimpleNamespace(**{**values, **changes})
     return make_pipeline(
@@ -189,15 +191,18 @@ def test_a_batch_size_that_does_not_divide_and_a_bad_seed_are_refused():
 
 def test_it_works_in_a_program_that_parses_no_absl_flags():
     program = """
-import types
+import sys, types
 from flextok_jax.data.pipeline import make_pipeline
-cfg = types.SimpleNamespace(source="digits", split="train", image_size=16, crop="none",
-                            crop_scale=(0.1, 1.0), flip=False, quarter_turns=False, shift=0,
-                            rotate=0.0, zoom=0.0, color=0.0, max_unreadable=0.1)
+cfg = types.SimpleNamespace(source="folder", path=sys.argv[1], split="train", image_size=16,
+                            crop="none", crop_scale=(0.1, 1.0), flip=False,
+                            quarter_turns=False, shift=0, rotate=0.0, zoom=0.0, color=0.0, max_unreadable=0.1)
 print(next(make_pipeline(cfg, seed=0, batch_size=4, train=True).iterate())["image"].shape)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, digits_folder()],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.strip() == "(4, 16, 16, 3)", done.stderr
 
@@ -209,10 +214,8 @@ def test_a_real_tfds_data_set_is_read_without_tensorflow(tiny_tfds):
     where = dict(source="tfds", path=str(tiny_tfds), name="tiny_digits", train=False)
     p = pipeline(eval_split="train", **where)
     (batch,) = p.eval_batches(30)
-    from flextok_jax.data.sources import digits
-
-    expected = digits("train")
-    written = sorted(zip(map(bytes, expected.images[:30]), expected.labels[:30]))
+    images, labels = arrays("train")
+    written = sorted(zip(map(bytes, images[:30]), labels[:30]))
     read = sorted(zip(map(bytes, batch["image"]), batch["label"]))
     assert read == written and batch["mask"].all() and not p.unreadable
     assert pipeline(eval_split="train[:50%]", **where).num_examples == 15

@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
-from common import tiny_tokenizer
+from common import digits_folder, tiny_tokenizer
 from PIL import Image
 
 from flextok_jax import FlexTok, cli
@@ -328,7 +328,7 @@ def test_the_command_writes_the_tokens_of_each_crop(model, images, tmp_path, cap
 
 
 def test_an_interrupted_command_continues(model, tmp_path, capsys, monkeypatch):
-    args = ["--model", model, "--data", "digits", "--limit", 9, "--out", tmp_path]
+    args = ["--model", model, "--data", digits_folder(), "--limit", 9, "--out", tmp_path]
     args += ["--shard-size", 4, "--split", "test"]
     monkeypatch.setattr(encoders, "side", lambda tok: 16)
     calls = []
@@ -374,7 +374,7 @@ def test_what_a_batch_gives_is_written_before_the_next_is_run(model, tmp_path, m
     monkeypatch.setattr(encoders, "side", lambda tok: 16)
     monkeypatch.setattr(FlexTok, "tokenize", tokenize)
     monkeypatch.setattr(shards, "to_bytes", written)
-    args = ["--model", model, "--data", "digits", "--limit", 5, "--out", tmp_path]
+    args = ["--model", model, "--data", digits_folder(), "--limit", 5, "--out", tmp_path]
     assert run(*args, "--crops", 3, "--batch-size", 4, "--num-tokens", 1) == 0
     first, second, third, fourth, fifth = ([i, i + 1, i + 2] for i in range(0, 15, 3))
     assert events == ["run", first, "run", second, "run", third, fourth, "run", fifth]

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from common import GOLDEN, ROOT
+from common import GOLDEN, ROOT, digits_folder
 from PIL import Image
 from test_encode import contents
 from test_tokenizer_stage import config as tokenizer_config
@@ -81,7 +81,8 @@ def test_records_hold_what_the_models_make_of_the_crops(images, encoded):
 
 
 def test_digits_are_enlarged_where_another_size_is_wanted(tmp_path):
-    assert encode("digits", tmp_path, "--vae", VAE, "--image-size", 2 * SIZE, "--limit", 2) == 0
+    more = ["--vae", VAE, "--image-size", 2 * SIZE, "--limit", 2, "--split", "all"]
+    assert encode(digits_folder(), tmp_path, *more) == 0
     source = shards.ShardSource(tmp_path, "all")
     found = [records.from_bytes(source[i]).arrays["moments"].shape for i in range(len(source))]
     assert found == [(1, 8, 8, 8)] * 2
@@ -174,7 +175,8 @@ def test_moments_of_another_vae_are_refused_by_its_sha256(encoded, tmp_path, cap
     with pytest.raises(ValueError, match=f"fingerprint: '{sha[0]}' there, '{sha[1]}' now"):
         TokenizerStage(c)
     more = ["--vae", tmp_path / "vae", "--image-size", SIZE, "--split", "test"]
-    assert encode("digits", encoded, *more, "--limit", 2) == 2  # Nor are they written beside them.
+    # Nor are they written beside them.
+    assert encode(digits_folder(), encoded, *more, "--limit", 2) == 2
     assert "fingerprint" in capsys.readouterr().err and not (encoded / "test").exists()
 
 

@@ -1,19 +1,16 @@
-"""Metrics, the digits' judge, pictures in and out, and the reports."""
+"""Metrics, pictures in and out, and the reports."""
 
 import dataclasses
 import functools
 import html.parser
-import json
 import math
 
 import numpy as np
 import pytest
-from common import TINY, tiny_tokenizer
+from common import TINY, digits_folder, tiny_tokenizer
 from PIL import Image
 
-from flextok_jax.data import sources
 from flextok_jax.evaluation import metrics, pictures, reconstruction, report
-from flextok_jax.evaluation.digits_judge import evaluate_digits, judge
 from flextok_jax.evaluation.results import Paused, results_folder
 
 DIGITS = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
@@ -42,44 +39,7 @@ def test_code_usage_counts_ids_and_takes_the_exponential_of_their_entropy():
     assert usage["perplexity"] == pytest.approx([1, math.exp(entropy)])
 
 
-# The digits.
-
-
-def test_the_judge_reads_98_percent_of_the_real_held_out_digits():
-    test = sources.digits("test")
-    right = judge().recognized(pictures.from_uint8(test.images), test.labels)
-    assert right == 290 and len(test) == 297
-
-
-def test_digits_are_reconstructed_and_judged_by_number_of_tokens(tok):
-    seen = []
-    result = evaluate_digits(
-        tok, (16, 1), steps=1, guidance=1.0, limit=20, batch_size=8,
-        visit=lambda batch, drawn: seen.append((batch, drawn)),
-    )  # fmt: skip
-    assert result["num_tokens"] == [1, 16] and result["count"] == 20
-    assert [len(batch.names) for batch, _ in seen] == [8, 8, 4]
-    for k in (1, 16):
-        drawn = np.concatenate([part[k] for _, part in seen])
-        labels = np.concatenate([batch.labels for batch, _ in seen])
-        originals = pictures.from_uint8(np.concatenate([batch.images for batch, _ in seen]))
-        assert np.abs(drawn).max() <= 1
-        assert result["psnr"][k] == pytest.approx(metrics.psnr(drawn, originals).mean())
-        assert result["mae"][k] == pytest.approx(metrics.mae(drawn, originals).mean())
-        assert result["recognition"][k] == judge().recognized(drawn, labels) / 20
-    ids = np.asarray(tok.tokenize(sources.digits("test").images[:20]))
-    assert result["codes"] == metrics.code_usage(ids)
-    assert result["codebook_usage"][16] == len(np.unique(ids)) / DIGITS.vocab_size
-    assert result["guidance"] == 1.0 and not result["norm_guidance"]
-    assert result["model"] == {"origin": "memory", "fingerprint": tok.fingerprint}
-    json.dumps(result)
-
-
-def test_models_of_other_sizes_and_numbers_of_tokens_are_refused(tok):
-    with pytest.raises(ValueError, match="16 x 16.*8 x 8"):
-        evaluate_digits(tiny_tokenizer())
-    with pytest.raises(ValueError, match="num_tokens=17.*1 to 16"):
-        evaluate_digits(tok, (1, 17))
+# Numbers of tokens.
 
 
 def test_counts_are_doublings_up_to_all_unless_they_are_given(tok):
@@ -183,7 +143,7 @@ def test_an_interrupted_run_goes_on_and_another_does_not_take_its_results(tmp_pa
 
 
 def test_an_interrupted_evaluation_equals_an_uninterrupted_one(tok, tmp_path):
-    images, quick = pictures.Pictures("digits", 5), reconstruction.Sampling(1, 1.0)
+    images, quick = pictures.Pictures(f"{digits_folder()}/test", 5), reconstruction.Sampling(1, 1.0)
     evaluate = functools.partial(reconstruction.evaluate, tok, images, [1, 4], quick, 2)
     whole = evaluate()
 

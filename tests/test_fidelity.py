@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 from skimage.metrics import structural_similarity
 from test_processes import finish, start
 
-from flextok_jax.data import sources
-from flextok_jax.evaluation import metrics, networks, statistics
+from examples.digits import arrays
+from examples.digits.classifier import feature_network
+from flextok_jax.evaluation import metrics, statistics
 from flextok_jax.evaluation.statistics import Moments
 from flextok_jax.io import storage, weight_files
 from flextok_jax.io.formats import inception_files, names
@@ -224,8 +225,8 @@ def measured(mesh, process=0, processes=1):
 
 def looked(mesh):
     """The mean features of 21 digits in batches of 6, as `flextok evaluate` has them."""
-    images = sources.digits("test").images[:21]
-    found = networks.digits_features(mesh)(images, 6)
+    images = arrays("test")[0][:21]
+    found = feature_network(mesh)(images, 6)
     assert found["features"].shape == (21, 64) and found["logits"].shape == (21, 10)
     return found["features"].mean(0, dtype=np.float64).tolist()
 

@@ -8,9 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
+from common import digits_folder
 from PIL import Image
 from test_data_pipeline import pipeline
 
+from examples.digits import arrays
 from flextok_jax import cli
 from flextok_jax.data import shards, sources
 from flextok_jax.data.decode import decode_image, opened, upright_rgb, upright_size
@@ -298,12 +300,12 @@ def test_packed_images_are_the_same_examples(tmp_path, capsys):
 
 def test_packing_digits_keeps_pixels_labels_and_splits(tmp_path):
     for split in ("train", "test"):
-        assert pack("digits", tmp_path, "--split", split, "--limit", 20) == 0
+        assert pack(digits_folder(), tmp_path, "--split", split, "--limit", 20) == 0
     cfg = dict(source="array_record", path=str(tmp_path), crop="none", batch_size=20)
     (batch,) = pipeline(train=False, eval_split="test", **cfg).eval_batches(20)
-    digits = sources.digits("test")
-    np.testing.assert_array_equal(batch["image"], digits.images[:20])
-    np.testing.assert_array_equal(batch["label"], digits.labels[:20])
+    images, labels = arrays("test")
+    np.testing.assert_array_equal(batch["image"], images[:20])
+    np.testing.assert_array_equal(batch["label"], labels[:20])
     assert pipeline(split="train", **cfg).num_examples == 20
     assert pipeline(split="all", **cfg).num_examples == 40
     with pytest.raises(FileNotFoundError, match="--split val"):
@@ -380,8 +382,6 @@ def test_packing_leaves_out_images_that_do_not_decode_and_stops_at_too_many(tmp_
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("digits", ("digits", "", "")),
-        ("photos", ("photos", "", "")),
         ("tfds:imagenet2012:5.1.0@/d", ("tfds", "/d", "imagenet2012:5.1.0")),
         ("webdataset:/d", ("webdataset", "/d", "")),
         ("folder:/digits", ("folder", "/digits", "")),
@@ -405,7 +405,7 @@ def test_every_source_has_the_schema(tmp_path, tiny_tfds):
     tar(tmp_path / "tars" / "a.tar", shard(0, 2))
     pack(tmp_path / "folder", tmp_path / "packed", "--split", "all")
     kinds = set()
-    texts = ["digits", "photos", f"tfds:tiny_digits@{tiny_tfds}"]
+    texts = [f"tfds:tiny_digits@{tiny_tfds}"]
     for text in texts + [str(tmp_path / name) for name in ("folder", "tars", "packed")]:
         data = sources.parse(text)
         kinds.add(data.source)

@@ -7,17 +7,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from common import TINY, tiny_generator, tiny_tokenizer
+from common import TINY, digits_folder, tiny_generator, tiny_tokenizer
 from test_fidelity import weights  # noqa: F401, a fixture
 from test_lpips import files  # noqa: F401, a fixture
 
+from examples.digits import arrays, classifier
 from flextok_jax import cli
-from flextok_jax.data import sources
 from flextok_jax.evaluation import (
     chunks,
-    digits_network,
     metrics,
-    networks,
     pictures,
     probe,
     protocol,
@@ -36,6 +34,7 @@ CFG = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
 POINTS = sweep.grid([16, 1], [1.0], [1])
 LIMIT = 22
 DATA = {"from": "the pictures of data"}
+DIGITS = "--data", digits_folder(), "--split", "test"
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +49,9 @@ def small_chunks(monkeypatch):
 
 def sweep_of(tok, out, batch_size=5, process=(0, 1), **fields):
     """A sweep of held-out digits; with chunks of 8, so that the last ones are not full."""
-    images = Pictures("digits", LIMIT)
+    images = Pictures(f"{digits_folder()}/test", LIMIT)
     subject = Reconstructions(tok, images, 16, min(batch_size, len(images)))
-    instruments = Instruments(networks.digits_features(tok.mesh))
+    instruments = Instruments(classifier.feature_network(tok.mesh))
     stamp = {"networks": instruments.about(), "model": tok.fingerprint, "reference": DATA}
     return sweep.Sweep(
         out,
@@ -85,11 +84,10 @@ def numbers(results, without=("seconds_per_image",)):
 def test_a_sweep_measures_what_the_definitions_say(tok, plain):
     results, out = plain
     assert [r["stamp"]["point"]["num_tokens"] for r in results] == [1, 16]
-    test = sources.digits("test")
-    originals, labels = test.images[:LIMIT], test.labels[:LIMIT]
+    originals, labels = (array[:LIMIT] for array in arrays("test"))
     tokens = encode(tok, originals, 16, LIMIT)
-    seeds = pictures.name_seeds(Pictures("digits", LIMIT).names)
-    network = networks.digits_features()
+    seeds = pictures.name_seeds(Pictures(f"{digits_folder()}/test", LIMIT).names)
+    network = classifier.feature_network()
     real = statistics.Moments.empty(64).add(network(originals, LIMIT)["features"]).gaussian()
     for k, result in zip((1, 16), results):
         drawn = to_uint8(draw(tok, tokens, k, seeds, Sampling(1, 1.0, seed=3), LIMIT))
@@ -127,10 +125,10 @@ def test_the_size_of_batches_changes_no_number(tok, plain, tmp_path):
 def test_samples_are_measured_without_originals_and_at_every_guidance_of_tokens(
     tmp_path, monkeypatch
 ):
-    gen, images = tiny_generator(CFG), Pictures("digits", LIMIT)
+    gen, images = tiny_generator(CFG), Pictures(f"{digits_folder()}/test", LIMIT)
     hows = tuple(subjects.TokenSampling(guidance=scale) for scale in (1.0, 4.0))
     subject = Samples(gen, np.tile(np.arange(10), 2), 16, hows, 0, 20)
-    instruments = Instruments(networks.digits_features())
+    instruments = Instruments(classifier.feature_network())
     stamp = {"networks": instruments.about(), "reference": DATA}
     run = sweep.Sweep(tmp_path / "out", stamp, subject, Reference(images), instruments, Sampling())
     with monkeypatch.context() as patch:  # Begun with other scales, which the folder may have.
@@ -164,7 +162,7 @@ def test_exported_images_are_those_that_were_measured(tok, tmp_path):
     (result,) = sweep_of(tok, tmp_path / "out", export=file).run(POINTS[:1])
     images = np.load(file)["arr_0"]
     assert images.dtype == np.uint8 and images.shape == (LIMIT, 16, 16, 3)
-    originals = sources.digits("test").images[:LIMIT]
+    originals = arrays("test")[0][:LIMIT]
     psnr = metrics.psnr(from_uint8(images), from_uint8(originals)).mean()
     assert psnr == pytest.approx(result["metrics"]["psnr"], rel=1e-9)
 
@@ -181,7 +179,7 @@ def test_an_interrupted_sweep_may_be_exported_when_it_goes_on(tok, tmp_path, mon
 
 def test_unreadable_pictures_are_named_in_the_result_and_left_out(tok, tmp_path):
     folder = tmp_path / "images"
-    for i, image in enumerate(sources.digits("test").images[:20]):
+    for i, image in enumerate(arrays("test")[0][:20]):
         pictures.write_png(folder / f"{i:02d}.png", image, {})
     for i in range(8, 16):  # A whole chunk.
         (folder / f"{i:02d}.png").write_bytes(b"no image")
@@ -197,12 +195,6 @@ def test_unreadable_pictures_are_named_in_the_result_and_left_out(tok, tmp_path)
     run = dataclasses.replace(run, out=tmp_path / "none")
     with pytest.raises(ValueError, match="not one of 20 images could be read:\n  00.png: "):
         run.run(POINTS[:1])
-
-
-def test_the_network_of_the_digits_reads_held_out_digits():
-    test = sources.digits("test")
-    _, logits = digits_network.features(digits_network.parameters(), from_uint8(test.images))
-    assert np.sum(np.argmax(logits, 1) == test.labels) >= 294  # of 297
 
 
 # Stops, processes, stamps.
@@ -242,7 +234,7 @@ def test_what_an_interrupted_sweep_prepared_serves_no_other_sweep(
 
 
 def folder_of_digits(path, count):
-    for i, image in enumerate(sources.digits("test").images[:count]):
+    for i, image in enumerate(arrays("test")[0][:count]):
         pictures.write_png(path / f"{i:02d}.png", image, {})
     return path
 
@@ -259,7 +251,7 @@ def test_pictures_that_changed_are_not_mixed_with_those_that_were_measured(
 ):
     folder, out = folder_of_digits(tmp_path / "images", 12), tmp_path / "out"
     over_folder(tok, folder, out).run(POINTS[:1])
-    other = sources.digits("test").images[20]
+    other = arrays("test")[0][20]
     pictures.write_png(folder / "03.png", other, {})
     with pytest.raises(ValueError, match="measured with other pictures"):
         over_folder(tok, folder, out).run(POINTS)
@@ -393,7 +385,16 @@ def run(capsys, *arguments):
 
 def test_evaluate_writes_stamped_results_and_a_report(model, tok, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ("evaluate", "--model", model, "--data", "digits", "--limit", 20, "--out", out)
+    command = (
+        "evaluate",
+        "--model",
+        model,
+        *DIGITS,
+        "--limit",
+        20,
+        "--out",
+        out,
+    )
     settings = ("--num-tokens", "1,16", "--steps", "1,2", "--guidance", "1")
     code, told, noted = run(capsys, *command, *settings)
     assert code == 0 and "LPIPS is left out" in noted and "FID on 20 images" in noted
@@ -418,7 +419,14 @@ def test_evaluate_writes_stamped_results_and_a_report(model, tok, tmp_path, caps
 
 def test_a_probe_of_the_command_line_appears_in_the_report(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probe, "STRENGTHS", (1.0,))
-    command = ("evaluate", "--model", model, "--data", "digits", "--out", tmp_path / "out")
+    command = (
+        "evaluate",
+        "--model",
+        model,
+        *DIGITS,
+        "--out",
+        tmp_path / "out",
+    )
     settings = ("--limit", 120, "--num-tokens", "1,16")
     code, told, _ = run(capsys, *command, *settings, "--task", "probe")
     found = json.loads((tmp_path / "out" / "probe.json").read_text())["metrics"]
@@ -450,14 +458,21 @@ def test_a_probe_of_the_command_line_appears_in_the_report(model, tmp_path, caps
 )
 def test_what_cannot_be_evaluated_is_refused(model, tmp_path, capsys, arguments, message):
     out = tmp_path / "out"
-    command = ("evaluate", "--model", model, "--data", "digits", "--out", out)
+    command = (
+        "evaluate",
+        "--model",
+        model,
+        *DIGITS,
+        "--out",
+        out,
+    )
     code, _, noted = run(capsys, *command, *arguments)
     assert code == 2 and message in noted and not out.exists()
 
 
 def test_a_summary_of_one_image_has_what_one_image_gives(tok, tmp_path):
     run = sweep_of(tok, tmp_path / "out")
-    images = Pictures("digits", 1)
+    images = Pictures(f"{digits_folder()}/test", 1)
     run = dataclasses.replace(
         run, subject=Reconstructions(tok, images, 16, 1), reference=Reference(images)
     )
@@ -476,7 +491,16 @@ def test_the_files_of_the_networks_give_their_metrics_and_their_hashes(
 ):
     """Of random weights under the published names; `weights` of Inception, `files` of LPIPS."""
     out, (vgg, heads) = tmp_path / "out", files
-    command = ("evaluate", "--model", model, "--data", "digits", "--limit", 12, "--out", out)
+    command = (
+        "evaluate",
+        "--model",
+        model,
+        *DIGITS,
+        "--limit",
+        12,
+        "--out",
+        out,
+    )
     networks = ("--inception", weights, "--lpips-vgg", vgg, "--lpips-heads", heads)
     settings = ("--num-tokens", 16, "--steps", 1, "--guidance", 1, "--batch-size", 6)
     code, told, noted = run(capsys, *command, *networks, *settings)

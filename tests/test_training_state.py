@@ -12,6 +12,7 @@ import optax
 import pytest
 from clu import metrics
 
+from examples.digits import folder
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.parallel.rng import named
 from flextok_jax.training import optimizer
@@ -107,7 +108,8 @@ def get_config(**changes):
             "max_skipped_in_row": 20,
             "profile": "",
             "data": {
-                "source": "digits", "path": "", "name": "", "split": "train", "eval_split": "test",
+                "source": "folder", "path": folder(), "name": "",
+                "split": "train", "eval_split": "test",
                 "image_size": 16, "crop": "none", "crop_scale": (0.5, 1.0), "flip": False,
                 "quarter_turns": False, "shift": 1.0, "rotate": 0.0, "zoom": 0.0, "color": 0.0,
                 "max_unreadable": 0.1,

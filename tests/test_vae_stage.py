@@ -16,8 +16,8 @@ from common import GOLDEN, ROOT, relative
 from PIL import Image
 from safetensors.numpy import load_file
 
+from examples.digits import arrays
 from flextok_jax.commands import model as commands
-from flextok_jax.data.sources import digits
 from flextok_jax.io import models
 from flextok_jax.io.checkpoint import WorkdirError
 from flextok_jax.io.formats import vae_files
@@ -71,7 +71,7 @@ def networks():
     params = jax.jit(stage.init)(jax.random.key(0))
     # Logits of such a size that some lie inside the hinge.
     params["discriminator"]["conv_out"]["kernel"] *= 50
-    batch, key = {"image": jnp.asarray(digits("train").images[:8])}, jax.random.key(1)
+    batch, key = {"image": jnp.asarray(arrays("train")[0][:8])}, jax.random.key(1)
     compiled = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))
 
     def loss(step):
@@ -206,7 +206,7 @@ def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, tmp_path):
 
 def test_the_scaling_factor_makes_the_latents_unit_variance(trained):
     cfg, params = models.load_vae(str(trained[0]))
-    images = digits("train").images[:200] / np.float32(127.5) - 1
+    images = arrays("train")[0][:200] / np.float32(127.5) - 1
     mean, _ = vae.encode_moments(params, cfg, images)
     noise = np.random.RandomState(0).randn(*mean.shape).astype(np.float32)
     latents = vae.images_to_latents(params, cfg, images, noise=noise)
@@ -265,7 +265,7 @@ def test_a_workdir_is_the_frozen_vae_of_a_tokenizer(trained, tmp_path, monkeypat
     assert int(train(TokenizerStage(c), c, tmp_path).state.skipped) == 0
     tok = FlexTok.from_pretrained(tmp_path)
     assert tok.config.vae == models.load_vae(str(trained[0]))[0]
-    tokens = tok.tokenize(digits("test").images[:2], 4)
+    tokens = tok.tokenize(arrays("test")[0][:2], 4)
     assert np.isfinite(tok.detokenize(tokens, steps=1)).all()
     # The same path, but the VAE that lies there was trained further.
     load = models.load_vae

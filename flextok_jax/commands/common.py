@@ -49,9 +49,9 @@ def token_sampling(args) -> TokenSampling:
     return TokenSampling(args.token_guidance, args.temperature, args.top_k, args.top_p)
 
 
-def pictures(args, size: int, split: str | None = None) -> Pictures:
+def pictures(args, split: str | None = None) -> Pictures:
     """The images of --data and --limit, of --split by default."""
-    return Pictures(args.data, args.limit, split or args.split, size)
+    return Pictures(args.data, args.limit, split or args.split)
 
 
 def check_apart(images: str, out: str) -> None:

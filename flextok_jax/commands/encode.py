@@ -29,16 +29,14 @@ def encode(args) -> None:
             setattr(args, option, default)
     common.check_apart(args.data, args.out)
     size, made = encoders(args)
-    data = sources.parse(args.data, size)
+    data = sources.parse(args.data)
     source = sources.make_image_source(data, args.split)
     count = min(len(source), args.limit or len(source))
     folder = pathlib.Path(args.out).expanduser() / args.split
     null_text = sources.null_text(data)
-    # The digits fill their pictures: a crop of one is another sign.
-    whole = data.source == "digits" and source.images.shape[1:3] == (size, size)
     augmented = Transform(
         size,
-        "none" if whole else "random",
+        "center" if args.crop_scale == 1 else "random",
         crop_scale=(args.crop_scale, 1.0),
         flip=args.flip,
         shift=args.shift,

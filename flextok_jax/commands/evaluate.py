@@ -10,7 +10,6 @@ import numpy as np
 from flextok_jax.commands import common
 from flextok_jax.commands.generate import load_generator, read_labels
 from flextok_jax.evaluation import (
-    digits_network,
     networks,
     probe,
     protocol,
@@ -52,7 +51,7 @@ def evaluate(args) -> None:
 
 def _reconstruction(args) -> None:
     tok = common.load_model(args)
-    pictures = common.pictures(args, side(tok))
+    pictures = common.pictures(args)
     counts = check_counts(tok, args.num_tokens)
     batch_size = min(args.batch_size, len(pictures))
     subject = Reconstructions(tok, pictures, counts[-1], batch_size)
@@ -64,7 +63,7 @@ def _reconstruction(args) -> None:
 def _generation(args) -> None:
     gen = load_generator(args)
     tok = gen.tokenizer
-    pictures = common.pictures(args, side(tok))
+    pictures = common.pictures(args)
     counts = check_counts(tok, args.num_tokens or [gen.num_tokens], gen.num_tokens)
     labels = np.tile(read_labels("all", gen.config.num_classes), args.per_label)
     hows = tuple(
@@ -151,7 +150,7 @@ def _probe(args) -> None:
             f"--split {splits[1]}: the probe learns from the split train; name another one, which "
             "is read to see what it learned"
         )
-    train, test = (common.pictures(args, side(tok), split) for split in splits)
+    train, test = (common.pictures(args, split) for split in splits)
     stamp = {
         "format": 1,
         "task": args.task,
@@ -194,8 +193,6 @@ def _instruments(args, size: int) -> Instruments:
     features, perceptual, mesh = None, None, common.all_devices()
     if args.inception:
         features = networks.inception_network(_kept(args.inception), mesh)
-    elif args.data == pics.DIGITS and size == digits_network.SIDE:
-        features = networks.digits_features(mesh)
     else:
         print(f"note: {networks.NO_FEATURES}", file=sys.stderr)
     if args.lpips_vgg and args.lpips_heads:

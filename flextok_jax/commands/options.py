@@ -10,11 +10,11 @@ SOURCE = (
 )
 IMAGES = (
     "a folder of images or of tar shards, searched with its subfolders, packed shards, or "
-    "tfds:NAME@DIR; or digits: the held-out digits of the demo"
+    "tfds:NAME@DIR"
 )
 DATA = (
     "a folder of images (its subfolders are the classes), of tar shards (WebDataset), or of shards "
-    "that flextok wrote; tfds:NAME@DIR; photos or digits, which come along; KIND:PATH says the "
+    "that flextok wrote; tfds:NAME@DIR; KIND:PATH says the "
     "kind: folder, webdataset, array_record"
 )
 
@@ -97,7 +97,7 @@ def add_sampling(parser, several: bool = False):
 def add_measuring(parser):
     """What images are compared by and with."""
     group = parser.add_argument_group("measuring")
-    add_split(group, "test of digits and photos, else all")
+    add_split(group, "all")
     group.add_argument(
         "--inception",
         metavar="FILE",
@@ -146,7 +146,7 @@ def add_shards(parser, title):
         "--crop-scale",
         type=fraction,
         metavar="SHARE",
-        help="least share of an image's area that a random crop keeps (0.8)",
+        help="least share of an image's area that a random crop keeps (0.8; 1: the centre crop)",
     )
     group.add_argument(
         "--flip", action="store_true", default=None, help="mirror half of the random crops"

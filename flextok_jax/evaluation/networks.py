@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flextok_jax.evaluation import digits_network
 from flextok_jax.evaluation.reconstruction import padded
 from flextok_jax.io import storage, weight_files
 from flextok_jax.io.formats import inception_files, lpips_files
@@ -70,25 +69,8 @@ def inception_network(path, mesh: Mesh | None = None) -> FeatureNetwork:
         mesh: devices that a batch is cut over.
     """
     params = inception_files.load(path)
-    about = {"name": "inception", "words": "InceptionV3 of FID", **_hashes(path, params)}
-    return FeatureNetwork(about, inception.FEATURES, 0, _batched(inception.features, params, mesh))
-
-
-def digits_features(mesh: Mesh | None = None) -> FeatureNetwork:
-    """The classifier of digits that comes with the package; see `digits_network`."""
-    params = digits_network.parameters()
-    about = {
-        "name": "digits",
-        "words": "a small classifier of digits trained by this project, not the Inception network: "
-        "compare them among models of these digits only",
-        **_hashes(digits_network.FILE, params),
-    }
-
-    def features(params, images):
-        return digits_network.features(params, to_float(images))
-
-    sizes = digits_network.FEATURES, digits_network.CLASSES
-    return FeatureNetwork(about, *sizes, _batched(features, params, mesh))
+    about = {"name": "inception", "words": "InceptionV3 of FID", **hashes(path, params)}
+    return FeatureNetwork(about, inception.FEATURES, 0, batched(inception.features, params, mesh))
 
 
 def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> Perceptual:
@@ -104,10 +86,10 @@ def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> Perceptual:
     def distance(params, images, originals):
         return lpips.lpips(params, to_float(images), to_float(originals))
 
-    return Perceptual(about, _batched(distance, params, mesh))
+    return Perceptual(about, batched(distance, params, mesh))
 
 
-def _batched(function, params, mesh: Mesh | None):
+def batched(function, params, mesh: Mesh | None):
     """`run(batch_size, *arrays)`: a function of (params, *arrays [B, ...]) over arrays [n, ...].
 
     One program serves every batch: the last one is filled up with copies of its last row.
@@ -130,7 +112,7 @@ def _batched(function, params, mesh: Mesh | None):
     return run
 
 
-def _hashes(path, params) -> dict:
+def hashes(path, params) -> dict:
     """Of the file as it was published, where that can be told, and of what is computed with."""
     return {
         "file_sha256": weight_files.published_sha256(path),

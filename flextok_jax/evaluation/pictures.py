@@ -15,7 +15,6 @@ from flextok_jax.data.folder import IMAGE_SUFFIXES
 from flextok_jax.nn.images import to_float as from_uint8  # noqa: F401
 from flextok_jax.nn.images import to_uint8  # noqa: F401
 
-DIGITS = "digits"
 GRID_ROWS = 16
 _CELL = 96  # Pixels that a picture of a grid should have at least.
 _GAP, _TITLE = 8, 30
@@ -47,27 +46,21 @@ class Pictures:
         unreadable: {name: reason} of those that were met so far and could not be read.
     """
 
-    def __init__(
-        self, images: str, limit: int | None = None, split: str | None = None, size: int = 0
-    ):
+    def __init__(self, images: str, limit: int | None = None, split: str | None = None):
         """Lists the images, at most the first `limit` of them.
 
         Args:
-            split: of the data set; None: what was held out of the data that come with the
-                package, and all of any other.
-            size: of the tiles of photographs.
+            split: of the data set; None: all.
 
         Raises:
             FileNotFoundError, ValueError: there is no such data set, or no image in it.
         """
-        data = sources.parse(str(images), size)
-        split = split or ("test" if data.source in sources.IN_MEMORY else "all")
+        data = sources.parse(str(images))
+        split = split or "all"
         self.title = f"{images}, {split}"
         self.unreadable: dict[str, str] = {}
         self._source = sources.make_image_source(data, split)
         names = [self._source.name(i) for i in range(len(self._source))]
-        if data.source == DIGITS:
-            names = [f"digit{i:03d}_{label}" for i, label in enumerate(self._source.labels)]
         self.names = names[:limit]
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
 """A small classifier of the digits, whose features stand in for Inception's.
 
-Trained here on the 1 500 real training digits, and shipped (demos/digits_network). Distances of its
+Trained here on the 1 500 training digits. Distances of its
 features compare models of the digits with each other, and with nothing else.
 
-    python -m flextok_jax.evaluation.digits_network OUT.safetensors
+    python -m examples.digits.classifier OUT.safetensors
 """
 
 import functools
@@ -17,11 +17,13 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from flextok_jax.data import sources, transforms
+from examples.digits import arrays
+from flextok_jax.data import transforms
+from flextok_jax.evaluation import networks
 from flextok_jax.io import storage
 
 SIDE, CLASSES, FEATURES = 16, 10, 64
-FILE = pathlib.Path(__file__).parents[1] / "demos" / "digits_network" / "model.safetensors"
+FILE = pathlib.Path(__file__).parent / "classifier.safetensors"
 _STEPS, _BATCH, _RATE = 3000, 64, 2e-3
 _AUGMENTED = transforms.Transform(SIDE, shift=1, rotate=10.0, zoom=0.1)
 
@@ -57,9 +59,29 @@ def features(params, images):
     return _Network().apply({"params": params}, images)
 
 
+def feature_network(mesh=None) -> networks.FeatureNetwork:
+    """The classifier for FID and its like; comparable among models of these digits only.
+
+    Args:
+        mesh: devices that a batch is cut over.
+    """
+    params = parameters()
+    about = {
+        "name": "digits",
+        "words": "a small classifier of digits trained by this project, not the Inception network: "
+        "compare them among models of these digits only",
+        **networks.hashes(FILE, params),
+    }
+
+    def run(params, images):
+        return features(params, images.astype(jnp.float32) / 127.5 - 1.0)
+
+    return networks.FeatureNetwork(about, FEATURES, CLASSES, networks.batched(run, params, mesh))
+
+
 def train(seed: int = 0) -> dict:
     """Adam on the training digits, shifted, turned and zoomed a little: new parameters."""
-    data = sources.digits("train")
+    digits, labels = arrays("train")
     network = _Network()
     rate = optax.cosine_decay_schedule(_RATE, _STEPS)
     optimizer = optax.adamw(rate, weight_decay=1e-2)
@@ -76,21 +98,21 @@ def train(seed: int = 0) -> dict:
     params = network.init(jax.random.key(seed), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
     state, rng = optimizer.init(params), np.random.RandomState(seed)
     for _ in range(_STEPS):
-        rows = rng.randint(len(data), size=_BATCH)
+        rows = rng.randint(len(digits), size=_BATCH)
         draws = rng.random_sample((_BATCH, transforms.NUM_DRAWS))
-        images = _AUGMENTED.augment(data.images[rows], draws).astype(np.float32) / 127.5 - 1
-        params, state = step(params, state, images, data.labels[rows])
+        images = _AUGMENTED.augment(digits[rows], draws).astype(np.float32) / 127.5 - 1
+        params, state = step(params, state, images, labels[rows])
     return params
 
 
 def main() -> int:
-    """Trains, writes the file that is named, and prints the share of held-out digits read."""
+    """Trains, writes the file that is named, and prints the accuracy on the validation digits."""
     params = train()
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
     storage.write(pathlib.Path(sys.argv[1]), flat, {})
-    test = sources.digits("test")
-    _, logits = features(params, test.images.astype(np.float32) / 127.5 - 1)
-    print(f"{np.mean(np.argmax(logits, 1) == test.labels):.2%} of {len(test)} held-out digits")
+    images, labels = arrays("test")
+    _, logits = features(params, images.astype(np.float32) / 127.5 - 1)
+    print(f"{np.mean(np.argmax(logits, 1) == labels):.2%} of {len(labels)} validation digits")
     return 0
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flextok_jax.data import sources
-from flextok_jax.evaluation.pictures import DIGITS, Pictures, from_uint8
+from examples.digits import arrays, folder
+from flextok_jax.evaluation.pictures import Pictures, from_uint8
 from flextok_jax.evaluation.reconstruction import Sampling, check_counts, evaluate, side
 from flextok_jax.tokenizer import FlexTok
 
@@ -20,9 +20,9 @@ class Judge:
     def __init__(self):
         from sklearn.linear_model import LogisticRegression
 
-        train = sources.digits("train")
+        images, labels = arrays("train")
         self._model = LogisticRegression(C=0.1, max_iter=2000)
-        self._model.fit(_flat(from_uint8(train.images)), train.labels)
+        self._model.fit(_flat(from_uint8(images)), labels)
 
     def recognized(self, images: np.ndarray, labels: np.ndarray) -> int:
         """How many images [n, 16, 16, 3] in [-1, 1] are taken for what they are."""
@@ -81,7 +81,7 @@ def evaluate_digits(
             visit(batch, drawn)
 
     sampling = Sampling(steps, guidance, norm_guidance, seed)
-    result = evaluate(tok, Pictures(DIGITS, limit), counts, sampling, batch_size, look)
+    result = evaluate(tok, Pictures(f"{folder()}/test", limit), counts, sampling, batch_size, look)
     count = result["count"]
     return result | {
         "recognition": {k: hits / count for k, hits in right.items()},

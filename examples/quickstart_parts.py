@@ -14,11 +14,11 @@ import numpy as np
 import optax
 import sklearn
 
+from examples.digits import arrays
+from examples.digits.judge import COUNTS, evaluate_digits
+from examples.digits.samples import CLASSES, evaluate_samples, nearest_training
 from flextok_jax import __version__
-from flextok_jax.data import sources
 from flextok_jax.evaluation import pictures, report
-from flextok_jax.evaluation.digits_judge import COUNTS, evaluate_digits
-from flextok_jax.evaluation.digits_samples import CLASSES, evaluate_samples, nearest_training
 from flextok_jax.generator import ImageGenerator
 from flextok_jax.tokenizer import FlexTok
 
@@ -98,7 +98,7 @@ def sampled(name: str, source, tok: FlexTok) -> Sampled:
 
     result = evaluate_samples(gen, PER_CLASS, visit=keep)
     index, _ = nearest_training(np.stack(firsts))
-    train = sources.digits("train").images
+    train = arrays("train")[0]
     twins = [[row[0], train[i]] for row, i in zip(rows, index)]
     return Sampled(name, gen, result, rows, twins)
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flextok_jax.data import sources
-from flextok_jax.evaluation.digits_judge import SIDE, judge
+from examples.digits import arrays
+from examples.digits.judge import SIDE, judge
 from flextok_jax.evaluation.generation import TokenSampling, generate
 from flextok_jax.evaluation.pictures import from_uint8
 from flextok_jax.evaluation.reconstruction import Sampling, identity, side
@@ -74,10 +74,10 @@ def nearest_training(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images: float [n, 16, 16, 3] in [-1, 1].
 
     Returns:
-        (index int [n] into `sources.digits("train")`, distance float64 [n]: the root of the mean
+        (index int [n] into `arrays("train")`, distance float64 [n]: the root of the mean
         square over pixels, of a range of 2).
     """
-    train = _flat(from_uint8(sources.digits("train").images))
+    train = _flat(from_uint8(arrays("train")[0]))
     flat = _flat(images)
     squares = (flat**2).sum(1)[:, None] - 2 * flat @ train.T + (train**2).sum(1)[None]
     index = squares.argmin(axis=1)
@@ -94,7 +94,7 @@ def nearest(images: np.ndarray) -> dict:
         real digits do; copies all would).
     """
     _, ours = nearest_training(images)
-    _, real = nearest_training(from_uint8(sources.digits("test").images))
+    _, real = nearest_training(from_uint8(arrays("test")[0]))
     return {
         "samples": float(np.median(ours)),
         "held_out": float(np.median(real)),

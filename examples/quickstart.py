@@ -1,6 +1,6 @@
 """The quickstart's report: the shipped models of the digits beside those trained here just now.
 
-python -m flextok_jax.evaluation.quickstart_report --shipped demo-digits \
+python -m examples.quickstart --shipped demo-digits \
     --shipped-ar demo-digits-ar --runs quickstart --out quickstart/report.html \
     --picture quickstart/digits.png
 """
@@ -9,8 +9,8 @@ import argparse
 import pathlib
 import sys
 
+from examples import quickstart_parts as parts
 from flextok_jax.evaluation import pictures, report
-from flextok_jax.evaluation import quickstart_parts as parts
 from flextok_jax.io import storage
 from flextok_jax.io.checkpoint import WorkdirError
 
@@ -23,7 +23,7 @@ python -m flextok_jax.main --config=configs/tokenizer.py:digits --workdir={runs}
     --config.total_steps={tokenizer}
 python -m flextok_jax.main --config=configs/ar.py:digits --workdir={runs}/ar \\
     --config.tokenizer.source={runs}/tokenizer --config.total_steps={ar}
-python -m flextok_jax.evaluation.quickstart_report --shipped {shipped} \\
+python -m examples.quickstart --shipped {shipped} \\
     --shipped-ar {shipped_ar} --runs {runs} --out {out}"""
 
 
