@@ -4,9 +4,9 @@ import json
 import pathlib
 
 import flextok_jax
+from examples.digits.judge import evaluate_digits
+from examples.digits.samples import evaluate_samples
 from flextok_jax import FlexTok, ImageGenerator
-from flextok_jax.evaluation.digits_judge import evaluate_digits
-from flextok_jax.evaluation.digits_samples import evaluate_samples
 
 DEMOS = pathlib.Path(flextok_jax.__file__).parent / "demos"
 

@@ -10,10 +10,10 @@ import pytest
 from common import TINY, tiny_generator
 from PIL import Image
 
-from flextok_jax.data import sources
-from flextok_jax.evaluation import quickstart_parts, quickstart_report
-from flextok_jax.evaluation.digits_judge import evaluate_digits
-from flextok_jax.evaluation.digits_samples import evaluate_samples, nearest, nearest_training
+from examples import quickstart, quickstart_parts
+from examples.digits import arrays
+from examples.digits.judge import evaluate_digits
+from examples.digits.samples import evaluate_samples, nearest, nearest_training
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import from_uint8
 from flextok_jax.evaluation.reconstruction import Sampling
@@ -71,7 +71,7 @@ def test_the_report_is_whole_and_needs_nothing_else(runs, quick, tmp_path):
     out, picture = tmp_path / "report.html", tmp_path / "picture.png"
     arguments = ["--shipped", str(runs / "tokenizer"), "--shipped-ar", str(runs / "ar")]
     arguments += ["--runs", str(runs), "--out", str(out), "--picture", str(picture)]
-    assert quickstart_report.main(arguments) == 0
+    assert quickstart.main(arguments) == 0
     text = out.read_text()
     page = Page(text)
     pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
@@ -89,17 +89,17 @@ def test_the_report_is_whole_and_needs_nothing_else(runs, quick, tmp_path):
 
 def test_the_rows_of_the_report_are_the_first_digit_of_each_class(runs, quick):
     rows = quickstart_parts.judged("model", runs / "tokenizer").rows
-    test = sources.digits("test")
+    images, labels = arrays("test")
     assert len(rows) == 10
     for digit, row in enumerate(rows):
-        first = int(np.flatnonzero(test.labels == digit)[0])
-        np.testing.assert_array_equal(row[0], test.images[first])
+        first = int(np.flatnonzero(labels == digit)[0])
+        np.testing.assert_array_equal(row[0], images[first])
 
 
 def test_a_report_without_a_training_run_says_what_is_missing(tmp_path, capsys):
     arguments = ["--shipped", "demo-digits", "--shipped-ar", "demo-digits-ar"]
     arguments += ["--runs", str(tmp_path), "--out", "unused.html"]
-    assert quickstart_report.main(arguments) == 2
+    assert quickstart.main(arguments) == 2
     assert "metrics.jsonl does not exist" in capsys.readouterr().err
 
 
@@ -120,7 +120,7 @@ def test_samples_depend_on_their_place_and_not_on_the_batch(gen):
 
 
 def test_copies_of_training_digits_are_told_from_new_ones():
-    train, test = (from_uint8(sources.digits(split).images) for split in ("train", "test"))
+    train, test = (from_uint8(arrays(split)[0]) for split in ("train", "test"))
     index, distance = nearest_training(train[:50])
     assert index.tolist() == list(range(50)) and distance.max() == 0
     index, distance = nearest_training(test[:5])

@@ -21,6 +21,7 @@ from examples.digits import arrays
 from flextok_jax.data import transforms
 from flextok_jax.evaluation import networks
 from flextok_jax.io import storage
+from flextok_jax.nn.images import to_float
 
 SIDE, CLASSES, FEATURES = 16, 10, 64
 FILE = pathlib.Path(__file__).parent / "classifier.safetensors"
@@ -74,7 +75,7 @@ def feature_network(mesh=None) -> networks.FeatureNetwork:
     }
 
     def run(params, images):
-        return features(params, images.astype(jnp.float32) / 127.5 - 1.0)
+        return features(params, to_float(images))
 
     return networks.FeatureNetwork(about, FEATURES, CLASSES, networks.batched(run, params, mesh))
 
@@ -100,7 +101,7 @@ def train(seed: int = 0) -> dict:
     for _ in range(_STEPS):
         rows = rng.randint(len(digits), size=_BATCH)
         draws = rng.random_sample((_BATCH, transforms.NUM_DRAWS))
-        images = _AUGMENTED.augment(digits[rows], draws).astype(np.float32) / 127.5 - 1
+        images = to_float(_AUGMENTED.augment(digits[rows], draws))
         params, state = step(params, state, images, labels[rows])
     return params
 
@@ -111,7 +112,7 @@ def main() -> int:
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
     storage.write(pathlib.Path(sys.argv[1]), flat, {})
     images, labels = arrays("test")
-    _, logits = features(params, images.astype(np.float32) / 127.5 - 1)
+    _, logits = features(params, to_float(images))
     print(f"{np.mean(np.argmax(logits, 1) == labels):.2%} of {len(labels)} validation digits")
     return 0
 
