@@ -46,7 +46,7 @@ def runs(gen, tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """One Euler step and few digits in place of all."""
-    judged = functools.partial(evaluate_digits, steps=1, limit=40)
+    judged = functools.partial(evaluate_digits, steps=1)
     monkeypatch.setattr(quickstart_parts, "evaluate_digits", judged)
     samples = functools.partial(evaluate_samples, sampling=QUICK)
     monkeypatch.setattr(quickstart_parts, "evaluate_samples", samples)
