@@ -3,7 +3,8 @@
 python -m flextok_jax.main --config=configs/FILE.py:VARIANT --workdir=DIR [--config.KEY=VALUE ...]
 
 The same command continues an interrupted run. Exit codes: 0 done, or stopped by Ctrl-C and saved;
-143 stopped by SIGTERM or a preemption notice and saved: start it again; anything else an error.
+130 stopped by Ctrl-C before the first step; 143 stopped by SIGTERM or a preemption notice and
+saved: start it again; anything else an error.
 
 --config.profile=A:B records steps A to B in DIR/profile, for TensorBoard or ui.perfetto.dev.
 
@@ -13,6 +14,7 @@ On several machines the same command runs on each. TPU pods and Slurm are recogn
 
 import importlib
 import logging
+import os
 import signal
 import sys
 
@@ -24,6 +26,13 @@ STAGES = {
     "vae": "flextok_jax.training.vae_stage:VAEStage",
     "tokenizer": "flextok_jax.training.tokenizer_stage:TokenizerStage",
     "ar": "flextok_jax.training.ar_stage:ARStage",
+}
+
+NEXT = {  # What to do with a finished workdir.
+    "vae": "python -m flextok_jax.main --config=configs/tokenizer.py:VARIANT "
+    "--config.vae.source={0} --workdir=NEW_DIR",
+    "tokenizer": "flextok reconstruct --model {0} --images FOLDER --out OUT",
+    "ar": "flextok generate --model {0} --labels 0,1 --out OUT",
 }
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and logs")
@@ -49,30 +58,44 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option begins with --")
     from flextok_jax.io.checkpoint import WorkdirError
+    from flextok_jax.io.paths import as_path, is_remote
     from flextok_jax.parallel import startup
     from flextok_jax.parallel.mesh import make_mesh
     from flextok_jax.training.checks import check_config
-    from flextok_jax.training.loop import train
+    from flextok_jax.training.loop import Diverged, SettingsError, train
     from flextok_jax.training.signals import PREEMPTED
-    from flextok_jax.training.skips import Diverged
 
     logging.getLogger("flextok_jax").setLevel(logging.INFO)
-    config = config_flag.CONFIG.value
+    log = logging.getLogger("flextok_jax.main")
+    config, workdir = config_flag.CONFIG.value, _WORKDIR.value
     try:
+        if is_remote(as_path(workdir)):
+            raise ValueError(f"--workdir={workdir}: a local or mounted folder is needed")
         startup.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        check_config(config, make_mesh(**config.mesh))  # As `train` does; here it needs no trace.
+        check_config(config, make_mesh(**config.mesh))  # As `train` does, before the stage is made.
         stage = make_stage(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        outcome = train(stage, config, _WORKDIR.value)
-    except (WorkdirError, Diverged, OSError) as error:  # The trace of a ValueError is wanted.
+        outcome = train(stage, config, workdir)
+    except (SettingsError, WorkdirError, Diverged, OSError) as error:
         sys.exit(f"error: {error}")
+    if outcome.stopped:
+        log.info("the same command continues the run in %s", workdir)
+    elif config.stage in NEXT:
+        log.info("done: %s. Next: %s", workdir, NEXT[config.stage].format(workdir))
     return PREEMPTED if outcome.stopped == signal.SIGTERM else 0
+
+
+def _leave(*_):
+    """Ctrl-C outside of training: at once, since libraries in mid-import swallow exceptions."""
+    sys.stderr.write("\nstopped: no step was under way\n")
+    os._exit(130)
 
 
 def run():
     """Parses the command line, trains, exits."""
+    signal.signal(signal.SIGINT, _leave)
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=config_flag.parse)
 

@@ -310,7 +310,7 @@ def test_a_run_on_images_trains_and_leaves_the_tokenizer_out_of_its_state(
     assert np.isfinite(last["eval/held_out/loss"])
     c.total_steps = 3
     stage = ARStage(c, made_by=ARStage(c).export_config()["tokenizer"] | {"fingerprint": "other"})
-    with pytest.raises(WorkdirError, match="tokenizer.fingerprint: \\w+ before, other now"):
+    with pytest.raises(WorkdirError, match="tokenizer.fingerprint: "):
         train(stage, c, tmp_path)
 
 

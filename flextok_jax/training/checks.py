@@ -1,62 +1,162 @@
 """What is checked of a configuration before anything is made of it."""
 
+import fnmatch
+import logging
+import math
+import re
+
 from jax.sharding import Mesh
 
 from flextok_jax.nn.config import Compute
 from flextok_jax.parallel.mesh import platform
-from flextok_jax.training.profile import steps_of
 
-# The smallest value of numbers whose fault would show itself only after compiling, or after
-# training. Some stages have only some of them.
-SMALLEST = {
-    "total_steps": 0,
-    "batch_size": 1,
-    "log_every": 1,
-    "eval_every": 0,
-    "max_skipped_in_row": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "optim.accumulate": 1,
-    "evaluation.num_images": 0,
-    "evaluation.num_latents": 1,
-    "evaluation.batch_size": 1,
-    "evaluation.steps": 1,
+log = logging.getLogger(__name__)
+
+# The range of every number, by the pattern of its key; those of a tuple all lie in it. A key that a
+# stage does not have, and None, pass.
+RANGES = {
+    "seed": "[0, 4294967296)",
+    "total_steps": "[0, 2147483648)",
+    "batch_size": "[1, inf)",
+    "log_every": "[1, inf)",
+    "eval_every": "[0, inf)",
+    "max_skipped_in_row": "[1, inf)",
+    "ema_decay": "[0, 1)",
+    "time_shift": "(0, inf)",
+    "checkpoint.every": "[0, inf)",
+    "checkpoint.keep": "[1, inf)",
+    "condition.null_prob": "[0, 1)",
+    "data.image_size": "[1, inf)",
+    "data.crop_scale": "(0, 1]",
+    "data.max_unreadable": "[0, 1]",
+    "data.shift": "[0, inf)",
+    "data.rotate": "[0, 180]",
+    "data.zoom": "[0, 1)",
+    "data.color": "[0, 1]",
+    "discriminator.*": "[1, inf)",
+    "evaluation.batch_size": "[1, inf)",
+    "evaluation.num_images": "[0, inf)",
+    "evaluation.num_latents": "[1, inf)",
+    "evaluation.steps": "[1, inf)",
+    "loss.chunk": "[1, inf)",
+    "loss.*_weight": "[0, inf)",
+    "loss.gan_start": "[0, inf)",
+    "loss.z_loss": "[0, inf)",
+    "model.*depth": "[1, inf)",
+    "model.*width": "[1, inf)",
+    "model.*guidance_scale": "(-inf, inf)",
+    "model.*head_dim": "[1, inf)",
+    "model.levels": "[2, inf)",
+    "model.bottleneck.levels": "[2, inf)",
+    "model.*mlp_ratio": "(0, inf)",
+    "model.*mode_scale": "(-inf, inf)",
+    "model.*null_prob": "[0, 1)",
+    "model.*num_classes": "[0, inf)",
+    "model.*num_tokens": "[1, inf)",
+    "model.*patch_size": "[1, inf)",
+    "model.*vocab_size": "[2, 2147483648)",
+    "model.block_out": "[1, inf)",
+    "model.latent_channels": "[1, inf)",
+    "model.layers_per_block": "[1, inf)",
+    "model.norm_groups": "[1, inf)",
+    "optim.*b1": "[0, 1)",
+    "optim.*b2": "[0, 1)",
+    "optim.*eps": "(0, inf)",
+    "optim.*lr": "(0, 1]",
+    "optim.*final_lr_fraction": "[0, 1]",
+    "optim.*grad_clip": "(0, inf)",
+    "optim.*warmup_steps": "[0, inf)",
+    "optim.*weight_decay": "[0, inf)",
+    "optim.accumulate": "[1, inf)",
+    "optim.mup_base_width": "[1, inf)",
+    "repa.*": "[0, inf)",
+    "vae.scaling_factor": "(0, inf)",
 }
 
 
 def check_config(config, mesh: Mesh) -> None:
-    """That a run can count, save and evaluate as configured, on these devices.
-
-    Also that batches can be cut over microbatches and devices, which can compute as configured.
+    """Checks every number of a configuration, and that batches fit these devices.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: with one line for each fault.
     """
     Compute(**config.get("compute", {})).check_platform(platform(mesh))
-    for name, least in SMALLEST.items():
-        value = _value(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}: at least {least} is needed")
-    steps_of(config.profile, config.total_steps)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = config.optim.accumulate
+    values = list(_leaves(config.to_dict()))
+    faults = [
+        f"{key}={value}: allowed is {interval}"
+        for key, value in values
+        for pattern, interval in RANGES.items()
+        if fnmatch.fnmatch(key, pattern) and not all(_within(x, interval) for x in _numbers(value))
+    ]
+    faults = faults or _misfits(config, values, mesh)
+    if faults:
+        raise ValueError("\n  ".join(faults))
+    warmup, total = config.optim.warmup_steps, config.total_steps
+    if warmup > total > 0:
+        log.warning("optim.warmup_steps=%d is longer than the run, total_steps=%d", warmup, total)
+
+
+def _misfits(config, values, mesh: Mesh) -> list[str]:
+    """Faults of numbers that are each in range but do not fit together."""
+    faults = [
+        f"{key}={levels}: the product, the number of ids, must be below 2^31"
+        for key, levels in values
+        if key.endswith("levels") and math.prod(_numbers(levels)) >= 2**31
+    ]
+    try:
+        profiled_steps(config.profile, config.total_steps)
+    except ValueError as error:
+        faults.append(str(error))
+    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.optim.accumulate
     if config.batch_size % (parts * shards):
-        raise ValueError(
+        faults.append(
             f"batch_size={config.batch_size} must be a multiple of optim.accumulate={parts} times "
             f"the {shards} devices of the mesh's data and fsdp axes"
         )
-    size = _value(config, "evaluation.batch_size")
+    size = config.get("evaluation", {}).get("batch_size")
     if size is not None and size % shards:
-        raise ValueError(
+        faults.append(
             f"evaluation.batch_size={size} must be a multiple of the {shards} devices of the "
             "mesh's data and fsdp axes"
         )
+    return faults
 
 
-def _value(config, name: str):
-    """The value of a dotted key; None without it."""
-    for part in name.split("."):
-        config = config.get(part)
-        if config is None:
-            return None
-    return config
+def profiled_steps(text: str, total: int) -> tuple[int, int] | None:
+    """(A, B) of `config.profile`="A:B", the first and the last step to record; None of "".
+
+    Raises:
+        ValueError: `text` is not of that form, or names no steps of a run of `total`.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last <= total:
+        raise ValueError(
+            f"profile={text!r}: needed is A:B with 1 <= A <= B <= total_steps={total}, the first "
+            "and the last step to record"
+        )
+    return first, last
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    """(dotted key, value)."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _numbers(value) -> list[int | float]:
+    """A number or those of a tuple; truth values are none."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return [x for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
+
+
+def _within(value: float, interval: str) -> bool:
+    """Whether a number lies in "[low, high)"; NaN lies nowhere."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    return above and (value <= high if interval[-1] == "]" else value < high)

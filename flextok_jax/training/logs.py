@@ -1,33 +1,33 @@
-"""What a run reports: DIR/metrics.jsonl, TensorBoard events in DIR/tb, and a progress bar."""
+"""What a run reports: DIR/metrics.jsonl, TensorBoard events in DIR/tb, and lines for a person."""
 
+import contextlib
 import json
 import logging
-import math
 import os
 import pathlib
+import sys
+import time
 
 import jax
 import numpy as np
+
+from flextok_jax.io import storage
 
 log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes one record per logged step. Does nothing in processes other than 0.
+    """Writes metrics as JSON lines and events, and shows progress, in process 0 only.
 
-    A resumed run first drops the records beyond the step it resumes from, so that no step appears
-    twice and a line torn by a crash disappears. What is added to the last record once it is written
-    goes into the same line, and at every moment the file has the old line or the new one.
+    A resumed run first drops the lines beyond the step it resumes from, and a line torn by a crash.
 
     Attributes:
-        resumed: the values of that record, {} if there is none (and in processes other than 0).
+        evaluated: the file has an evaluation of the step that the run begins at.
     """
 
     def __init__(self, workdir: str | os.PathLike, start: int, total: int):
         """Continues the logs of `workdir` after step `start`."""
-        self.resumed = {}
-        self._pending = None
-        self._last = None  # (step, record, bytes of the file before it) of the last line.
+        self._pending, self.evaluated = {}, False
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -37,20 +37,16 @@ class RunLog:
         workdir = pathlib.Path(workdir)
         self._path = workdir / "metrics.jsonl"
         records = [record for record in _records(self._path) if record["step"] <= start]
-        write_atomic(self._path, "".join(map(_line, records)))
-        if records and records[-1]["step"] == start:
-            before = sum(len(_line(record).encode()) for record in records[:-1])
-            self.resumed = {k: v for k, v in records[-1].items() if k != "step"}
-            self._last = (start, {}, before)
-            self.add(start, self.resumed)  # For TensorBoard, which forgets them with `purge_step`.
-        self._events = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start)
+        storage.write_text(self._path, "".join(map(_line, records)))
+        self.evaluated = any(r["step"] == start and _evaluation(r) for r in records)
+        self._events = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
         self._bar = tqdm.tqdm(initial=start, total=total, unit="step", disable=None)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        if exc[0] is None:
+        with contextlib.suppress(Exception) if exc[0] else contextlib.nullcontext():
             self.flush()
         if self._active:
             self._events.close()
@@ -62,68 +58,85 @@ class RunLog:
             self._bar.update()
 
     def add(self, step: int, values: dict):
-        """Adds numbers or arrays, also unfinished ones on the device, to the record of `step`.
-
-        The record is written when one for another step is begun, or by `flush`: until then the
-        host need not wait for the device.
-        """
-        if self._pending and self._pending[0] != step:
+        """Takes metrics of `step`, also unfinished ones on the device; `flush` writes them."""
+        if self._pending.get("step") != step:
             self.flush()
-        if not self._pending:
-            self._pending = (step, {})
-        self._pending[1].update(values)
+        self._pending |= {"step": step} | values
 
     def flush(self):
         """Writes what is pending. Waits for the device."""
-        if not self._pending:
+        pending, self._pending = self._pending, {}
+        if not (pending and self._active):
             return
-        (step, values), self._pending = self._pending, None
-        if not self._active:
-            return
-        record = {name: _plain(value) for name, value in jax.device_get(values).items()}
-        self._write(step, record)
+        step = pending.pop("step")
+        record = {name: _plain(value) for name, value in jax.device_get(pending).items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line({"step": step} | record))
         for name, value in record.items():
-            numbers = {name: value}
+            parts = {name: value}
             if isinstance(value, list):
-                numbers = {f"{name}/{i:03d}": x for i, x in enumerate(value)}
-            for tag, number in numbers.items():
-                self._events.add_scalar(tag, math.nan if number is None else number, step)
+                parts = {f"{name}/{i:03d}": x for i, x in enumerate(value)}
+            for tag, number in parts.items():
+                if number is not None:
+                    self._events.add_scalar(tag, number, step)
         self._events.flush()
-        loss = record.get("loss")
-        if loss is not None:
-            self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-        if self._bar.disable:  # No terminal: lines instead of a bar.
-            short = {k: v for k, v in record.items() if "/" not in k or k.startswith("eval/")}
-            log.info(
-                "step %d/%d  %s", step, self._bar.total,
-                "  ".join(f"{k}={v if v is None else format(v, '.4g')}" for k, v in short.items()),
-            )  # fmt: skip
+        self._show(step, record)
 
-    def _write(self, step: int, record: dict):
-        """A new line, or more in the last one."""
-        if self._last and self._last[0] == step:
-            _, known, before = self._last
-            text = self._path.read_bytes()[:before].decode()
-            self._last = (step, known | record, before)
-            write_atomic(self._path, text + _line({"step": step} | known | record))
+    def _show(self, step: int, record: dict):
+        """The loss beside the bar and a line for an evaluation; without a bar a line for all."""
+        if record.get("loss") is not None:
+            self._bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
+        found = _evaluation(record)
+        if self._bar.disable:
+            found = {name: value for name, value in record.items() if "/" not in name} | found
+        line = f"step {step}/{self._bar.total}"
+        for name, value in found.items():
+            line += f"  {name}={value if value is None else format(value, '.4g')}"
+        if self._bar.disable:
+            log.info("%s", line)
+        elif found:
+            self._bar.write(line, file=sys.stderr)
+
+
+class Stopwatch:
+    """Seconds per step, over steps that are known to be finished."""
+
+    def __init__(self, done: int):
+        self._done, self._since = done, time.perf_counter()
+
+    def lap(self, step: int, metrics) -> float:
+        """The mean since the last lap; step - 1 is finished, `metrics` are those of `step`."""
+        if self._done == step - 1:  # Nothing to time yet but this step.
+            jax.block_until_ready(metrics)
         else:
-            with self._path.open("ab") as file:
-                self._last = (step, record, file.tell())
-                file.write(_line({"step": step} | record).encode())
+            step -= 1
+        now = time.perf_counter()
+        seconds = (now - self._since) / (step - self._done)
+        self._done, self._since = step, now
+        return seconds
 
 
-def write_atomic(path: pathlib.Path, text: str):
-    """Writes a whole file or nothing, also if the machine is lost.
+@jax.jit
+def merge(window, metrics):
+    """The metrics of a window and one more step."""
+    return {name: metric.merge(metrics[name]) for name, metric in window.items()}
 
-    Not by `storage.atomic`: a run has one writer, and what a kill leaves of it has a fixed name
-    that the next run writes over.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+@jax.jit
+def compute(window):
+    values = {}
+    for name, metric in window.items():
+        value = metric.compute()
+        if isinstance(value, dict):
+            values |= {f"{name}/{key}": part for key, part in value.items()}
+        else:
+            values[name] = value
+    return values
+
+
+def _evaluation(record: dict) -> dict:
+    """The metrics of evaluators in a record."""
+    return {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
 
 
 def _line(record: dict) -> str:

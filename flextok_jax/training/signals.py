@@ -12,16 +12,25 @@ log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """While entered, remembers the first SIGINT or SIGTERM in `received` instead of dying of it.
+    """From `catch` to its exit, remembers the first SIGINT or SIGTERM instead of dying of it.
 
     A second Ctrl-C interrupts at once. With several processes nothing is caught here: all have to
     stop after the same step, which JAX's preemption service arranges (`reached_preemption`).
     Outside the main thread Python allows no handlers, and none are set.
+
+    Attributes:
+        received: the signal, or None.
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None
         self._previous = {}
+
+    def catch(self):
+        """Begins to catch: before, there is nothing to save."""
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
         if self.received and number == signal.SIGINT:
@@ -30,10 +39,6 @@ class StopSignals:
         log.warning("%s: saving after this step", signal.Signals(number).name)
 
     def __enter__(self):
-        alone = jax.process_count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc):

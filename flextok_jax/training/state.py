@@ -1,7 +1,7 @@
 """The training state, an object of arrays only, and its one transition."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax
 import jax
@@ -23,6 +23,8 @@ from flextok_jax.training.optimizer import (
 )
 from flextok_jax.training.stage import Params, Stage
 
+NEVER = jnp.iinfo(jnp.int32).max
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -32,15 +34,19 @@ class TrainState:
         step: int32, batches consumed so far.
         params: the full parameter tree, float32.
         ema: a tree like `params`: the moving average (a copy where a leaf is not trained).
-        opt_state: optimizer slots of the trained leaves only.
-        skipped: int32, how many of those steps changed nothing because of a non-finite gradient.
+        opt_state: `optax.ApplyIfFiniteState`: slots of the trained leaves only, and how many steps
+            changed nothing because their loss or gradient was not finite.
     """
 
     step: jax.Array
     params: Params
     ema: Params
-    opt_state: Any
-    skipped: jax.Array
+    opt_state: optax.ApplyIfFiniteState
+
+    @property
+    def skipped(self) -> jax.Array:
+        """int32, skipped steps in all."""
+        return self.opt_state.total_notfinite
 
 
 class Program(NamedTuple):
@@ -62,7 +68,8 @@ class Program(NamedTuple):
 
 def build(stage: Stage, config, mesh: Mesh) -> Program:
     """Shapes first, then shardings, then the functions that are compiled with them."""
-    tx = make_optimizer(config)
+    # A non-finite update is never applied; the loop stops the run when there are too many in a row.
+    tx = optax.apply_if_finite(make_optimizer(config), max_consecutive_errors=NEVER)
 
     def first():
         return stage.init(named(jax.random.key(config.seed), "init"))
@@ -77,7 +84,6 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
             params=jax.tree.map(jnp.copy, params),
             ema=jax.tree.map(jnp.copy, params),
             opt_state=tx.init(select(params, trained)),
-            skipped=jnp.int32(0),
         )
 
     shapes = jax.eval_shape(start, param_shapes)
@@ -94,7 +100,6 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
             transform_non_params=lambda _: everywhere,
             is_leaf=_elsewhere,
         ),
-        skipped=everywhere,
     )
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -163,34 +168,26 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
         loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
         norm = optax.tree.norm(grads)
 
-        updates, opt_state = tx.update(grads, state.opt_state, part)
-        moved = optax.apply_updates(part, updates)
-        decay = ema_decay(config.ema_decay, state.step - state.skipped)
-        averaged = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_part, moved)
-
+        # A skipped step moves nothing: neither does the average, and its metrics do not count.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        moved, averaged, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (moved, averaged, opt_state),
-            (part, ema_part, state.opt_state),
+        updates, opt_state = tx.update(
+            jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), grads), state.opt_state, part
         )
-        new = TrainState(
+        moved = optax.apply_updates(part, updates)
+        update = state.step - state.skipped  # The optimizer's own count.
+        share = jnp.where(finite, 1 - ema_decay(config.ema_decay, update), 0.0)
+        average, last = clu_metrics.Average.from_model_output, clu_metrics.LastValue
+        metrics = {"loss": average(loss), **metrics, "grad_norm": average(norm)}
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
+        return TrainState(
             step=state.step + 1,
             params=overlay(state.params, moved),
-            ema=overlay(state.ema, averaged),
+            ema=overlay(state.ema, optax.incremental_update(moved, ema_part, share)),
             opt_state=opt_state,
-            skipped=state.skipped + jnp.where(finite, 0, 1),
-        )
-        average, last = (
-            kind.from_model_output for kind in (clu_metrics.Average, clu_metrics.LastValue)
-        )
-        return new, {
-            "loss": average(loss),
-            **metrics,
-            "grad_norm": average(norm),
-            # The optimizer counts its own updates: a skipped step is not one of them.
-            "lr": last(schedule(state.step - state.skipped)),
-            "skipped": last(new.skipped),
+        ), metrics | {
+            "lr": last.from_model_output(schedule(update)),
+            "skipped": last.from_model_output(opt_state.total_notfinite),
+            "skipped_in_row": last.from_model_output(opt_state.notfinite_count),
         }
 
     return train_step

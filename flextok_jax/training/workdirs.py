@@ -1,0 +1,73 @@
+"""A workdir's lock, its first state, and its description."""
+
+import contextlib
+import logging
+import pathlib
+
+import jax
+from clu import parameter_overview
+
+from flextok_jax.io import storage
+from flextok_jax.io.checkpoint import WorkdirError
+from flextok_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path):
+    """Keeps a second run out of a workdir. The system releases the lock however a process ends."""
+    if jax.process_index() != 0:
+        yield
+        return
+    import fcntl
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(f"another run writes into {workdir}: use a new workdir") from None
+        yield
+
+
+def first_state(stage, config, program, checkpoints) -> TrainState:
+    """The newest checkpoint; without one what `init_from` names; without that a new model."""
+    state = checkpoints.restore(program.shapes)
+    if state is not None:
+        log.info("continuing from step %d", state.step)
+        return state
+    if config.init_from:
+        log.info("starting from %s", config.init_from)
+        return program.init_from(stage.init_from(config.init_from))
+    log.info("starting from step 0: no checkpoint was ever completed here")
+    return program.init()
+
+
+def describe(workdir, plain, stage, program, continued: bool):
+    """Writes DIR/config.json, and the table of parameters into the log.
+
+    Raises:
+        WorkdirError: a frozen network is not the one that the run was begun with.
+    """
+    path, model = workdir / "config.json", stage.export_config()
+    if continued and path.exists():
+        try:
+            before = storage.read_json(path)["model"]
+            changed = storage.differences(before, model, ignore=r".*(source|origin)")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WorkdirError(
+                f"{path} is damaged ({error}). It names the frozen networks of the run: if those "
+                "are still the same, remove it; it is written anew"
+            ) from error
+        if changed:
+            raise WorkdirError(
+                f"{workdir} was begun with another frozen network. Put that back, or use a new "
+                "workdir:\n  " + "\n  ".join(changed)
+            )
+    if jax.process_index() == 0:
+        storage.write_json(path, {"config": plain, "model": model})
+        table = parameter_overview.get_parameter_overview(
+            program.shapes.params, include_stats="sharding"
+        )
+        log.info("parameters:\n%s", table)
