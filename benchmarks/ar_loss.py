@@ -12,7 +12,6 @@ falls on both. Needs jax, flax, numpy, ml_collections, clu, grain.
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import time
@@ -21,19 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import ar as ar_config
 from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
 
 def model_config(depth: int) -> ARConfig:
     """The model of configs/ar.py:c2i_dDEPTH."""
-    spec = importlib.util.spec_from_file_location("ar_config", ROOT / "configs" / "ar.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return ARConfig(**module.get_config(f"c2i_d{depth}").model)
+    return ARConfig(**ar_config.get_config(f"c2i_d{depth}").model)
 
 
 def programs(cfg: ARConfig, compute: Compute, args, chunks):

@@ -1,31 +1,28 @@
-"""The TPU compiler's estimates for every full-size configuration: the tables of docs/tpu.md and of
-costs in docs/training.md.
+"""The TPU compiler's estimates for every full-size configuration: the table of docs/tpu.md.
 
     python -m benchmarks.tpu                     (about two hours on two cores)
-    python -m benchmarks.tpu --only 'd18_d28 on v5e.*train'
-    python -m benchmarks.tpu --pages             (the tables again from the numbers kept)
+    python -m benchmarks.tpu --only 'd18_d28 on v5e'
 
 Compiles the training step of each configuration on its recommended topology, and the frozen VAE of
-the tokenizers, by `python -m flextok_jax.compile`; no TPU is needed, and nothing runs on one. Keeps
-the numbers in docs/tpu.json, with the compiler's version and the commit, and writes the tables anew
-from it; `--only` (a regular expression over "CONFIG on TOPOLOGY: PROGRAM", where the program is
-train or vae) compiles a part of them.
+the tokenizers, by `flextok_jax.compile`; no TPU is needed, and nothing runs on one. Each result
+replaces its row of the table. `--only` is a regular expression over "CONFIG on TOPOLOGY".
 """
 
 import argparse
-import importlib.util
-import json
+import concurrent.futures
+import importlib
 import math
+import multiprocessing
 import pathlib
 import re
 import subprocess
-import sys
-import tempfile
+
+import jax
+import jax.numpy as jnp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs/tpu.json"
-PAGE, COSTS = ROOT / "docs/tpu.md", ROOT / "docs/training.md"
-BEGIN, END = "<!-- written by benchmarks/tpu.py -->", "<!-- end -->"
+PAGE = ROOT / "docs/tpu.md"
+BEGIN, END = "<!-- written by benchmarks/tpu.py -->\n", "<!-- end -->"
 
 LARGE = ("tokenizer.py:d18_d28", "ar.py:c2i_d24", "ar.py:c2i_d30")
 OTHERS = (
@@ -34,12 +31,12 @@ OTHERS = (
     *(f"ar.py:t2i_d{depth}" for depth in (12, 18, 26, 36)),
     *(f"vae.py:c{channels}" for channels in (4, 8, 16)),
 )
-# Chips that are rented together, with images per chip and microbatch such that a tenth of the
-# memory stays free while the results of matrix products are kept for the backward pass.
+# Images per chip and microbatch are chosen such that a tenth of the memory stays free while the
+# results of matrix products are kept for the backward pass.
 TOPOLOGIES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 WANTED = [(config, topology) for topology in TOPOLOGIES for config in LARGE]
 WANTED += [(config, "v5e:4x4") for config in OTHERS]
-# What more chips cost.
+# More chips.
 WANTED += [("tokenizer.py:d18_d28", f"v5e:{sides}") for sides in ("8x8", "16x16")]
 WANTED += [("ar.py:c2i_d24", topology) for topology in ("v5e:8x8", "v5e:16x16", "2*v5e:8x8")]
 # Microbatches of a step on 16 chips.
@@ -47,41 +44,83 @@ ACCUMULATE = {
     "tokenizer.py": {"v5e": 16, "v5p": 4, "v6e": 8},
     "ar.py": {"v5e": 4, "v5p": 1, "v6e": 2},
 }
+HEAD = (
+    "| configuration | topology | images per chip at a time | memory per chip | step | MFU "
+    "| without Pallas | collectives alone | frozen VAE | chip-hours | compiled in | at commit |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
-def flags(config: str, topology: str) -> list[str]:
-    """What is recommended for training `config` on `topology`, as command-line flags."""
-    file, _, variant = config.partition(":")
+def load(config: str, topology: str):
+    """The configuration "FILE.py:VARIANT" with the settings recommended for `topology`."""
+    file, variant = config.split(":")
+    module = importlib.import_module(f"configs.{file.removesuffix('.py')}")
+    config = module.get_config(variant)
     slices, kind, sides = re.fullmatch(r"(?:(\d+)\*)?(\w+):([\dx]+)", topology).groups()
     data = int(slices or 1) * math.prod(map(int, sides.split("x"))) // 16
-    mesh = [f"--config.mesh.data={data}", "--config.mesh.fsdp=16"]
-    if file == "vae.py":
-        return mesh
-    accumulate = ACCUMULATE[file][kind] * (2 if variant == "t2i_d36" else 1)
-    return [
-        *mesh,
-        "--config.compute.attention=pallas",
-        "--config.compute.remat=dots",
-        f"--config.optim.accumulate={max(1, accumulate // data)}",
-    ]
+    config.mesh.update(data=data, fsdp=16)
+    if file != "vae.py":
+        accumulate = ACCUMULATE[file][kind] * (2 if variant == "t2i_d36" else 1)
+        config.optim.accumulate = max(1, accumulate // data)
+        config.compute.update(attention="pallas", remat="dots")
+    return config
 
 
-def compile_one(config: str, topology: str, program: str, options: list[str]) -> dict:
-    """The numbers of `flextok_jax.compile`, or {"error"}."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = pathlib.Path(folder) / "out.json"
-        command = [
-            sys.executable, "-m", "flextok_jax.compile", f"--config={ROOT}/configs/{config}",
-            f"--topology={topology}", f"--program={program}", f"--out={out}", *options,
-        ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            return {"error": lines[-1][:300]}
-        return json.loads(out.read_text())
+def measure(config: str, topology: str) -> str:
+    """One row of the table."""
+    from flextok_jax import compile as estimates
+    from flextok_jax.parallel.mesh import make_mesh
+
+    jax.config.update("jax_platforms", "cpu")
+    name, commit, settings = config.replace(".py:", " "), _commit(), load(config, topology)
+    chip, devices = estimates.topology(topology)
+    mesh = make_mesh(**settings.mesh, devices=devices)
+    try:
+        step = estimates.train_step(settings, chip, mesh)
+    except estimates.DoesNotFit as error:
+        return f"| {name} | {topology} | does not fit: {error} ||||||||||"
+    parts, vae = settings.optim.accumulate, "-"
+    if settings.stage == "tokenizer":
+        vae = f"{parts * frozen_vae(settings, chip, mesh)['seconds']:.2f} s"
+    memory, batch = step["memory"], settings.batch_size
+    hours = step["seconds"] * settings.total_steps * step["chips"] / 3600
+    return (
+        f"| {name} | {topology} | {batch // step['chips'] // parts} "
+        f"| {memory['total'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f} GiB "
+        f"({1 - memory['total'] / memory['chip']:.0%} free) | {step['seconds']:.2f} s "
+        f"| **{step['mfu']:.1%}** | {step['mfu_without_kernels']:.1%} "
+        f"| {step['collectives_seconds']:.2f} s | {vae} | {hours:,.0f} "
+        f"| {step['compile_seconds']:.0f} s | {commit}, libtpu {step['versions']['libtpu']} |"
+    )
 
 
-def commit() -> str:
+def frozen_vae(config, chip, mesh) -> dict:
+    """The estimate of making the moments of one microbatch."""
+    from flextok_jax import compile as estimates
+    from flextok_jax.nn import vae
+    from flextok_jax.nn.config import VAEConfig
+    from flextok_jax.nn.images import to_float
+    from flextok_jax.parallel.sharding import batch_sharding, param_shardings
+
+    cfg = VAEConfig(latent_channels=int(config.vae.source.rpartition("_c")[2]))
+    params = jax.eval_shape(lambda: vae.init_vae(cfg, jax.random.key(0)))
+    params = estimates.placed({"vae": params}, param_shardings(mesh, {"vae": params}))
+    size = config.data.image_size
+    images = jax.ShapeDtypeStruct(
+        (config.batch_size // config.optim.accumulate, size, size, 3),
+        jnp.uint8,
+        sharding=batch_sharding(mesh),
+    )
+
+    @jax.jit
+    def moments(params, images):
+        return vae.encode_moments(params["vae"], cfg, to_float(images), jnp.bfloat16)
+
+    state = {"parameters": params}
+    return estimates.estimate(lambda: moments.lower(params, images), state, None, chip, mesh)
+
+
+def _commit() -> str:
     """The commit of this checkout, with a + if files differ from it."""
 
     def git(*args):
@@ -91,116 +130,26 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
 
 
-def row(key: str, found: dict) -> str:
-    """One line of the table."""
-    config, topology = key.split(" on ")
-    name, step = config.replace(".py:", " "), found["train"]
-    if "error" in step:
-        return f"| {name} | {topology} | {step['error']} ||||||||||"
-    memory, batch = step["memory"], found["batch"]
-    images_per_chip = batch // step["chips"] // _microbatches(found)
-    hours = step["seconds"] * found["steps"] * step["chips"] / 3600
-    return (
-        f"| {name} | {topology} | {images_per_chip} "
-        f"| {memory['total'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f} GiB "
-        f"({1 - memory['total'] / memory['chip']:.0%} free) | {step['seconds']:.2f} s "
-        f"| **{step['mfu']:.1%}** | {step['mfu_without_kernels']:.1%} "
-        f"| {_seconds(step['collectives_seconds'])} | {_seconds(_vae(found))} | {hours:,.0f} "
-        f"| {step['compile_seconds']:.0f} s | {step['commit']} |"
-    )
-
-
-HEAD = (
-    "| configuration | topology | images per chip at a time | memory per chip | step | MFU "
-    "| without Pallas | collectives alone | frozen VAE | chip-hours | compiled in | at commit |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
-)
-
-
-def _microbatches(found: dict) -> int:
-    options = dict(flag.split("=") for flag in found["flags"])
-    return int(options.get("--config.optim.accumulate", 1))
-
-
-def _vae(found: dict) -> float | None:
-    """Seconds of the frozen VAE in a step; None: there is none, or it is not known."""
-    seconds = found.get("vae", {}).get("seconds")
-    return seconds and seconds * _microbatches(found)
-
-
-def _seconds(value: float | None) -> str:
-    return f"{value:.2f} s" if value else "-"
-
-
-def cost(key: str, found: dict) -> str:
-    """One line of the table of costs."""
-    config, topology = key.split(" on ")
-    step, vae = found["train"], _vae(found)
-    hours = step["seconds"] * found["steps"] / 3600
-    with_vae = f"{(hours + vae * found['steps'] / 3600) * step['chips']:,.0f}" if vae else "-"
-    return (
-        f"| {config.replace('.py:', ' ')} | {topology} | {found['steps']:,} x {found['batch']} "
-        f"| {hours * step['chips']:,.0f} | {with_vae} | {hours / 24:.1f} days |"
-    )
-
-
-COST_HEAD = (
-    "| configuration | topology | steps x images | chip-hours | with the frozen VAE in the step "
-    "| on this slice, without the VAE |\n|---|---|---|---|---|---|"
-)
-
-
-def write_pages(results: dict):
-    """Puts the tables between the marks of docs/tpu.md and docs/training.md."""
-    keys = [f"{config} on {topology}" for config, topology in WANTED]
-    keys = [key for key in keys if "train" in results.get(key, {})]
-    costs = [COST_HEAD, *(cost(k, results[k]) for k in keys if "error" not in results[k]["train"])]
-    _write(COSTS, costs)
-    lines = [HEAD, *(row(key, results[key]) for key in keys)]
-    compilers = {
-        ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
-        for key in keys
-        for run in (results[key]["train"], results[key].get("vae", {}))
-        if "versions" in run
-    }
-    lines += ["", f"Compiled by: {'; '.join(sorted(compilers))}."]
-    _write(PAGE, lines)
-
-
-def _write(page: pathlib.Path, lines: list[str]):
+def write(row: str, page: pathlib.Path = PAGE):
+    """Puts a row into the table, in place of the one of the same configuration and topology."""
     before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+    table, after = rest.split(END)
+    rows = {tuple(line.split("|")[1:3]): line for line in table.splitlines()[2:]}
+    rows[tuple(row.split("|")[1:3])] = row
+    page.write_text(before + BEGIN + "\n".join([HEAD, *rows.values()]) + "\n" + END + after)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="of CONFIG on TOPOLOGY: PROGRAM, a regex")
-    parser.add_argument("--pages", action="store_true", help="compile nothing, write the tables")
+    parser.add_argument("--only", default="", help="a regex over CONFIG on TOPOLOGY")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for config, topology in WANTED:
-        key, about = f"{config} on {topology}", load(config)
-        for program in ("train", "vae") if about.stage == "tokenizer" else ("train",):
-            if options.pages or not re.search(options.only, f"{key}: {program}"):
-                continue
-            given, now = flags(config, topology), commit()  # Before the minutes it takes.
-            found = compile_one(config, topology, program, given) | {"commit": now}
-            about_steps = {"flags": given, "batch": about.batch_size, "steps": about.total_steps}
-            results[key] = results.get(key, {}) | about_steps | {program: found}
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            write_pages(results)
-            print(f"{key}: {program}" if program == "vae" else row(key, results[key]), flush=True)
-    write_pages(results)
-
-
-def load(config: str):
-    """A configuration by "FILE.py:VARIANT"."""
-    file, variant = config.split(":")
-    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
+    wanted = [pair for pair in WANTED if re.search(options.only, " on ".join(pair))]
+    # A process for each, since compilers keep memory.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        for row in pool.map(measure, *zip(*wanted)):
+            print(row, flush=True)
+            write(row)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ LEVELS = (
     ("tokenizer", "generator"),
     ("data", "evaluation"),
     ("training",),
-    ("commands", "aot", "config_flag"),
+    ("commands", "config_flag"),
     ("main", "cli", "compile"),
 )
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
