@@ -18,7 +18,7 @@ INFERENCE = [
     "tqdm>=4.66",
     "PyYAML>=6.0",  # config.yaml of released AR models
     "etils[epath]>=1.9",  # paths: local, gs://, s3://
-    "tyro>=0.9",  # the command line
+    "tyro>=1.0",  # the command line
 ]
 # Reading data sets other than folders of images; not on every platform.
 DATA = [
@@ -50,7 +50,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["flextok_jax", "flextok_jax.*"]),
     package_data={"flextok_jax": ["demos/*/*"]},
-    entry_points={"console_scripts": ["flextok = flextok_jax.cli:main"]},
+    entry_points={"console_scripts": ["flextok = flextok_jax.cli:run"]},
     install_requires=INFERENCE,
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],

@@ -118,6 +118,11 @@ class ImageGenerator:
         """The tokenizer whose tokens it learned, as training named it; None: the file is silent."""
         return ((self._file and self._file.about.get("tokenizer")) or {}).get("source")
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of class 0, 1, …; () where the file has none."""
+        return tuple((self._file and self._file.about.get("class_names")) or ())
+
     def generate_tokens(
         self,
         labels=None,

@@ -1,51 +1,50 @@
-"""What several commands do with their arguments."""
+"""What several commands do with their options."""
 
-import json
-import pathlib
+import os
 import sys
 
-from flextok_jax.data.shards import MANIFEST
+import jax
+
+from flextok_jax.commands import options
 from flextok_jax.data.sources import parse
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import Pictures
 from flextok_jax.evaluation.reconstruction import Sampling
-from flextok_jax.io import storage
+from flextok_jax.io.paths import as_path, is_remote
+from flextok_jax.io.storage import write_json  # noqa: F401
+from flextok_jax.parallel import mesh
 from flextok_jax.tokenizer import FlexTok
 
-DATA_OPTIONS = {  # Of `flextok encode`, with what they are when not given.
-    "split": "train",
-    "crops": 1,
-    "crop_scale": 0.8,
-    "flip": False,
-    "shift": 0,
-    "seed": 0,
-    "shard_size": 4096,
-}
+LISTED = 10  # Images that could not be read, by name.
 
 
-def load_model(args, source: str | None = None) -> FlexTok:
+def announce(args: options.Compute) -> None:
+    """The first line of every long command: the devices and the type of the computation."""
+    print(mesh.describe(all_devices(), args.dtype), file=sys.stderr)
+
+
+def all_devices() -> jax.sharding.Mesh | None:
+    """A mesh over all devices of this machine, which a batch is cut over; None for a single one."""
+    return mesh.make_mesh() if jax.device_count() > 1 else None
+
+
+def load_model(args: options.Compute, source: str | None = None) -> FlexTok:
     """The tokenizer of `source`, --model by default, computing as --dtype and --attention say."""
     return FlexTok.from_pretrained(
         source or args.model, dtype=args.dtype, attention=args.attention, mesh=all_devices()
     )
 
 
-def all_devices():
-    """A mesh over all devices of this machine, which a batch is cut over; None for a single one."""
-    import jax
-
-    from flextok_jax.parallel.mesh import make_mesh
-
-    return make_mesh() if jax.device_count() > 1 else None
-
-
-def sampling(args) -> Sampling:
-    """--steps, --guidance, --no-norm-guidance and --seed."""
-    return Sampling(args.steps, args.guidance, args.norm_guidance, args.seed)
+def sampling(args: options.Sampling) -> Sampling:
+    """How images are sampled."""
+    steps = {} if args.steps is None else {"steps": args.steps}
+    return Sampling(
+        **steps, guidance=args.guidance, norm_guidance=args.norm_guidance, seed=args.seed
+    )
 
 
-def token_sampling(args) -> TokenSampling:
-    """--token-guidance, --temperature, --top-k and --top-p."""
+def token_sampling(args: options.TokenSampling) -> TokenSampling:
+    """How tokens are sampled."""
     return TokenSampling(args.token_guidance, args.temperature, args.top_k, args.top_p)
 
 
@@ -55,56 +54,82 @@ def pictures(args, split: str | None = None) -> Pictures:
 
 
 def check_apart(images: str, out: str) -> None:
-    """Refuses results inside the folder of images: the next run would read them as images."""
-    data = parse(images)
-    if data.source != "folder":
-        return
-    folder, results = pathlib.Path(data.path), pathlib.Path(out).expanduser().resolve()
-    if results.is_relative_to(folder):
-        raise ValueError(
-            f"--out {out} lies in the image folder {images}, where its pictures would be taken for "
-            "images the next time: pass a folder outside of it"
-        )
+    """`out_folder`, of images."""
+    out_folder(out, images)
 
 
-def write_json(path, content: dict) -> None:
-    """Writes a whole file or nothing."""
-    path = pathlib.Path(path).expanduser()
+def out_folder(out: str, images: str = ""):
+    """The path of --out, a folder that results can be written to: found out before the work.
+
+    Args:
+        images: the data that results are made of. Inside of their folder, results would be read
+            as images the next time.
+
+    Raises:
+        ValueError, OSError: it cannot be written, or lies in the folder of images.
+    """
+    path = as_path(out)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out {out} is a file: pass a folder")
+    data = parse(images) if images else None
+    if data and data.source == "folder" and not is_remote(path):
+        if path.resolve().is_relative_to(data.path):
+            raise ValueError(
+                f"--out {out} lies in the image folder {images}, where its files would be taken "
+                "for images the next time: pass a folder outside of it"
+            )
+    return _writable(path)
+
+
+def out_file(out: str):
+    """The path of --out, a file that can be written. Raises as `out_folder`."""
+    path = as_path(out)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: pass the name of a file")
-    with storage.atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        raise ValueError(f"--out {out} is a folder: pass the name of a file")
+    return _writable(path)
+
+
+def _writable(path):
+    if not is_remote(path):
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if there != path and not there.is_dir():
+            raise ValueError(f"--out {path}: {there} is a file, not a folder")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"--out {path}: {there} cannot be written")
+    return path
 
 
 def print_speed(images: int, seconds: float) -> None:
-    """What a long run is judged by."""
+    """How fast a long run was."""
     if images:
         print(f"{images / seconds:.2f} images/s over {seconds:.0f} s, compilation included")
 
 
 def report_unreadable(pictures: Pictures) -> None:
-    """Names the images that were left out."""
-    if pictures.unreadable:
-        print(
-            f"warning: {len(pictures.unreadable)} of {len(pictures)} images could not be read and "
-            f"were left out:{pictures.complaint()}",
-            file=sys.stderr,
-        )
+    """Names the pictures that were left out."""
+    left_out(pictures.unreadable, len(pictures))
 
 
-def report(manifest: dict, folder: pathlib.Path) -> None:
-    """What was left out of shards, and what is still missing."""
-    unreadable = manifest["unreadable"]
+def left_out(unreadable: dict[str, str], count: int) -> None:
+    """Warns of the images of `count` that were left out: {name: reason}."""
     if unreadable:
-        lines = [f"\n  {name}: {why}" for name, why in list(unreadable.items())[:10]]
+        lines = [f"\n  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
+        more = f"\n  and {len(unreadable) - LISTED} more" if len(unreadable) > LISTED else ""
         print(
-            f"warning: {len(unreadable)} of {manifest['num_images']} images could not be read and "
-            f"were left out (all in {MANIFEST}):{''.join(lines)}",
+            f"warning: {len(unreadable)} of {count} images could not be read and were left out:"
+            f"{''.join(lines)}{more}",
             file=sys.stderr,
         )
+
+
+def report_shards(manifest: dict, folder) -> int | None:
+    """Says what was left out and what is missing; the number of records of a finished split."""
+    left_out(manifest["unreadable"], manifest["num_images"])
     done, wanted = len(manifest["shards"]), manifest["num_shards"]
     if done < wanted:
         print(f"{done} of {wanted} shards are in {folder}; the other processes write the rest")
+        return None
+    return sum(shard["records"] for shard in manifest["shards"].values())
 
 
 def table(result: dict, columns: dict[str, tuple[str, str]]) -> str:
@@ -114,7 +139,7 @@ def table(result: dict, columns: dict[str, tuple[str, str]]) -> str:
         result: of `reconstruction.evaluate`.
         columns: {key of the result: (title, format)}.
     """
-    columns = {key: about for key, about in columns.items() if key in result}
+    columns = {key: column for key, column in columns.items() if key in result}
     lines = ["  tokens" + "".join(f"{title:>14}" for title, _ in columns.values())]
     for k in result["num_tokens"]:
         numbers = (format(result[key][k], form) for key, (_, form) in columns.items())

@@ -2,12 +2,11 @@
 
 import functools
 import io
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 
-from flextok_jax.commands import common
+from flextok_jax.commands import common, options
 from flextok_jax.data import check as checks
 from flextok_jax.data import shards, sources
 from flextok_jax.data.decode import decode_image, reason
@@ -17,16 +16,17 @@ from flextok_jax.data.unreadable import MAX_LISTED, MAX_UNREADABLE, too_many
 from flextok_jax.io import storage
 
 
-def check(args) -> None:
+def check(args: options.Check) -> None:
     """Opens images and tells what they are; verifies shards."""
+    out = common.out_file(args.out)
     data = sources.parse(args.source)
     if data.source in (*sources.ENCODED, "array_record"):
         _verify(data, args.split)
     if data.source not in sources.ENCODED:
-        _look(data, args)
+        _look(data, args, out)
 
 
-def _look(data: sources.Data, args) -> None:
+def _look(data: sources.Data, args, out) -> None:
     from tqdm import tqdm
 
     source = sources.make_source(data, args.split or "all")
@@ -41,7 +41,7 @@ def _look(data: sources.Data, args) -> None:
     for look in bad[:MAX_LISTED]:
         print(f"  unreadable: {look.name}: {look.error}")
     if len(bad) < len(found):
-        with storage.atomic(pathlib.Path(args.out).expanduser()) as temporary:
+        with storage.atomic(out) as temporary:
             checks.contact_sheet(found, source.classes).save(temporary)
         print(f"  {min(checks.SHOWN, len(found) - len(bad))} of them are shown in {args.out}")
     if len(places) < len(source):
@@ -89,18 +89,15 @@ def _verify(data: sources.Data, split: str | None) -> None:
         )
 
 
-def pack(args) -> None:
+def pack(args: options.Pack) -> None:
     """Writes the images of any source, as they are, into shards: --out/SPLIT."""
     from tqdm import tqdm
 
-    for option in ("split", "shard_size"):
-        if getattr(args, option) is None:
-            setattr(args, option, common.DATA_OPTIONS[option])
-    common.check_apart(args.source, args.out)
+    out = common.out_folder(args.out, args.source)
     data = sources.parse(args.source)
     source = sources.make_image_source(data, args.split)
     count, size = min(len(source), args.limit or len(source)), args.shard_size
-    folder = pathlib.Path(args.out).expanduser() / args.split
+    folder = out / args.split
     settings = {
         "arrays": {"image": None},
         "data": str(data),
@@ -121,12 +118,12 @@ def pack(args) -> None:
         write = functools.partial(shards.write_split, folder, settings, make_shard)
         manifest = write(sources.null_text(data), args.process)
         bar.update(count - bar.n)
-    common.report(manifest, folder)
-    total = sum(about["records"] for about in manifest["shards"].values())
-    print(
-        f"{total} images in {folder}; to train on them: --config.data.source=array_record "
-        f"--config.data.path={args.out}"
-    )
+    total = common.report_shards(manifest, folder)
+    if total is not None:
+        print(
+            f"{total} images in {folder}; to train on them: --config.data.source=array_record "
+            f"--config.data.path={args.out}"
+        )
 
 
 def _record(source, place: int) -> Record | shards.LeftOut:

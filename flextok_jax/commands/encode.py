@@ -5,12 +5,11 @@
 
 import concurrent.futures
 import functools
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 
-from flextok_jax.commands import common
+from flextok_jax.commands import common, options
 from flextok_jax.commands.encoders import Encoder, encoders
 from flextok_jax.data import shards, sources
 from flextok_jax.data.decode import decode_image, reason
@@ -19,20 +18,20 @@ from flextok_jax.data.records import Record
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 from flextok_jax.evaluation.reconstruction import padded
 
+# Options that decide what is in the records, beside the models and the data.
+DECISIVE = ("crops", "crop_scale", "flip", "shift", "seed", "shard_size")
 
-def encode(args) -> None:
+
+def encode(args: options.Encode) -> None:
     """Writes --out/SPLIT: shards and manifest.json; continues what was interrupted."""
     from tqdm import tqdm
 
-    for option, default in common.DATA_OPTIONS.items():
-        if getattr(args, option) is None:
-            setattr(args, option, default)
-    common.check_apart(args.data, args.out)
+    out = common.out_folder(args.out, args.data)
     size, made = encoders(args)
     data = sources.parse(args.data)
     source = sources.make_image_source(data, args.split)
     count = min(len(source), args.limit or len(source))
-    folder = pathlib.Path(args.out).expanduser() / args.split
+    folder = out / args.split
     null_text = sources.null_text(data)
     augmented = Transform(
         size,
@@ -77,14 +76,13 @@ def encode(args) -> None:
             "image_size": size,
             **shards.about_images(source, count),
             "text_dim": None if null_text is None else null_text.shape[1],
-            **{name: getattr(args, name) for name in common.DATA_OPTIONS if name != "split"},
+            **{name: getattr(args, name) for name in DECISIVE},
             "num_shards": -(-count // args.shard_size),
         }
         manifest = shards.write_split(folder, settings, make_shard, null_text, args.process)
         bar.update(count - bar.n)
-    common.report(manifest, folder)
-    if len(manifest["shards"]) == manifest["num_shards"]:
-        total = sum(about["records"] for about in manifest["shards"].values())
+    total = common.report_shards(manifest, folder)
+    if total is not None:
         what = " and ".join(e.words for e in made)
         print(f"{what} of each of {total} images, {args.crops} crops of each, in {folder}")
 

@@ -68,7 +68,7 @@ def encoders(args) -> tuple[int, list[Encoder]]:
 def _tokens(args, tok) -> Encoder:
     (k,) = check_counts(tok, [args.num_tokens or tok.num_tokens])
     about = {
-        "tokenizer": {"source": _place(args.model), **identity(tok), "levels": tok.config.levels},
+        "tokenizer": {"source": _place(args.model), **identity(tok)},
         "vocab_size": tok.config.vocab_size,
         "num_tokens": k,
     }
@@ -80,7 +80,7 @@ def _tokens(args, tok) -> Encoder:
 
 
 def _moments(args, size: int) -> Encoder:
-    cfg, params = models.load_vae(args.vae)
+    cfg, params = models.load_vae(args.vae, args.scaling_factor)
     h, rest = divmod(size, cfg.downsample)
     if rest:
         raise ValueError(f"--image-size {size}: the VAE needs a multiple of {cfg.downsample}")

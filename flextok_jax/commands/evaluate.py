@@ -56,7 +56,7 @@ def _reconstruction(args) -> None:
     batch_size = min(args.batch_size, len(pictures))
     subject = Reconstructions(tok, pictures, counts[-1], batch_size)
     guidances = _scales(args.guidance, tok.config.guidance_scale)
-    points = sweep.grid(counts, guidances, sorted(set(args.steps)))
+    points = sweep.grid(counts, guidances, sorted(set(args.steps or [20])))
     _sweep(args, {"model": identity(tok)}, subject, pictures, points)
 
 
@@ -73,7 +73,9 @@ def _generation(args) -> None:
     batch_size = min(args.batch_size, len(labels))
     subject = Samples(gen, labels, counts[-1], hows, args.seed, batch_size)
     guidances = _scales(args.guidance, tok.config.guidance_scale)
-    points = sweep.grid(counts, guidances, sorted(set(args.steps)), [how.guidance for how in hows])
+    points = sweep.grid(
+        counts, guidances, sorted(set(args.steps or [20])), [how.guidance for how in hows]
+    )
     about = {
         "model": {"origin": gen.origin, "fingerprint": gen.fingerprint},
         "tokenizer": identity(tok),

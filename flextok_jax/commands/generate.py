@@ -1,12 +1,14 @@
 """`flextok generate`: classes to tokens to images."""
 
 import dataclasses
-import pathlib
 import time
+from collections.abc import Sequence
 
 import numpy as np
+from tqdm import tqdm
 
-from flextok_jax.commands import common
+from flextok_jax import conditions
+from flextok_jax.commands import common, options
 from flextok_jax.commands.reconstruct import metadata
 from flextok_jax.commands.tokens import write_tokens
 from flextok_jax.evaluation import pictures as pics
@@ -14,63 +16,63 @@ from flextok_jax.evaluation.generation import generate as generate_batch
 from flextok_jax.evaluation.reconstruction import check_counts, identity
 from flextok_jax.evaluation.results import results_folder
 from flextok_jax.generator import ImageGenerator
+from flextok_jax.io import storage
+from flextok_jax.io.paths import as_path
+from flextok_jax.nn.images import to_uint8
 
 GRID_COLUMNS = 10
 
 
-def generate(args) -> None:
+def generate(args: options.Generate) -> None:
     """Writes grid.png, tokens.npz, generation.json, and k0016/NUMBER_classLABEL.png for every k.
 
     The grid shows samples by class, or, for several numbers of tokens, each sample from fewer and
     from more of its tokens.
     """
-    from tqdm import tqdm
-
     gen = load_generator(args)
     tok = gen.tokenizer
-    labels = np.repeat(read_labels(args.labels, gen.config.num_classes), args.per_label)
-    names = [f"{place:06d}_class{label}.png" for place, label in enumerate(labels)]
+    class_names = gen.class_names
+    labels = read_labels(args.labels, gen.config.num_classes, class_names)
+    labels = np.repeat(labels, args.per_label)
+    wanted = conditions.of_labels(labels, class_names)
+    names = [f"{number:06d}_class{label}.png" for number, label in enumerate(labels)]
     counts = check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
-    sampling = common.sampling(args)
-    how = common.token_sampling(args)
-    ar = {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
-    about = {**identity(tok), **ar, **sampling.about(tok), **how.about(gen)}
-    settings = {**about, "labels": labels.tolist(), "num_tokens": counts, "dtype": args.dtype}
+    sampling, how = common.sampling(args), common.token_sampling(args)
+    model = {**identity(tok), "ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
+    model |= {**sampling.about(tok), **how.about(gen)}
+    settings = {**model, "labels": labels.tolist(), "num_tokens": counts, "dtype": args.dtype}
     batch_size = min(args.batch_size, len(labels))
     with results_folder(args.out, settings) as results:
 
-        def path(name, k):
-            return results.folder / f"k{k:04d}" / name
+        def path(i, k):
+            return results.folder / f"k{k:04d}" / names[i]
 
         todo = [i for i, name in enumerate(names) if name not in results.records]
-        started = time.perf_counter()
-        with tqdm(
-            total=len(names), initial=len(names) - len(todo), unit="image", disable=None
-        ) as bar:
+        started, done = time.perf_counter(), len(names) - len(todo)
+        with tqdm(total=len(names), initial=done, unit="image", disable=None) as bar:
             for first in range(0, len(todo), batch_size):
                 part = todo[first : first + batch_size]
                 seeds = pics.name_seeds([names[i] for i in part])  # As `flextok detokenize` does.
-                tokens, drawn = generate_batch(
+                tokens, images = generate_batch(
                     gen, labels[part], seeds, counts, how, sampling, batch_size
                 )
-                for k, images in drawn.items():
-                    for i, image in zip(part, pics.to_uint8(images)):
-                        what = {"label": labels[i], **metadata(about, k)}
-                        pics.write_png(path(names[i], k), image, what)
+                for k in counts:
+                    for i, image in zip(part, to_uint8(images[k])):
+                        what = {"label": labels[i], "class": wanted.names[i], **metadata(model, k)}
+                        pics.write_png(path(i, k), image, what)
                 results.add({names[i]: {"tokens": t} for i, t in zip(part, tokens.tolist())})
                 bar.update(len(part))
         seconds = time.perf_counter() - started
         tokens = np.array([results.records[name]["tokens"] for name in names])
         write_tokens(results.folder / "tokens.npz", tok, tokens, names)
-        rows, titles = _sheet(labels, names, counts, path)
-        sheet = pics.grid(rows, titles)
-        pics.write_png(results.folder / "grid.png", sheet, metadata(about, counts))
-        common.write_json(results.folder / "generation.json", settings | {"count": len(names)})
+        sheet = _sheet(labels, wanted.names, counts, lambda i, k: pics.read_png(path(i, k)))
+        pics.write_png(results.folder / "grid.png", sheet, metadata(model, counts))
+        storage.write_json(results.folder / "generation.json", settings | {"count": len(names)})
     print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
     common.print_speed(len(todo), seconds)
 
 
-def load_generator(args) -> ImageGenerator:
+def load_generator(args: options.Generate | options.Evaluate) -> ImageGenerator:
     """The AR model of --model with the tokenizer of --tokenizer, or the one its file names."""
     gen = ImageGenerator.from_pretrained(args.model, dtype=args.dtype, mesh=common.all_devices())
     source = args.tokenizer or gen.tokenizer_source
@@ -81,21 +83,31 @@ def load_generator(args) -> ImageGenerator:
     return dataclasses.replace(gen, tokenizer=common.load_model(args, source))
 
 
-def read_labels(text: str, num_classes: int) -> np.ndarray:
-    """ "all", "3", "0-9,42", or a file with one label per line -> int [n]."""
+def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -> np.ndarray:
+    """Classes of --labels: int [n].
+
+    Args:
+        text: "all", numbers, ranges and names of classes by commas such as "3,0-9,cat", or a file
+            with one of these per line.
+        class_names: of class 0, 1, …, where they are known. A name is taken for itself before it
+            is taken for a number.
+    """
     if not num_classes:
-        raise ValueError("the model knows no classes: only class-conditional models can be used")
+        raise ValueError("the model has no classes: only class-conditional models can be used")
     if text == "all":
         return np.arange(num_classes)
-    file = pathlib.Path(text).expanduser()
-    parts = file.read_text(encoding="utf-8").split() if file.is_file() else text.split(",")
+    file = as_path(text)
+    parts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else text.split(",")
     labels = []
-    for part in parts:
-        first, _, last = part.strip().partition("-")
+    for part in filter(None, map(str.strip, parts)):
+        first, _, last = part.partition("-")
+        if part in class_names:
+            first = last = str(class_names.index(part))
         if not first.isdecimal() or not (last or first).isdecimal():
+            known = f"; its classes are {', '.join(class_names[:20])}" if class_names else ""
             raise ValueError(
-                f"--labels {text!r}: {part!r} is no label. Pass all, labels and ranges such as "
-                "0-9,42, or a file with one label per line"
+                f"--labels {text!r}: {part!r} is no class of the model{known}. Pass all, numbers, "
+                "ranges and names such as 0-9,42,cat, or a file with one per line"
             )
         first, last = int(first), int(last or first)
         if max(first, last) >= num_classes:  # Before a range is written out: it may be endless.
@@ -109,19 +121,17 @@ def read_labels(text: str, num_classes: int) -> np.ndarray:
     return np.array(labels)
 
 
-def _sheet(labels, names, counts, path):
-    """Rows and titles of the grid."""
-    if len(counts) > 1:  # One sample per row, coarse to fine.
-        shown = sorted({int(label): i for i, label in reversed(list(enumerate(labels)))}.values())
-        shown = (shown if len(shown) > 1 else list(range(len(names))))[: pics.GRID_ROWS]
-        rows = [[pics.read_png(path(names[i], k)) for k in counts] for i in shown]
-        return rows, [f"k = {k}" for k in counts]
+def _sheet(labels: np.ndarray, class_names, counts: list[int], picture):
+    """The grid of samples; `picture(i, k)` reads sample i of k tokens."""
+    if len(counts) > 1:  # One sample per row, coarse to fine: the first of each class.
+        shown = np.sort(np.unique(labels, return_index=True)[1])
+        shown = (shown if len(shown) > 1 else np.arange(len(labels)))[: pics.GRID_ROWS]
+        rows = [[picture(i, k) for k in counts] for i in shown]
+        return pics.grid(rows, [f"k = {k}" for k in counts], names=[class_names[i] for i in shown])
     groups = [np.flatnonzero(labels == label)[:GRID_COLUMNS] for label in np.unique(labels)]
-    width = max(map(len, groups))
-    rows = [
-        [pics.read_png(path(names[i], counts[0])) for i in group]
-        for group in groups[: pics.GRID_ROWS]
-    ]
+    groups = groups[: pics.GRID_ROWS]
+    rows = [[picture(i, counts[0]) for i in group] for group in groups]
+    width = max(map(len, rows))
     empty = np.full_like(rows[0][0], 255)
     rows = [row + [empty] * (width - len(row)) for row in rows]
-    return rows, [f"{i + 1}" for i in range(width)]
+    return pics.grid(rows, names=[class_names[group[0]] for group in groups])

@@ -1,234 +1,461 @@
-"""What the subcommands' options share: groups of them, their words, and the types of values."""
+"""The options of every command: one frozen dataclass each, with the groups that several share.
 
-import argparse
+tyro makes the parser of a class from its fields, their types and the text below each. Nothing here
+imports more than that, so that `--help` is quick.
+"""
+
+import dataclasses
 import math
-import textwrap
+from collections.abc import Callable
+from typing import Annotated, Literal
 
-SOURCE = (
-    "a folder or model.safetensors in the released format, a workdir of training (its averaged "
-    "weights), a hub id such as EPFL-VILAB/flextok_d12_d12_in1k, or demo-digits"
-)
-IMAGES = (
-    "a folder of images or of tar shards, searched with its subfolders, packed shards, or "
-    "tfds:NAME@DIR"
-)
-DATA = (
-    "a folder of images (its subfolders are the classes), of tar shards (WebDataset), or of shards "
-    "that flextok wrote; tfds:NAME@DIR; KIND:PATH says the "
-    "kind: folder, webdataset, array_record"
-)
+from tyro.conf import Positional, arg, create_mutex_group
+from tyro.constructors import PrimitiveConstructorSpec
 
 
-def command(commands, name, function, summary, example, description):
-    """A subcommand's parser; `function` is MODULE:FUNCTION below flextok_jax.commands."""
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=textwrap.fill(description, 80),
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(function=function)
-    return parser
+def _whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.strip().isdecimal() or not low <= int(text) <= high:
+            to = "on" if high == math.inf else f"to {high}"
+            raise ValueError(f"{text!r} is not a whole number from {low} {to}")
+        return int(text)
+
+    return convert
 
 
-def add_model(parser):
-    parser.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
-
-
-def add_images(parser, flag):
-    parser.add_argument(flag, required=True, metavar="FOLDER", help=IMAGES)
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
-
-
-def add_counts(parser, text):
-    parser.add_argument("--num-tokens", type=counts, metavar="K[,K...]", help=text)
-
-
-def add_generation(parser, several: bool = False):
-    """How tokens are drawn; `several`: at more than one scale of guidance."""
-    group = parser.add_argument_group("generating")
-    group.add_argument("--tokenizer", metavar="SOURCE", help="of the AR model (what it names)")
-    group.add_argument(
-        "--per-label", type=positive, default=1, metavar="N", help="samples of each label (1)"
-    )
-    group.add_argument(
-        "--token-guidance",
-        type=numbers if several else finite,
-        metavar="SCALE[,SCALE...]" if several else "SCALE",
-        help="guidance scale of the logits; 1: none, at half the cost (the model's own default)",
-    )
-    group.add_argument(
-        "--temperature", type=finite, default=1.0, metavar="T", help="0 is greedy (1)"
-    )
-    group.add_argument(
-        "--top-k", type=seed, default=0, metavar="N", help="of the N likeliest tokens (0: off)"
-    )
-    group.add_argument(
-        "--top-p", type=finite, default=0.0, metavar="P", help="of the likeliest up to P (0: off)"
-    )
-
-
-def add_sampling(parser, several: bool = False):
-    """How images are drawn; `several`: at more than one number of steps and scale of guidance."""
-    group = parser.add_argument_group("drawing")
-    group.add_argument(
-        "--steps",
-        type=counts if several else positive,
-        default=[20] if several else 20,
-        metavar="N[,N...]" if several else "N",
-        help="Euler steps (20)",
-    )
-    group.add_argument(
-        "--guidance",
-        type=numbers if several else finite,
-        metavar="SCALE[,SCALE...]" if several else "SCALE",
-        help="guidance scale; 1: none, at half the cost (the model's own default)",
-    )
-    group.add_argument(
-        "--no-norm-guidance",
-        dest="norm_guidance",
-        action="store_false",
-        help="plain guidance instead of adaptive projected guidance",
-    )
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
-
-
-def add_measuring(parser):
-    """What images are compared by and with."""
-    group = parser.add_argument_group("measuring")
-    add_split(group, "all")
-    group.add_argument(
-        "--inception",
-        metavar="FILE",
-        help="pt_inception-2015-12-05-6726825d.pth, or .safetensors: FID, Inception score, "
-        "precision, recall",
-    )
-    group.add_argument("--lpips-vgg", metavar="FILE", help="vgg16-397923af.pth or .safetensors")
-    group.add_argument("--lpips-heads", metavar="FILE", help="weights/v0.1/vgg.pth of lpips")
-    group.add_argument(
-        "--reference",
-        metavar="FILE.npz",
-        help="arrays mu and sigma for FID, such as DIR/reference.npz of another evaluation (those "
-        "of --data)",
-    )
-    group.add_argument(
-        "--export", metavar="FILE.npz", help="write the images of one setting as the array arr_0"
-    )
-    add_process(group, "--out")
-
-
-def add_num_tokens(parser):
-    parser.add_argument(
-        "--num-tokens",
-        type=positive,
-        metavar="K",
-        help="tokens per image (all); the cost follows their number",
-    )
-
-
-def add_split(parser, default="train"):
-    parser.add_argument(
-        "--split", metavar="SPLIT", help=f"train, test or all; of TFDS any of its own ({default})"
-    )
-
-
-def add_shards(parser, title):
-    group = parser.add_argument_group(title)
-    add_split(group)
-    group.add_argument(
-        "--crops",
-        type=positive,
-        metavar="N",
-        help="crops per image (1): the first is the centre crop, the others are random",
-    )
-    group.add_argument(
-        "--crop-scale",
-        type=fraction,
-        metavar="SHARE",
-        help="least share of an image's area that a random crop keeps (0.8; 1: the centre crop)",
-    )
-    group.add_argument(
-        "--flip", action="store_true", default=None, help="mirror half of the random crops"
-    )
-    group.add_argument(
-        "--shift", type=seed, metavar="PIXELS", help="shift random crops by up to so many (0)"
-    )
-    group.add_argument("--seed", type=seed, metavar="N", help="of the random crops (0)")
-    add_files(group)
-
-
-def add_files(parser):
-    parser.add_argument("--shard-size", type=positive, metavar="N", help="images per file (4096)")
-    add_process(parser, "the work")
-
-
-def add_process(parser, shared):
-    parser.add_argument(
-        "--process",
-        type=process,
-        default=(0, 1),
-        metavar="I/N",
-        help=f"this is process I, from 0, of N that share {shared} (0/1)",
-    )
-
-
-def add_compute(parser):
-    group = parser.add_argument_group("computing")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    group.add_argument(
-        "--attention",
-        choices=("xla", "cudnn", "pallas"),
-        default="xla",
-        help="cudnn: GPUs with bfloat16; pallas: TPUs",
-    )
-    group.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="images at a time (32)"
-    )
-
-
-def positive(text: str) -> int:
-    return whole(text, 1, None)
-
-
-def seed(text: str) -> int:
-    return whole(text, 0, 2**32 - 1)
-
-
-def process(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not slash or seed(index) >= positive(count):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/4")
-    return int(index), int(count)
-
-
-def counts(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
-
-
-def numbers(text: str) -> list[float]:
-    return [finite(part) for part in text.split(",")]
-
-
-def whole(text: str, low: int, high: int | None) -> int:
-    if not text.strip().isdecimal() or not low <= int(text) <= (math.inf if high is None else high):
-        allowed = f"from {low} on" if high is None else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {allowed}")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    value = finite(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, at most 1")
-    return value
-
-
-def finite(text: str) -> float:
+def _number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise ValueError(f"{text!r} is not a finite number")
     return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise ValueError(f"{text!r} is not a share above 0, at most 1")
+    return value
+
+
+def _process(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or _whole(0)(index) >= _whole(1)(count):
+        raise ValueError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/4")
+    return int(index), int(count)
+
+
+def _several(convert: Callable) -> Callable[[str], tuple]:
+    return lambda text: tuple(convert(part) for part in text.split(","))
+
+
+def _option(metavar: str, convert: Callable = str, help: str | None = None, hint: str | None = ""):
+    """The annotations of an option with one value.
+
+    Args:
+        convert: from text; raises ValueError with what is allowed.
+        help: where a field has no text of its own.
+        hint: printed after the help; None: the default, or "required".
+    """
+    spec = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: convert(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+    return spec, arg(help_behavior_hint=hint, help=help)
+
+
+_DATA = (
+    "a folder of images (its subfolders are the classes), of tar shards (WebDataset), or of shards "
+    "that flextok wrote; tfds:NAME@DIR; KIND:PATH names the kind: folder, webdataset, array_record"
+)
+_MODEL = (
+    "a hub id such as EPFL-VILAB/flextok_d12_d12_in1k, a folder or model.safetensors in the "
+    "released format, a workdir of training (its averaged weights), or demo-digits"
+)
+_K = "tokens per image (all); the cost follows their number"
+
+Required = Annotated[str, *_option("SOURCE", hint=None)]
+Tokenizer = Annotated[str, *_option("SOURCE", str, _MODEL, None)]
+Data = Annotated[str, *_option("DATA", str, _DATA, None)]
+Folder = Annotated[str, *_option("DIR", str, "folder for the results", None)]
+Source = Annotated[str | None, *_option("SOURCE")]
+File = Annotated[str | None, *_option("FILE")]
+Split = Annotated[str | None, *_option("SPLIT")]
+Limit = Annotated[int | None, *_option("N", _whole(1), "only the first N images")]
+Tokens = Annotated[int | None, *_option("K", _whole(1), _K)]
+Counts = Annotated[tuple[int, ...] | None, *_option("K[,K...]", _several(_whole(1)))]
+Whole = Annotated[int, *_option("N", _whole(0), None, None)]
+Positive = Annotated[int, *_option("N", _whole(1), None, None)]
+Seed = Annotated[int, *_option("N", _whole(0, 2**32 - 1), None, None)]
+Number = Annotated[float, *_option("X", _number, None, None)]
+Steps = Annotated[int | None, *_option("N", _whole(1))]
+StepCounts = Annotated[tuple[int, ...] | None, *_option("N[,N...]", _several(_whole(1)))]
+Scale = Annotated[float | None, *_option("SCALE", _number)]
+Scales = Annotated[tuple[float, ...] | None, *_option("SCALE[,SCALE...]", _several(_number))]
+Process = Annotated[tuple[int, int], *_option("I/N", _process, "process I, from 0, of N (0/1)")]
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+
+
+def _options(cls):
+    """A frozen dataclass. Its own options come before those of its groups."""
+    own = cls.__annotations__
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    fields = sorted(cls.__dataclass_fields__.items(), key=lambda item: item[0] not in own)
+    cls.__dataclass_fields__ = dict(fields)
+    return cls
+
+
+@_options
+class Sampling:
+    """How images are sampled from tokens."""
+
+    steps: Steps = None
+    """steps of the solver (the model's own default)"""
+    guidance: Scale = None
+    """guidance scale of the decoder; 1: none, at half the cost (the model's own default)"""
+    norm_guidance: Flag = True
+    """plain guidance instead of adaptive projected guidance"""
+    seed: Seed = 0
+    """of the noise"""
+
+
+@_options
+class TokenSampling:
+    """How an AR model samples tokens."""
+
+    tokenizer: Source = None
+    """of the AR model (the one that its file names)"""
+    per_label: Positive = 1
+    """samples of each label"""
+    token_guidance: Scale = None
+    """guidance scale of the logits; 1: none, at half the cost (the model's own default)"""
+    temperature: Number = 1.0
+    """of the logits; 0 is greedy"""
+    top_k: Whole = 0
+    """sample from the N likeliest tokens; 0: off"""
+    top_p: Number = 0.0
+    """sample from the likeliest tokens up to a probability of X; 0: off"""
+
+
+@_options
+class Shards:
+    """How a data set is written in shards."""
+
+    split: Split = "train"
+    """train, test or all; of TFDS any of its own (train)"""
+    shard_size: Positive = 4096
+    """images per file"""
+    process: Process = (0, 1)
+
+
+@_options
+class Crops(Shards):
+    """How shards of crops are written."""
+
+    crops: Positive = 1
+    """crops per image: the first is the centre crop, the others are random"""
+    crop_scale: Annotated[float, *_option("SHARE", _share, None, None)] = 0.8
+    """least share of an image that a random crop keeps; 1: the centre crop"""
+    flip: Flag = False
+    """mirror half of the random crops"""
+    shift: Whole = 0
+    """shift random crops by up to so many pixels"""
+    seed: Seed = 0
+    """of the random crops"""
+
+
+@_options
+class Compute:
+    """How networks are run; commands with these options print the devices first."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the computation"""
+    attention: Literal["xla", "cudnn", "pallas"] = "xla"
+    """cudnn: GPUs with bfloat16; pallas: TPUs"""
+    batch_size: Positive = 32
+    """images at a time"""
+
+
+@_options
+class Reconstruct(Compute, Sampling):
+    """Images from their first k tokens: a grid, pictures, metrics.
+
+    Writes DIR/grid.png (each original beside its reconstructions),
+    DIR/k0016/NAME.png and so on, and DIR/metrics.json. Images of any size are
+    cropped and resized to the model's. After an interruption the same command
+    goes on.
+
+    example:
+      flextok reconstruct --model EPFL-VILAB/flextok_d12_d12_in1k \\
+          --images my_photos --num-tokens 1,4,16,64,256 --out reconstructions
+    """
+
+    model: Tokenizer
+    images: Data
+    limit: Limit = None
+    num_tokens: Counts = None
+    """numbers of tokens, several separated by commas (1, 2, 4, ... up to all)"""
+    out: Folder
+
+
+_IMAGES_OR_DATA = create_mutex_group(required=True, title="one of")
+
+
+@_options
+class Tokenize(Compute, Crops):
+    """Images to a file of tokens, or a data set to shards of tokens to train on.
+
+    Of --images: writes int32 tokens [images, K], the images' names and the
+    model's identity as .npz. Of --data: writes DIR/SPLIT with shards and
+    manifest.json, for the AR stage; the same command continues what was
+    interrupted.
+
+    example:
+      flextok tokenize --model EPFL-VILAB/flextok_d12_d12_in1k \\
+          --images my_photos --num-tokens 16 --out tokens.npz
+      flextok tokenize --model runs/mine --data my_photos --split train \\
+          --crops 10 --flip --out photo_tokens
+    """
+
+    model: Tokenizer
+    images: Annotated[str | None, *_option("DATA"), _IMAGES_OR_DATA] = None
+    """images to a file of tokens; named as --data"""
+    data: Annotated[str | None, *_option("DATA", str, _DATA), _IMAGES_OR_DATA] = None
+    limit: Limit = None
+    num_tokens: Tokens = None
+    out: Annotated[str, *_option("OUT", hint=None)]
+    """FILE.npz for --images, a folder for --data"""
+
+
+@_options
+class Encode(Compute, Crops):
+    """A data set to shards of tokens, latents or features to train on.
+
+    Writes DIR/SPLIT with shards and manifest.json: for every crop of every
+    image what the named models make of it. The same command continues what was
+    interrupted; several processes, also on several machines with one file
+    system, share the work by --process.
+
+    example:
+      flextok encode --vae runs/vae --model runs/mine --data FOLDER \\
+          --split train --crops 10 --flip --out encoded
+      for i in 0 1 2 3; do flextok encode ... --process $i/4 & done
+    """
+
+    data: Data
+    limit: Limit = None
+    model: Source = None
+    """tokens: a tokenizer, as in flextok tokenize"""
+    num_tokens: Tokens = None
+    vae: Source = None
+    """moments: a workdir of the VAE stage, a folder in the diffusers layout, or a hub id"""
+    scaling_factor: Scale = None
+    """of a VAE whose files have none"""
+    dinov2: Source = None
+    """features for REPA: facebook/dinov2-large or a folder"""
+    dinov2_size: Positive = 518
+    """side that crops are resized to for DINOv2 (large: 2.8 MB per crop; of 224: 0.5 MB)"""
+    image_size: Annotated[int | None, *_option("N", _whole(1))] = None
+    """side of the crops in pixels (the tokenizer's own; without one 256)"""
+    out: Folder
+
+
+@_options
+class Detokenize(Compute, Sampling):
+    """A file of tokens to images.
+
+    Writes DIR/k0016/NAME.png and so on. The model must be the one that made the
+    tokens. After an interruption the same command goes on.
+
+    example:
+      flextok detokenize --model EPFL-VILAB/flextok_d12_d12_in1k \\
+          --tokens tokens.npz --num-tokens 4,16 --out pictures
+    """
+
+    model: Tokenizer
+    tokens: Annotated[str, *_option("FILE.npz", hint=None)]
+    """what flextok tokenize or generate wrote"""
+    num_tokens: Counts = None
+    """use only the first so many, several separated by commas (all there are)"""
+    out: Folder
+
+
+@_options
+class Generate(Compute, Sampling, TokenSampling):
+    """Classes to tokens to images, with an AR model.
+
+    Writes DIR/grid.png, DIR/k0016/NUMBER_classLABEL.png for every number of
+    tokens and sample, DIR/tokens.npz (for flextok detokenize) and
+    DIR/generation.json. After an interruption the same command goes on.
+
+    example:
+      flextok generate --model demo-digits-ar --labels 0-9 --per-label 10 \\
+          --out samples
+    """
+
+    model: Required
+    """AR model: a hub id, a folder of released files, a workdir of training, or demo-digits-ar"""
+    labels: Annotated[str, *_option("LABELS", hint=None)] = "all"
+    """classes: all, numbers, ranges and names such as 0-9,42,cat, or a file with one per line"""
+    num_tokens: Counts = None
+    """sample images from the first so many tokens, several separated by commas (all)"""
+    out: Folder
+
+
+@_options
+class Evaluate(Compute, TokenSampling, Sampling):
+    """Metrics and a report: reconstructions, generated images, registers.
+
+    Evaluates every combination of --num-tokens, --steps and --guidance and
+    writes DIR/points/NAME.json, metrics with the settings that they were made
+    with, and DIR/report.html. After an interruption the same command goes on.
+    Reconstruction: PSNR, MAE, SSIM, LPIPS, error by frequency, codebook usage,
+    FID, Inception score, precision, recall. Generation: those that need no
+    original. Probe: accuracy of a linear classifier of the first k registers.
+
+    example:
+      flextok evaluate --model runs/mine --data FOLDER --num-tokens 1,4,16 \\
+          --guidance 1,3 --out evaluation
+      flextok evaluate --task generation --model demo-digits-ar --data FOLDER \\
+          --per-label 100 --out samples_evaluation
+      flextok evaluate --task probe --model runs/mine --data FOLDER --out probe
+    """
+
+    task: Literal["reconstruction", "generation", "probe"] = "reconstruction"
+    """of --data, of new images compared with --data, of registers"""
+    model: Tokenizer
+    data: Data
+    split: Split = None
+    """train, test or all; of TFDS any of its own (all; for the probe test)"""
+    limit: Limit = None
+    num_tokens: Counts = None
+    """numbers of tokens, several separated by commas (1, 2, 4, ... up to all; of generation all)"""
+    steps: StepCounts = None
+    """steps of the solver, several separated by commas (the model's own default)"""
+    guidance: Scales = None
+    """guidance scales of the decoder; 1: none, at half the cost (the model's own default)"""
+    token_guidance: Scales = None
+    """guidance scales of the logits; 1: none, at half the cost (the model's own default)"""
+    inception: File = None
+    """pt_inception-2015-12-05-6726825d.pth, or .safetensors: FID and its kin"""
+    lpips_vgg: File = None
+    """vgg16-397923af.pth or .safetensors"""
+    lpips_heads: File = None
+    """weights/v0.1/vgg.pth of lpips"""
+    reference: File = None
+    """.npz with mu and sigma for FID, such as DIR/reference.npz of an evaluation (of --data)"""
+    export: File = None
+    """write the images of one setting as the array arr_0 of an .npz file"""
+    process: Process = (0, 1)
+    out: Folder
+
+
+@_options
+class Compare:
+    """Two results of evaluate: how their metrics and their settings differ.
+
+    Prints the metrics side by side, and every setting that differs.
+
+    example:
+      flextok compare a/points/k0016_steps20_guidance3.json \\
+          b/points/k0016_steps20_guidance3.json
+    """
+
+    first: Annotated[Positional[str], *_option("A.json", hint=None)]
+    """a result of flextok evaluate"""
+    second: Annotated[Positional[str], *_option("B.json", hint=None)]
+    """another"""
+
+
+@_options
+class Check:
+    """What is in a data set, what cannot be read, and a picture of it.
+
+    Opens images and prints their number, formats, sizes, labels and captions,
+    names every one that cannot be read, and writes a contact sheet. Of shards
+    that flextok wrote it verifies every byte. Fails where training would.
+
+    example:
+      flextok data check photos
+      flextok data check tfds:imagenet2012@/data --split validation --all
+    """
+
+    source: Positional[Data]
+    split: Split = None
+    """train, test or all; of TFDS any of its own (all)"""
+    sample: Positive = 1000
+    """open so many, evenly chosen"""
+    all: Flag = False
+    """open every image"""
+    out: Annotated[str, *_option("FILE.png", hint=None)] = "data_check.png"
+    """the contact sheet"""
+
+
+@_options
+class Pack(Shards):
+    """The images of a data set, as they are, in ArrayRecord shards.
+
+    Writes DIR/SPLIT with shards and manifest.json: images, labels, captions and
+    their embeddings, for data.source=array_record. Few large files instead of
+    many small ones, which a mounted bucket or a network disk reads much faster.
+
+    example:
+      flextok data pack FOLDER --split train --out packed
+    """
+
+    source: Positional[Data]
+    limit: Limit = None
+    out: Folder
+
+
+@_options
+class Convert:
+    """A model from any source to the released format.
+
+    Writes DIR/model.safetensors, of a workdir its averaged weights. A VAE on its
+    own becomes a folder in the layout of diffusers.
+
+    example:
+      flextok convert --model runs/mine --out my-model
+    """
+
+    model: Tokenizer
+    scaling_factor: Scale = None
+    """of a VAE whose files have none"""
+    out: Folder
+
+
+@_options
+class Info:
+    """What a model is: configuration, parameter counts, sha256.
+
+    Prints the origin, the step of a workdir, the configuration, the parameter
+    counts, and the sha256 over all parameters.
+
+    example:
+      flextok info demo-digits --json
+    """
+
+    source: Positional[Tokenizer]
+    json: Flag = False
+    """everything, as JSON"""
+
+
+COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.
+    "reconstruct": (Reconstruct, "reconstruct:reconstruct"),
+    "tokenize": (Tokenize, "tokens:tokenize"),
+    "detokenize": (Detokenize, "tokens:detokenize"),
+    "generate": (Generate, "generate:generate"),
+    "evaluate": (Evaluate, "evaluate:evaluate"),
+    "compare": (Compare, "compare:compare"),
+    "encode": (Encode, "encode:encode"),
+    "data check": (Check, "data:check"),
+    "data pack": (Pack, "data:pack"),
+    "convert": (Convert, "model:convert"),
+    "info": (Info, "model:info"),
+}

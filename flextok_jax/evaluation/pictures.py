@@ -17,7 +17,7 @@ from flextok_jax.nn.images import to_uint8  # noqa: F401
 
 GRID_ROWS = 16
 _CELL = 96  # Pixels that a picture of a grid should have at least.
-_GAP, _TITLE = 8, 30
+_GAP, _TITLE, _NAME = 8, 30, 120
 _INK, _PAPER = (32, 32, 36), (255, 255, 255)
 
 
@@ -197,12 +197,18 @@ def read_png(path: pathlib.Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def grid(rows: list[list[np.ndarray]], titles: list[str], cell: int = _CELL):
-    """A `PIL.Image.Image` of rows of pictures below their columns' titles.
+def grid(
+    rows: list[list[np.ndarray]],
+    titles: Sequence[str] = (),
+    names: Sequence[str] = (),
+    cell: int = _CELL,
+):
+    """A `PIL.Image.Image` of rows of pictures.
 
     Args:
         rows: equally long lists of uint8 [H, W, 3], all of one size.
-        titles: one per column.
+        titles: one per column, above it.
+        names: one per row, to its left.
         cell: pictures smaller than this are enlarged by a whole factor, nearest neighbour, to at
             least this size.
     """
@@ -211,17 +217,22 @@ def grid(rows: list[list[np.ndarray]], titles: list[str], cell: int = _CELL):
     height, width = rows[0][0].shape[:2]
     factor = max(1, -(-cell // min(height, width)))
     height, width = height * factor, width * factor
-    size = (_GAP + len(titles) * (width + _GAP), _TITLE + len(rows) * (height + _GAP))
+    top, left = _TITLE if titles else _GAP, _NAME if names else 0
+    size = (left + _GAP + len(rows[0]) * (width + _GAP), top + len(rows) * (height + _GAP))
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        x = _GAP + column * (width + _GAP)
+        x = left + _GAP + column * (width + _GAP) + width / 2
         font = _font(draw, title, width)
-        draw.text((x + width / 2, _TITLE / 2), title, fill=_INK, font=font, anchor="mm")
-        for row, pictures in enumerate(rows):
-            picture = Image.fromarray(pictures[column])
-            picture = picture.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x, _TITLE + row * (height + _GAP)))
+        draw.text((x, _TITLE / 2), title, fill=_INK, font=font, anchor="mm")
+    for row, pictures in enumerate(rows):
+        y = top + row * (height + _GAP)
+        if names:
+            font = _font(draw, names[row], _NAME - _GAP)
+            draw.text((_NAME, y + height / 2), names[row], fill=_INK, font=font, anchor="rm")
+        for column, picture in enumerate(pictures):
+            picture = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left + _GAP + column * (width + _GAP), y))
     return sheet
 
 
