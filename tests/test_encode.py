@@ -327,7 +327,7 @@ def test_the_command_writes_the_tokens_of_each_crop(model, images, tmp_path, cap
     assert [again[i] for i in range(5)] == [source[i] for i in range(5)]
 
 
-def test_an_interrupted_command_continues(model, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_command_continues(model, tmp_path, monkeypatch):
     args = ["--model", model, "--data", digits_folder(), "--limit", 9, "--out", tmp_path]
     args += ["--shard-size", 4, "--split", "test"]
     monkeypatch.setattr(encoders, "side", lambda tok: 16)
@@ -340,7 +340,7 @@ def test_an_interrupted_command_continues(model, tmp_path, capsys, monkeypatch):
         return np.zeros((len(images), k), np.int32)
 
     monkeypatch.setattr(FlexTok, "tokenize", tokenize)
-    assert run(*args) == 130 and "the same command goes on" in capsys.readouterr().err
+    assert run(*args) == 130
     assert run(*args) == 0 and len(calls) == 4
     assert len(shards.ShardSource(tmp_path, "test")) == 9
     assert run(*args) == 0 and len(calls) == 4  # Nothing is left to do.
