@@ -1,37 +1,32 @@
 #!/usr/bin/env bash
-# Training on TPU VMs of Google Cloud, on one slice or several, from asking for it to the last step:
+# Training on TPU VMs of Google Cloud, on one slice or several:
 #
 #   ./launch/tpu.sh run --name=NAME --zone=ZONE --accelerator=TYPE --runtime=VERSION --spot \
 #       --bucket=BUCKET -- --config=configs/FILE.py:VARIANT --workdir=/gcs/BUCKET/runs/RUN
 #
-#   create   asks for the slice (a queued resource) and waits until it is there
-#   setup    copies this folder to every worker, installs it, mounts the bucket as /gcs/BUCKET
-#   run      create, setup, then trains what follows `--`; stays, starts again after a preemption
-#            (on a new slice) or a fault, and ends when the training has ended. Ctrl-C ends only
-#            this supervision, not the training.
-#   resume   supervises again what `run` began
-#   status   the state of the slice and of the run on each worker
+#   create   asks for the slice (a queued resource) and waits until it is active
+#   run      create; copies this folder to every worker, installs it, mounts the bucket as /gcs/BUCKET;
+#            trains with the arguments after `--`. Starts again after a preemption (on a new slice) or
+#            a fault. Ctrl-C stops watching, not the training.
+#   resume   watches and restarts again what `run` began
+#   status   the state of the slice and of the training on each worker
 #   logs     the end of the log of one worker [--worker=0] [--lines=50] [--follow]
 #   delete   gives the slice back
 #
 # After `create` or `run` the other commands need --name only. Every setting is a flag or an
-# environment variable (TPU_NAME, TPU_ZONE, ...); there are no defaults for what costs money:
+# environment variable (TPU_NAME, TPU_ZONE, ...):
 #   --name --zone --accelerator --runtime   required; docs/training.md says where to look them up
-#   --project=ID              otherwise that of gcloud
+#   --project=ID              default: that of gcloud
 #   --bucket=BUCKET           Cloud Storage for data and workdirs
-#   --slices=N                several slices, joined over the data-center network
+#   --slices=N                several slices
 #   --spot                    cheaper, can be preempted
 #   --create-flags='...'      more flags for `gcloud ... create`, such as --network or --reserved
 #   --ssh-flags='...'         more flags for `gcloud ... ssh|scp`, such as --tunnel-through-iap
-#   --retries=3               faults (not preemptions) that may follow each other within an hour
-#   --dry-run                 prints every command instead
+#   --retries=3               faults (not preemptions) in a row within an hour before giving up
+#   --dry-run                 prints the commands instead
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 POLL=${TPU_POLL:-60} # seconds
-SETTINGS=(TPU_PROJECT TPU_ZONE TPU_ACCELERATOR TPU_RUNTIME TPU_BUCKET TPU_SLICES TPU_SPOT
-    TPU_CREATE_FLAGS TPU_SSH_FLAGS TPU_RETRIES)
-MUTE=$(mktemp)
-trap 'rm -f "$MUTE"' EXIT
 
 die() {
     echo "error: $*" >&2
@@ -40,27 +35,34 @@ die() {
 
 say() { echo "$(date +%H:%M:%S) $*"; }
 
-usage() {
-    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//p}' "$0" >&2
-    exit 2
-}
-
 # --- Settings -------------------------------------------------------------------------------------
 
 command=${1:-}
 case $command in
-create | setup | run | resume | status | logs | delete) shift ;;
-*) usage ;;
+create | run | resume | status | logs | delete) shift ;;
+*)
+    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+    ;;
 esac
 dry='' worker=0 lines=50 follow='' args=()
+for word in "$@"; do
+    if [[ $word == --name=* ]]; then TPU_NAME=${word#*=}; fi
+done
+[ -n "${TPU_NAME:-}" ] || die "--name=NAME is needed: it names the queued resource"
+saved=$ROOT/.cache/tpu/$TPU_NAME
+if [[ $command != create && $command != run && -e $saved ]]; then
+    # shellcheck disable=SC1090  # settings and training arguments, written by `create` or `run`
+    source "$saved"
+fi
 while [ $# -gt 0 ]; do
     case $1 in
     --name=* | --project=* | --zone=* | --accelerator=* | --runtime=* | --bucket=* | --slices=* | \
         --create-flags=* | --ssh-flags=* | --retries=*)
-        variable=${1%%=*}
-        variable=${variable#--}
-        variable=TPU_${variable//-/_}
-        printf -v "${variable^^}" %s "${1#*=}"
+        setting=${1%%=*}
+        setting=TPU_${setting#--}
+        setting=${setting//-/_}
+        printf -v "${setting^^}" %s "${1#*=}"
         ;;
     --spot) TPU_SPOT=1 ;;
     --dry-run) dry=1 ;;
@@ -68,6 +70,7 @@ while [ $# -gt 0 ]; do
     --lines=*) lines=${1#*=} ;;
     --follow) follow=follow ;;
     --)
+        [ "$command" = run ] || die "only \`run\` takes training arguments"
         shift
         args=("$@")
         break
@@ -76,38 +79,28 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -n "${TPU_NAME:-}" ] || die "--name=NAME is needed: it names the queued resource"
-[ "$command" = run ] || [ "${#args[@]}" = 0 ] || die "only \`run\` takes training arguments"
-saved=$ROOT/.cache/tpu/$TPU_NAME
-if [[ $command != create && $command != run && -e $saved ]]; then
-    # shellcheck disable=SC1090  # what `save` wrote: it fills in what was not given
-    source "$saved"
-fi
-need() {
-    local setting variable
-    for setting in "$@"; do
-        variable=TPU_${setting^^}
-        [ -n "${!variable:-}" ] || die "--$setting=... is needed (or $variable)"
-    done
-}
-need zone
+needed=(TPU_ZONE)
+if [[ $command == create || $command == run ]]; then needed+=(TPU_ACCELERATOR TPU_RUNTIME); fi
+for setting in "${needed[@]}"; do
+    flag=${setting#TPU_}
+    [ -n "${!setting:-}" ] || die "--${flag,,}=... is needed (or $setting)"
+done
 read -ra create_flags <<<"${TPU_CREATE_FLAGS:-}"
 read -ra ssh_flags <<<"${TPU_SSH_FLAGS:-}"
 
-# Settings and training arguments, so that the next command needs the name only.
-save() {
-    local variable
-    if [ -n "$dry" ]; then return; fi
+if [[ $command == run || $command == resume ]]; then
+    workdir=$(printf '%s\n' "${args[@]}" | sed -n 's/^--workdir=//p')
+    if [[ " ${args[*]}" != *" --config="* || -z $workdir ]]; then
+        die "training arguments are needed: run ... -- --config=FILE.py:VARIANT --workdir=DIR"
+    elif [[ $workdir != gs://* && $workdir != "/gcs/${TPU_BUCKET:-}"/* ]] &&
+        [[ -n ${TPU_BUCKET:-} || $workdir != /* ]]; then # The disks of a slice go with it.
+        die "--workdir=$workdir must be on storage of all workers: /gcs/${TPU_BUCKET:-BUCKET}/..."
+    fi
+fi
+if [[ -z $dry ]] && [[ $command == run || ($command == create && ! -e $saved) ]]; then
     mkdir -p "${saved%/*}"
-    {
-        for variable in "${SETTINGS[@]}"; do
-            if [ -n "${!variable:-}" ]; then
-                echo "[ -n \"\${$variable:-}\" ] || $variable=${!variable@Q}"
-            fi
-        done
-        if [ "${#args[@]}" != 0 ]; then echo "args=(${args[*]@Q})"; fi
-    } >"$saved"
-}
+    declare -p "${!TPU_@}" args >"$saved"
+fi
 
 # --- The commands of gcloud -----------------------------------------------------------------------
 
@@ -122,7 +115,7 @@ queued() {
     fi
 }
 
-# .../queued-resources/create: one node is named, several get a prefix and run as one multislice.
+# One node is named; several get a prefix and run as one multislice.
 create() {
     local nodes=(--node-id="$TPU_NAME")
     if [ "${TPU_SLICES:-1}" != 1 ]; then
@@ -132,29 +125,26 @@ create() {
         --runtime-version="$TPU_RUNTIME" ${TPU_SPOT:+--spot} "${create_flags[@]}"
 }
 
-# .../queued-resources/describe. Prints a state of
-# https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.queuedResources#State,
+# A state of https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.queuedResources,
 # NONE if there is no such resource, UNKNOWN if gcloud did not answer.
 state() {
-    if queued describe "$TPU_NAME" --format='value(state.state)' 2>"$MUTE"; then
+    local errors
+    if { errors=$(queued describe "$TPU_NAME" --format='value(state.state)' 2>&1 >&3); } 3>&1; then
         return
-    elif grep -q NOT_FOUND "$MUTE"; then
+    elif [[ $errors == *NOT_FOUND* ]]; then
         echo NONE
     else
-        cat "$MUTE" >&2
+        echo "$errors" >&2
         echo UNKNOWN
     fi
 }
 
-# .../queued-resources/delete; --force deletes the nodes too, --quiet asks nothing.
 remove() { queued delete "$TPU_NAME" --force --quiet; }
 
-# .../queued-resources/ssh
 on_workers() {
     queued ssh "$TPU_NAME" --node=all --worker=all "${ssh_flags[@]}" --command="$1"
 }
 
-# .../queued-resources/scp
 install() {
     local archive=$ROOT/.cache/tpu/flextok.tgz
     if [ -z "$dry" ]; then
@@ -169,32 +159,26 @@ flextok/launch/worker.sh setup ${TPU_BUCKET:-}"
 
 start() { on_workers "flextok/launch/worker.sh start ${args[*]@Q}"; }
 
-# What the workers say together: none (nothing was started), running, mixed (some still run), done,
-# again (saved and stopped, or lost), failed, unreachable.
+states() { on_workers "! test -e flextok || flextok/launch/worker.sh state"; }
+
+# All workers together: none (nothing was started), running, done, again (saved and stopped, or
+# lost), failed, unreachable.
 workers() {
     local found
-    if ! found=$(on_workers "! test -e flextok || flextok/launch/worker.sh state" 2>"$MUTE"); then
+    if ! found=$(states); then
         echo unreachable
         return
     fi
     found=$(sed -n 's/^flextok-worker [^ ]* //p' <<<"$found" | sort -u | tr '\n' ' ')
     case $found in
-    '' | 'none ') echo none ;;
-    'running ') echo running ;;
-    *running*) echo mixed ;;
+    *running*) echo running ;;
+    '' | *none*) echo none ;;
     'exit:0 ') echo 'done' ;;
-    *)
-        if tr ' ' '\n' <<<"$found" | grep -q '^exit:' &&
-            tr ' ' '\n' <<<"$found" | grep '^exit:' | grep -qvE ':(0|143)$'; then
-            echo failed
-        else
-            echo again
-        fi
-        ;;
+    *) if [[ $found =~ ^((exit:(0|143)|lost)\ )*$ ]]; then echo again; else echo failed; fi ;;
     esac
 }
 
-# --- Supervision ----------------------------------------------------------------------------------
+# --- Watching -------------------------------------------------------------------------------------
 
 faults=0 since=$SECONDS
 
@@ -204,12 +188,12 @@ fault() {
     faults=$((faults + 1))
     say "$1 (fault $faults of ${TPU_RETRIES:-3} before giving up)"
     if [ "$faults" -gt "${TPU_RETRIES:-3}" ]; then
-        say "given up: the slice is still there (and costs); \`$0 logs|delete --name=$TPU_NAME\`"
+        say "given up; the slice still costs: $0 delete --name=$TPU_NAME"
         exit 1
     fi
 }
 
-# Returns when the slice is there. A preempted one is deleted and asked for again.
+# Returns when the slice is active. A preempted one is deleted and asked for again.
 hold() {
     local now before=''
     while true; do
@@ -237,16 +221,18 @@ launch() {
     install && start && say "training began"
 }
 
-supervise() {
-    local now before='' mixed=0
+watch() {
+    local now before=''
     while true; do
         hold
         now=$(workers)
         if [ "$now" != "$before" ]; then say "training: $now"; fi
         before=$now
-        if [ "$now" = mixed ]; then mixed=$((mixed + 1)); else mixed=0; fi
         case $now in
-        'done') return ;;
+        'done')
+            say "done; the slice still costs: $0 delete --name=$TPU_NAME"
+            return
+            ;;
         none) launch || fault "the workers could not be set up" ;;
         again) start || fault "the training could not be started" ;;
         failed)
@@ -254,82 +240,37 @@ supervise() {
             fault "the training failed"
             start || true # The next look tells.
             ;;
-        mixed)
-            # JAX ends the others some 100 s after it lost one. If not, something hangs.
-            if [ "$mixed" -gt 10 ]; then on_workers "flextok/launch/worker.sh stop" || true; fi
-            ;;
-        unreachable) cat "$MUTE" >&2 ;;
         esac
         sleep "$POLL"
     done
 }
 
-check_arguments() {
-    local workdir
-    workdir=$(printf '%s\n' "${args[@]}" | sed -n 's/^--workdir=//p')
-    [[ " ${args[*]}" == *" --config="* ]] || die "training arguments need --config=FILE.py:VARIANT"
-    [ -n "$workdir" ] || die "training arguments need --workdir=..."
-    # The disks of a slice go with it, and every worker needs the same files.
-    if [ -n "${TPU_BUCKET:-}" ] && [[ $workdir != "/gcs/$TPU_BUCKET/"* ]]; then
-        die "--workdir=$workdir would be lost with the slice: put it under /gcs/$TPU_BUCKET/"
-    elif [[ $workdir != /* ]]; then
-        die "--workdir=$workdir must be a full path on storage that all workers share (--bucket)"
-    fi
-}
-
-case $command in
-create | run) need accelerator runtime ;;&
-run | resume)
-    [ "${#args[@]}" != 0 ] || die "nothing to train: \`run\` takes arguments after \`--\`, and" \
-        "\`resume\` those of the last run of this name"
-    check_arguments
-    ;;&
-run) save ;;
-create) # What is there already keeps what `resume` needs to know.
-    if [ -n "$dry" ] || [ ! -e "$saved" ] || [ "$(state)" = NONE ]; then save; fi
-    ;;
-esac
-if [ -n "$dry" ] && [[ $command == run || $command == resume ]]; then
-    if [ "$command" = run ]; then
-        create
-        state
-        install
-        start
-    fi
-    echo "# then every $POLL s:"
+if [ -n "$dry" ] && [[ $command == create || $command == run || $command == resume ]]; then
+    if [ "$command" != resume ]; then create; fi
     state
-    on_workers "! test -e flextok || flextok/launch/worker.sh state"
-    echo "# and after a preemption (SUSPENDED):"
-    remove
-    create
-    install
-    start
+    if [ "$command" = run ]; then install && start; fi
+    if [ "$command" != create ]; then states; fi
     exit
 fi
-trap 'echo; say "no longer supervised; the training goes on: $0 resume --name=$TPU_NAME"; exit 130' INT
+trap 'say "the training goes on: $0 resume --name=$TPU_NAME"; exit 130' INT
 case $command in
-create)
-    if [ -n "$dry" ]; then create && state; else hold; fi
-    ;;
-setup) install ;;
+create) hold ;;
 run)
     hold
-    case $(workers) in
-    running | mixed) die "a run is going on on $TPU_NAME: \`$0 resume --name=$TPU_NAME\`" ;;
-    esac
-    # Not the verdict of an earlier run on these workers: this one has to begin.
+    if [ "$(workers)" = running ]; then
+        die "a training is running on $TPU_NAME: $0 resume --name=$TPU_NAME"
+    fi
     until launch; do
         fault "the workers could not be set up"
         sleep "$POLL"
         hold
     done
-    supervise
-    say "done; the slice is still there (and costs): $0 delete --name=$TPU_NAME"
+    watch
     ;;
-resume) supervise ;;
+resume) watch ;;
 status)
     state
-    on_workers "! test -e flextok || flextok/launch/worker.sh state"
+    states
     ;;
 logs)
     queued ssh "$TPU_NAME" --node=0 --worker="$worker" "${ssh_flags[@]}" \

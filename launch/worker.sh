@@ -5,9 +5,8 @@
 #   worker.sh start ARGUMENTS   python -m flextok_jax.main ARGUMENTS, detached from the connection
 #   worker.sh state             one line: "flextok-worker HOST none|running|exit:CODE|lost"
 #   worker.sh log [N] [follow]  the last N lines of the log
-#   worker.sh stop              SIGTERM, and after 60 s SIGKILL
 set -euo pipefail
-VENV=${VENV:-$HOME/flextok-venv}  # Outside the code, which `tpu.sh setup` replaces.
+VENV=${VENV:-$HOME/flextok-venv} # Outside the code, which `tpu.sh run` replaces.
 source "$(dirname "$0")/common.sh"
 RUN=$HOME/flextok-run
 mkdir -p "$RUN"
@@ -36,7 +35,7 @@ install_gcsfuse() {
 
 # https://cloud.google.com/storage/docs/cloud-storage-fuse/cli-options
 # No cached metadata: what one worker writes into a checkpoint, the others must see. The limit lets a
-# finished checkpoint get its name in a bucket without hierarchical namespace.
+# finished checkpoint be renamed in a bucket without hierarchical namespace.
 mount_bucket() {
     local target=/gcs/$1
     if mountpoint -q "$target"; then return; fi
@@ -47,15 +46,8 @@ mount_bucket() {
         --rename-dir-limit=100000 "$1" "$target"
 }
 
-# Whoever holds the lock for itself is the run. It is inherited by the training, and gone when that is
-# gone, however it went: no process id has to be believed. Who only looks shares it for a moment, which
-# other lookers do not notice, and for which a start waits.
-lock() {
-    exec 9>"$RUN/lock"
-    flock -w 2 9
-}
-
-idle() { flock -n -s "$RUN/lock" true; }
+# The training holds this lock for as long as it lives; who looks shares it for a moment.
+running() { [ -e "$RUN/lock" ] && ! flock -n -s "$RUN/lock" true; }
 
 case ${1:-} in
 setup)
@@ -64,48 +56,39 @@ setup)
     if [ -n "${2:-}" ]; then mount_bucket "$2"; fi
     ;;
 start)
-    shift
-    if ! lock; then
-        echo "error: a run is going on on $(hostname)" >&2
+    if running; then
+        echo "error: a training is running on $(hostname)" >&2
         exit 1
     fi
     rm -f "$RUN/exit"
+    echo "--- $(date) ${*:2}" >>"$RUN/log"
     # shellcheck disable=SC2016  # for the inner shell
-    setsid bash -c 'trap : TERM # the training gets it too, and its exit code is to be written
-        echo "--- $(date) ${*:2}"
-        code=0
+    setsid flock -w 5 "$RUN/lock" bash -c 'code=0
         "$1" -u -m flextok_jax.main "${@:2}" || code=$?
-        echo "$code" >"$0/exit.tmp" && mv "$0/exit.tmp" "$0/exit"' \
-        "$RUN" "$VENV/bin/python" "$@" >>"$RUN/log" 2>&1 </dev/null &
-    echo $! >"$RUN/group"
+        echo "$code" >"$0/exit"' \
+        "$RUN" "$VENV/bin/python" "${@:2}" >>"$RUN/log" 2>&1 </dev/null &
+    for ((i = 0; i < 50; i++)); do
+        if running || [ -e "$RUN/exit" ]; then exit; fi
+        sleep 0.1
+    done
+    echo "error: the training did not start; see $RUN/log on $(hostname)" >&2
+    exit 1
     ;;
 state)
     if [ ! -e "$RUN/lock" ]; then
         found=none
-    elif ! idle; then
+    elif running; then
         found=running
     elif [ -e "$RUN/exit" ]; then
         found=exit:$(cat "$RUN/exit")
     else
-        found=lost # the machine was restarted
+        found=lost # The machine was restarted.
     fi
     echo "flextok-worker $(hostname) $found"
     ;;
-log)
-    tail -n "${2:-50}" ${3:+-F} "$RUN/log"
-    ;;
-stop)
-    if [ ! -e "$RUN/group" ] || idle; then exit; fi
-    group=$(cat "$RUN/group")
-    kill -TERM -- "-$group" 2>/dev/null || true
-    for ((i = 0; i < 60; i++)); do
-        if idle; then exit; fi
-        sleep 1
-    done
-    kill -KILL -- "-$group" 2>/dev/null || true
-    ;;
+log) tail -n "${2:-50}" ${3:+-F} "$RUN/log" ;;
 *)
-    echo "usage: $0 setup|start|state|log|stop" >&2
+    echo "usage: $0 setup|start|state|log" >&2
     exit 2
     ;;
 esac
