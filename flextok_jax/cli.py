@@ -10,13 +10,13 @@ import tyro
 from flextok_jax import __version__
 from flextok_jax.commands import options
 
-_PACKAGES = {  # Where the package is not called like the module.
-    "PIL": "Pillow",
-    "absl": "absl-py",
-    "orbax": "orbax-checkpoint",
-    "sklearn": "scikit-learn",
-    "skimage": "scikit-image",
-}
+# The extra of setup.py that brings a module, and its package where that has another name.
+_EXTRAS = {
+    "data": {"array_record": "", "grain": "", "tensorflow_datasets": "tensorflow-datasets"},
+    "train": {"absl": "absl-py", "clu": "", "matplotlib": "", "ml_collections": "", "optax": "",
+              "orbax": "orbax-checkpoint", "skimage": "scikit-image", "sklearn": "scikit-learn",
+              "tensorboardX": ""},
+}  # fmt: skip
 _HELP = """usage: flextok COMMAND [OPTIONS]
 
 Images as ordered tokens: any first part of an image's tokens decodes to the
@@ -116,8 +116,16 @@ def _message(error: Exception) -> str | None:
     """What to print for a person; None: a bug, whose traceback is wanted."""
     if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]
-        package = _PACKAGES.get(module, module)
-        return None if module == "flextok_jax" else f"this needs {package}: pip install {package}"
+        if module == "flextok_jax":
+            return None
+        for extra, packages in _EXTRAS.items():
+            if module in packages:
+                package = packages[module] or module
+                return (
+                    f"this needs {package}: pip install {package}, or all that belongs to it: "
+                    f"pip install -e '.[{extra}]'"
+                )
+        return f"this needs {module}: pip install {module}" if module else str(error)
     if "RESOURCE_EXHAUSTED" in str(error):
         reason = str(error).splitlines()[0]
         return f"out of memory: try a smaller --batch-size, or --dtype bfloat16 ({reason})"

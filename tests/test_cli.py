@@ -368,7 +368,10 @@ def test_a_fault_of_ours_keeps_its_traceback_and_a_missing_package_has_a_remedy(
     with pytest.raises(RuntimeError, match="a fault"):
         run("info", model)
     fails(ModuleNotFoundError("No module", name="sklearn.datasets"))
-    assert "pip install scikit-learn" in refused(capsys, "info", model)
+    message = refused(capsys, "info", model)
+    assert "pip install scikit-learn" in message and ".[train]" in message
+    fails(ModuleNotFoundError("No module", name="grain.python"))
+    assert ".[data]" in refused(capsys, "info", model)
     fails(RuntimeError("RESOURCE_EXHAUSTED: 51 GB"))
     assert "--batch-size" in refused(capsys, "info", model)
 

@@ -36,7 +36,7 @@ class TfdsSource:
             import tensorflow_datasets as tfds
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "data.source='tfds' needs: pip install tensorflow-datasets array_record"
+                "data.source='tfds' needs TFDS: pip install -e '.[data]'"
             ) from error
         if not name:
             raise ValueError("data.source='tfds' needs data.name, such as 'imagenet2012'.")
