@@ -92,7 +92,7 @@ if [[ $command == run || $command == resume ]]; then
     workdir=$(printf '%s\n' "${args[@]}" | sed -n 's/^--workdir=//p')
     if [[ " ${args[*]}" != *" --config="* || -z $workdir ]]; then
         die "training arguments are needed: run ... -- --config=FILE.py:VARIANT --workdir=DIR"
-    elif [[ $workdir != gs://* && $workdir != "/gcs/${TPU_BUCKET:-}"/* ]] &&
+    elif [[ $workdir != "/gcs/${TPU_BUCKET:-}"/* ]] &&
         [[ -n ${TPU_BUCKET:-} || $workdir != /* ]]; then # The disks of a slice go with it.
         die "--workdir=$workdir must be on storage of all workers: /gcs/${TPU_BUCKET:-BUCKET}/..."
     fi
