@@ -29,8 +29,9 @@ import types
 import numpy as np
 from PIL import Image, ImageOps
 
-from flextok_jax.data.decode import decode_image, opened, upright_rgb
-from flextok_jax.data.pipeline import cores, make_pipeline, threads
+from flextok_jax.data.decode import upright, upright_reduced
+from flextok_jax.data.pipeline import make_pipeline, threads
+from flextok_jax.data.reader import cores
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
 SIZE, BATCH = 256, 64
@@ -91,7 +92,7 @@ def limit_time(files, draws) -> np.ndarray:
 
     def loop():
         for i, draw in enumerate(draws):
-            transform.fit(decode_image(files[i % len(files)]), draw)
+            transform.fit(upright(files[i % len(files)]), draw)
 
     return timed(loop)
 
@@ -146,7 +147,7 @@ def decoders() -> dict:
     """{name: (bytes, factor) -> RGB} of the libraries that are installed."""
 
     def pillow(data, factor):
-        return upright_rgb(opened(data), factor)
+        return upright_reduced(data, lambda size: factor)[0]
 
     found = {"Pillow": pillow}
     try:
@@ -192,7 +193,7 @@ def compare_decoders(rounds: int) -> list[dict]:
 
             def crops(decode=decode):
                 for file, draw in zip(files, draws):
-                    transform.fit(decode(file, 1), draw)
+                    transform.fit(upright(decode(file, 1)), draw)
 
             calls[name, "crop"] = crops
         times = {key: [] for key in calls}

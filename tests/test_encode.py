@@ -15,8 +15,8 @@ from flextok_jax.commands import encoders
 from flextok_jax.data import records as record_files
 from flextok_jax.data import shards, sources
 from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.data.reader import Unreadable
 from flextok_jax.data.records import NULL_TEXT, Record
-from flextok_jax.data.shards import LeftOut
 
 TOKENIZER = {"source": "a", "origin": "model A", "fingerprint": "aaaa", "levels": [8, 5]}
 
@@ -44,7 +44,7 @@ def records(shard, text=False):
 
 def made(shard, text=False):
     """The records of one shard, and what it leaves out."""
-    return records(shard, text) + [LeftOut("broken.jpg", "no image")] * (shard == 1)
+    return records(shard, text) + [Unreadable("broken.jpg", "no image")] * (shard == 1)
 
 
 def write(folder, split="train", text=False, **changes):
@@ -93,9 +93,9 @@ def test_shards_hold_every_record_in_order_and_the_manifest_says_so(tmp_path):
     expected = [record for shard in range(3) for record in records(shard)]
     assert len(source) == len(expected) == 15
     for i, record in enumerate(expected):
-        found = record_files.from_bytes(source[i])
+        found = source.record(i)
         np.testing.assert_array_equal(found.arrays["tokens"], record.arrays["tokens"])
-        assert found.label == record.label and found.key == record.key == source.name(i)
+        assert found.label == record.label and found.key == record.key == source.key(i)
     assert manifest["unreadable"] == {"broken.jpg": "no image"}
     assert manifest == json.loads((tmp_path / "train" / "manifest.json").read_text())
     for name, about in manifest["shards"].items():
@@ -188,32 +188,16 @@ def test_a_run_killed_between_shards_continues_to_the_same_files(tmp_path):
     assert contents(folder) == contents(tmp_path / "whole" / "train")
 
 
-def test_a_damaged_shard_is_noticed_and_made_again(tmp_path):
+def test_a_shortened_shard_is_noticed_and_a_deleted_one_made_again(tmp_path):
     write(tmp_path)
     before = contents(tmp_path / "train")
     shard = tmp_path / "train" / "records-00001-of-00003.array_record"
     shard.write_bytes(before[shard.name][:-9])
-    with pytest.raises(ValueError, match="records-00001.*is damaged"):
+    with pytest.raises(ValueError, match="records-00001"):
         shards.ShardSource(tmp_path, "train")
-    data = bytearray(before[shard.name])
-    data[100] ^= 1  # The same length.
-    shard.write_bytes(data)
+    shard.unlink()
     write(tmp_path)
     assert contents(tmp_path / "train") == before
-
-
-@pytest.mark.parametrize("rest", [0, 9, -2])
-def test_a_torn_json_file_counts_as_none(rest, tmp_path):
-    write(tmp_path)
-    folder, name = tmp_path / "train", "records-00001-of-00003.json"
-    before = contents(folder)
-    (folder / name).write_bytes(before[name][:rest])
-    assert [why for _, why, _ in shards.verify(folder)][1] == "its .json file is missing or damaged"
-    write(tmp_path)
-    assert contents(folder) == before
-    (folder / name).write_bytes(before[name][:rest])
-    part = shards.write_split(folder, settings(), made, part=(0, 3))  # Another's is not there yet.
-    assert len(part["shards"]) == 2
 
 
 def test_tokenizers_and_settings_are_not_mixed(tmp_path):
@@ -250,12 +234,12 @@ def test_data_of_another_format_are_refused_with_the_remedy(tmp_path):
 
 def test_too_many_left_out_by_all_processes_together_are_no_finished_split(tmp_path):
     def make(shard):
-        return records(shard)[:4] + [LeftOut(f"{shard}.jpg", "no image")]
+        return records(shard)[:4] + [Unreadable(f"{shard}.jpg", "no image")]
 
     folder = tmp_path / "train"
     for index in range(2):
         shards.write_split(folder, settings(num_images=15), make, part=(index, 3))
-    with pytest.raises(ValueError, match="(?s)Of 15 images, more than 10%.*0.jpg.*1.jpg.*2.jpg"):
+    with pytest.raises(OSError, match="(?s)Of 15 images, more than 10.0%.*0.jpg.*1.jpg.*2.jpg"):
         shards.write_split(folder, settings(num_images=15), make, part=(2, 3))
     with pytest.raises(ValueError, match="run it again"):
         shards.ShardSource(tmp_path, "train")
@@ -263,8 +247,8 @@ def test_too_many_left_out_by_all_processes_together_are_no_finished_split(tmp_p
 
 def test_a_split_without_a_record_is_refused(tmp_path):
     one = settings(num_shards=1, num_images=1)
-    shards.write_split(tmp_path / "train", one, lambda _: [LeftOut("a.jpg", "no image")])
-    with pytest.raises(ValueError, match="holds no records .1 images were left out"):
+    shards.write_split(tmp_path / "train", one, lambda _: [Unreadable("a.jpg", "no image")])
+    with pytest.raises(ValueError, match="(?s)holds no records.*a.jpg"):
         shards.ShardSource(tmp_path, "train")
 
 
@@ -309,14 +293,14 @@ def test_the_command_writes_the_tokens_of_each_crop(model, images, tmp_path, cap
     manifest, tok = source.manifest, FlexTok.from_pretrained(model)
     assert manifest["tokenizer"]["fingerprint"] == tok.fingerprint
     assert (manifest["classes"], manifest["vocab_size"]) == (["class0", "class1"], 200)
-    found = [record_files.from_bytes(source[i]) for i in range(len(source))]
+    found = [source.record(i) for i in range(len(source))]
     assert [r.label for r in found] == [0, 0, 1, 1, 1]
     assert [r.caption for r in found] == [f"image {i}" for i in (0, 4, 1, 3, 5)]
     assert [len(r.embedding) for r in found] == [1, 5, 2, 4, 6] and source.text == (6, 6)
-    from flextok_jax.data.decode import decode_image
+    from flextok_jax.data.decode import upright
     from flextok_jax.data.transforms import center_crop
 
-    plain = center_crop(decode_image((images / "class0" / "0.png").read_bytes()), 8)
+    plain = center_crop(upright((images / "class0" / "0.png").read_bytes()), 8)
     np.testing.assert_array_equal(found[0].arrays["tokens"][0], tok.tokenize(plain[None], 4)[0])
     assert all(len(np.unique(r.arrays["tokens"], axis=0)) > 1 for r in found)
     # Other sizes of batches and shards change nothing; another order of work does not either.
@@ -324,7 +308,9 @@ def test_the_command_writes_the_tokens_of_each_crop(model, images, tmp_path, cap
     args[-1], args[-3] = 2, 99
     assert run(*args) == 0
     again = shards.ShardSource(tmp_path / "again", "all")
-    assert [again[i] for i in range(5)] == [source[i] for i in range(5)]
+    assert [again.record(i).arrays["tokens"].tolist() for i in range(5)] == [
+        source.record(i).arrays["tokens"].tolist() for i in range(5)
+    ]
 
 
 def test_an_interrupted_command_continues(model, tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ from test_encode import contents
 from test_tokenizer_stage import config as tokenizer_config
 
 from flextok_jax import cli
-from flextok_jax.data import records, shards, sources
-from flextok_jax.data.decode import decode_image
+from flextok_jax.data import shards, sources
+from flextok_jax.data.decode import upright
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.data.transforms import center_crop
 from flextok_jax.io import storage
@@ -61,12 +61,12 @@ def encoded(images, tmp_path_factory):
 
 def test_records_hold_what_the_models_make_of_the_crops(images, encoded):
     source = shards.ShardSource(encoded, "all")
-    found = [records.from_bytes(source[i]) for i in range(len(source))]
+    found = [source.record(i) for i in range(len(source))]
     keys = [f"class{i % 2}/{i}.png" for i in (0, 2, 4, 6, 1, 3, 5)]
-    assert [r.key for r in found] == keys == [source.name(i) for i in range(7)]
+    assert [r.key for r in found] == keys == [source.key(i) for i in range(7)]
     assert [r.label for r in found] == [0] * 4 + [1] * 3
     assert [r.caption for r in found] == [None, None, "part of a cup", *[None] * 4]
-    plain = np.stack([center_crop(decode_image((images / k).read_bytes()), SIZE) for k in keys])
+    plain = np.stack([center_crop(upright((images / k).read_bytes()), SIZE) for k in keys])
     cfg, params = load_vae(VAE)
     mean, logvar = vae.encode_moments(params, cfg, plain / np.float32(127.5) - 1)
     expected = np.concatenate([mean, logvar], -1)
@@ -84,7 +84,7 @@ def test_digits_are_enlarged_where_another_size_is_wanted(tmp_path):
     more = ["--vae", VAE, "--image-size", 2 * SIZE, "--limit", 2, "--split", "all"]
     assert encode(digits_folder(), tmp_path, *more) == 0
     source = shards.ShardSource(tmp_path, "all")
-    found = [records.from_bytes(source[i]).arrays["moments"].shape for i in range(len(source))]
+    found = [source.record(i).arrays["moments"].shape for i in range(len(source))]
     assert found == [(1, 8, 8, 8)] * 2
 
 
@@ -96,7 +96,7 @@ def test_too_many_unreadable_images_stop_with_the_list_and_no_shard(images, tmp_
     options = ["--vae", VAE, "--image-size", SIZE]
     assert encode(tmp_path / "in", tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
-    assert "Of 8 images, more than 10%" in error and "0.png (" in error and "1.png (" in error
+    assert "Of 8 images, more than 10.0%" in error and "0.png (" in error and "1.png (" in error
     assert [path.name for path in (tmp_path / "out" / "all").iterdir()] == ["manifest.json"]
 
 
@@ -134,7 +134,7 @@ def test_the_latents_are_those_of_the_images(images, encoded):
     stage = TokenizerStage(c)
     (batch,) = make_pipeline(c.data, seed=0, batch_size=7, train=False).eval_batches(7)
     source = sources.make_source(sources.parse(str(images)), "all")
-    plain = [center_crop(decode_image(source[i]["image"]), SIZE) for i in range(7)]
+    plain = [center_crop(upright(source.read(i).image), SIZE) for i in range(7)]
     latents = jax.jit(lambda batch: stage._latents(stage.load_frozen(), batch, jax.random.key(0)))
     ahead, online = latents({"moments": batch["moments"]}), latents({"image": np.stack(plain)})
     np.testing.assert_allclose(ahead, online, rtol=2e-3, atol=3e-3)  # Of float16.
@@ -226,7 +226,7 @@ def test_a_run_killed_with_sigkill_continues_to_the_same_files(images, tmp_path)
     assert encode(images, tmp_path / "whole", *options) == 0  # On one device.
     found, expected = (shards.ShardSource(tmp_path / name, "all") for name in ("killed", "whole"))
     for i in range(7):
-        a, b = (records.from_bytes(source[i]) for source in (found, expected))
+        a, b = (source.record(i) for source in (found, expected))
         assert (a.key, a.label, a.caption) == (b.key, b.label, b.caption)
         np.testing.assert_allclose(a.arrays["moments"], b.arrays["moments"], rtol=2e-3, atol=2e-3)
     names = {p.name for p in folder.iterdir()}

@@ -28,7 +28,7 @@ def test_tar_shards_have_random_access_with_labels_and_captions(tmp_path):
     assert found[4:6] == [("a.tar/deep/0009", 5, "aus JSON"), ("a.tar/0011", -1, None)]
     assert found[6] == ("b.tar/0020", 2, "Bild 20 für alle") and len(found) == 10
     order = np.random.RandomState(0).permutation(4)
-    assert all(source[i]["image"] == files[f"{i:04}.jpg"] for i in order)
+    assert all(source.read(i).image == files[f"{i:04}.jpg"] for i in order)
     p = pipeline(source="webdataset", path=str(tmp_path), split="all", crop="random", batch_size=10)
     assert p[0]["image"].shape == (10, 16, 16, 3) and list(p.unreadable) == ["a.tar/0011"]
 
@@ -78,12 +78,12 @@ def test_tar_splits_are_folders_or_words_of_the_names(names, tmp_path):
 def test_other_tar_shards_hold_out_examples_by_their_keys(tmp_path):
     tar(tmp_path / "a.tar", shard(0, 30))
     parts = {s: WebDatasetSource(tmp_path, s) for s in ("train", "test", "all")}
-    names = {s: {p.name(i) for i in range(len(p))} for s, p in parts.items()}
+    names = {s: {p.key(i) for i in range(len(p))} for s, p in parts.items()}
     assert names["train"] | names["test"] == names["all"] and len(names["all"]) == 30
     assert not names["train"] & names["test"] and names["test"]
     test = parts["test"]
-    number = int(test.name(0).split("/")[1])
-    assert test[0]["caption"] == f"Bild {number} für alle"
+    number = int(test.key(0).split("/")[1])
+    assert test.read(0).caption == f"Bild {number} für alle"
 
 
 def test_what_is_no_tar_file_is_refused_by_name(tmp_path):
@@ -106,7 +106,7 @@ def test_labels_are_names_or_numbers_over_all_tar_files(tmp_path):
     tar(tmp_path / "test-0.tar", {"1.json": about} | {f"{i}.png": picture for i in (1, 2)})
     train, test = (WebDatasetSource(tmp_path, split) for split in ("train", "test"))
     assert train.classes == test.classes == ["cat", "dog"]
-    assert (train[0]["label"], [test[i]["label"] for i in range(2)]) == (1, [0, -1])
+    assert (train.read(0).label, [test.read(i).label for i in range(2)]) == (1, [0, -1])
     tar(tmp_path / "train-1.tar", {"3.png": picture, "3.cls": b"3"})
     with pytest.raises(ValueError, match="train-1.tar/3 is the number 3, that of .* the name '"):
         WebDatasetSource(tmp_path, "train")
@@ -114,10 +114,10 @@ def test_labels_are_names_or_numbers_over_all_tar_files(tmp_path):
         (tmp_path / name).unlink()
     tar(tmp_path / "a.tar", {"4.png": picture, "4.json": b'{"label": 2.0}'})
     source = WebDatasetSource(tmp_path, "all")
-    assert source.classes == [] and [source[i]["label"] for i in range(2)] == [2, 3]
+    assert source.classes == [] and [source.read(i).label for i in range(2)] == [2, 3]
 
 
-@pytest.mark.parametrize("second", ["x/i.jpg", "x/i.PNG", "x/i.png"])
+@pytest.mark.parametrize("second", ["x/i.jpg", "x/i.PNG"])
 def test_two_images_of_one_name_are_refused_and_other_endings_left_alone(second, tmp_path):
     picture = encoded(SMOOTH)
     path = tar(tmp_path / "a.tar", {"x/i.png": picture, "x/i.seg.png": b"", "i.png": picture})
@@ -143,13 +143,7 @@ def test_tar_files_beside_image_files_are_not_guessed(tmp_path):
     assert sources.parse(str(tmp_path)).source == "webdataset"
 
 
-def test_a_label_that_is_no_name_is_refused(tmp_path):
-    tar(tmp_path / "a.tar", {"0.png": encoded(SMOOTH), "0.json": b'{"label": [1, 2]}'})
-    with pytest.raises(ValueError, match=r"a.tar: 0 has the label '\[1, 2\]'"):
-        WebDatasetSource(tmp_path, "all")
-
-
-@pytest.mark.parametrize("about", ['{"label": null}', "[1, 2]", "null"])
+@pytest.mark.parametrize("about", ['{"label": null}', "[1, 2]", "null", '{"label": [1, 2]}', "{"])
 def test_what_gives_no_label_is_an_example_without_one(about, tmp_path):
     tar(tmp_path / "a.tar", {"0.png": encoded(SMOOTH), "0.json": about.encode()})
     assert everything(WebDatasetSource(tmp_path, "all")) == [("a.tar/0", -1, None)]

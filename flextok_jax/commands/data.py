@@ -8,11 +8,9 @@ import numpy as np
 
 from flextok_jax.commands import common, options
 from flextok_jax.data import check as checks
-from flextok_jax.data import shards, sources
-from flextok_jax.data.decode import decode_image, reason
-from flextok_jax.data.pipeline import ahead
+from flextok_jax.data import reader, shards, sources
+from flextok_jax.data.decode import reason
 from flextok_jax.data.records import Record
-from flextok_jax.data.unreadable import MAX_LISTED, MAX_UNREADABLE, too_many
 from flextok_jax.io import storage
 
 
@@ -32,13 +30,15 @@ def _look(data: sources.Data, args, out) -> None:
     source = sources.make_source(data, args.split or "all")
     count = len(source) if args.all else min(args.sample, len(source))
     places = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
-    looks = ahead(functools.partial(checks.look, source), places)
+    looks = reader.ahead(functools.partial(checks.look, source), places)
     found = list(tqdm(looks, total=len(places), unit="image", disable=None))
     print(f"{data}, split {args.split or 'all'}: {len(source)} images")
     for what, about in checks.summary(found, source.classes):
         print(f"  {what:<10}{about}")
+    for line in source.skipped.lines():
+        print(f"  passed over {line}")
     bad = [look for look in found if look.error]
-    for look in bad[:MAX_LISTED]:
+    for look in bad[: reader.MAX_LISTED]:
         print(f"  unreadable: {look.name}: {look.error}")
     if len(bad) < len(found):
         with storage.atomic(out) as temporary:
@@ -46,10 +46,12 @@ def _look(data: sources.Data, args, out) -> None:
         print(f"  {min(checks.SHOWN, len(found) - len(bad))} of them are shown in {args.out}")
     if len(places) < len(source):
         print(f"  {len(source) - len(places)} were not opened: --all opens every one")
-    if too_many(len(bad), len(found)):
+    unreadable = reader.UnreadableCount(len(found))
+    unreadable.update({look.name: look.error for look in bad})
+    if unreadable.too_many:
         raise ValueError(
             f"{len(bad)} of {len(found)} images are unreadable: training would stop, because that "
-            f"is more than {MAX_UNREADABLE:.0%} (data.max_unreadable)"
+            f"is more than {reader.MAX_UNREADABLE:.0%} (data.max_unreadable)"
         )
 
 
@@ -80,7 +82,7 @@ def _verify(data: sources.Data, split: str | None) -> None:
             crops = f", {manifest['crops']} crops of each image" if "crops" in manifest else ""
             print(f"  {name:<10}{words}{crops}")
         print(f"  {'of':<10}{manifest['data']}, split {manifest['split']}")
-        for name, why in list(manifest["unreadable"].items())[:MAX_LISTED]:
+        for name, why in list(manifest["unreadable"].items())[: reader.MAX_LISTED]:
             print(f"  left out: {name}: {why}")
     if damaged:
         raise ValueError(
@@ -102,21 +104,21 @@ def pack(args: options.Pack) -> None:
         "arrays": {"image": None},
         "data": str(data),
         "split": args.split,
-        **shards.about_images(source, count),
+        **shards.source_settings(source, count),
         "shard_size": size,
         "num_shards": -(-count // size),
     }
     with tqdm(total=count, unit="image", disable=None) as bar:
 
-        def make_shard(index: int) -> Iterator[Record | shards.LeftOut]:
+        def make_shard(index: int) -> Iterator[Record | reader.Unreadable]:
             bar.update(index * size - bar.n)  # What is there already counts as done.
             places = range(index * size, min(index * size + size, count))
-            for made in ahead(functools.partial(_record, source), places):
+            for made in reader.ahead(functools.partial(_record, source), places):
                 yield made
                 bar.update()
 
         write = functools.partial(shards.write_split, folder, settings, make_shard)
-        manifest = write(sources.null_text(data), args.process)
+        manifest = write(shards.null_text(data.path), args.process)
         bar.update(count - bar.n)
     total = common.report_shards(manifest, folder)
     if total is not None:
@@ -126,20 +128,19 @@ def pack(args: options.Pack) -> None:
         )
 
 
-def _record(source, place: int) -> Record | shards.LeftOut:
-    from PIL import Image
-
-    key = source.name(place)
+def _record(source, place: int) -> Record | reader.Unreadable:
+    """One image as it is stored, if there is a picture in it; an array becomes a PNG file."""
+    picture = reader.read(source, place)
+    if isinstance(picture, reader.Unreadable):
+        return picture
     try:
-        item, embedding = source[place], source.embedding(place)
-        image = item["image"]
-        if isinstance(image, bytes):
-            decode_image(image)  # It is kept as it is, but only if there is a picture in it.
-        else:
-            stream = io.BytesIO()
-            Image.fromarray(image).save(stream, "PNG")
-            image = stream.getvalue()
+        embedding = source.embedding(place)
     except Exception as error:  # Files break in any way there is.
-        return shards.LeftOut(key, reason(error))
+        return reader.Unreadable(picture.key, reason(error))
+    image = picture.stored
+    if not isinstance(image, bytes):
+        stream = io.BytesIO()
+        picture.image.save(stream, "PNG")
+        image = stream.getvalue()
     arrays = {"image": np.frombuffer(image, np.uint8)}
-    return Record(key, arrays, item["label"], item["caption"], embedding)
+    return Record(picture.key, arrays, picture.label, picture.caption, embedding)

@@ -11,9 +11,9 @@ import numpy as np
 
 from flextok_jax.commands import common, options
 from flextok_jax.commands.encoders import Encoder, encoders
-from flextok_jax.data import shards, sources
-from flextok_jax.data.decode import decode_image, reason
-from flextok_jax.data.pipeline import cores
+from flextok_jax.data import reader, shards, sources
+from flextok_jax.data.decode import reason
+from flextok_jax.data.reader import cores
 from flextok_jax.data.records import Record
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 from flextok_jax.evaluation.reconstruction import padded
@@ -32,7 +32,7 @@ def encode(args: options.Encode) -> None:
     source = sources.make_image_source(data, args.split)
     count = min(len(source), args.limit or len(source))
     folder = out / args.split
-    null_text = sources.null_text(data)
+    null_text = shards.null_text(data.path)
     augmented = Transform(
         size,
         "center" if args.crop_scale == 1 else "random",
@@ -48,7 +48,7 @@ def encode(args: options.Encode) -> None:
         concurrent.futures.ThreadPoolExecutor(min(16, cores())) as pool,
     ):
 
-        def make_shard(index: int) -> Iterator[Record | shards.LeftOut]:
+        def make_shard(index: int) -> Iterator[Record | reader.Unreadable]:
             first = index * args.shard_size
             bar.update(first - bar.n)  # What is there already counts as done.
             places = range(first, min(first + args.shard_size, count))
@@ -74,7 +74,7 @@ def encode(args: options.Encode) -> None:
             "data": str(data),
             "split": args.split,
             "image_size": size,
-            **shards.about_images(source, count),
+            **shards.source_settings(source, count),
             "text_dim": None if null_text is None else null_text.shape[1],
             **{name: getattr(args, name) for name in DECISIVE},
             "num_shards": -(-count // args.shard_size),
@@ -120,21 +120,20 @@ def _run(
 def _read(source, augmented: Transform, count: int, seed: int, place: int):
     """(uint8 [count, S, S, 3], key, label, caption and embedding) of one image.
 
-    Or, of one that cannot be read, (None, `LeftOut`). The first crop has no randomness; the
+    Or, of one that cannot be read, (None, `Unreadable`). The first crop has no randomness; the
     draws of another are a function of (seed, place of the image, number of the crop).
     """
-    key = source.name(place)
+    found = reader.read(source, place)
+    if isinstance(found, reader.Unreadable):
+        return None, found
     try:
-        item, embedding = source[place], source.embedding(place)
-        image = item["image"]
-        if isinstance(image, bytes):
-            image = decode_image(image)
+        embedding = source.embedding(place)
     except Exception as error:  # Files break in any way there is.
-        return None, shards.LeftOut(key, reason(error))
+        return None, reader.Unreadable(found.key, reason(error))
     crops = []  # What fails from here on is no fault of the file, and stops.
     for crop in range(count):
         draws = np.random.RandomState([seed, place, crop]).random_sample((1, NUM_DRAWS))
         transform = augmented if crop else augmented.without_randomness()
-        crops.append(transform.augment(transform.fit(image, draws[0])[None], draws)[0])
-    about = {name: item[name] for name in ("label", "caption")}
-    return np.stack(crops), about | {"key": key, "embedding": embedding}
+        crops.append(transform.augment(transform.fit(found.image, draws[0])[None], draws)[0])
+    info = {"key": found.key, "label": found.label, "caption": found.caption}
+    return np.stack(crops), info | {"embedding": embedding}

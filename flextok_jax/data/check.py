@@ -1,4 +1,4 @@
-"""What is in a source: counts, kinds of images, labels, captions, unreadable ones; a picture."""
+"""What is in a source: counts, kinds of images, labels, captions, problems; a contact sheet."""
 
 import collections
 import dataclasses
@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flextok_jax.data.decode import ORIENTATION, opened, reason, upright_rgb
+from flextok_jax.data import decode
+from flextok_jax.data.source import Source
 
 CELL, TEXT, GAP = 144, 48, 10  # Pixels of a picture, of the words below it, and between.
 COLUMNS, SHOWN = 8, 48
@@ -28,6 +29,7 @@ class Look:
         notes: such as "animated".
         label: -1 unknown.
         caption: None where there is none.
+        embedding: its shape, None where there is none.
         picture: RGB, at most CELL pixels wide and high.
     """
 
@@ -39,32 +41,34 @@ class Look:
     notes: tuple[str, ...] = ()
     label: int = -1
     caption: str | None = None
+    embedding: tuple[int, ...] | None = None
     picture: Image.Image | None = None
 
 
-def look(source, place: int) -> Look:
+def look(source: Source, index: int) -> Look:
     """Opens one example. Nothing that a file can hold raises."""
+    key = source.key(index)
     try:
-        item, notes = source[place], []
-        kind, mode, image = "array", "RGB", item["image"]
+        example, notes = source.read(index), []
+        kind, mode, image = "array", "RGB", example.image
         if isinstance(image, bytes):
-            image = opened(image)
+            image = decode.opened(image)
             kind, mode = image.format, image.mode
             if getattr(image, "is_animated", False):
                 notes.append("animated: the first frame counts")
-            if image.getexif().get(ORIENTATION, 1) != 1:
+            if decode.orientation(image) != 1:
                 notes.append("turned upright by EXIF")
             if image.has_transparency_data:
                 notes.append("transparent: laid over white")
-            image = upright_rgb(image)
-        else:
-            image = Image.fromarray(image)
-        size = image.size
-        image.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
-        about = kind, mode, size, tuple(notes), item["label"], item["caption"], image
-        return Look(source.name(place), None, *about)
+        image = decode.upright(image)
     except Exception as error:  # Files break in any way there is.
-        return Look(source.name(place), reason(error))
+        return Look(key, decode.reason(error))
+    size = image.size
+    image.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
+    embedding = source.skipped.usable(source.embedding, index, key)
+    shape = None if embedding is None else embedding.shape
+    label, caption = example.label, example.caption
+    return Look(key, None, kind, mode, size, tuple(notes), label, caption, shape, image)
 
 
 def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:
@@ -101,6 +105,15 @@ def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:
     captions = [look.caption for look in good if look.caption]
     example = f", such as {textwrap.shorten(captions[0], 60)!r}" if captions else ""
     lines.append(("captions", f"{len(captions)} of these images{example}" if captions else "none"))
+    if shapes := [look.embedding for look in good if look.embedding]:
+        tokens, channels = (sorted(set(sides)) for sides in zip(*shapes))
+        lines.append(
+            (
+                "embeddings",
+                f"{len(shapes)} of these images, {tokens[0]} to {tokens[-1]} tokens of "
+                f"{', '.join(map(str, channels))} channels",
+            )
+        )
     return lines
 
 

@@ -1,28 +1,42 @@
-"""Bytes of an image file to upright RGB, by Pillow.
+"""An image file's bytes to upright RGB: the one decoder.
 
 Pillow and not a faster binding, by measurement (`python -m benchmarks.data`; numbers in
 docs/data.md): what simplejpeg saves in decoding is nearly lost in the antialiased crop that
 follows, and Pillow would still be needed for every other format, for the camera's rotation and for
-damaged files. Scaled decoding of large photographs it has too ("draft" mode: libjpeg's reduced
-inverse DCT).
+damaged files.
 """
 
 import io
 import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
+
+try:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pass
 
 # A large image is fine; the one that is refused is twice as large. Once and for all, because what a
 # thread filters for a while all threads do.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-ORIENTATION = 0x0112  # The EXIF tag of the camera's rotation; from 5 on it swaps the sides.
+# Metadata of a PNG file are not read, so their size must not cost the picture.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 
-
-def decode_image(data: bytes) -> Image.Image:
-    """The bytes of an image file as an upright RGB image; see `opened` and `upright_rgb`."""
-    return upright_rgb(opened(data))
+_ORIENTATION = 0x0112  # The EXIF tag of the camera's rotation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def opened(data: bytes) -> Image.Image:
@@ -37,29 +51,51 @@ def opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) after the camera's rotation."""
-    turned = image.getexif().get(ORIENTATION, 1) >= 5
-    return image.size[::-1] if turned else image.size
+def orientation(image: Image.Image) -> int:
+    """The camera's rotation, 1 (upright) to 8; 1 where EXIF is missing or odd."""
+    try:
+        value = int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF breaks in any way there is, and never costs the picture.
+        return 1
+    return value if value in _UPRIGHT else 1
 
 
-def upright_rgb(image: Image.Image, factor: int = 1) -> Image.Image:
-    """Decodes an opened image.
+def upright(image: bytes | np.ndarray | Image.Image) -> Image.Image:
+    """Decodes an image to upright RGB.
 
     The camera's rotation (EXIF) is applied, transparency is laid over white, 16-bit greyscale is
     scaled to 8 bits, and of an animation the first frame is taken.
 
     Args:
-        factor: 1, 2 or 4: a JPEG is decoded so many times smaller, sides rounded up, which costs
-            less; other formats never are.
+        image: the bytes of a file, an image of `opened`, or uint8 [H, W, 3].
 
     Raises:
         Exception: as `opened`, for a file that is not whole.
     """
-    if factor > 1:
-        image.draft(None, (image.width // factor, image.height // factor))
+    return upright_reduced(image, lambda size: 1)[0]
+
+
+def upright_reduced(
+    image: bytes | np.ndarray | Image.Image, shrink: Callable[[tuple[int, int]], int]
+) -> tuple[Image.Image, int]:
+    """`upright`, and how many times smaller than it is stored the image was decoded.
+
+    Args:
+        shrink: upright (width, height) -> 1, 2 or 4: a JPEG is decoded so many times smaller, sides
+            rounded up, which costs less (libjpeg's reduced inverse DCT).
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image), 1
+    factor = 1
+    if isinstance(image, bytes):
+        image = opened(image)
+    if image.format == "JPEG":
+        factor = shrink(image.size if orientation(image) < 5 else image.size[::-1])
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if (turn := orientation(image)) != 1:
+        image = image.transpose(_UPRIGHT[turn])
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; store 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -67,7 +103,7 @@ def upright_rgb(image: Image.Image, factor: int = 1) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB"), factor
 
 
 def reason(error: Exception) -> str:

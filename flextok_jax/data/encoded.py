@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from flextok_jax.data.records import Record, from_bytes
+from flextok_jax.data.decode import reason
+from flextok_jax.data.reader import Unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,11 @@ class Crops:
     def without_randomness(self) -> "Crops":
         return dataclasses.replace(self, random=False)
 
-    def decode(self, item: bytes, draws: np.ndarray) -> Record:
-        return from_bytes(item)
-
-    def read(self, record: Record, draws: np.ndarray) -> dict:
+    def read(self, source, index: int, draws: np.ndarray) -> dict | Unreadable:
+        try:
+            record = source.record(index)
+        except Exception as error:  # A damaged file breaks in any way there is.
+            return Unreadable(source.key(index), reason(error))
         out = {"label": np.int32(record.label)}
         for name in self.shapes:
             crops = record.arrays[name]

@@ -9,29 +9,22 @@ asking for another step, and the global batch is the same for any number of proc
     for batch in p.iterate(1000):   # the same, then 1001, ..., made ahead of time by threads
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
-import logging
 import math
 import operator
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
-import grain
 import numpy as np
 
-from flextok_jax.data import decode, sources
+from flextok_jax.data import reader, sources
 from flextok_jax.data.encoded import Crops
+from flextok_jax.data.reader import MAX_UNREADABLE, Unreadable, UnreadableCount, cores
+from flextok_jax.data.source import Source, log
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
-from flextok_jax.data.unreadable import MAX_UNREADABLE, complaint, too_many
 
 MAX_STEPS = 2**31 - 1
-
-_log = logging.getLogger(__name__)
 
 
 def make_pipeline(
@@ -63,6 +56,8 @@ def make_pipeline(
 
         process_index, process_count = jax.process_index(), jax.process_count()
     source = sources.make_source(cfg, cfg.split if train else cfg.eval_split)
+    for line in source.skipped.lines():
+        log.warning("%s: passed over %s", cfg.path or cfg.source, line)
     if cfg.source in sources.ENCODED:
         examples = Crops(_wanted(cfg.source, source.manifest), source.text)
     else:
@@ -111,13 +106,7 @@ class Examples(Protocol):
     def without_randomness(self) -> "Examples":
         """The same without a use of the draws: for evaluation."""
 
-    def decode(self, item, draws: np.ndarray) -> Any:
-        """What the source holds, decoded. An exception means that it cannot be read.
-
-        The draws are those of `read`, so that no more is decoded than it will use.
-        """
-
-    def read(self, example, draws: np.ndarray) -> dict:
+    def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
         """One example, as arrays of one shape. A ValueError means a fault of the settings."""
 
     def padding(self) -> dict:
@@ -141,17 +130,15 @@ class Images:
     def without_randomness(self) -> "Images":
         return Images(self.transform.without_randomness())
 
-    def decode(self, item: dict, draws: np.ndarray) -> dict:
-        if not isinstance(item["image"], bytes):
-            return item | {"factor": 1}
-        image = decode.opened(item["image"])
-        factor = self.transform.shrink(decode.upright_size(image), draws)
-        factor = factor if image.format == "JPEG" else 1
-        return item | {"image": decode.upright_rgb(image, factor), "factor": factor}
-
-    def read(self, example: dict, draws: np.ndarray) -> dict:
-        image = self.transform.fit(example["image"], draws, example["factor"])
-        return {"image": image, "label": np.int32(example["label"])}
+    def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
+        found = reader.read(source, index, lambda size: self.transform.shrink(size, draws))
+        if isinstance(found, Unreadable):
+            return found
+        try:
+            image = self.transform.fit(found.image, draws, found.factor)
+        except ValueError as error:
+            raise ValueError(f"{found.key}: {error}") from None
+        return {"image": image, "label": np.int32(found.label)}
 
     def padding(self) -> dict:
         size = self.transform.image_size
@@ -176,7 +163,7 @@ class Pipeline:
 
     def __init__(
         self,
-        source,
+        source: Source,
         examples: Examples,
         *,
         seed: int,
@@ -193,15 +180,13 @@ class Pipeline:
             raise ValueError("The split holds no examples; choose another one in data.split.")
         self.source = source
         self.num_examples = len(source)
-        self.unreadable: dict[str, str] = {}
+        self.unreadable = UnreadableCount(len(source), max_unreadable)
         self._examples = examples
         self._seed = seed
         self._batch_size = batch_size
         self._process = process_index, process_count
-        self._max_unreadable = max_unreadable
         self._local(batch_size)  # Refuses a size that does not divide.
         self._stride = _stride(self.num_examples)
-        self._lock = threading.Lock()
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def __getitem__(self, step: int) -> dict:
@@ -223,7 +208,7 @@ class Pipeline:
 
     def iterate(self, start_step: int = 0) -> Iterator[dict]:
         """The batches from `start_step` on, each equal to `self[step]`, made ahead by threads."""
-        return _prefetch(grain.MapDataset.range(start_step, MAX_STEPS).map(self.__getitem__))
+        return _ahead(self.__getitem__, range(start_step, MAX_STEPS))
 
     def eval_batches(self, batch_size: int) -> Iterator[dict]:
         """Every example once, in the source's order and without randomness, also when training.
@@ -251,7 +236,7 @@ class Pipeline:
             )
             return examples.augment(_stack(found), draws) | {"mask": np.array(mask)}
 
-        return _prefetch(grain.MapDataset.range(-(-self.num_examples // batch_size)).map(make))
+        return _ahead(make, range(-(-self.num_examples // batch_size)))
 
     def _local(self, batch_size: int) -> slice:
         """This process's rows of a global batch."""
@@ -271,31 +256,12 @@ class Pipeline:
     def _read(self, index: int, draws: np.ndarray, examples: Examples) -> tuple[dict, bool]:
         """An example, and False where another one had to stand in."""
         for tried in range(self.num_examples):
-            index_tried = int((index + tried * self._stride) % self.num_examples)
-            try:
-                example = examples.decode(self.source[index_tried], draws)
-            except Exception as error:  # Pillow raises nearly anything for a broken file.
-                self._record(self.source.name(index_tried), error)
-                continue
-            try:
-                return examples.read(example, draws), tried == 0
-            except ValueError as error:
-                raise ValueError(f"{self.source.name(index_tried)}: {error}") from None
-        raise self._too_many("not a single one")
-
-    def _record(self, name: str, error: Exception) -> None:
-        with self._lock:
-            if name in self.unreadable:
-                return
-            self.unreadable[name] = decode.reason(error)
-            count = len(self.unreadable)
-        _log.warning("Unreadable image %d, skipped: %s (%s)", count, name, self.unreadable[name])
-        if too_many(count, self.num_examples, self._max_unreadable):
-            raise self._too_many(f"more than data.max_unreadable, {self._max_unreadable:.1%},")
-
-    def _too_many(self, which: str) -> RuntimeError:
-        remedy = ", check that data.path is right, or allow more"
-        return RuntimeError(complaint(self.unreadable, self.num_examples, which, remedy))
+            place = int((index + tried * self._stride) % self.num_examples)
+            found = examples.read(self.source, place, draws)
+            if not isinstance(found, Unreadable):
+                return found, tried == 0
+            self.unreadable.add(found)
+        raise self.unreadable.error("not a single one")
 
 
 def _stride(count: int) -> int:
@@ -304,24 +270,6 @@ def _stride(count: int) -> int:
     What cannot be read often lies together (a folder, a shard), and so far away no more does.
     """
     return next(n for n in range(round(0.618 * count) or 1, 2 * count) if math.gcd(n, count) == 1)
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    # macOS has no affinity.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def ahead(function: Callable, places: Iterable[int]) -> Iterator:
-    """`function(place)` of each, in order, made ahead of time by threads."""
-    with concurrent.futures.ThreadPoolExecutor(min(16, cores())) as pool:
-        waiting: collections.deque = collections.deque()
-        for place in places:
-            waiting.append(pool.submit(function, place))
-            if len(waiting) > 64:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _stack(examples: list[dict]) -> dict:
@@ -338,6 +286,5 @@ def threads() -> int:
     return min(max(cores(), 4), 32)
 
 
-def _prefetch(dataset: grain.MapDataset) -> Iterator[dict]:
-    options = grain.ReadOptions(num_threads=threads(), prefetch_buffer_size=threads() + 4)
-    return iter(dataset.to_iter_dataset(options))
+def _ahead(make, steps: range) -> Iterator[dict]:
+    return reader.ahead(make, steps, threads(), threads() + 4)

@@ -1,76 +1,63 @@
 """Data sets in ArrayRecord shards, with a manifest that says what they are.
 
-    DIR/train/manifest.json                              made by whom, of what, how; its shards
+    DIR/train/manifest.json                              models, settings, and all shards
     DIR/train/records-00000-of-00040.array_record        see records.py
-    DIR/train/records-00000-of-00040.json                sha256, count and keys of that shard
+    DIR/train/records-00000-of-00040.json                sha256, count, keys and labels of the shard
     DIR/test/...                                         another split, made by the same models
     DIR/null_text.npy                                    where there are embeddings of captions
 
-A shard is written to a temporary name and renamed, and gets its .json after that: a shard without
-one, or whose bytes have another sha256, is made again. So any number of processes may each write
-their own shards, and die at any time; whoever finds all shards there completes the manifest.
+A shard gets its name when it is whole, after its .json, so one that exists is not made again. Any
+number of processes may each write their own shards; whoever finds all there completes the manifest.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from flextok_jax.data import source
+from flextok_jax.data.reader import Unreadable, UnreadableCount
 from flextok_jax.data.records import NULL_TEXT, Record, from_bytes, to_bytes
-from flextok_jax.data.unreadable import MAX_UNREADABLE, complaint, too_many
+from flextok_jax.data.source import Example, Source
 from flextok_jax.io import storage
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # Of manifest and records.
-MODELS = ("tokenizer", "vae", "dinov2")  # Keys of a manifest: by whom the arrays were made.
-PROGRESS = ("shards", "unreadable")  # What the manifest gathers; all else is a setting.
-# Words for a model; its sha256 decides.
-NAMES = tuple(f"{model}.{word}" for model in MODELS for word in ("source", "origin"))
-
-log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """An image that has no record, and why."""
-
-    key: str
-    reason: str
+MODELS = ("tokenizer", "vae", "dinov2")  # Keys of a manifest: the models that made the arrays.
+RESULTS = ("shards", "unreadable")  # Of a manifest; all else is a setting.
+WHERE = rf"({'|'.join(MODELS)})\.(source|origin)"  # Where a model lies; its sha256 decides.
 
 
 def write_split(
     folder,
     settings: dict,
-    make_shard: Callable[[int], Iterable[Record | LeftOut]],
+    make_shard: Callable[[int], Iterable[Record | Unreadable]],
     null_text: np.ndarray | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> dict:
-    """Writes every shard that is not there yet; an interrupted run is continued by the same call.
-
-    What is there is read once and kept if its sha256 is right.
+    """Writes every shard that is not there yet.
 
     Args:
         folder: DIR/SPLIT.
-        settings: in JSON terms: "num_shards", those of `about_images`, "arrays" ({name: shape of
+        settings: in JSON terms: "num_shards", those of `source_settings`, "arrays" ({name: shape of
             one crop, None: bytes of a file}), those of MODELS (dictionaries with "origin" and
-            "fingerprint"), and all else that decides the records.
+            "fingerprint"), and all else that decides the records. Of tokens "vocab_size" and
+            "num_tokens".
         make_shard: index -> what becomes of its images, in order; each record is written before
             the next is asked for, because a shard of features is larger than memory.
-        null_text: float [T, E], the embedding of the empty caption, where the data set has text.
+        null_text: float16 [T, E], the embedding of the empty caption, where the data set has text.
         part: (i, n): write the shards i, i + n, i + 2n, ...
 
     Returns:
         The manifest; some of its "shards" are missing as long as other parts are.
 
     Raises:
-        ValueError: the folder, or another split beside it, holds what other models made, or was
-            made with other settings; or too many images are left out: it stops at once, without
-            the shard that it was at.
+        ValueError: the folder, or another split beside it, holds what other models or settings
+            made.
+        TooManyUnreadable: more than a tenth of all images; the shard that it was at is not written.
     """
     folder, settings = pathlib.Path(folder), json.loads(json.dumps({"format": FORMAT} | settings))
     for other in manifests(folder.parent):
@@ -79,109 +66,84 @@ def write_split(
     path = folder / MANIFEST
     if path.exists():
         found = open_manifest(path)
-        check_same({k: v for k, v in found.items() if k not in PROGRESS}, settings, folder)
+        check_same({k: v for k, v in found.items() if k not in RESULTS}, settings, folder)
     else:
-        _write_json(path, settings | {"shards": {}, "unreadable": {}})
+        storage.write_json(path, settings | {"shards": {}, "unreadable": {}})
     if null_text is not None:
         with storage.atomic(folder.parent / NULL_TEXT) as temporary:
-            np.save(temporary, np.asarray(null_text, np.float16))
-    left_out: dict[str, str] = {}
-    for name in _names(settings)[part[0] :: part[1]]:
-        shard, beside = folder / f"{name}.array_record", folder / f"{name}.json"
-        known = _about(beside)
-        if known and shard.is_file() and _sha256(shard) == known["sha256"]:
-            left_out |= known["unreadable"]
-            continue
-        if known:
-            log.warning("%s is missing or damaged: it is made again", shard)
-        for leftover in folder.glob(f".{name}.*"):  # of a killed run
-            leftover.unlink()
-        unreadable: dict[str, str] = {}
-
-        def records(index: int) -> Iterator[Record]:
-            for made in make_shard(index):
-                if isinstance(made, Record):
-                    yield made
-                else:
-                    left_out[made.key] = unreadable[made.key] = made.reason
-                    _check_readable(left_out, settings, folder)
-
-        about = _write_shard(shard, records(int(name.split("-")[1])))
-        _write_json(beside, about | {"unreadable": unreadable})
-    return _gather(folder, settings)
+            np.save(temporary, null_text)
+    unreadable = UnreadableCount(settings["num_images"])
+    for index in range(part[0], settings["num_shards"], part[1]):
+        shard = _shard(folder, settings, index)
+        if _is_whole(shard):
+            unreadable.update(storage.read_json(shard.with_suffix(".json"))["unreadable"])
+        else:
+            _write_shard(shard, make_shard(index), unreadable)
+    shards, unreadable = {}, UnreadableCount(settings["num_images"])
+    for index in range(settings["num_shards"]):
+        shard = _shard(folder, settings, index)
+        if _is_whole(shard):
+            info = storage.read_json(shard.with_suffix(".json"))
+            unreadable.update(info.pop("unreadable"))
+            shards[shard.name] = {k: v for k, v in info.items() if k not in ("keys", "labels")}
+    manifest = settings | {"shards": shards, "unreadable": dict(unreadable)}
+    if len(shards) == settings["num_shards"]:
+        unreadable.check()
+        storage.write_json(path, manifest)
+    return manifest
 
 
-def about_images(source, count: int) -> dict:
+def source_settings(examples: Source, count: int) -> dict:
     """The part of `settings` that says which images there are: the first `count` of a source.
 
     "keys_sha256" is over their keys in order, so that work which was interrupted does not go on
     with other images than it began with.
     """
-    digest = hashlib.sha256()
-    for place in range(count):
-        digest.update(source.name(place).encode("utf-8", "surrogateescape") + b"\0")
-    keys = digest.hexdigest()
-    return {"num_images": count, "keys_sha256": keys, "classes": list(source.classes)}
+    classes, keys = list(examples.classes), source.keys_sha256(examples, count)
+    return {"num_images": count, "keys_sha256": keys, "classes": classes}
 
 
-def _names(settings: dict) -> list[str]:
-    count = settings["num_shards"]
-    return [f"records-{index:05d}-of-{count:05d}" for index in range(count)]
+def _shard(folder: pathlib.Path, settings: dict, index: int) -> pathlib.Path:
+    return folder / f"records-{index:05d}-of-{settings['num_shards']:05d}.array_record"
 
 
-def _check_readable(unreadable: dict, settings: dict, folder: pathlib.Path):
-    count = settings["num_images"]
-    if too_many(len(unreadable), count):
-        remedy = f", delete {folder} and give the command again"
-        raise ValueError(complaint(unreadable, count, f"more than {MAX_UNREADABLE:.0%}", remedy))
+def _is_whole(shard: pathlib.Path) -> bool:
+    return shard.is_file() and shard.with_suffix(".json").is_file()
 
 
-def _gather(folder: pathlib.Path, settings: dict) -> dict:
-    """The manifest of what is there; written once everything is."""
-    manifest = settings | {"shards": {}, "unreadable": {}}
-    for name in _names(settings):
-        if about := _about(folder / f"{name}.json"):
-            manifest["unreadable"] |= about.pop("unreadable")
-            del about["keys"]
-            manifest["shards"][f"{name}.array_record"] = about
-    if len(manifest["shards"]) == settings["num_shards"]:
-        _check_readable(manifest["unreadable"], settings, folder)
-        _write_json(folder / MANIFEST, manifest)
-    return manifest
-
-
-def _write_shard(path: pathlib.Path, records: Iterable[Record]) -> dict:
+def _write_shard(path: pathlib.Path, made: Iterable[Record | Unreadable], count: UnreadableCount):
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    keys, max_label, max_text = [], -1, 0
+    for leftover in path.parent.glob(f".{path.stem}.*"):  # Of a killed run.
+        leftover.unlink()
+    keys, labels, unreadable, longest = [], [], {}, 0
     with storage.atomic(path) as temporary:
         # One record per group: they are read one by one, in any order.
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
-            for record in records:
+            for record in made:
+                if isinstance(record, Unreadable):
+                    count[record.key] = unreadable[record.key] = record.reason
+                    count.check()
+                    continue
                 writer.write(to_bytes(record))
                 keys.append(record.key)
-                max_label = max(max_label, record.label)
+                labels.append(int(record.label))
                 if record.embedding is not None:
-                    max_text = max(max_text, len(record.embedding))
+                    longest = max(longest, len(record.embedding))
         finally:
             writer.close()
-        about = {"sha256": _sha256(temporary), "bytes": temporary.stat().st_size}
-    about |= {"records": len(keys), "max_label": max_label, "max_text": max_text}
-    return about | {"keys": keys}
-
-
-def _about(file: pathlib.Path) -> dict | None:
-    """What a shard's .json tells; None where there is none, or a lost machine left a part of it."""
-    try:
-        return storage.read_json(file)
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _write_json(path: pathlib.Path, content: dict):
-    with storage.atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        info = {
+            "sha256": _sha256(temporary),
+            "bytes": temporary.stat().st_size,
+            "records": len(keys),
+            "max_label": max(labels, default=-1),
+            "max_text": longest,
+            "unreadable": unreadable,
+            "keys": keys,
+            "labels": labels,
+        }
+        storage.write_json(path.with_suffix(".json"), info)
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -195,7 +157,7 @@ def models(manifest: dict) -> dict:
 
 
 def check_same(found: dict, wanted: dict, where) -> None:
-    """Refuses the work of two models, or made in two ways, in one place.
+    """Refuses results of two models, or of two settings, in one place.
 
     Args:
         found: (a part of) the manifest that is there.
@@ -205,30 +167,17 @@ def check_same(found: dict, wanted: dict, where) -> None:
     Raises:
         ValueError: they differ; it names both sides of each difference.
     """
-    theirs, ours = (_flatten(d) for d in (found, wanted))
-    differences = [
-        f"{key}: {theirs.get(key, '(absent)')!r} there, {ours.get(key, '(absent)')!r} now"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key, ...) != theirs.get(key, ...)
-    ]
-    if any(not difference.startswith(NAMES) for difference in differences):
+    if storage.differences(found, wanted, ignore=WHERE):
         raise ValueError(
             f"{where} holds what another model or other settings made, which must not be mixed. "
-            "Write to another folder, or set these back:\n  " + "\n  ".join(differences)
+            "Write to another folder, or set these back:\n  "
+            + "\n  ".join(storage.differences(found, wanted))
         )
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in json.loads(json.dumps(tree)).items():
-        nested = isinstance(value, dict)
-        out |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return out
 
 
 def manifests(path) -> list[pathlib.Path]:
     """The manifests of all splits in DIR, finished or not."""
-    return sorted(pathlib.Path(path).expanduser().glob(f"*/{MANIFEST}"))
+    return sorted(source.local(path).glob(f"*/{MANIFEST}"))
 
 
 def open_manifest(file: pathlib.Path) -> dict:
@@ -247,49 +196,56 @@ def open_manifest(file: pathlib.Path) -> dict:
 
 
 def read_manifest(path, split: str) -> dict:
-    """The manifest of a finished split.
+    """The manifest of a finished split; "validation", "val" and "test" mean the one that is there.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the split is not finished, or has another format.
+        FileNotFoundError: there is none at all.
+        ValueError: no such split, or it is not finished, or has another format.
     """
-    file = pathlib.Path(path).expanduser() / split / MANIFEST
-    if not file.is_file():
+    return open_manifest(_finished(path, split))
+
+
+def _finished(path, split: str) -> pathlib.Path:
+    """The file of `read_manifest`."""
+    found = {file.parent.name: file for file in manifests(path)}
+    if not found:
         raise FileNotFoundError(
-            f"{file} does not exist: `flextok encode`, `flextok tokenize` or `flextok data pack` "
-            f"with --split {split} --out {path} makes it"
+            f"{path} holds no {MANIFEST}: `flextok encode`, `flextok tokenize` or `flextok data "
+            f"pack` with --split {split} --out {path} makes it"
         )
+    name = split if split in found else source.resolve_split(split, found, str(path))
+    file = found.get(name) or next(iter(found.values()))
     manifest = open_manifest(file)
+    done = sum(_is_whole(_shard(file.parent, manifest, i)) for i in range(manifest["num_shards"]))
     if len(manifest["shards"]) != manifest["num_shards"]:
-        done = sum(_about(file.parent / f"{name}.json") is not None for name in _names(manifest))
         raise ValueError(
             f"{file.parent} holds {done} of {manifest['num_shards']} shards: the command that "
             "wrote them was interrupted; run it again, it continues"
         )
-    return manifest
+    return file
 
 
 def verify(folder: pathlib.Path) -> Iterator[tuple[str, str | None, int]]:
     """Reads everything in a finished split: yields (shard, what is wrong or None, its records).
 
-    Wrong: a shard is missing, its bytes have another sha256, or it has another number of records,
-    other keys or arrays of other shapes than the manifest says.
+    Wrong: a shard is missing, its bytes have another sha256, or it has other keys or arrays of
+    other shapes than the manifest says.
 
     Raises:
         FileNotFoundError, ValueError: there is no finished split.
     """
     manifest = read_manifest(folder.parent, folder.name)
     crops, shapes = manifest.get("crops"), manifest["arrays"]
-    for name, about in manifest["shards"].items():
-        yield name, _wrong(folder / name, about, crops, shapes), about["records"]
+    for name, info in manifest["shards"].items():
+        yield name, _wrong(folder / name, info, crops, shapes), info["records"]
 
 
-def _wrong(path: pathlib.Path, about: dict, crops: int | None, shapes: dict) -> str | None:
+def _wrong(path: pathlib.Path, info: dict, crops: int | None, shapes: dict) -> str | None:
     if not path.is_file():
         return "it is missing"
-    if (found := _sha256(path)) != about["sha256"]:
-        return f"its sha256 is {found}, {about['sha256']} expected"
-    if not about["records"]:
+    if (found := _sha256(path)) != info["sha256"]:
+        return f"its sha256 is {found}, {info['sha256']} expected; delete it"
+    if not info["records"]:
         return None
     records, keys = _open([path]), []
     for data in (records[i] for i in range(len(records))):
@@ -298,24 +254,21 @@ def _wrong(path: pathlib.Path, about: dict, crops: int | None, shapes: dict) -> 
         expected = {name: s and (crops, *s) for name, s in shapes.items()}
         found = {n: a.shape if expected.get(n) else None for n, a in record.arrays.items()}
         if found != expected:
-            return f"{record.key} has arrays {found}, {expected} expected"
-    beside = _about(path.with_suffix(".json"))
-    if beside is None:
-        return "its .json file is missing or damaged"
-    if keys != beside["keys"]:
-        return f"it holds {len(keys)} records whose keys are not those of its .json file"
+            return f"{record.key} has arrays {found}, {expected} expected; delete it"
+    if keys != storage.read_json(path.with_suffix(".json"))["keys"]:
+        return f"it holds {len(keys)} records whose keys are not those of its .json; delete both"
     return None
 
 
 def _open(files: list[pathlib.Path]):
     """Random access to the records of several files."""
-    import grain  # Here, because a command that only draws asks for `manifests` and has no grain.
+    import grain  # Here, because commands that need manifests only may have no grain.
 
     return grain.sources.ArrayRecordDataSource([str(file) for file in files])
 
 
-class ShardSource:
-    """The records of one split as bytes (see records.py), in the order they were written.
+class ShardSource(Source):
+    """What models made of images, in the order in which it was written.
 
     Attributes:
         manifest: see `write_split`; of "all" without a folder of that name: of the first split.
@@ -331,64 +284,79 @@ class ShardSource:
             FileNotFoundError, ValueError: it is missing, unfinished, damaged or holds no records;
                 with the remedy.
         """
-        root = pathlib.Path(path).expanduser()
-        names = [split]
-        if split == "all" and not (root / split).exists():
-            names = [file.parent.name for file in manifests(root)] or names
-        found = {root / name: read_manifest(root, name) for name in names}
+        super().__init__()
+        root = source.local(path)
+        names = [file.parent.name for file in manifests(root)]
+        names = names if split == source.ALL and split not in names and names else [split]
+        found = {(file := _finished(root, name)).parent: open_manifest(file) for name in names}
         self.manifest = next(iter(found.values()))
         self._files, longest = [], 0
         for folder, manifest in found.items():
-            for name, about in manifest["shards"].items():
+            for key, reason in manifest["unreadable"].items():
+                self.skipped.add(f"left out when the shards were written: {reason}", key)
+            for name, info in manifest["shards"].items():
                 file = folder / name
                 size = file.stat().st_size if file.is_file() else None
-                if size != about["bytes"]:
+                if size != info["bytes"]:
                     raise ValueError(
-                        f"{file} is damaged: {size} bytes, {about['bytes']} expected; run the "
-                        "command that wrote it again, it repairs"
+                        f"{file} is damaged: {size} bytes, {info['bytes']} expected; delete it and "
+                        "give the command that wrote it again"
                     )
-                longest = max(longest, about["max_text"])
-                if about["records"]:
-                    self._files.append((file, about["records"]))
+                longest = max(longest, info["max_text"])
+                if info["records"]:
+                    self._files.append((file, info["records"]))
         if not self._files:
-            left_out = sum(len(manifest["unreadable"]) for manifest in found.values())
             raise ValueError(
-                f"{root}, split {split!r}, holds no records ({left_out} images were left out as "
-                "unreadable): delete it and make it again of other images"
+                f"{root}, split {split!r}, holds no records: delete it and make it again of other "
+                "images" + "".join(f"\n  {line}" for line in self.skipped.lines())
             )
         self._ends = np.cumsum([count for _, count in self._files])
         self._records = _open([file for file, _ in self._files])
         self.classes = self.manifest.get("classes") or []
-        self.text, self.null_text = None, None
-        if (root / NULL_TEXT).is_file():
-            self.null_text = np.load(root / NULL_TEXT, allow_pickle=False)
+        self.text, self.null_text = None, null_text(root)
+        if self.null_text is not None:
             self.text = max(longest, len(self.null_text)), self.null_text.shape[1]
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> bytes:
-        return self._records[index]
-
-    def name(self, index: int) -> str:
+    def key(self, index: int) -> str:
         shard = int(np.searchsorted(self._ends, index, "right"))
         file, count = self._files[shard]
-        return _keys(file.with_suffix(".json"))[index - int(self._ends[shard]) + count]
+        return _info(file)["keys"][index - int(self._ends[shard]) + count]
+
+    def record(self, index: int) -> Record:
+        """What is stored of an example."""
+        return from_bytes(self._records[index])
+
+    def read(self, index: int) -> Example:
+        raise ValueError("these shards hold no images")
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        found = [_info(file).get("labels") for file, _ in self._files]
+        return None if None in found else np.concatenate([np.array(f, np.int32) for f in found])
 
 
 @functools.lru_cache(maxsize=4)
-def _keys(path: pathlib.Path) -> list[str]:
-    return storage.read_json(path)["keys"]
+def _info(shard: pathlib.Path) -> dict:
+    return storage.read_json(shard.with_suffix(".json"))
 
 
 class ImageSource(ShardSource):
-    """Packed images (`flextok data pack`) as examples; see sources.py."""
+    """Packed images (`flextok data pack`)."""
 
-    def __getitem__(self, index: int) -> dict:
-        record = from_bytes(self._records[index])
+    def read(self, index: int) -> Example:
+        record = self.record(index)
         image = record.arrays["image"].tobytes()
-        return {"image": image, "label": record.label, "caption": record.caption}
+        return Example(image, record.label, record.caption, record.key)
 
     def embedding(self, index: int) -> np.ndarray | None:
         """float16 [T, E] of the caption, None where there is none."""
-        return from_bytes(self._records[index]).embedding
+        return self.record(index).embedding
+
+
+def null_text(path) -> np.ndarray | None:
+    """float16 [T, E]: the embedding of the empty caption, in a data set with text."""
+    file = source.local(path) / NULL_TEXT
+    return source.read_embedding(file, file) if file.is_file() else None

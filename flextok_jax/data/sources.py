@@ -1,26 +1,16 @@
-"""Random-access image sources, all of one schema.
+"""Which source a config or a command names.
 
-A source has `len(source)`, `source.classes` (names of the labels, empty where they have none),
-`source.name(i)`, the key of example i: unique, and the words by which a warning names it, and
-
-    source[i] -> {"image": bytes of an image file, or uint8 [H, W, 3],
-                  "label": int, -1 unknown,
-                  "caption": str, or None}
-
-`source.embedding(i)` is float [T, E] of the caption, or None; apart, because few want it and it is
-large. Bytes become RGB by `decode.decode_image`.
-
-A config names a source by its keys data.source, .path, .name, .split; a command by one text, which
+A config names it by its keys data.source, .path, .name, .split; a command by one text, which
 `parse` reads.
 """
 
 import dataclasses
 import pathlib
 
-import numpy as np
-
-from flextok_jax.data.folder import IMAGE_SUFFIXES, FolderSource
-from flextok_jax.data.records import NULL_TEXT
+from flextok_jax.data import source
+from flextok_jax.data.folder import FolderSource
+from flextok_jax.data.source import IMAGE_SUFFIXES, Source
+from flextok_jax.io.paths import as_path, is_remote
 
 ENCODED = ("tokens", "encoded")  # Not images any more; see `encoded`.
 SOURCES = ("folder", "tfds", "webdataset", "array_record", *ENCODED)
@@ -58,18 +48,15 @@ def parse(text: str) -> Data:
     """
     kind, colon, rest = text.partition(":")
     if not colon or kind not in SOURCES:
-        path = pathlib.Path(text).expanduser()
-        return Data(_kind(path), _absolute(path))
-    if kind == "tfds":
-        name, _, path = rest.partition("@")
-        if not (name and path):
-            raise ValueError(f"{text!r}: a TFDS data set is named tfds:NAME@DIR, DIR its data_dir")
-        return Data(kind, _absolute(path), name)
-    return Data(kind, _absolute(rest))
-
-
-def _absolute(path) -> str:
-    return str(pathlib.Path(path).expanduser().resolve())
+        path = source.local(text).resolve()
+        return Data(_kind(path), str(path))
+    if kind != "tfds":
+        return Data(kind, str(source.local(rest).resolve()))
+    name, _, place = rest.partition("@")
+    if not (name and place):
+        raise ValueError(f"{text!r}: a TFDS data set is named tfds:NAME@DIR, DIR its data_dir")
+    path = as_path(place)
+    return Data(kind, str(path if is_remote(path) else path.resolve()), name)
 
 
 def _kind(path: pathlib.Path) -> str:
@@ -82,12 +69,13 @@ def _kind(path: pathlib.Path) -> str:
         return "encoded" if "moments" in arrays else "tokens"
     if path.suffix == ".tar":
         return "webdataset"
-    tar = next(path.glob("*.tar"), next(path.glob("*/*.tar"), None))
+    patterns = ("*.tar", "*/*.tar", "*.tar.gz", "*.tgz")
+    tar = next((file for pattern in patterns for file in path.glob(pattern)), None)
     if tar is None:
         return "folder"
     inside = (file.relative_to(path).as_posix() for file in path.rglob("*"))
     for name in inside:
-        if name.lower().endswith(IMAGE_SUFFIXES) and "/." not in f"/{name}":
+        if name.lower().endswith(tuple(IMAGE_SUFFIXES)) and "/." not in f"/{name}":
             raise ValueError(
                 f"{path} holds both tar files ({tar.relative_to(path)}) and image files ({name}): "
                 f"say webdataset:{path} or folder:{path}"
@@ -95,12 +83,13 @@ def _kind(path: pathlib.Path) -> str:
     return "webdataset"
 
 
-def make_source(cfg, split: str):
+def make_source(cfg, split: str) -> Source:
     """The source that `cfg.source` names, restricted to `split`.
 
     Args:
         cfg: the `data` part of a config, or `Data`: `source`, `path`, `name` ("tfds").
-        split: "train", "test" or "all"; for "tfds" any TFDS split, such as "train[:10%]".
+        split: "train", "validation" ("val", "test") or "all", see `source.resolve_split`; for
+            "tfds" any TFDS split, such as "train[:10%]".
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with the config or the data, and the remedy.
@@ -128,7 +117,7 @@ def make_source(cfg, split: str):
     return shards.ShardSource(cfg.path, split)
 
 
-def make_image_source(data: Data, split: str):
+def make_image_source(data: Data, split: str) -> Source:
     """`make_source`, of data that hold images.
 
     Raises:
@@ -145,9 +134,3 @@ def check_images(data: Data) -> None:
             f"{data.path} holds what `flextok encode` made of images, and the images no more: name "
             "the data set that it was made of (`flextok data check` tells which)"
         )
-
-
-def null_text(cfg) -> np.ndarray | None:
-    """float [T, E]: the embedding of the empty caption, of data with text embeddings."""
-    path = pathlib.Path(cfg.path).expanduser() / NULL_TEXT
-    return np.load(path, allow_pickle=False) if cfg.path and path.is_file() else None

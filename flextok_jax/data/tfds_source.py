@@ -2,8 +2,11 @@
 
 The only file that imports tensorflow_datasets. It reads the prepared files by their own description
 (features.json, dataset_info.json), so neither the data set's generating code nor a download runs,
-and decoding is left to `decode.decode_image`, as for every other source.
+and decoding is left to `decode.upright`, as for every other source.
 """
+
+from flextok_jax.data import source
+from flextok_jax.data.source import VALIDATION, Example, Source
 
 REMEDY = (
     "Prepare it once, on a machine that has TensorFlow, with\n"
@@ -13,14 +16,15 @@ REMEDY = (
 TEXTS = ("caption", "text")  # Features that are taken for the caption.
 
 
-class TfdsSource:
+class TfdsSource(Source):
     """One split of a prepared data set in the array_record format.
 
     The reference is `imagenet2012` (splits "train" and "validation").
 
     Args:
         name: "NAME", "NAME/CONFIG" or either followed by ":VERSION"; the newest version by default.
-        split: any TFDS split, such as "train" or "train[:10%]".
+        split: any TFDS split, such as "train" or "train[:10%]"; "validation", "val" and "test" mean
+            the same where only one of them is there.
         path: the data_dir it was prepared in, which contains NAME/[CONFIG/]VERSION.
 
     Attributes:
@@ -32,6 +36,8 @@ class TfdsSource:
     """
 
     def __init__(self, name: str, split: str, path: str):
+        super().__init__()
+        self.labels = None
         try:
             import tensorflow_datasets as tfds
         except ModuleNotFoundError as error:
@@ -52,6 +58,8 @@ class TfdsSource:
         self.classes = list(labels.names) if self._labelled else []
         texts = (n for n in TEXTS if isinstance(features.get(n), tfds.features.Text))
         self._text = next(texts, None)
+        if split in VALIDATION:
+            split = source.resolve_split(split, list(builder.info.splits), name)
         decoders = {"image": tfds.decode.SkipDecoding()}
         try:
             self._data = builder.as_data_source(split=split, decoders=decoders)
@@ -66,19 +74,15 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, index: int) -> dict:
-        example = self._data[index]
-        return {
-            "image": example["image"],
-            "label": int(example["label"]) if self._labelled else -1,
-            "caption": example[self._text].decode() if self._text else None,
-        }
-
-    def embedding(self, index: int) -> None:
-        return None
-
-    def name(self, index: int) -> str:
+    def key(self, index: int) -> str:
         return f"{self._title}[{index}]"
+
+    def read(self, index: int) -> Example:
+        example, key = self._data[index], self.key(index)
+        caption = example[self._text] if self._text else None
+        caption = self.skipped.usable(source.parse_caption, caption, key)
+        label = int(example["label"]) if self._labelled else -1
+        return Example(example["image"], label, caption, key)
 
 
 def _find(name: str, path: str):

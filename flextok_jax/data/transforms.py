@@ -84,11 +84,11 @@ class Transform:
         most = min(right - left, lower - upper) / (2 * self.image_size)
         return 4 if most >= 4 else 2 if most >= 2 else 1
 
-    def fit(self, image, draws: np.ndarray, factor: int = 1) -> np.ndarray:
+    def fit(self, image: Image.Image, draws: np.ndarray, factor: int = 1) -> np.ndarray:
         """Brings one image to the common size, mirrored where the draw says so.
 
         Args:
-            image: RGB `PIL.Image.Image`, or uint8 [H, W, 3].
+            image: RGB, any size.
             draws: float [NUM_DRAWS] in [0, 1).
             factor: how many times smaller it was decoded, see `shrink`.
 
@@ -98,29 +98,24 @@ class Transform:
         Raises:
             ValueError: the image has another size and crop is "none".
         """
-        cut = self._cut(image, draws, factor)
+        size, place = self.image_size, draws[CROP:]
+        if self.crop == "random":
+            cut = random_resized_crop(image, size, place, self.crop_scale, factor)
+        elif self.crop == "window":
+            cut = random_window(image, size, place)
+        elif self.crop == "center":
+            cut = center_crop(image, size)
+        elif image.size == (size, size):
+            cut = np.asarray(image)
+        else:
+            raise ValueError(
+                f"the image is {image.width} x {image.height} pixels, but data.image_size is "
+                f"{size} and data.crop is 'none': use 'center' or 'random'."
+            )
         if self.flip and draws[FLIP] < 0.5:
             # By Pillow: NumPy copies a mirrored picture several times slower.
             cut = np.asarray(ImageOps.mirror(Image.fromarray(cut)))
         return cut
-
-    def _cut(self, image, draws: np.ndarray, factor: int) -> np.ndarray:
-        if self.crop == "none":
-            array = np.asarray(image)
-            if array.shape != (self.image_size, self.image_size, 3):
-                height, width = array.shape[:2]
-                raise ValueError(
-                    f"the image is {width} x {height} pixels, but data.image_size is "
-                    f"{self.image_size} and data.crop is 'none': use 'center' or 'random'."
-                )
-            return array
-        if self.crop == "window":
-            return random_window(np.asarray(image), self.image_size, draws[CROP:])
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        if self.crop == "center":
-            return center_crop(image, self.image_size)
-        return random_resized_crop(image, self.image_size, draws[CROP:], self.crop_scale, factor)
 
     def augment(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Turns, rotation, zoom, shift and colour, each where it is on.
@@ -150,25 +145,25 @@ class Transform:
         return images
 
 
-def random_window(image: np.ndarray, size: int, draws: np.ndarray) -> np.ndarray:
+def random_window(image: Image.Image, size: int, draws: np.ndarray) -> np.ndarray:
     """A square of `size` pixels, as they are, at a place that is uniform over the image.
 
     Args:
-        image: uint8 [H, W, 3], no side smaller than `size`.
+        image: RGB, no side smaller than `size`.
         size: side of the result.
         draws: two or more in [0, 1).
 
     Raises:
         ValueError: a smaller image.
     """
-    height, width = image.shape[:2]
-    if min(height, width) < size:
+    width, height = image.size
+    if min(image.size) < size:
         raise ValueError(
             f"the image is {width} x {height} pixels: a window of data.image_size {size} does not "
             "fit; use data.crop='random', which enlarges"
         )
     y, x = (int(draw * (side - size + 1)) for draw, side in zip(draws, (height, width)))
-    return image[y : y + size, x : x + size]
+    return np.asarray(image.crop((x, y, x + size, y + size)))
 
 
 def random_resized_crop(
@@ -235,11 +230,14 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    x, y = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((x, y, x + size, y + size)))
+    scale, box = size / min(image.size), []
+    for side in image.size:  # Only the middle is resized: memory depends on `size` alone.
+        whole = max(size, round(side * scale))
+        start = (whole - size) // 2
+        box.append((start * side / whole, (start + size) * side / whole))
+    (left, right), (upper, lower) = box
+    box = left, upper, right, lower
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
 def affine(

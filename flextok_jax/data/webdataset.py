@@ -2,16 +2,17 @@
 
 The files of a shard that share a name up to its first dot are one example (the convention of
 github.com/webdataset/webdataset): `n01440764_18.jpg` the image, `.cls` its label as text, `.txt`
-the caption, `.npy` the caption's embedding, `.json` a dictionary with `label`, `caption` or `text`.
-Files with other endings, such as `.seg.png`, are left alone.
+the caption, `.npy` the caption's embedding, `.json` a dictionary with `label` or `class`, and
+`caption` or `text`. Where there is no such image, names are cut at their last dot: `22.05.png` is
+the example `22.05`. Other files, such as `x.seg.png` beside `x.png`, are left alone and counted.
 """
 
 import hashlib
 import io
 import json
-import logging
 import os
 import pathlib
+import posixpath
 import re
 import tarfile
 import zipfile
@@ -20,21 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flextok_jax.data.folder import (
-    HELD_OUT,
-    IMAGE_SUFFIXES,
-    check_split,
-    hold_out,
-    label_classes,
-    label_text,
-)
+from flextok_jax.data import source
+from flextok_jax.data.source import ALL, IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, Skipped, log
 from flextok_jax.io import storage
 
 FIELDS = ("image", "txt", "json", "npy")  # That are read when an example is wanted.
-LONGEST = 200  # Characters of a class's name.
 CACHE = pathlib.Path("~/.cache/flextok_jax/tar")  # Of indices that cannot lie beside their shard.
-
-log = logging.getLogger(__name__)
 
 
 class Index(NamedTuple):
@@ -44,83 +36,111 @@ class Index(NamedTuple):
         keys: bytes [N], UTF-8.
         places: int64 [N, FIELDS, (start, size)], of each field's bytes, start -1 where the example
             has none.
-        labels: int64 [N], indices into `texts`.
-        texts: bytes [T], UTF-8, sorted: the labels that there are (see `folder.label_text`), "" for
-            an unknown one.
+        labels: bytes [N], UTF-8 (see `source.parse_label`), empty for an unknown one.
+        skipped: bytes [M, (reason, name)], UTF-8.
     """
 
     keys: np.ndarray
     places: np.ndarray
     labels: np.ndarray
-    texts: np.ndarray
+    skipped: np.ndarray
 
 
-class WebDatasetSource:
+class WebDatasetSource(source.Source):
     """The examples of all tar files below a folder, or of one tar file, in their order.
 
-    The splits "train" and "test" are the subfolders train/ and test/ (or val/, validation/) or the
-    files whose name has such a word ("imagenet-train-0001.tar"), where there are both; otherwise
-    examples are held out as in an image folder, by a hash of their key, "SHARD.tar/NAME".
+    The splits are the subfolders train/ and validation/ (or val/, test/) or the files whose name
+    has such a word ("imagenet-train-0001.tar"), where there are both; otherwise examples are held
+    out as in an image folder, by a hash of their key, "SHARD.tar/NAME".
 
     Reading SHARD.tar the first time writes .SHARD.tar.index.npz beside it (in ~/.cache/flextok_jax
     where the folder is read-only); it is made again when the shard's size or time has changed.
 
     Attributes:
-        classes: sorted names of the classes, over both splits; empty where the labels are numbers.
+        classes: names of the classes, over all splits; empty where the labels are numbers.
     """
 
     def __init__(self, path, split: str):
-        root = pathlib.Path(path).expanduser()
-        check_split(split, "a folder of tar files has")
+        """Opens the index of every tar file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: no such split, or a file that is no tar file.
+        """
+        super().__init__()
+        root = source.local(path)
+        base = root.parent if root.is_file() else root
         files = [root] if root.is_file() else sorted(root.rglob("*.tar"))
+        for pattern in ("*.tar.*", "*.tgz"):
+            for file in root.rglob(pattern) if root.is_dir() else ():
+                if not file.name.startswith("."):
+                    remedy = "compressed, without random access: gunzip it"
+                    self.skipped.add(remedy, file.relative_to(base).as_posix())
         if not files:
             raise FileNotFoundError(
-                f"{str(root)!r} holds no .tar files (compressed ones, .tar.gz, have no random "
-                "access: unpack them with gunzip). Pass the folder that holds the shards "
-                "(in a config: --config.data.path=FOLDER)."
+                f"{str(root)!r} holds no .tar files; pass the folder that holds the shards (in a "
+                "config: --config.data.path=FOLDER)"
+                + "".join(f"\n  {line}" for line in self.skipped.lines())
             )
-        self._title, base = str(root), root.parent if root.is_file() else root
         names = [file.relative_to(base).as_posix() for file in files]
-        parts = [_part(name) for name in names]
-        by_name = {"train", "test"} <= set(parts)
         indices = {name: read_index(file) for name, file in zip(names, files)}
-        self.classes, numbers = _numbers(indices, root)
-        if by_name and split != "all":
-            chosen = [i for i, part in enumerate(parts) if part == split]
-            files, names = ([x[i] for i in chosen] for x in (files, names))
-        self._files = files
-        keys = [f"{name}/{_text(key)}" for name in names for key in indices[name].keys]
-        shard = np.repeat(np.arange(len(files)), [len(indices[name].keys) for name in names])
-        places = np.concatenate([indices[name].places for name in names])
-        labels = np.concatenate([numbers[name] for name in names])
-        if not by_name and split != "all":
-            wanted = np.array(hold_out(keys), bool) == (split == "test")
-            keys = [key for key, keep in zip(keys, wanted) if keep]
-            shard, places, labels = shard[wanted], places[wanted], labels[wanted]
+        for name, index in indices.items():
+            for reason, member in index.skipped:
+                self.skipped.add(_text(reason), f"{name}/{_text(member)}")
+        parts = [_part(name) for name in names]
+        present = [name for name in (TRAIN, *VALIDATION) if name in parts]
+        by_name = TRAIN in present and len(present) > 1
+        wanted = source.resolve_split(split, present if by_name else (TRAIN, "test"), str(root))
+        labels = {
+            f"{name}/{_text(index.keys[i])}": _text(index.labels[i])
+            for name, index in indices.items()
+            for i in np.unique(index.labels, return_index=True)[1]
+            if index.labels[i]
+        }
+        self.classes = source.label_classes(labels, f"the tar files in {root}")
+        if by_name:
+            for name, part in zip(names, parts):
+                if not part:
+                    self.skipped.add(f"tar files that name none of {', '.join(present)}", name)
+                if not part or wanted not in (ALL, part):
+                    del indices[name]
+        self._files = [base / name for name in indices]
+        keys = [f"{name}/{_text(key)}" for name, index in indices.items() for key in index.keys]
+        shard = np.repeat(np.arange(len(indices)), [len(i.keys) for i in indices.values()])
+        places = np.concatenate([index.places for index in indices.values()])
+        texts = (_text(text) or None for index in indices.values() for text in index.labels)
+        numbers = source.label_numbers(texts, self.classes)
+        if not by_name and wanted != ALL and keys:
+            chosen = source.hold_out(keys) == (wanted != TRAIN)
+            keys = [key for key, use in zip(keys, chosen) if use]
+            shard, places, numbers = shard[chosen], places[chosen], numbers[chosen]
         if not keys:
-            raise ValueError(f"The tar files in {str(root)!r} hold no images for split {split!r}.")
-        self._keys, self._shard, self._places, self._labels = keys, shard, places, labels
+            raise ValueError(
+                f"the tar files in {str(root)!r} hold no images for split {split!r}"
+                + "".join(f"\n  {line}" for line in self.skipped.lines())
+            )
+        self._keys, self._shard, self._places, self.labels = keys, shard, places, numbers
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __getitem__(self, index: int) -> dict:
-        found = self._read(index, FIELDS[:-1])
-        about = json.loads(found.get("json", b"{}"))
-        about = about if isinstance(about, dict) else {}  # A list of boxes, for example.
-        caption = about.get("caption") or about.get("text")
+    def key(self, index: int) -> str:
+        return self._keys[index]
+
+    def read(self, index: int) -> Example:
+        found, key = self._read(index, FIELDS[:-1]), self._keys[index]
         if "txt" in found:
-            caption = found["txt"].decode().strip()
-        label = int(self._labels[index])
-        return {"image": found["image"], "label": label, "caption": caption or None}
+            caption = self.skipped.usable(source.parse_caption, found["txt"], f"{key}.txt")
+        else:
+            fields = self.skipped.usable(_json, found.get("json", b"{}"), f"{key}.json") or {}
+            value = source.first_of(fields, source.CAPTION)
+            caption = self.skipped.usable(source.parse_caption, value, f"{key}.json")
+        return Example(found["image"], int(self.labels[index]), caption, key)
 
     def embedding(self, index: int) -> np.ndarray | None:
-        """float [T, E] of the caption, None where there is none."""
         data = self._read(index, ("npy",)).get("npy")
-        return None if data is None else np.load(io.BytesIO(data), allow_pickle=False)
-
-    def name(self, index: int) -> str:
-        return self._keys[index]
+        where = f"{self._keys[index]}.npy"
+        return None if data is None else source.read_embedding(io.BytesIO(data), where)
 
     def _read(self, index: int, fields) -> dict[str, bytes]:
         """The bytes of those fields that the example has."""
@@ -132,42 +152,28 @@ class WebDatasetSource:
                     continue
                 file.seek(start)
                 found[field] = file.read(size)
-                if len(found[field]) < size:
+                if len(found[field]) < size and field in ("image", "npy"):
                     raise OSError(f"the tar file ends inside of the example's {field}")
         return found
 
 
 def _part(name: str) -> str:
-    """ "train", "test" or "" by the words of a shard's path below the folder."""
-    for word in re.split(r"[^a-z]+", name.lower()):
-        if word == "train" or word in HELD_OUT:
-            return "train" if word == "train" else "test"
-    return ""
-
-
-def _numbers(indices: dict[str, Index], root) -> tuple[list[str], dict[str, np.ndarray]]:
-    """(classes, {name of a tar file: int64 [N], its labels}).
-
-    Raises:
-        ValueError: some labels are numbers and some are names.
-    """
-    labels = {
-        f"{name}/{_text(index.keys[np.argmax(index.labels == i)])}": _text(text)
-        for name, index in indices.items()
-        for i, text in enumerate(index.texts)
-        if text
-    }
-    classes = label_classes(labels, f"the tar files in {root}")
-    number = {name: i for i, name in enumerate(classes)} or {n: int(n) for n in labels.values()}
-    found = {}
-    for name, index in indices.items():
-        numbers = [number.get(_text(text), -1) for text in index.texts]
-        found[name] = np.array(numbers, np.int64)[index.labels]
-    return classes, found
+    """The split that the words of a shard's path below the folder name, or ""."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((word for word in words if word in (TRAIN, *VALIDATION)), "")
 
 
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
+
+
+def _json(data: bytes) -> dict:
+    """The fields of a .json file; {} where it holds something else, such as a list of boxes."""
+    try:
+        fields = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise ValueError("the .json file is not JSON") from None
+    return fields if isinstance(fields, dict) else {}
 
 
 def read_index(path: pathlib.Path) -> Index:
@@ -178,18 +184,18 @@ def read_index(path: pathlib.Path) -> Index:
     """
     stat = path.stat()
     stamp = np.array([stat.st_size, stat.st_mtime_ns])
-    beside = path.with_name(f".{path.name}.index.npz")
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    for file in (beside, CACHE.expanduser() / f"{name}.npz"):
+    files = path.with_name(f".{path.name}.index.npz"), CACHE.expanduser() / f"{name}.npz"
+    for file in files:
         try:
             with np.load(file, allow_pickle=False) as found:
                 if (found["stamp"] == stamp).all():
                     return Index(**{name: found[name] for name in Index._fields})
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # Absent or damaged: it is only a cache.
+            pass  # Absent, damaged or of an earlier version: it is only a cache.
     log.info("building the index of %s", path)
     index = _scan(path)
-    for file in (beside, CACHE.expanduser() / f"{name}.npz"):
+    for file in files:
         try:
             with storage.atomic(file) as temporary:
                 np.savez(temporary, stamp=stamp, **index._asdict())
@@ -201,59 +207,92 @@ def read_index(path: pathlib.Path) -> Index:
 
 def _scan(path: pathlib.Path) -> Index:
     """`read_index` by a pass over the headers, the labels and the JSON files."""
-    examples: dict[str, dict[str, tuple[int, int]]] = {}
-    labels: dict[str, str] = {}
+    skipped = Skipped()
+    with open(path, "rb") as data:
+        examples = _examples(path, skipped)
+        labels = []
+        for key, fields in examples.items():
+            label = None
+            for field in ("cls", "json"):
+                if field in fields and label is None:
+                    data.seek(fields[field][0])
+                    content = data.read(fields[field][1])
+                    if field == "json":
+                        parsed = skipped.usable(_json, content, f"{key}.json") or {}
+                        content = source.first_of(parsed, source.LABEL)
+                    label = skipped.usable(source.parse_label, content, f"{key}.{field}")
+            labels.append(label or "")
+    places = [[fields.get(name, (-1, 0)) for name in FIELDS] for fields in examples.values()]
+    places = np.array(places, np.int64).reshape(-1, len(FIELDS), 2)
+    pairs = [pair for reason, names in skipped.items() for name in names for pair in (reason, name)]
+    return Index(_bytes(examples), places, _bytes(labels), _bytes(pairs).reshape(-1, 2))
+
+
+def _examples(path: pathlib.Path, skipped: Skipped) -> dict[str, dict[str, tuple[int, int]]]:
+    """{key: {field: (start, size)}} of the examples with an image."""
+    members: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                field = "image" if dot + suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
-                if member.isfile() and stem and field in (*FIELDS, "cls"):
-                    key = f"{folder}/{stem}" if folder else stem
-                    fields = examples.setdefault(key, {})
-                    if field in fields:
-                        raise ValueError(
-                            f"{path} has more than one {field} of the example {key!r}, the second "
-                            f"is {member.name!r}: give each image a name of its own up to the "
-                            "first dot"
-                        )
-                    fields[field] = (member.offset_data, member.size)
-                    if field in ("cls", "json"):
-                        label = _label(field, tar.extractfile(member).read(), f"{path}: {key}")
-                        if field == "cls" or "cls" not in fields:
-                            labels[key] = label
+                name = posixpath.normpath(member.name.replace("\\", "/"))
+                if member.issym():
+                    links[name] = posixpath.normpath(f"{posixpath.dirname(name)}/{member.linkname}")
+                elif member.islnk():
+                    links[name] = posixpath.normpath(member.linkname)
+                if member.issym() or member.islnk():
+                    members[name] = (-1, 0)  # In its place among the others.
+                elif member.isfile():
+                    if name in members:
+                        skipped.add("stored again (the first counts)", name)
+                    members.setdefault(name, (member.offset_data, member.size))
                 tar.members = []  # Or it keeps them all.
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from error
-    examples = {key: fields for key, fields in examples.items() if "image" in fields}
-    places = [[fields.get(name, (-1, 0)) for name in FIELDS] for fields in examples.values()]
-    texts, numbers = np.unique(_bytes(labels.get(key, "") for key in examples), return_inverse=True)
-    places = np.array(places, np.int64).reshape(-1, len(FIELDS), 2)
-    return Index(_bytes(examples), places, numbers.astype(np.int64), texts)
+    for name, target in links.items():
+        for _ in range(8):  # A link may lead to a link.
+            target = links.get(target, target)
+        members[name] = members.get(target.lstrip("/"), (-1, 0))
+        if members[name][0] < 0:
+            skipped.add("a link to what is not in the tar file", name)
+            del members[name]
+    examples: dict[str, dict[str, tuple[int, int]]] = {}
+    later = []
+    for name in members:
+        if not posixpath.basename(name).startswith("."):
+            key, field = _split(name, name.find(".", name.rfind("/") + 1))
+            if field is None:
+                later.append((name, key))
+            elif field in examples.setdefault(key, {}):
+                raise ValueError(
+                    f"{path} has more than one {field} of the example {key!r}, the second is "
+                    f"{name!r}: give each image a name of its own up to the first dot"
+                )
+            else:
+                examples[key][field] = members[name]
+    for name, first in later:
+        key, field = _split(name, name.rfind("."))
+        if field is None:
+            ending = posixpath.splitext(name)[1] or "(none)"
+            skipped.add(f"no image, label or caption by its ending {ending}", name)
+        elif "image" in examples.get(first, {}) or field in examples.get(key, {}):
+            skipped.add("another file of an example (its name goes to the first dot)", name)
+        else:
+            examples.setdefault(key, {})[field] = members[name]
+    for key in [key for key, fields in examples.items() if "image" not in fields]:
+        skipped.add("labels or captions without an image", key)
+        del examples[key]
+    return examples
+
+
+def _split(name: str, dot: int) -> tuple[str, str | None]:
+    """(key, field) of a member's name that is cut at a dot; None: no field that is known."""
+    suffix = name[dot:].lower() if dot > 0 else ""
+    if suffix in IMAGE_SUFFIXES:
+        return name[:dot], "image"
+    known = suffix[1:] in (*FIELDS[1:], "cls")
+    return (name[:dot] if dot > 0 else name), suffix[1:] if known else None
 
 
 def _bytes(texts: Iterable[str]) -> np.ndarray:
     return np.array([text.encode("utf-8", "surrogateescape") for text in texts], np.bytes_)
-
-
-def _label(field: str, data: bytes, where: str) -> str:
-    """The label that a .cls or .json file tells, as text; "" where it tells none.
-
-    Raises:
-        ValueError: it is neither a number nor a name.
-    """
-    label = _text(data)
-    if field == "json":
-        try:
-            about = json.loads(data)
-        except (ValueError, RecursionError):
-            return ""  # The example cannot be read; that is told when it is wanted.
-        label = about.get("label") if isinstance(about, dict) else None
-    text = label_text(label) or ""
-    if isinstance(label, list | dict) or len(text) > LONGEST:
-        raise ValueError(
-            f"{where} has the label {text[:LONGEST]!r}: a label is a whole number or a name of at "
-            f"most {LONGEST} characters"
-        )
-    return text

@@ -1,7 +1,5 @@
 """Pictures in and out: images fitted to a model, PNG files that say what made them, grids."""
 
-import collections
-import concurrent.futures
 import os
 import pathlib
 import zlib
@@ -10,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flextok_jax.data import decode, sources, transforms
-from flextok_jax.data.folder import IMAGE_SUFFIXES
+from flextok_jax.data import reader, sources, transforms
+from flextok_jax.data.source import IMAGE_SUFFIXES
 from flextok_jax.nn.images import to_float as from_uint8  # noqa: F401
 from flextok_jax.nn.images import to_uint8  # noqa: F401
 
@@ -60,7 +58,7 @@ class Pictures:
         self.title = f"{images}, {split}"
         self.unreadable: dict[str, str] = {}
         self._source = sources.make_image_source(data, split)
-        names = [self._source.name(i) for i in range(len(self._source))]
+        names = [self._source.key(i) for i in range(len(self._source))]
         self.names = names[:limit]
 
     def __len__(self) -> int:
@@ -105,7 +103,8 @@ class Pictures:
 
     def image(self, place: int, size: int) -> np.ndarray:
         """One readable image as it is in a batch: uint8 [size, size, 3]."""
-        return self._read(place, size)[0]
+        found = reader.read(self._source, place)
+        return transforms.center_crop(found.image, size)
 
     def complaint(self) -> str:
         """The unreadable images with their reasons, one per line, at most ten."""
@@ -115,33 +114,15 @@ class Pictures:
 
     def _readable(self, places, size) -> Iterator[tuple]:
         """(place, (image, label)) of the readable images, in order, read ahead by threads."""
-        workers = min(8, os.cpu_count() or 1)
-        waiting: collections.deque = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            for index in places:
-                waiting.append((index, pool.submit(self._read, index, size)))
-                if len(waiting) > 4 * workers:
-                    yield from self._finished(*waiting.popleft())
-            while waiting:
-                yield from self._finished(*waiting.popleft())
 
-    def _finished(self, index, future) -> list[tuple]:
-        try:
-            return [(index, future.result())]
-        except Exception as error:  # Files break in any way there is.
-            self.unreadable[self.names[index]] = decode.reason(error)
-            return []
+        def fit(picture):
+            return transforms.center_crop(picture.image, size), picture.label
 
-    def _read(self, index, size):
-        from PIL import Image
-
-        example = self._source[index]
-        image = example["image"]
-        if isinstance(image, bytes):
-            image = decode.decode_image(image)
-        else:
-            image = Image.fromarray(image)
-        return transforms.center_crop(image, size), example["label"]
+        for place, found in zip(places, reader.read_ahead(self._source, places, fit)):
+            if isinstance(found, reader.Unreadable):
+                self.unreadable[self.names[place]] = found.reason
+            else:
+                yield place, found
 
 
 def _batch(found) -> Batch:

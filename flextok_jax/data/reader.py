@@ -1,0 +1,193 @@
+"""The one way from a source to decoded pictures: threads, order, and what cannot be read.
+
+Training, evaluation, encoding and `flextok data check` all read through it. A file that cannot be
+read is named and counted, and never stops anything by itself.
+"""
+
+import collections
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from flextok_jax.data import decode, transforms
+from flextok_jax.data.source import Source, log
+from flextok_jax.io.paths import as_path
+from flextok_jax.nn.images import to_uint8
+
+MAX_UNREADABLE = 0.1  # What data.max_unreadable is in the configs.
+MAX_LISTED = 1000  # Lines of an error.
+
+
+class Picture(NamedTuple):
+    """A decoded example.
+
+    Attributes:
+        image: upright RGB.
+        factor: how many times smaller it was decoded than it is stored.
+        stored: bytes of a file, or uint8 [H, W, 3], as the source has it.
+        label, caption, key: as in `source.Example`.
+    """
+
+    image: Image.Image
+    factor: int
+    stored: bytes | np.ndarray
+    label: int
+    caption: str | None
+    key: str
+
+
+class Unreadable(NamedTuple):
+    """An example that cannot be read, and why."""
+
+    key: str
+    reason: str
+
+
+class TooManyUnreadable(OSError):
+    """More examples than allowed cannot be read; lists them."""
+
+
+def read(source: Source, index: int, shrink=lambda size: 1) -> Picture | Unreadable:
+    """One example; `shrink` as in `decode.upright_reduced`."""
+    try:
+        example = source.read(index)
+        image, factor = decode.upright_reduced(example.image, shrink)
+    except Exception as error:  # Files break in any way there is.
+        return Unreadable(source.key(index), decode.reason(error))
+    return Picture(image, factor, *example)
+
+
+def read_ahead(
+    source: Source, indices: Iterable[int], function: Callable[[Picture], object]
+) -> Iterator:
+    """`function(picture)` of each example in order, or its `Unreadable`; read ahead by threads.
+
+    What `function` itself raises is no fault of a file, and is raised.
+    """
+
+    def one(index: int):
+        found = read(source, index)
+        return found if isinstance(found, Unreadable) else function(found)
+
+    return ahead(one, indices)
+
+
+def ahead(
+    function: Callable, items: Iterable, threads: int | None = None, waiting: int = 64
+) -> Iterator:
+    """`function(item)` of each item in order, made ahead of time by threads.
+
+    Args:
+        threads: as many as cores by default, at most 16.
+        waiting: how many results are made ahead.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(threads or min(16, cores()))
+    try:
+        begun: collections.deque = collections.deque()
+        for item in items:
+            begun.append(pool.submit(function, item))
+            if len(begun) > waiting:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    # macOS has no affinity.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class UnreadableCount(dict):
+    """{key: reason} of the unreadable examples so far, each warned of once.
+
+    Args:
+        total: of all examples.
+        share: of them that may be unreadable; a single one always may.
+    """
+
+    def __init__(self, total: int, share: float = MAX_UNREADABLE):
+        super().__init__()
+        self._total, self._share, self._lock = total, share, threading.Lock()
+
+    def add(self, found: Unreadable) -> None:
+        """Counts one.
+
+        Raises:
+            TooManyUnreadable: more than the share are unreadable.
+        """
+        with self._lock:
+            if found.key in self:
+                return
+            self[found.key] = found.reason
+        log.warning("unreadable image %d, skipped: %s (%s)", len(self), *found)
+        self.check()
+
+    def check(self) -> None:
+        """Raises TooManyUnreadable as `add`."""
+        if self.too_many:
+            raise self.error(f"more than {self._share:.1%} (data.max_unreadable)")
+
+    @property
+    def too_many(self) -> bool:
+        return len(self) > max(1, self._share * self._total)
+
+    def error(self, which: str) -> TooManyUnreadable:
+        """The error that names all of them."""
+        lines = [f"  {key} ({reason})" for key, reason in sorted(self.items())]
+        return TooManyUnreadable(
+            f"Of {self._total} images, {which} could not be read. Check that the path is right, "
+            "and remove or repair them; `flextok data check` names them all. So far "
+            f"{len(lines)} were unreadable:\n" + "\n".join(lines[:MAX_LISTED])
+        )
+
+
+def load_images(paths, size: int) -> np.ndarray:
+    """Image files as training and evaluation see them, centre-cropped to a square.
+
+    Upright, transparent ones on white, by the crop that evaluations of ImageNet models use.
+
+    Args:
+        paths: one path, or several.
+        size: side of the result, in pixels.
+
+    Returns:
+        uint8 [N, size, size, 3].
+
+    Raises:
+        ValueError: a file is no image that can be read.
+    """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+
+    def load(path) -> np.ndarray:
+        data = as_path(path).read_bytes()
+        try:
+            return transforms.center_crop(decode.upright(data), size)
+        except Exception as error:  # Files break in any way there is.
+            raise ValueError(f"{path} cannot be read: {decode.reason(error)}") from error
+
+    found = np.zeros((len(paths), size, size, 3), np.uint8)
+    for row, image in zip(found, ahead(load, paths)):
+        row[:] = image
+    return found
+
+
+def to_pil(images) -> list[Image.Image]:
+    """Images of a model as `PIL.Image.Image`, which can be shown and saved.
+
+    Args:
+        images: float [N, H, W, 3] in [-1, 1], clipped; or uint8 [N, H, W, 3]; or one without N.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        if not np.isfinite(images).all():
+            raise ValueError("the images hold values that are not finite")
+        images = to_uint8(images.astype(np.float32))
+    return [Image.fromarray(image) for image in (images if images.ndim == 4 else images[None])]
