@@ -219,7 +219,7 @@ def test_a_run_killed_with_sigkill_continues_to_the_same_files(images, tmp_path)
         return subprocess.run([sys.executable, *program, *map(str, arguments)], env=env).returncode
 
     assert run("-c", KILLED) == -signal.SIGKILL
-    done = {p: p.stat().st_mtime_ns for p in folder.glob("records-*.json")}
+    done = {p: p.stat().st_mtime_ns for p in folder.glob("records-*.array_record")}
     assert len(done) == 3 and list(folder.glob(".records-00003-of-00007.*.array_record"))
     assert run("-m", "flextok_jax.cli") == 0
     assert all(p.stat().st_mtime_ns == t for p, t in done.items())  # They were not made again.
