@@ -11,7 +11,7 @@ import pytest
 from common import GOLDEN, last, relative
 from safetensors.numpy import load_file, save_file
 
-from flextok_jax.io.formats import dinov2_files
+from flextok_jax.io.formats import networks
 from flextok_jax.nn import dinov2
 from flextok_jax.nn.config import Compute
 
@@ -23,7 +23,7 @@ SPEC.loader.exec_module(MAKE)
 
 @pytest.fixture(scope="module")
 def model():
-    return dinov2_files.load(FOLDER)
+    return networks.load_dinov2(FOLDER)
 
 
 features_of = jax.jit(dinov2.patch_features, static_argnums=(1, 2))
@@ -58,7 +58,7 @@ def test_published_configurations_give_the_published_sizes(tmp_path):
         fields = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads)
         (tmp_path / "config.json").write_text(json.dumps(published | fields))
         (tmp_path / "model.safetensors").touch()
-        cfg = dinov2_files.config(tmp_path)
+        cfg = networks.dinov2_config(tmp_path)
         found = sum(leaf.size for leaf in jax.tree.leaves(dinov2.shapes(cfg)))
         assert found + width == count, width  # without the mask token
     assert cfg == dinov2.DINOv2Config()
@@ -72,7 +72,7 @@ def test_what_is_not_dinov2_is_refused_with_every_reason(model, tmp_path):
     tensors["extra"] = tensors.pop("layernorm.bias")
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(ValueError) as error:
-        dinov2_files.load(tmp_path / "a")
+        networks.load_dinov2(tmp_path / "a")
     for reason in ("missing tensor layernorm.bias of shape (24,)", "unknown tensor extra"):
         assert reason in str(error.value)
     published = json.loads((FOLDER / "config.json").read_text())
@@ -80,9 +80,9 @@ def test_what_is_not_dinov2_is_refused_with_every_reason(model, tmp_path):
     del published["hidden_size"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(published))
     with pytest.raises(ValueError) as error:
-        dinov2_files.config(tmp_path / "a")
+        networks.dinov2_config(tmp_path / "a")
     for reason in ("model_type='dinov2_with_registers'", "use_swiglu_ffn=True", "hidden_size=None"):
         assert reason in str(error.value)
     (tmp_path / "a" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="holds no model.safetensors"):
-        dinov2_files.load(tmp_path / "a")
+        networks.load_dinov2(tmp_path / "a")

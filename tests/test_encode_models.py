@@ -20,7 +20,7 @@ from flextok_jax.data.decode import upright
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.data.transforms import center_crop
 from flextok_jax.io import storage
-from flextok_jax.io.formats import dinov2_files
+from flextok_jax.io.formats import networks
 from flextok_jax.io.models import load_vae
 from flextok_jax.nn import repa, vae
 from flextok_jax.nn.config import Compute
@@ -74,7 +74,7 @@ def test_records_hold_what_the_models_make_of_the_crops(images, encoded):
     assert moments.shape == (7, 2, 4, 4, 8) and moments.dtype == np.float16
     np.testing.assert_allclose(moments[:, 0], expected, rtol=1e-3, atol=2e-3)
     assert (moments[:, 0] != moments[:, 1]).any((1, 2, 3)).all()  # The other crop is another.
-    cfg, params = dinov2_files.load(DINO)
+    cfg, params = networks.load_dinov2(DINO)
     expected = repa.targets(params, cfg, Compute(), plain, 42)
     features = np.stack([r.arrays["repa"] for r in found])
     np.testing.assert_allclose(features[:, 0], expected, rtol=2e-3, atol=4e-3)

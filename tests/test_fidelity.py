@@ -15,8 +15,8 @@ from examples.digits import arrays
 from examples.digits.classifier import feature_network
 from flextok_jax.evaluation import metrics, statistics
 from flextok_jax.evaluation.statistics import Moments
-from flextok_jax.io import storage, weight_files
-from flextok_jax.io.formats import inception_files, names
+from flextok_jax.io.formats import names
+from flextok_jax.io.formats import networks as files
 from flextok_jax.nn import inception
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.parallel.sharding import batch_sharding
@@ -48,7 +48,7 @@ def weights(tmp_path_factory):
     """A file with the golden's random weights under the published names."""
     tensors = {"fc.bias": np.zeros(1008, np.float32)}
     for path, leaf in names.flatten(inception.shapes()).items():
-        name = inception_files._name(path)
+        name = names.by_dots(path)
         tensors[name] = MAKE.random_tensor(name, names.file_shape(path, leaf.shape))
     path = tmp_path_factory.mktemp("inception") / "weights.safetensors"
     save_file(tensors | {"Mixed_5b.branch1x1.bn.num_batches_tracked": np.zeros(1, np.int64)}, path)
@@ -62,7 +62,7 @@ def test_resizing_is_that_of_tensorflow_1(io):
 
 
 def test_features_and_logits_agree_with_torch_fidelity(io, weights):
-    params = inception_files.load(weights)
+    params = files.load_inception(weights)
     features, logits = jax.jit(inception.features)(params, last(MAKE.images()["small"]))
     assert relative(features, io["small_features"]) < 1e-5
     assert relative(logits, io["small_logits"]) < 1e-5
@@ -74,51 +74,25 @@ def test_a_wrong_file_is_refused_with_every_reason(weights, tmp_path):
     tensors["fc.weight"] = tensors["fc.weight"][:1000]
     save_file(tensors, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError) as error:
-        inception_files.load(tmp_path / "wrong.safetensors")
+        files.load_inception(tmp_path / "wrong.safetensors")
     for reason in (
         "missing tensor Mixed_7c.branch_pool.bn.running_var", "unknown tensor extra",
         "fc.weight has shape (1000, 2048), expected (1008, 2048)",
     ):  # fmt: skip
         assert reason in str(error.value)
     with pytest.raises(FileNotFoundError, match="nowhere.pth does not exist"):
-        inception_files.load(tmp_path / "nowhere.pth")
-
-
-def test_a_pytorch_file_is_kept_as_safetensors(tmp_path):
-    source = tmp_path / "new.pth"
-    source.write_bytes((GOLDEN / "lpips" / "new.pth").read_bytes())
-    kept = weight_files.keep(source)
-    assert kept == tmp_path / "new.safetensors" and set(tmp_path.iterdir()) == {source, kept}
-    ours, theirs = weight_files.read(kept), weight_files.read(source)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[name], tensor)
-        assert ours[name].dtype == tensor.dtype
-    about = {"made_from": "new.pth", "made_from_sha256": weight_files.sha256(source)}
-    assert storage.read(kept)[1] == about
-    assert weight_files.keep(kept) == kept
-    written = kept.stat().st_mtime_ns
-    assert weight_files.keep(source) == kept and kept.stat().st_mtime_ns == written
-    assert weight_files.published_sha256(kept) == weight_files.sha256(source)
-    storage.write(kept, {"other": np.zeros(1)}, {})
-    with pytest.raises(ValueError, match="was not made from"):
-        weight_files.keep(source)
+        files.load_inception(tmp_path / "nowhere.pth")
 
 
 def test_a_hash_in_the_name_is_checked(tmp_path):
     content = (GOLDEN / "lpips" / "new.pth").read_bytes()
-    digest = weight_files.sha256(GOLDEN / "lpips" / "new.pth")
+    digest = files.sha256(GOLDEN / "lpips" / "new.pth")
     good, bad = tmp_path / f"net-{digest[:8]}.pth", tmp_path / "net-01234567.pth"
     for path in (good, bad):
         path.write_bytes(content)
-    assert weight_files.sha256(good) == digest
-    with pytest.raises(ValueError, match=f"begins with {digest[:8]}, not 01234567"):
-        weight_files.sha256(bad)
-    kept = weight_files.keep(good)
-    assert weight_files.published_sha256(kept) == digest
-    storage.write(kept, weight_files.read(good), {"made_from_sha256": 64 * "0"})
-    with pytest.raises(ValueError, match=f"begins with 00000000, not {digest[:8]}"):
-        weight_files.published_sha256(kept)
+    assert files.sha256(good) == digest
+    with pytest.raises(ValueError, match=digest):
+        files.sha256(bad)
 
 
 # Statistics of features.

@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from common import GOLDEN, TINY, golden_io, last, random_params, small_vae, tiny_tokenizer
+from common import GOLDEN, TINY, last, random_params, small_vae, tiny_tokenizer
 from huggingface_hub import constants as hub_constants
 from safetensors import safe_open
 
 from flextok_jax import FlexTok
-from flextok_jax.io import models, storage
-from flextok_jax.io.formats import flextok_config, names, vae_files
+from flextok_jax.io import models, sources, storage, workdirs
+from flextok_jax.io.formats import flexar, flextok_config, names, vae_files
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
 
@@ -71,27 +71,21 @@ def module(config, path) -> dict:
 def test_load_save_load_is_bitwise(tmp_path):
     assert_saved_again_bitwise(GOLDEN / "tokenizer", tmp_path / "once")
     assert_saved_again_bitwise(tmp_path / "once", tmp_path / "twice")
-    first, second = (FlexTok.from_pretrained(p) for p in (GOLDEN / "tokenizer", tmp_path / "twice"))
-    assert first.fingerprint == second.fingerprint and first.config == second.config
 
 
 def test_a_configuration_beside_the_file_is_read_and_written_back(file, tmp_path):
     source = write(tmp_path / "a", file[0], {"format": "pt"})
+    with pytest.raises(ValueError, match="no configuration"):
+        models.load(source)
+    (source / "config.json").write_text("{'not': json}")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        models.load(source)
     shutil.copy(GOLDEN / "tokenizer" / "config.json", source)
     assert_saved_again_bitwise(source, tmp_path / "b")
     written = (tmp_path / "b" / "config.json").read_text()
     assert written == (source / "config.json").read_text()
     inside = models.load(GOLDEN / "tokenizer").config
     assert models.load(tmp_path / "b" / "model.safetensors").config == inside
-
-
-def test_no_configuration_at_all_is_refused(file, tmp_path):
-    source = write(tmp_path, file[0], {"format": "pt"})
-    with pytest.raises(ValueError, match="no configuration in its metadata.*config.json"):
-        models.load(source)
-    (source / "config.json").write_text("{'not': json}")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
-        models.load(source)
 
 
 def test_names_of_old_and_of_wrapped_files_are_read_and_written_back(file, tmp_path):
@@ -106,25 +100,21 @@ def test_names_of_old_and_of_wrapped_files_are_read_and_written_back(file, tmp_p
     assert sum(name not in tensors for name in old) > 16
     source = write(tmp_path / "old", old, metadata)
     assert_saved_again_bitwise(source, tmp_path / "again")
-    golden = FlexTok.from_pretrained(GOLDEN / "tokenizer")
-    assert FlexTok.from_pretrained(source).fingerprint == golden.fingerprint
-
-
-def test_a_tensor_under_both_its_names_is_refused(file, tmp_path):
-    tensors, metadata = file
+    found, golden = models.load(source), models.load(GOLDEN / "tokenizer")
+    assert storage.fingerprint(found.params) == storage.fingerprint(golden.params)
     twice = "vae.vae.encoder.mid_block.attentions.0.{}.weight"
-    tensors = tensors | {twice.format("query"): tensors[twice.format("to_q")]}
+    both = tensors | {twice.format("query"): tensors[twice.format("to_q")]}
     with pytest.raises(ValueError, match="to_q.weight is there twice"):
-        models.load(write(tmp_path, tensors, metadata))
+        models.load(write(tmp_path / "twice", both, metadata))
 
 
 def test_bfloat16_files_load_as_their_float32_values(file, tmp_path):
     tensors, metadata = file
     half = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
-    tok = FlexTok.from_pretrained(write(tmp_path, half, metadata))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(tok.params)} == {"float32"}
+    params = models.load(write(tmp_path, half, metadata)).params
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     name = "decoder.module_dict.dec_to_patches.proj.weight"
-    kernel = np.asarray(tok.params["decoder"]["head"]["kernel"])
+    kernel = params["decoder"]["head"]["kernel"]
     np.testing.assert_array_equal(kernel.T, half[name].astype(np.float32))
 
 
@@ -146,13 +136,13 @@ def test_every_fault_of_a_configuration_is_listed_in_one_error(file, tmp_path):
         models.load(write(tmp_path, tensors, as_metadata(config)))
     lines = str(error.value).splitlines()
     for words in (
-        "vae._target_ OtherVAE known",
-        "enc_to_latents._target_ OtherHead implemented LinearHead",
-        "enc_seq_packer.mask_mode full implemented causal_last",
-        "dec_patches_posemb_module.posemb_type learnable implemented sincos",
-        "dec_transformer.qk_norm False implemented True",
-        "dec_transformer.window 7 unknown",
-        "must be equal enc_register_module.dim=96 enc_transformer.dim=64",
+        "vae._target_ OtherVAE",
+        "enc_to_latents._target_ OtherHead LinearHead",
+        "enc_seq_packer.mask_mode full causal_last",
+        "dec_patches_posemb_module.posemb_type learnable sincos",
+        "dec_transformer.qk_norm False True",
+        "dec_transformer.window 7",
+        "enc_register_module.dim=96 enc_transformer.dim=64",
         "enc_transformer.depth two",
         "cubic pow2",
         "dec_seq_packer.per_subseq_embs False",
@@ -165,7 +155,6 @@ def test_every_fault_of_a_configuration_is_listed_in_one_error(file, tmp_path):
 def test_a_value_of_another_type_is_a_fault_and_arguments_without_effect_are_not(file):
     config = configuration(file[1])
     module(config, "dec_transformer")["drop_path_rate"] = 0.3
-    module(config, "dec_transformer")["use_act_checkpoint"] = True
     module(config, "enc_seq_packer")["max_seq_len"] = 9
     config["something_else"] = {1: 2}
     assert flextok_config.read_config(config)[1] == []
@@ -194,16 +183,27 @@ def test_a_value_of_another_type_is_a_fault_and_arguments_without_effect_are_not
 def test_every_fault_of_the_tensors_is_listed_in_one_error(file, tmp_path, missing):
     tensors, metadata = dict(file[0]), file[1]
     misshapen = "encoder.module_dict.enc_register_module.registers"
+    infinite = "decoder.module_dict.dec_to_patches.proj.bias"
     del tensors[missing]
     tensors["decoder.module_dict.dec_extra.weight"] = np.zeros(3, np.float32)
     tensors[misshapen] = tensors[misshapen][..., :-1, :-1].copy()
+    tensors[infinite] = tensors[infinite].copy()
+    tensors[infinite][0] = np.inf
     with pytest.raises(ValueError) as error:
         models.load(write(tmp_path, tensors, metadata))
     lines = str(error.value).splitlines()
-    assert any(missing in line and "missing" in line for line in lines)
-    assert any("unknown tensor decoder.module_dict.dec_extra.weight" in line for line in lines)
-    assert any(misshapen in line and "expected" in line for line in lines)
-    assert len(lines) == 1 + 3
+    for words in (missing, "dec_extra.weight", misshapen, infinite):
+        assert sum(words in line for line in lines) == 1, words
+    assert len(lines) == 1 + 4
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
+    tok = tiny_tokenizer()
+    params = jax.tree.map(lambda x: x, tok.params)
+    params["decoder"]["null"] = params["decoder"]["null"] * np.nan
+    with pytest.raises(ValueError, match="nullcond"):
+        dataclasses.replace(tok, params=params).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_that_a_file_names_is_imported_or_evaluated(file, tmp_path, monkeypatch):
@@ -227,6 +227,9 @@ def test_nothing_that_a_file_names_is_imported_or_evaluated(file, tmp_path, monk
     assert not trace.exists() and "named_by_a_file" not in sys.modules
 
 
+# Sources.
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty cache of the hub, and no way out."""
@@ -235,13 +238,13 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def cached(hub, hub_id, folder):
+def cached(hub, hub_id, folder, revision="main"):
     """Puts the files of `folder` into the cache as the hub's own client lays them out."""
     repo, commit = hub / ("models--" + hub_id.replace("/", "--")), 5 * "01234567"
     snapshot = repo / "snapshots" / commit
     for made in (repo / "refs", repo / "blobs", snapshot):
         made.mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
+    (repo / "refs" / revision).write_text(commit)
     for i, path in enumerate(sorted(folder.iterdir())):
         shutil.copy(path, repo / "blobs" / f"blob{i}")
         (snapshot / path.name).symlink_to(f"../../blobs/blob{i}")
@@ -249,46 +252,144 @@ def cached(hub, hub_id, folder):
 
 
 def test_a_hub_id_is_found_in_the_cache_of_the_hub_without_a_network(file, hub, tmp_path):
-    inside = write(tmp_path / "inside", *file)
-    snapshot = cached(hub, "owner/flextok_inside", inside)
-    loaded = models.load("owner/flextok_inside")
-    assert loaded.config == models.load(GOLDEN / "tokenizer").config
-    assert str(snapshot) in loaded.origin
-
     beside = write(tmp_path / "beside", file[0], {"format": "pt"})
     shutil.copy(GOLDEN / "tokenizer" / "config.json", beside)
     snapshot = cached(hub, "owner/flextok-beside.v1", beside)
-    assert models.load("owner/flextok-beside.v1").config == loaded.config
+    loaded = models.load("owner/flextok-beside.v1")
+    assert loaded.config == models.load(GOLDEN / "tokenizer").config
+    assert str(snapshot) in loaded.origin
     assert models.load(snapshot / "model.safetensors").config == loaded.config  # links to a blob
+    cached(hub, "owner/vae", GOLDEN / "vae", "v2")
+    assert (
+        models.load_vae("owner/vae", revision="v2")[0] == vae_files.load_folder(GOLDEN / "vae")[0]
+    )
+    for wrong in (None, "v3"):
+        with pytest.raises(FileNotFoundError, match="owner/vae.*by hand"):
+            models.load_vae("owner/vae", revision=wrong)
 
 
-def test_a_vae_is_found_in_the_cache_of_the_hub(hub):
-    cached(hub, "owner/vae", GOLDEN / "vae")
-    assert models.vae_config("owner/vae") == vae_files.load_folder(GOLDEN / "vae")[0]
+def test_one_question_is_asked_of_the_hub(hub, monkeypatch):
+    import huggingface_hub
 
+    asked = []
 
-def test_without_a_cache_the_error_says_how_to_download_by_hand(hub):
-    with pytest.raises(FileNotFoundError) as error:
+    def nobody(address, **options):
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", nobody)
+    with pytest.raises(
+        FileNotFoundError, match="(?s)owner/not_there.*model.safetensors.*no network"
+    ):
         models.load("owner/not_there")
-    download = "Download model.safetensors by hand"
-    for words in ("owner/not_there", download, "pass that folder's path"):
-        assert words in str(error.value)
-    with pytest.raises(FileNotFoundError, match="Download .*diffusion_pytorch_model.* by hand"):
-        models.vae_config("owner/no_vae")
+    assert len(asked) == 1 and "owner/not_there" in asked[0]
 
 
-def test_what_is_nowhere_is_named_with_what_a_source_can_be(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file, no folder, no hub id.*demo-digits"):
-        models.load("a/b/c")
-    with pytest.raises(FileNotFoundError, match="model.safetensors.*checkpoints"):
+def test_what_looks_like_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_fetch", lambda *args: pytest.fail(f"asked for {args}"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for text in ("a/b/c", "./x", "../x/y", "/nowhere/x", "runs/typo", "name", "~/nowhere/x"):
+        with pytest.raises(FileNotFoundError, match="demo-digits"):
+            models.load(text)
+    with pytest.raises(ValueError, match="revision='v1'"):
+        models.load(GOLDEN / "tokenizer", revision="v1")
+
+
+@pytest.mark.parametrize(
+    "there, words",
+    [
+        (["model_index.json", "unet"], "pipeline.*vae"),
+        (["model.fp16.safetensors", "config.json"], "model.fp16.safetensors"),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "several files"),
+        (["pytorch_model.bin", "config.json"], "pytorch_model.bin.*convert"),
+        (["config.json", vae_files.WEIGHTS], "VAE"),
+        (["a.txt"], "a.txt"),
+        ([], "empty"),
+    ],
+)
+def test_a_folder_of_something_else_is_named_for_what_it_is(tmp_path, there, words):
+    for name in there:
+        (tmp_path / name).touch()
+    for load in (models.load, flexar.load):
+        with pytest.raises(FileNotFoundError, match=f"no model.safetensors.*{words}"):
+            load(tmp_path)
+
+
+def test_a_model_of_another_kind_is_named():
+    for folder, load in (
+        ("ar_c2i", models.load),
+        ("tokenizer", flexar.load),
+        ("tokenizer", lambda path: models.load_vae(str(path / "model.safetensors"))),
+    ):
+        with pytest.raises(ValueError, match="an AR model" if folder == "ar_c2i" else "tokenizer"):
+            load(GOLDEN / folder)
+    kinds = {"ar_t2i": "ar", "tokenizer": "tokenizer", "vae": "vae", "dinov2": None}
+    assert {name: sources.kind_of(GOLDEN / name) for name in kinds} == kinds
+    with pytest.raises(ValueError, match="x.bin.*convert"):
+        sources.weights_file(GOLDEN / "x.bin")
+
+
+# Workdirs.
+
+
+def test_a_workdir_is_a_model_of_its_averaged_parameters(tmp_path, monkeypatch):
+    from flextok_jax.io import checkpoint
+
+    params = random_params(TINY)
+    (tmp_path / "checkpoints").mkdir()
+    about = {"kind": "flextok", "config": dataclasses.asdict(TINY), "vae_source": "identity"}
+    (tmp_path / "config.json").write_text(json.dumps({"model": about}))
+    ema = {name: params[name] for name in ("encoder", "decoder")} | {"repa": np.ones(3)}
+    found = checkpoint.Averaged(ema, {}, 7, {"a": 1})
+    monkeypatch.setattr(checkpoint, "restore_ema", lambda path: found)
+    loaded = models.load(tmp_path)
+    assert loaded.config == TINY and loaded.step == 7 and loaded.origin.endswith("step 7")
+    assert storage.fingerprint(loaded.params) == storage.fingerprint(params)
+    assert workdirs.load(tmp_path).extra == {"a": 1}
+    with pytest.raises(ValueError, match="tokenizer"):
+        models.load_vae(str(tmp_path))
+    ema["repa"][1] = np.nan
+    with pytest.raises(ValueError, match="repa"):
         models.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": about | {"kind": "ar"}}))
+    with pytest.raises(ValueError, match="an AR model"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json"):
+        models.load(tmp_path)
+
+
+def test_the_scaling_factor_of_a_vae_workdir(tmp_path, monkeypatch):
+    from flextok_jax.io import checkpoint
+
+    cfg, params = vae_files.load_folder(GOLDEN / "vae")
+    (tmp_path / "checkpoints").mkdir()
+    about = {"kind": "vae", "config": dataclasses.asdict(cfg)}
+    (tmp_path / "config.json").write_text(json.dumps({"model": about}))
+
+    def factor(extra, given=None):
+        found = checkpoint.Averaged({"vae": params}, {}, 7, extra)
+        monkeypatch.setattr(checkpoint, "restore_ema", lambda path: found)
+        models.load_vae.cache_clear()
+        return models.load_vae(str(tmp_path), given)[0].scaling_factor
+
+    assert factor({"scaling_factor": 0.7}) == 0.7 and factor({}, 0.5) == 0.5
+    with pytest.raises(ValueError, match="vae.scaling_factor"):
+        factor({})
+    records = [{"step": s, "eval/latents/scaling_factor": s / 10} for s in (3, 7, 9)]
+    log = "".join(json.dumps(r) + "\n" for r in records[:2] + [{"step": 7}] + records[2:])
+    (tmp_path / "metrics.jsonl").write_text(log[:-9])  # The last line is cut.
+    assert factor({}) == 0.7
+
+
+# Configurations and names.
 
 
 @pytest.mark.parametrize(
     "cfg",
     [
         TINY,
-        WITH_VAE,
         dataclasses.replace(TINY, guidance_scale=1.5, max_timestep=1.0, null_prob=0.1),
         dataclasses.replace(TINY, keep_mode="uniform_pow2", num_tokens=12, log_normal_time=True),
         dataclasses.replace(TINY, mlp_ratio=3.0, mode_scale=0.0, time_frequencies=64),
@@ -308,6 +409,8 @@ def test_configurations_survive_writing_and_reading(cfg):
     assert dataclasses.replace(again, vae=dataclasses.replace(again.vae, **layout)) == cfg
     standard = cfg.vae.kind != "identity" and cfg.vae.block_out == (128, 256, 512, 512)
     assert ("flextok_jax" in metadata["vae"]) is not standard
+    through_json = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    assert flextok_config.config_from_dict(through_json) == cfg
 
 
 def test_the_golden_configuration_is_written_as_it_was_read(file):
@@ -325,24 +428,25 @@ def test_a_new_model_saved_and_loaded_is_the_same_model(cfg, tmp_path):
     tok.save_pretrained(tmp_path / "new" / "folder")
     again = FlexTok.from_pretrained(tmp_path / "new" / "folder")
     assert again.config == cfg and again.fingerprint == tok.fingerprint
-    images = np.random.default_rng(0).integers(0, 256, (2, *cfg.image_size, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(again.tokenize(images), tok.tokenize(images))
     assert_saved_again_bitwise(tmp_path / "new" / "folder", tmp_path / "again")
+    with pytest.raises(ValueError, match="is a file"):
+        tok.save_pretrained(tmp_path / "again" / "model.safetensors")
 
 
 def test_every_parameter_has_one_name_and_every_name_a_parameter():
     params = random_params(WITH_VAE)
-    entries = list(names.flextok_entries(params))
-    assert len({e.name for e in entries}) == len(entries)
-    assert len({(e.path, e.block) for e in entries}) == len(entries)
+    entries = names.entries(params, names.flextok_name)
+    assert len({e.name for e in entries}) == len({(e.path, e.block) for e in entries})
     modules = {re.sub("/(kernel|bias)$", "", p) for p in names.flatten(params)}
     for path in (m for m in modules if not m.startswith("vae/")):
-        assert sum(bool(re.fullmatch(ours, path)) for ours, _ in names.FLEXTOK_NAMES) == 1, path
-    for ours, _ in names.FLEXTOK_NAMES:
+        assert sum(bool(re.fullmatch(ours, path)) for ours, _ in names.FLEXTOK) == 1, path
+    for ours, _ in names.FLEXTOK:
         assert any(re.fullmatch(ours, path) for path in modules), ours
-    tensors = names.to_tensors(entries, params)
-    assert names.compare(entries, tensors) == []
-    jax.tree.map(np.testing.assert_array_equal, names.to_params(entries, tensors), params)
+    again = names.to_params(entries, names.to_tensors(entries, params), "memory")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+# VAEs in the layout of diffusers.
 
 
 def test_a_vae_folder_loads_and_encodes_as_its_reference():
@@ -359,9 +463,9 @@ def test_a_vae_folder_loads_and_encodes_as_its_reference():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"act_fn": "relu"}, "act_fn='relu'; implemented: 'silu'"),
+        ({"act_fn": "relu"}, "act_fn='relu'"),
         ({"shift_factor": 0.1, "_class_name": "VQModel"}, "VQModel.*shift_factor=0.1"),
-        ({"scaling_factor": None}, "no scaling_factor.*vae.scaling_factor"),
+        ({"scaling_factor": None}, "scaling_factor=None"),
         ({"norm_num_groups": 24}, "24 groups"),
     ],
 )
@@ -374,35 +478,18 @@ def test_a_vae_that_is_not_implemented_is_refused(tmp_path, change, message):
 
 
 def test_an_incomplete_vae_folder_lists_what_is_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        vae_files.load_folder(tmp_path)
     shutil.copy(GOLDEN / "vae" / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model.safetensors"):
-        vae_files.load_folder(tmp_path)
+        models.load_vae(str(tmp_path))
     tensors, _ = contents(GOLDEN / "vae" / vae_files.WEIGHTS)
     gone, extra = "decoder.conv_out.bias", "decoder.conv_out.scale"
     tensors[extra] = tensors.pop(gone)
     safetensors.numpy.save_file(tensors, tmp_path / vae_files.WEIGHTS)
     with pytest.raises(ValueError, match=f"(?s)missing tensor {gone}.*unknown tensor {extra}"):
-        vae_files.load_folder(tmp_path)
+        models.load_vae(str(tmp_path))
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    tok = tiny_tokenizer()
-    tok.save_pretrained(tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-
-    def interrupted(tensors, path, metadata):
-        pathlib.Path(path).write_bytes(before[:100])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tok.save_pretrained(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    with pytest.raises(ValueError, match="is a file: pass a folder"):
-        tok.save_pretrained(tmp_path / "model.safetensors")
+# Damaged files.
 
 
 @pytest.mark.parametrize("length", [0, 5, 1000, 200_000])
@@ -417,13 +504,5 @@ def test_a_type_that_numpy_lacks_is_refused_by_name(tmp_path):
     header = b'{"a":{"dtype":"F8_E4M3","shape":[3],"data_offsets":[0,3]}}'
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
-    with pytest.raises(ValueError, match="type that cannot be read.*float8"):
+    with pytest.raises(ValueError, match="float8"):
         storage.read(path)
-
-
-def test_only_model_safetensors_of_a_folder_is_read(file, tmp_path):
-    source = write(tmp_path, *file)
-    (source / "pytorch_model.bin").write_bytes(b"not looked at")
-    (source / "config.json").write_text("not looked at either: the file has its own")
-    tok = FlexTok.from_pretrained(source)
-    np.testing.assert_array_equal(tok.tokenize(last(golden_io()["images"])), golden_io()["tokens"])

@@ -196,7 +196,9 @@ def test_a_workdir_of_training_gives_its_averaged_weights(tmp_path, monkeypatch)
     (tmp_path / "checkpoints").mkdir()
     model = {"kind": "ar", "config": dataclasses.asdict(CFG), "tokenizer": about}
     (tmp_path / "config.json").write_text(json.dumps({"model": model}))
-    monkeypatch.setattr(checkpoint, "restore_ema", lambda path: (gen.params, {}, 7))
+    monkeypatch.setattr(
+        checkpoint, "restore_ema", lambda path: checkpoint.Averaged(gen.params, {}, 7, {})
+    )
     found = ImageGenerator.from_pretrained(tmp_path)
     assert (found.config, found.fingerprint) == (CFG, gen.fingerprint)
     assert found.origin.endswith("step 7") and found.tokenizer_source == "demo-digits"

@@ -96,7 +96,7 @@ def test_training_loss_and_every_gradient_norm_agree(tok, io):
 
     gradients, per_image = jax.grad(loss, has_aux=True)(tok.params)
     assert relative(per_image, io["train_loss"]) < 1e-5
-    tensors = names.to_tensors(list(names.flextok_entries(gradients)), gradients)
+    tensors = names.to_tensors(names.entries(gradients, names.flextok_name), gradients)
     wanted = {k.removeprefix("grad_norm."): v[0] for k, v in io.items() if "grad_norm." in k}
     assert len(wanted) == 52
     for name, norm in wanted.items():

@@ -14,7 +14,7 @@ import pytest
 from common import GOLDEN, last, relative
 from safetensors.numpy import load_file, save_file
 
-from flextok_jax.io.formats import lpips_files, torch_pickle
+from flextok_jax.io.formats import networks, torch_pickle
 from flextok_jax.nn import lpips
 
 FOLDER = GOLDEN / "lpips"
@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(files):
-    return lpips_files.load(*files)
+    return networks.load_lpips(*files)
 
 
 def test_distances_agree_with_the_package(params):
@@ -67,9 +67,9 @@ def test_bfloat16_stays_close(params):
 
 def test_wrong_files_are_refused_with_every_reason(files, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pth does not exist"):
-        lpips_files.load("nowhere.pth", files[1])
+        networks.load_lpips("nowhere.pth", files[1])
     with pytest.raises(ValueError) as error:
-        lpips_files.load(FOLDER / "old.pth", files[1])
+        networks.load_lpips(FOLDER / "old.pth", files[1])
     for reason in ("missing tensor features.28.weight", "unknown tensor transposed"):
         assert reason in str(error.value)
 

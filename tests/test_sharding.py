@@ -44,7 +44,7 @@ def vae_folder(tmp_path_factory):
     cfg = dataclasses.replace(small_vae(16), block_out=(32, 32, 32, 32), scaling_factor=0.88)
     params = random_params(dataclasses.replace(TINY, vae=cfg))["vae"]
     folder = tmp_path_factory.mktemp("vae")
-    tensors = names.to_tensors(list(names.vae_entries(params)), params)
+    tensors = names.to_tensors(names.entries(params, names.vae_name), params)
     storage.write(folder / vae_files.WEIGHTS, tensors, {})
     (folder / "config.json").write_text(json.dumps({"scaling_factor": 0.88}))
     return folder

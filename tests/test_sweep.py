@@ -28,7 +28,6 @@ from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.pictures import Pictures, from_uint8, to_uint8
 from flextok_jax.evaluation.reconstruction import Sampling, draw, encode
 from flextok_jax.evaluation.subjects import Point, Reconstructions, Samples
-from flextok_jax.io import weight_files
 
 CFG = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
 POINTS = sweep.grid([16, 1], [1.0], [1])
@@ -476,6 +475,6 @@ def test_the_files_of_the_networks_give_their_metrics_and_their_hashes(
     found, about = result["metrics"], result["stamp"]["networks"]
     assert found["fid"] > 0 and found["lpips"] > 0 and "accuracy" not in found
     assert about["features"]["name"] == "inception"
-    assert about["features"]["file_sha256"] == weight_files.sha256(weights) and about["perceptual"]
+    assert about["features"]["file_sha256"] == files.sha256(weights) and about["perceptual"]
     assert about["features"]["file_sha256"] in noted
     assert len(statistics.read_gaussian(out / sweep.REFERENCE)[0].mean) == 2048

@@ -21,7 +21,7 @@ from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.measure import Instruments, Reference
 from flextok_jax.evaluation.reconstruction import Sampling, check_counts, identity, side
 from flextok_jax.evaluation.subjects import Reconstructions, Samples
-from flextok_jax.io import storage, weight_files
+from flextok_jax.io import storage
 
 CROP = (
     "centre: halved by 2x2 averages while the short side is at least twice the size, then bicubic "
@@ -194,25 +194,16 @@ def _instruments(args, size: int) -> Instruments:
     """The networks of the files that are named; says which are not there."""
     features, perceptual, mesh = None, None, common.all_devices()
     if args.inception:
-        features = networks.inception_network(_kept(args.inception), mesh)
+        features = networks.inception_network(args.inception, mesh)
     else:
         print(f"note: {networks.NO_FEATURES}", file=sys.stderr)
     if args.lpips_vgg and args.lpips_heads:
-        perceptual = networks.perceptual_network(
-            _kept(args.lpips_vgg), _kept(args.lpips_heads), mesh
-        )
+        perceptual = networks.perceptual_network(args.lpips_vgg, args.lpips_heads, mesh)
     elif args.lpips_vgg or args.lpips_heads:
         raise ValueError("LPIPS needs both files: --lpips-vgg and --lpips-heads")
     elif args.task == "reconstruction":
         print(f"note: {networks.NO_LPIPS}", file=sys.stderr)
     return Instruments(features, perceptual)
-
-
-def _kept(path: str) -> pathlib.Path:
-    """A published PyTorch file as safetensors beside it, written the first time; says its hash."""
-    kept = weight_files.keep(path)
-    print(f"{kept}: of a file with sha256 {weight_files.published_sha256(kept)}", file=sys.stderr)
-    return kept
 
 
 def _reference(args, pictures, instruments: Instruments) -> tuple[Reference, dict]:

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flextok_jax.evaluation.reconstruction import padded
-from flextok_jax.io import storage, weight_files
-from flextok_jax.io.formats import inception_files, lpips_files
+from flextok_jax.io import storage
+from flextok_jax.io.formats import networks as files
 from flextok_jax.nn import inception, lpips
 from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.sharding import spread_batch
@@ -63,23 +63,23 @@ class Perceptual:
 
 
 def inception_network(path, mesh: Mesh | None = None) -> FeatureNetwork:
-    """InceptionV3 as FID is defined with, of a published file; see `inception_files.load`.
+    """InceptionV3 as FID is defined with, of a published file; see `files.load_inception`.
 
     Args:
         mesh: devices that a batch is cut over.
     """
-    params = inception_files.load(path)
+    params = files.load_inception(path)
     about = {"name": "inception", "words": "InceptionV3 of FID", **hashes(path, params)}
     return FeatureNetwork(about, inception.FEATURES, 0, batched(inception.features, params, mesh))
 
 
 def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> Perceptual:
-    """Of published files; see `lpips_files.load`."""
-    params = lpips_files.load(vgg, heads)
+    """Of published files; see `files.load_lpips`."""
+    params = files.load_lpips(vgg, heads)
     about = {
         "name": "lpips",
-        "vgg_sha256": weight_files.published_sha256(vgg),
-        "heads_sha256": weight_files.published_sha256(heads),
+        "vgg_sha256": files.sha256(vgg),
+        "heads_sha256": files.sha256(heads),
         "parameters_sha256": storage.fingerprint(params),
     }
 
@@ -115,6 +115,6 @@ def batched(function, params, mesh: Mesh | None):
 def hashes(path, params) -> dict:
     """Of the file as it was published, where that can be told, and of what is computed with."""
     return {
-        "file_sha256": weight_files.published_sha256(path),
+        "file_sha256": files.sha256(path),
         "parameters_sha256": storage.fingerprint(params),
     }

@@ -1,13 +1,14 @@
-"""Checkpoints in DIR/checkpoints: the only file that calls Orbax."""
+"""Checkpoints in DIR/checkpoints: the only file that calls Orbax.
 
-import itertools
+Orbax writes into a temporary folder and renames it when it is complete, and notices files that are
+missing or cut short. Changed bits are left to the file system.
+"""
+
 import json
 import logging
 import os
-import pathlib
-import re
-import zlib
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,20 +16,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flextok_jax.io import storage
-from flextok_jax.io.checksums import checksums, differing
+from flextok_jax.io.paths import as_path, is_remote
 
 # Keys that may change between the runs of one workdir: where it runs and by which of several ways
 # to compute the same, what it reports, when it gives up, and how long it is (total_steps also
 # stretches the schedule of the learning rate that is still to come). Not optim.accumulate: every
-# microbatch draws its own noise, so another number of them is another run.
+# microbatch has its own noise, so another number of them is another run.
 HARMLESS = (
     r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.max_unreadable"
     r"|(checkpoint|mesh|evaluation)\..*|compute\.(attention|remat|scan)"
 )
-
-# DIR/saved.json names the newest completed checkpoint. It lies outside of DIR/checkpoints to tell
-# "none was completed yet" from "they are lost".
-MARK = "saved.json"
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +34,24 @@ class WorkdirError(RuntimeError):
     """A workdir that cannot be continued or read; the message says why and what to do."""
 
 
-class Checkpoints:
-    """The checkpoints of one run: state, its checksums, and the configuration that made it.
+class Averaged(NamedTuple):
+    """What inference needs of a checkpoint.
 
-    Orbax writes into a temporary folder and renames it when it is complete, and notices files that
-    are missing or too short. What it does not notice, changed bytes, the checksums do.
+    Attributes:
+        params: the averaged parameters, nested dictionaries of NumPy arrays.
+        config: the configuration of the run.
+        step: of training.
+        extra: what the stage saved beside its state, in JSON terms.
     """
+
+    params: dict
+    config: dict
+    step: int
+    extra: dict
+
+
+class Checkpoints:
+    """The checkpoints of one run: state, the configuration that made it, and a stage's extra."""
 
     def __init__(self, workdir: str | os.PathLike, config: dict, keep: int | None = None):
         """Opens (or makes) DIR/checkpoints.
@@ -52,14 +61,12 @@ class Checkpoints:
             config: the full configuration in JSON terms.
             keep: how many checkpoints stay, None: all.
         """
-        self._workdir = os.path.abspath(workdir)
-        self._folder = pathlib.Path(self._workdir) / "checkpoints"
-        self._config = config
-        self._manager = _manager(
-            self._workdir,
-            max_to_keep=keep,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
+        self._folder, self._config = _folder(workdir), config
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            ),
         )
         self._saving = None  # The step whose save is in flight.
 
@@ -75,29 +82,31 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def save(self, step: int, state: Any):
+    def save(self, step: int, state: Any, extra: dict | None = None):
         """Starts a save; the arrays are copied before it returns, the files follow.
+
+        Args:
+            step: of training.
+            state: a tree of arrays.
+            extra: more to know of the model than its parameters say, in JSON terms.
 
         Raises:
             WorkdirError: the save before this one, or the beginning of this one, failed.
         """
         self._finish()
         self._saving = step
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            config=ocp.args.JsonSave(self._config),
+            extra=ocp.args.JsonSave(extra or {}),
+        )
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    checksums=ocp.args.JsonSave(checksums(state) | _config_sum(self._config)),
-                    config=ocp.args.JsonSave(self._config),
-                ),
-                force=True,
-            )
+            self._manager.save(step, args=items, force=True)
         except Exception as error:  # A full disk shows itself as several exceptions.
             raise self._failed(error) from error
 
     def poll(self):
-        """Looks after the save in flight: notes its completion, raises its failure. Costs nothing.
+        """Raises the failure of a save in flight as soon as it is known. Costs nothing.
 
         Raises:
             WorkdirError: it failed.
@@ -110,18 +119,14 @@ class Checkpoints:
         return max(self._manager.all_steps(), default=None)
 
     def _finish(self):
-        """Waits for the save in flight and notes that it is complete."""
-        if self._saving is None:
-            return
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-            if jax.process_index() == 0:
-                with storage.atomic(pathlib.Path(self._workdir) / MARK) as path:
-                    path.write_text(json.dumps({"step": self._saving}) + "\n", encoding="utf-8")
-        except Exception as error:
-            raise self._failed(error) from error
-        self._saving = None
+        """Waits for the save in flight."""
+        if self._saving is not None:
+            try:
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+            except Exception as error:
+                raise self._failed(error) from error
+            self._saving = None
 
     def _failed(self, error: Exception) -> WorkdirError:
         step, self._saving = self._saving, None
@@ -136,105 +141,53 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def restore(self, shapes: Any) -> Any:
-        """The newest state that can be read, on the shardings of `shapes`; None if none was saved.
+        """The newest state that can be read, on the shardings of `shapes`; None if there is none.
 
-        Newer checkpoints that cannot be read are named, with the reason, and moved to
-        DIR/unreadable, so that their steps can be saved again. All processes take the same one: the
-        newest that each of them can read.
+        Newer checkpoints that cannot be read are named, with the reason, and renamed to
+        STEP.unreadable. All processes take the same one: the newest that each of them can read.
 
         Raises:
-            WorkdirError: the configurations differ, no checkpoint can be read, or there is none
-                although one had been completed.
+            WorkdirError: the configurations differ, or there are checkpoints and none can be read.
         """
-        # What process 0 sees; another process may see less of a file system that lags behind.
-        mark, *steps = _of_process_0([self._mark(), *sorted(self._manager.all_steps())[::-1]])
         failures = {}
-        for step in steps:
-            saved, reason = _try_together(lambda: self._read_config(step))
+        # What process 0 sees; another process may see less of a file system that lags behind.
+        for step in _of_process_0(sorted(self._manager.all_steps())[::-1]):
+            saved, reason = _try_together(lambda: _read_json(self._manager, step, "config"))
             if reason is None:
                 self._refuse_differences(saved)
                 state, reason = _try_together(lambda: self._read_state(step, shapes))
             if reason is None:
-                reason = self._damage(step, state)
-            if reason is None:
-                if step < mark and mark not in failures:
-                    log.warning(
-                        "checkpoint %d had been completed and is gone: continuing from "
-                        "checkpoint %d", mark, step,
-                    )  # fmt: skip
                 self._set_aside(failures, step)
                 return state
             failures[step] = reason
         if failures:
-            raise _unreadable(self._workdir, failures)
-        if mark >= 0:
-            raise WorkdirError(
-                f"{self._workdir} has lost its checkpoints: step {mark} had been saved, and now "
-                f"{self._folder} holds none. Training does not start over on its own: restore "
-                "them from a backup, or use a new workdir"
-            )
+            raise _unreadable(self._folder, failures)
         return None
 
-    def _mark(self) -> int:
-        """The step that DIR/saved.json names; -1 without that file."""
-        path = pathlib.Path(self._workdir) / MARK
-        try:
-            return int(storage.read_json(path)["step"])
-        except FileNotFoundError:
-            return -1
-        except (ValueError, KeyError, TypeError) as error:
-            raise WorkdirError(
-                f"{path} is damaged ({_reason(error)}): it names the newest completed checkpoint. "
-                "If the checkpoints beside it are whole, remove it"
-            ) from error
-
-    # Handlers are called without their checkpointer, which would wait, here, for processes whose
-    # reading has failed.
-
-    def _read_config(self, step: int) -> dict:
-        folder = self._manager.directory / str(step) / "config"
-        config = ocp.JsonCheckpointHandler().restore(folder)
-        reason = _mismatch(_config_sum(config), _read_checksums(self._manager, step))
-        if reason:
-            raise ValueError(reason)
-        return config
-
     def _read_state(self, step: int, shapes: Any) -> Any:
+        # The handler without its checkpointer, which would wait for processes that cannot read.
         folder = self._manager.directory / str(step) / "state"
-        handler, args = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(shapes)
-        handler.metadata(folder)  # Reads what only `restore_ema` needs: both take the same one.
-        return handler.restore(folder, args=args)
-
-    def _damage(self, step: int, state: Any) -> str | None:
-        """What the checksums say against the state that was read. All processes call it."""
-        expected, reason = _try_together(lambda: _read_checksums(self._manager, step))
-        return reason or _mismatch(checksums(state), expected)
+        handler = ocp.StandardCheckpointHandler()
+        handler.metadata(folder)  # Reads what only `restore_ema` needs: both take the same step.
+        return handler.restore(folder, args=ocp.args.StandardRestore(shapes))
 
     def _refuse_differences(self, saved: dict):
-        old, new = flatten(saved), flatten(self._config)
-        differences = [
-            f"{key}: {old.get(key, '(absent)')!r} in the workdir, {new.get(key, '(absent)')!r} now"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key, ...) != new.get(key, ...) and not re.fullmatch(HARMLESS, key)
-        ]
-        if differences:
+        found = storage.differences(saved, self._config, ignore=HARMLESS)
+        if found:
             raise WorkdirError(
-                f"{self._workdir} holds a run with another configuration. "
-                "Use a new workdir, or set these back:\n  " + "\n  ".join(differences)
+                f"{self._folder.parent} holds a run with another configuration. "
+                "Use a new workdir, or set these back:\n  " + "\n  ".join(found)
             )
 
     def _set_aside(self, failures: dict[int, str], good: int):
-        folder = self._folder.parent / "unreadable"
         for step, reason in failures.items():
+            target = f"{step}.unreadable-{int(time.time())}"
             log.warning(
                 "checkpoint %d is unreadable (%s): continuing from checkpoint %d; the unreadable "
-                "one was moved to %s", step, reason, good, folder,
+                "one is now %s", step, reason, good, self._manager.directory / target,
             )  # fmt: skip
             if jax.process_index() == 0:
-                folder.mkdir(exist_ok=True)
-                names = (f"{step}" if i == 0 else f"{step}.{i}" for i in itertools.count())
-                target = next(folder / name for name in names if not (folder / name).exists())
-                (self._folder / str(step)).rename(target)
+                (self._manager.directory / str(step)).rename(self._manager.directory / target)
         if failures:
             multihost_utils.sync_global_devices("unreadable checkpoints set aside")
             self._manager.reload()
@@ -263,65 +216,39 @@ def _try_together(read) -> tuple[Any, str | None]:
     return found, reason
 
 
-def _read_checksums(manager, step: int) -> dict[str, int] | None:
-    """None: the checkpoint is from before there were any."""
-    folder = manager.directory / str(step) / "checksums"
-    return ocp.JsonCheckpointHandler().restore(folder) if folder.exists() else None
-
-
-def _mismatch(found: dict[str, int], expected: dict[str, int] | None) -> str | None:
-    """Why `found` is not what was saved, or None."""
-    wrong = [] if expected is None else differing(found, expected)
-    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    return f"it is not what was saved: {wrong[0]}{more}" if wrong else None
-
-
-def _config_sum(config: dict) -> dict[str, int]:
-    return {"config": zlib.crc32(json.dumps(config, sort_keys=True).encode())}
-
-
-def restore_ema(workdir: str | os.PathLike) -> tuple[dict, dict, int]:
-    """What inference needs of a workdir: the averaged parameters of the newest readable checkpoint.
-
-    Returns:
-        (parameters as nested dictionaries of numpy arrays, the configuration, the step)
+def restore_ema(workdir: str | os.PathLike) -> Averaged:
+    """The averaged parameters of the newest checkpoint that can be read; changes nothing.
 
     Raises:
         WorkdirError: the folder holds no checkpoint, or none that can be read.
     """
-    workdir = os.path.abspath(workdir)
-    failures = {}
-    handlers = {name: ocp.JsonCheckpointHandler() for name in ("config", "checksums")}
-    handlers["state"] = ocp.PyTreeCheckpointHandler()
-    if os.path.isdir(os.path.join(workdir, "checkpoints")):
-        with _manager(workdir, handlers, create=False) as manager:
-            for step in sorted(manager.all_steps(), reverse=True):
-                try:
-                    tree = manager.item_metadata(step)["state"].tree["ema"]
-                    numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-                    found = _restore(
-                        manager,
-                        step,
-                        config=ocp.args.JsonRestore(),
-                        state=ocp.args.PyTreeRestore(
-                            {"ema": tree}, restore_args={"ema": numpy}, partial_restore=True
-                        ),
-                    )
-                    ema = found.state["ema"]
-                    sums = checksums({"ema": ema}) | _config_sum(found.config)
-                    reason = _mismatch(sums, _read_checksums(manager, step))
-                except Exception as error:
-                    reason = _reason(error)
-                if reason is None:
-                    return ema, found.config, step
-                failures[step] = reason
-                log.warning("checkpoint %d is unreadable: %s", step, reason)
-    if failures:
-        raise _unreadable(workdir, failures)
-    raise WorkdirError(
-        f"{workdir} holds no checkpoint: a workdir of a training run has a folder `checkpoints` "
-        "with one folder per saved step"
-    )
+    folder, failures = _folder(workdir), {}
+    if not folder.is_dir():
+        raise _absent(folder)
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                tree = manager.item_metadata(step)["state"].tree["ema"]
+                numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+                args = ocp.args.PyTreeRestore(
+                    {"ema": tree}, restore_args={"ema": numpy}, partial_restore=True
+                )
+                state = manager.restore(step, args=ocp.args.Composite(state=args)).state
+                config, extra = (_read_json(manager, step, name) for name in ("config", "extra"))
+                return Averaged(state["ema"], config, step, extra)
+            except Exception as error:  # Damage shows itself as almost any exception.
+                failures[step] = _reason(error)
+                log.warning("checkpoint %d is unreadable: %s", step, failures[step])
+    raise _unreadable(folder, failures) if failures else _absent(folder)
+
+
+def _read_json(manager, step: int, item: str) -> dict:
+    folder = manager.directory / str(step) / item
+    if item == "extra" and not folder.exists():  # Of a workdir from before there was one.
+        return {}
+    return ocp.JsonCheckpointHandler().restore(folder)
 
 
 def json_config(config) -> dict:
@@ -329,36 +256,25 @@ def json_config(config) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
-
-
-def _manager(workdir: str, handlers: dict | None = None, **options) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        os.path.join(workdir, "checkpoints"),
-        options=ocp.CheckpointManagerOptions(**options),
-        item_handlers=handlers,
-    )
-
-
-def _restore(manager, step: int, **items):
-    return manager.restore(step, args=ocp.args.Composite(**items))
+def _folder(workdir):
+    workdir = as_path(workdir)
+    return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
 
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _unreadable(workdir: str, failures: dict[int, str]) -> WorkdirError:
+def _absent(folder) -> WorkdirError:
+    return WorkdirError(
+        f"{folder.parent} holds no checkpoint: a workdir of a training run has a folder "
+        "`checkpoints` with one folder per saved step"
+    )
+
+
+def _unreadable(folder, failures: dict[int, str]) -> WorkdirError:
     lines = "\n  ".join(f"checkpoint {step}: {reason}" for step, reason in failures.items())
     return WorkdirError(
-        f"none of the checkpoints in {workdir} can be read, and training does not start over on "
-        f"its own. Restore one from a backup, or use a new workdir.\n  {lines}"
+        f"none of the checkpoints in {folder.parent} can be read, and training does not start over "
+        f"on its own. Restore one from a backup, or use a new workdir.\n  {lines}"
     )

@@ -1,24 +1,20 @@
-"""Where models come from: a demo's name, a file, a folder, a workdir of ours, or a hub id."""
+"""FlexTok models and VAEs from any source (see sources.py), and back into files."""
 
 import dataclasses
 import functools
 import json
-import pathlib
-import re
 from typing import Any
 
 import jax
-import numpy as np
 
-from flextok_jax.io import storage
+from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flextok_config, names, vae_files
+from flextok_jax.io.formats.flextok_config import config_from_dict
+from flextok_jax.io.paths import as_folder, as_path
 from flextok_jax.nn import flextok
 from flextok_jax.nn.config import FlexTokConfig, VAEConfig, identity_vae
 
-WEIGHTS = "model.safetensors"
-DEMOS = {"demo-digits": "digits", "demo-digits-ar": "digits_ar"}
-DEMO_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "demos"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+IDENTITY = "identity"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,112 +40,69 @@ class Loaded:
     step: int | None = None
 
 
-def load(source) -> Loaded:
+def load(source, revision: str | None = None) -> Loaded:
     """Reads a FlexTok model from any source (see `FlexTok.from_pretrained`).
 
     Raises:
         FileNotFoundError: nothing is there; the message says how to get it.
-        ValueError: what is there is not understood; one error lists every reason.
+        ValueError: what is there is another kind of model, or is not understood; one error lists
+            every reason.
     """
-    path = resolve(source)
-    if (path / "checkpoints").is_dir():
+    path = sources.find(source, optional=("config.json",), revision=revision)
+    sources.check_kind(path, "tokenizer")
+    if sources.is_workdir(path):
         return _load_workdir(path)
-    found = _load_released(path / WEIGHTS if path.is_dir() else path)
-    return dataclasses.replace(found, origin=source) if source in DEMOS else found
+    found = _load_file(sources.weights_file(path))
+    return dataclasses.replace(found, origin=source) if source in sources.DEMOS else found
 
 
-def resolve(source, files=(WEIGHTS,), optional=("config.json",)) -> pathlib.Path:
-    """The local file or folder of a source; a hub id is fetched (or found in the hub's cache)."""
-    text = str(source)
-    path = pathlib.Path(source).expanduser()
-    if text in DEMOS:
-        return DEMO_FOLDER / DEMOS[text]
-    if path.exists():
-        return path.absolute()  # Not resolved: a hub cache links to files under other names.
-    if _HUB_ID.fullmatch(text) and not text.startswith("."):
-        return _fetch(text, files, optional)
-    raise FileNotFoundError(
-        f"{text!r} is no file, no folder, no hub id (owner/name) and no demo ({', '.join(DEMOS)})"
-    )
-
-
-def _fetch(hub_id: str, files, optional) -> pathlib.Path:
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    path = None
-    for name in (*optional, *files):
-        try:
-            path = pathlib.Path(huggingface_hub.hf_hub_download(hub_id, name))
-        except Exception as error:  # network, rights, absence: the remedy is the same
-            if name in optional and isinstance(error, EntryNotFoundError | LocalEntryNotFoundError):
-                continue
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise FileNotFoundError(
-                f"{hub_id} is no local path, could not be fetched from the Hugging Face hub, and "
-                f"{name} is not in its local cache ({type(error).__name__}: {reason}). Download "
-                f"{' and '.join(files)} by hand from the hub's page of {hub_id} into "
-                "a folder, and pass that folder's path instead"
-            ) from error
-    return path.parent
-
-
-def _load_released(path: pathlib.Path) -> Loaded:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. A FlexTok model is a folder with {WEIGHTS}, such a file, or a "
-            "workdir of training with a folder `checkpoints`"
-        )
+def _load_file(path) -> Loaded:
     tensors, metadata = storage.read(path)
-    tensors, renamed = vae_files.modern_names(tensors)
-    config_json = None
-    config = flextok_config.parse_metadata(metadata)
+    tensors, renamed = names.modern(tensors)
+    config, config_json = flextok_config.parse_metadata(metadata), None
     if "encoder" not in config:
         beside = path.parent / "config.json"
         if not beside.is_file():
             raise ValueError(
                 f"{path} has no configuration in its metadata and there is no config.json beside it"
             )
-        config = storage.read_json(beside)
-        config_json = beside.read_text(encoding="utf-8")
+        config, config_json = storage.read_json(beside), beside.read_text(encoding="utf-8")
     cfg, problems = flextok_config.read_config(config)
-    if cfg is not None:
-        cfg, problems, entries = _check_tensors(cfg, tensors)
-    if problems:
+    if cfg is None:
         raise ValueError(f"{path} is not understood:\n  " + "\n  ".join(problems))
-    params = names.to_params(entries, tensors)
-    params.setdefault("vae", {})
+    checked = tensors
+    if cfg.vae.kind != IDENTITY:
+        try:
+            cfg = dataclasses.replace(cfg, vae=vae_files.infer_layout(tensors, cfg.vae, "vae.vae."))
+        except ValueError as error:  # What the VAE should be is unknown: check all the others.
+            problems = [str(error)]
+            checked = {n: t for n, t in tensors.items() if not n.startswith("vae.")}
+    entries = _entries(cfg)
+    if problems:
+        entries = [e for e in entries if not e.name.startswith("vae.")]
+    params = {"vae": {}} | names.to_params(entries, checked, path, problems)
     return Loaded(cfg, params, metadata, config_json, renamed, str(path))
 
 
-def _check_tensors(cfg: FlexTokConfig, tensors):
-    """The configuration with the VAE's layout, every problem, and the table of tensors."""
-    if cfg.vae.kind != "identity":
-        try:
-            layout = vae_files.infer_layout(
-                tensors,
-                "vae.vae.",
-                norm_groups=cfg.vae.norm_groups,
-                scaling_factor=cfg.vae.scaling_factor,
-                sample_posterior=cfg.vae.sample_posterior,
-            )
-            if layout.latent_channels != cfg.vae.latent_channels:
-                raise ValueError(
-                    f"the VAE's tensors have {layout.latent_channels} latent channels, the "
-                    f"configuration says {cfg.vae.latent_channels}"
-                )
-        except ValueError as error:  # What the VAE should be is unknown: check all the others.
-            entries = [e for e in _entries(cfg) if not e.name.startswith("vae.")]
-            others = {n: t for n, t in tensors.items() if not n.startswith("vae.")}
-            return cfg, [str(error), *names.compare(entries, others)], []
-        cfg = dataclasses.replace(cfg, vae=layout)
-    entries = _entries(cfg)
-    return cfg, names.compare(entries, tensors), entries
+def _load_workdir(path) -> Loaded:
+    found = workdirs.load(path)
+    cfg = config_from_dict(found.config)
+    params = {name: found.params[name] for name in ("encoder", "decoder")}  # No projection of REPA.
+    source, wanted = found.info["vae_source"], found.info.get("vae_fingerprint")
+    params["vae"] = vae_params(source, cfg.vae)
+    fingerprint = storage.fingerprint(params["vae"])
+    if wanted not in (None, fingerprint):
+        raise ValueError(
+            f"{path} was trained with another VAE than {source} is now: its sha256 is "
+            f"{fingerprint[:16]}…, not {wanted[:16]}…. Put the VAE back as it was (before a VAE is "
+            "trained further, `flextok convert` keeps a copy)"
+        )
+    return Loaded(cfg, params, origin=f"{path}, step {found.step}", step=found.step)
 
 
 def _entries(cfg: FlexTokConfig) -> list[names.Entry]:
     """The table of the tensors of a model's file."""
-    return list(names.flextok_entries(shapes(cfg)))
+    return names.entries(shapes(cfg), names.flextok_name)
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,68 +111,18 @@ def shapes(cfg: FlexTokConfig):
     return jax.eval_shape(lambda key: flextok.init(cfg, key), jax.random.key(0))
 
 
-def save(folder, model: Loaded) -> pathlib.Path:
+def save(folder, model: Loaded):
     """Writes `model.safetensors` in the released format; returns its path."""
+    path = as_folder(folder) / sources.WEIGHTS
     tensors = names.to_tensors(_entries(model.config), model.params)
     tensors = {model.renamed.get(name, name): tensor for name, tensor in tensors.items()}
     metadata = model.metadata
     if metadata is None:
         metadata = {k: str(v) for k, v in flextok_config.write_config(model.config).items()}
-    path = pathlib.Path(folder) / WEIGHTS
-    if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"{folder} is a file: pass a folder")
     storage.write(path, tensors, metadata)
     if model.config_json is not None:
-        with storage.atomic(path.parent / "config.json") as temporary:
-            temporary.write_text(model.config_json, encoding="utf-8")
+        storage.write_text(path.parent / "config.json", model.config_json)
     return path
-
-
-def _load_workdir(path: pathlib.Path) -> Loaded:
-    from flextok_jax.io import checkpoint
-
-    params, _, step = checkpoint.restore_ema(path)
-    about, cfg = _about(path, "flextok", config_from_dict)
-    params = {name: params[name] for name in ("encoder", "decoder")}  # No projection of REPA.
-    params["vae"] = vae_params(about["vae_source"], cfg.vae)
-    fingerprint = storage.fingerprint(params["vae"])
-    if about.get("vae_fingerprint", fingerprint) != fingerprint:
-        raise ValueError(
-            f"{path} was trained with another VAE than {about['vae_source']} is now: its sha256 is "
-            f"{fingerprint[:16]}…, not {about['vae_fingerprint'][:16]}…. Put the VAE back as it "
-            "was (before a VAE is trained further, `flextok convert` keeps a copy)"
-        )
-    params = jax.tree.map(np.asarray, params)
-    return Loaded(cfg, params, origin=f"{path}, step {step}", step=step)
-
-
-def _about(path: pathlib.Path, kind: str, config_of):
-    """What a workdir's `config.json` says about its model of this kind, and its configuration."""
-    file = path / "config.json"
-    try:
-        about = storage.read_json(file)["model"]
-        if about["kind"] != kind:
-            raise ValueError(f"{path} holds a model of kind {about['kind']!r}, not {kind!r}")
-        return about, config_of(about["config"])
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} does not describe a model of this project: {error}") from error
-
-
-def config_from_dict(fields: dict) -> FlexTokConfig:
-    """The inverse of `dataclasses.asdict` after a trip through JSON."""
-    return FlexTokConfig(**_tuples(fields) | {"vae": _vae_from_dict(fields["vae"])})
-
-
-def _vae_from_dict(fields: dict) -> VAEConfig:
-    return VAEConfig(**_tuples(fields))
-
-
-def _tuples(fields: dict) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-
-IDENTITY = "identity"
-MEASURED = "eval/latents/scaling_factor"  # Where the VAE stage logs it.
 
 
 def vae_config(source: str, scaling_factor: float | None = None) -> VAEConfig:
@@ -238,30 +141,48 @@ def vae_params(source: str, cfg: VAEConfig) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def load_vae(source: str, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
+def load_vae(
+    source: str, scaling_factor: float | None = None, revision: str | None = None
+) -> tuple[VAEConfig, dict]:
     """A VAE on its own: a workdir of the VAE stage, a folder in the diffusers layout, a hub id.
 
     Args:
         source: as text.
         scaling_factor: instead of the one that was measured (workdir) or recorded (folder).
+        revision: branch, tag or commit of a hub id.
 
     Returns:
         The configuration, and its parameters as nested float32 NumPy arrays.
 
     Raises:
         FileNotFoundError: nothing is there; the message says how to get it.
-        ValueError: what is there is not understood, or has no scaling factor.
+        ValueError: what is there is another kind of model, is not understood, or has no scaling
+            factor.
     """
-    path = resolve(source, files=(vae_files.WEIGHTS, "config.json"), optional=())
-    if not (path / "checkpoints").is_dir():
+    path = sources.find(source, (sources.VAE_WEIGHTS, "config.json"), revision=revision)
+    sources.check_kind(path, "vae")
+    if not sources.is_workdir(path):
         return vae_files.load_folder(path, scaling_factor)
-    from flextok_jax.io import checkpoint
-
-    _, cfg = _about(path, "vae", _vae_from_dict)
-    params, _, step = checkpoint.restore_ema(path)
+    found = workdirs.load(path)
+    cfg = VAEConfig(**flextok_config.tuples(found.config))
     if scaling_factor is None:
-        scaling_factor = _measured(path / "metrics.jsonl", step)
-    return dataclasses.replace(cfg, scaling_factor=scaling_factor), params["vae"]
+        scaling_factor = found.extra.get("scaling_factor") or _measured(path, found.step)
+    return dataclasses.replace(cfg, scaling_factor=scaling_factor), found.params["vae"]
+
+
+def _measured(workdir, step: int) -> float:
+    """The scaling factor in the log of an older workdir, whose checkpoints hold none."""
+    key, found, log = "eval/latents/scaling_factor", None, workdir / "metrics.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        if key in line and line.endswith("}"):
+            record = json.loads(line)
+            found = record[key] if record["step"] <= step else found
+    if found is None:
+        raise ValueError(
+            f"{workdir}, step {step}, has no scaling factor: it is measured with each evaluation "
+            "and at the end of a run. Finish the run, or name the factor (vae.scaling_factor)"
+        )
+    return found
 
 
 # What decides a VAE's moments, beside its parameters: not its scaling factor, nor whether the
@@ -281,25 +202,4 @@ def vae_identity(cfg: VAEConfig, params) -> dict:
 
 def is_vae(source) -> bool:
     """Whether a local source is a VAE on its own, as `load_vae` reads it."""
-    path = pathlib.Path(source).expanduser()
-    if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
-        return storage.read_json(path / "config.json").get("model", {}).get("kind") == "vae"
-    return (path / vae_files.WEIGHTS).is_file()
-
-
-def _measured(log: pathlib.Path, step: int) -> float:
-    """The scaling factor that a VAE's workdir measured last, not after the checkpoint's step."""
-    found = None
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # A line that a crash cut short.
-        if record["step"] <= step:
-            found = record.get(MEASURED) or found
-    if found is None:
-        raise ValueError(
-            f"{log} holds no {MEASURED} up to step {step}: it is measured with each evaluation and "
-            "at the end of a run. Finish the run, or set the factor (vae.scaling_factor)"
-        )
-    return found
+    return as_path(source).exists() and sources.kind_of(source) == "vae"

@@ -76,3 +76,15 @@ def copy_file(source, target) -> None:
 
     with source.open("rb") as reading, target.open("wb") as writing:
         shutil.copyfileobj(reading, writing)
+
+
+def as_folder(text):
+    """`as_path` of a folder to write into, which need not exist.
+
+    Raises:
+        ValueError: as `as_path`, or it is a file.
+    """
+    path = as_path(text)
+    if path.is_file():
+        raise ValueError(f"{path} is a file: pass a folder")
+    return path

@@ -129,7 +129,7 @@ def differences(old: dict, new: dict, ignore: str = "") -> list[str]:
         new: what is wanted now; tuples equal lists.
         ignore: a regular expression of whole keys ("a.b") that may differ.
     """
-    old, new = _dotted(old), _dotted(json.loads(json.dumps(new)))
+    old, new = dotted(old), dotted(json.loads(json.dumps(new)))
     return [
         f"{key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -159,12 +159,12 @@ def same_or_refuse(path, settings: dict, what: str) -> None:
         )
 
 
-def _dotted(tree: dict, prefix: str = "") -> dict:
+def dotted(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}; an empty dictionary is a value."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _dotted(value, f"{prefix}{key}.")
+            flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -15,7 +15,7 @@ from flextok_jax.evaluation import metrics
 from flextok_jax.flow import path as flow
 from flextok_jax.flow import sampler
 from flextok_jax.io import models, storage
-from flextok_jax.io.formats import dinov2_files
+from flextok_jax.io.formats import networks
 from flextok_jax.nn import dinov2, flextok, repa, vae
 from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig, identity_vae
 from flextok_jax.nn.decoder import Condition
@@ -112,7 +112,7 @@ class TokenizerStage:
             )
         if not options.source:
             return None
-        cfg = dinov2_files.config(options.source)
+        cfg = networks.dinov2_config(options.source)
         if cfg.width != options.width or options.image_size % cfg.patch_size:
             raise ValueError(
                 f"repa.source={options.source} has features of {cfg.width} channels for images of "
@@ -143,7 +143,7 @@ class TokenizerStage:
         """{"vae"}, not for the identity; {"dinov2"}, where it computes the features for REPA."""
         frozen = {"vae": models.vae_params(self._vae_source, self.model.vae)}
         if self._dinov2:
-            frozen["dinov2"] = dinov2_files.load(self._repa.source)[1]
+            frozen["dinov2"] = networks.load_dinov2(self._repa.source)[1]
         return {name: params for name, params in frozen.items() if params}
 
     def trainable(self, path: str) -> bool:

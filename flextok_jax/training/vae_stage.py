@@ -32,7 +32,7 @@ from clu import metrics
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.evaluation import metrics as evaluation
 from flextok_jax.io import models
-from flextok_jax.io.formats import lpips_files
+from flextok_jax.io.formats import networks
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
 from flextok_jax.nn.images import to_float
@@ -103,7 +103,7 @@ class VAEStage:
         if not self._lpips.vgg:
             log.warning("no LPIPS term: lpips.vgg and lpips.heads name no files")
             return {}
-        return {"lpips": lpips_files.load(self._lpips.vgg, self._lpips.heads)}
+        return {"lpips": networks.load_lpips(self._lpips.vgg, self._lpips.heads)}
 
     def trainable(self, path: str) -> bool:
         return True

@@ -1,51 +1,50 @@
 """FlexAR files: tensors under the released names <-> our parameters, and models from any source.
 
-A released folder has `model.safetensors` and `config.yaml`. What the tensors do not say (head size,
-epsilon, guidance) is in `config.yaml`; where that is missing, REFERENCE section 9 has the values.
-Files of this project hold the whole configuration in the header of `model.safetensors`.
+A released folder has `model.safetensors` and `config.yaml`. Tensors tell the sizes and the kinds of
+norm and MLP; what they do not tell (head size, epsilon, guidance) is in `config.yaml`; where that
+is missing, docs/reference.md has the values ("AR models"). Files of this project hold the whole
+configuration in the header of `model.safetensors`.
 """
 
 import dataclasses
 import functools
 import json
-import pathlib
 import re
 from typing import Any
 
 import jax
-import numpy as np
 
-from flextok_jax.io import models, storage
+from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flexar_config, names
+from flextok_jax.io.paths import as_folder
 from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig
 
 CONFIG = "config.yaml"
 METADATA = "flextok_jax.ar"  # The key of our entry in the file's header.
 SKIPPED = ("models.image_tokenizer.", "models.text_encoder.t5_embedder.")
-MODEL = "models.ar_image_model."
+MODEL = sources.AR_PREFIX
 BLOCK = MODEL + "trunk.blocks.{i}."
 # Guidance of released models whose configuration does not name it.
 GUIDANCE_TEXT, GUIDANCE_CLASS = 3.0, 1.5
 
-# (our path, released name); {i} is the index of a block. Kernels of the self-attention's wq, wk, wv
-# are the thirds of one tensor; "/q" and so on stand for them.
+# See names.py. The self-attention's wq, wk, wv are the thirds of one tensor.
 NAMES = (
     ("ar/embed", MODEL + "preprocessor.embedding.weight"),
     ("ar/pos", MODEL + "preprocessor.positional_embedding"),
     ("ar/sos", MODEL + "preprocessor.sos_token_embed"),
     ("ar/classes", MODEL + "preprocessor.cls_embedding.weight"),
-    ("ar/blocks/attn/w([qkv])/kernel", BLOCK + r"ATTN.qkv.weight/\1"),
-    ("ar/blocks/attn/proj/kernel", BLOCK + "ATTN.proj.weight"),
-    ("ar/blocks/attn/([qk]_norm)/scale", BLOCK + r"ATTN.\1.weight"),
-    ("ar/blocks/cross/w([qkv])/kernel", BLOCK + r"cross_attn.W\1.weight"),
-    ("ar/blocks/cross/proj/kernel", BLOCK + "cross_attn.proj.weight"),
-    ("ar/blocks/cross/([qk]_norm)/scale", BLOCK + r"cross_attn.\1.weight"),
-    ("ar/blocks/mlp/(fc[123])/kernel", BLOCK + r"mlp.\1.weight"),
-    ("ar/blocks/(norm_[123])/scale", BLOCK + r"\1.weight"),
-    ("ar/norm/scale", MODEL + "trunk.post_trunk_norm.weight"),
-    ("ar/head/kernel", MODEL + "head.linear.weight"),
-    ("ar/text_(fc[12])/kernel", r"models.text_encoder.mlp.\1.weight"),
+    ("ar/blocks/attn/wq/kernel", BLOCK + "attn.qkv.weight/0"),
+    ("ar/blocks/attn/wk/kernel", BLOCK + "attn.qkv.weight/1"),
+    ("ar/blocks/attn/wv/kernel", BLOCK + "attn.qkv.weight/2"),
+    ("ar/blocks/attn/(proj|[qk]_norm)", BLOCK + r"attn.\1"),
+    ("ar/blocks/cross/w([qkv])", BLOCK + r"cross_attn.W\1"),
+    ("ar/blocks/cross/(proj|[qk]_norm)", BLOCK + r"cross_attn.\1"),
+    ("ar/blocks/mlp/(fc[123])", BLOCK + r"mlp.\1"),
+    ("ar/blocks/(norm_[123])", BLOCK + r"\1"),
+    ("ar/norm", MODEL + "trunk.post_trunk_norm"),
+    ("ar/head", MODEL + "head.linear"),
+    ("ar/text_(fc[12])", r"models.text_encoder.mlp.\1"),
 )
 
 
@@ -56,7 +55,8 @@ class LoadedAR:
     Attributes:
         config: the model.
         params: {"ar": …}, nested float32 NumPy arrays.
-        about: further facts of our own files in JSON terms ("tokenizer": what made the tokens).
+        about: further facts in JSON terms: "tokenizer" (its "source" and "fingerprint"),
+            "text_encoder" (the "source").
         config_yaml: the text of the released `config.yaml`, or None.
         origin: where it came from, in words.
         step: of training, None but for a workdir.
@@ -70,18 +70,22 @@ class LoadedAR:
     step: int | None = None
 
 
-def load(source) -> LoadedAR:
+def load(source, revision: str | None = None) -> LoadedAR:
     """Reads an AR model from any source (see `ImageGenerator.from_pretrained`).
 
     Raises:
         FileNotFoundError: nothing is there; the message says how to get it.
-        ValueError: what is there is not understood; one error lists every reason.
+        ValueError: what is there is another kind of model, or is not understood; one error lists
+            every reason.
     """
-    path = models.resolve(source, optional=(CONFIG,))
-    if (path / "checkpoints").is_dir():
-        return _load_workdir(path)
-    found = _load_file(path / models.WEIGHTS if path.is_dir() else path)
-    return dataclasses.replace(found, origin=source) if source in models.DEMOS else found
+    path = sources.find(source, optional=(CONFIG,), revision=revision)
+    sources.check_kind(path, "ar")
+    if sources.is_workdir(path):
+        found = workdirs.load(path)
+        cfg, origin = ARConfig(**found.config), f"{path}, step {found.step}"
+        return LoadedAR(cfg, found.params, found.info, origin=origin, step=found.step)
+    found = _load_file(sources.weights_file(path))
+    return dataclasses.replace(found, origin=source) if source in sources.DEMOS else found
 
 
 def is_ar(source) -> bool:
@@ -90,41 +94,26 @@ def is_ar(source) -> bool:
     Raises:
         FileNotFoundError, ValueError: nothing readable is there.
     """
-    path = models.resolve(source, optional=(CONFIG,))
-    if (path / "checkpoints").is_dir():
-        about = path / "config.json"
-        kind = storage.read_json(about).get("model", {}).get("kind") if about.is_file() else ""
-        return kind == "ar"
-    path = path / models.WEIGHTS if path.is_dir() else path
-    names_there = storage.read_header(path)[0] if path.is_file() else ()
-    return any(name.startswith(MODEL) for name in names_there)
+    return sources.kind_of(source) == "ar"
 
 
-def save(folder, model: LoadedAR) -> pathlib.Path:
+def save(folder, model: LoadedAR):
     """Writes `model.safetensors` under the released names, and the `config.yaml` it came with."""
-    path = pathlib.Path(folder) / models.WEIGHTS
-    if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"{folder} is a file: pass a folder")
-    tensors = _join(names.to_tensors(_entries(model.config), model.params))
+    path = as_folder(folder) / sources.WEIGHTS
+    tensors = names.to_tensors(_entries(model.config), model.params)
     about = model.about | {"config": dataclasses.asdict(model.config)}
     storage.write(path, tensors, {METADATA: json.dumps(about)})
     if model.config_yaml is not None:
-        with storage.atomic(path.parent / CONFIG) as temporary:
-            temporary.write_text(model.config_yaml, encoding="utf-8")
+        storage.write_text(path.parent / CONFIG, model.config_yaml)
     return path
 
 
-def _load_file(path: pathlib.Path) -> LoadedAR:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. An AR model is a folder with {models.WEIGHTS}, such a file, "
-            "or a workdir of training with a folder `checkpoints`"
-        )
+def _load_file(path) -> LoadedAR:
     tensors, metadata = storage.read(path)
     tensors = {n: t for n, t in tensors.items() if not n.startswith(SKIPPED)}
-    beside = path.parent / CONFIG
-    text = beside.read_text(encoding="utf-8") if beside.is_file() else None
-    about, problems = {}, []
+    beside, text, about, problems = path.parent / CONFIG, None, {}, []
+    if beside.is_file():
+        text = beside.read_text(encoding="utf-8")
     if METADATA in metadata:
         try:
             about = json.loads(metadata[METADATA])
@@ -134,35 +123,13 @@ def _load_file(path: pathlib.Path) -> LoadedAR:
     else:
         facts = {}
         if text is not None:
-            facts, problems = flexar_config.read(text, beside)
+            facts, about, problems = flexar_config.read(text, beside)
         cfg, more = _infer(tensors, facts)
         problems += more
-    if cfg is not None:
-        entries = _entries(cfg)
-        problems += names.compare(_file_entries(entries), tensors)
-    if problems:
+    if cfg is None:
         raise ValueError(f"{path} is not understood:\n  " + "\n  ".join(problems))
-    params = names.to_params(entries, _split(tensors))
+    params = names.to_params(_entries(cfg), tensors, path, problems)
     return LoadedAR(cfg, params, about, text, str(path))
-
-
-def _load_workdir(path: pathlib.Path) -> LoadedAR:
-    from flextok_jax.io import checkpoint
-
-    params, _, step = checkpoint.restore_ema(path)
-    about_file = path / "config.json"
-    try:
-        about = dict(storage.read_json(about_file)["model"])
-        if about["kind"] != "ar":
-            raise ValueError(f"{path} holds a model of kind {about['kind']!r}, not an AR model")
-        cfg = ARConfig(**about.pop("config"))
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{about_file} does not describe a model of this project: {error}"
-        ) from error
-    del about["kind"]
-    params = jax.tree.map(np.asarray, params)
-    return LoadedAR(cfg, params, about, origin=f"{path}, step {step}", step=step)
 
 
 def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
@@ -171,59 +138,61 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
     Returns:
         (the configuration or None, what stands in its way)
     """
+    problems, first = [], BLOCK.format(i=0)
 
-    def shape(name, rank):
+    def shape(name, rank=2, needed=True):
         tensor = tensors.get(name)
-        if tensor is None or tensor.ndim != rank:
+        if tensor is not None and tensor.ndim == rank:
+            return tensor.shape
+        if needed:
             found = "is missing" if tensor is None else f"has shape {tensor.shape}"
             problems.append(f"tensor {name} {found}: it tells the model's sizes")
-            return (0,) * rank
-        return tensor.shape
+        return (0,) * rank
 
-    problems = []
-    vocab, width = shape(MODEL + "preprocessor.embedding.weight", 2)
-    length, _ = shape(MODEL + "preprocessor.positional_embedding", 2)
-    hidden, _ = shape(BLOCK.format(i=0) + "mlp.fc1.weight", 2)
-    pattern = re.escape(BLOCK).replace(re.escape("{i}"), r"(\d+)") + ".*"
-    blocks = {int(m[1]) for m in (re.fullmatch(pattern, name) for name in tensors) if m}
-    optional = {
-        name: tensors[full].shape
-        for name, full in (
-            ("classes", MODEL + "preprocessor.cls_embedding.weight"),
-            ("text", "models.text_encoder.mlp.fc1.weight"),
-            ("q_norm", BLOCK.format(i=0) + "attn.q_norm.weight"),
-            ("q_norm", BLOCK.format(i=0) + "self_attn.q_norm.weight"),
-        )
-        if full in tensors and tensors[full].ndim == (1 if name == "q_norm" else 2)
-    }
+    vocab, width = shape(MODEL + "preprocessor.embedding.weight")
+    length, _ = shape(MODEL + "preprocessor.positional_embedding")
+    hidden, _ = shape(first + "mlp.fc1.weight")
     if problems:
         return None, problems
-    text_hidden, text_dim = optional.get("text", (0, 0))
+    text_hidden, text_dim = shape("models.text_encoder.mlp.fc1.weight", needed=False)
+    attn = "self_attn" if text_dim else "attn"
+    (head_dim,) = shape(f"{first}{attn}.q_norm.weight", 1, needed=False)
+    pattern = re.escape(BLOCK).replace(re.escape("{i}"), r"(\d+)") + ".*"
+    blocks = {int(m[1]) for m in (re.fullmatch(pattern, name) for name in tensors) if m}
     fields = {
         "vocab_size": vocab,
         "num_tokens": length,
         "width": width,
         "depth": max(blocks) + 1,
         "mlp_hidden": hidden,
-        "num_classes": optional.get("classes", (0,))[0],
+        "num_classes": shape(MODEL + "preprocessor.cls_embedding.weight", needed=False)[0],
         "text_dim": text_dim,
         "text_hidden": text_hidden,
-        "qk_norm": "q_norm" in optional,
-        "guidance_scale": GUIDANCE_TEXT if text_dim else GUIDANCE_CLASS,
+        "qk_norm": head_dim > 0,
+        "norm": "affine" if first + "norm_1.bias" in tensors else "rms",
+        "mlp": "swiglu" if first + "mlp.fc3.weight" in tensors else "gelu",
     }
-    if "q_norm" in optional:
-        fields["head_dim"] = optional["q_norm"][0]
-    facts = dict(facts)
+    if head_dim:
+        fields["head_dim"] = head_dim
+    facts = {"guidance_scale": GUIDANCE_TEXT if text_dim else GUIDANCE_CLASS} | facts
     if "num_heads" in facts:
         facts["head_dim"] = width // max(1, facts.pop("num_heads"))
-    fields["guidance_scale"] = facts.pop("guidance_scale", fields["guidance_scale"])
+    if (fields["mlp"], facts.get("mlp")) == ("gelu", "gelu_tanh"):  # Tensors do not tell these.
+        fields["mlp"] = "gelu_tanh"
+    scale = facts.pop("qk_scale", None)
     for name, value in facts.items():
         if fields.setdefault(name, value) != value:
             problems.append(f"{CONFIG} says {name}={value!r}, the tensors say {fields[name]!r}")
+    for name, plain in (("norm", "rms"), ("mlp", "swiglu")):
+        if fields[name] == plain:
+            del fields[name]
     try:
-        return ARConfig(**fields), problems
-    except ValueError as error:
+        cfg = ARConfig(**fields)
+    except (ValueError, TypeError) as error:
         return None, [*problems, str(error)]
+    if scale is not None and abs(scale - cfg.head_dim**-0.5) > 1e-6:
+        problems.append(f"{CONFIG} says qk_scale={scale}; implemented is 1 / sqrt(head size)")
+    return cfg, problems
 
 
 @functools.lru_cache(maxsize=8)
@@ -233,40 +202,8 @@ def shapes(cfg: ARConfig):
 
 
 def _entries(cfg: ARConfig) -> list[names.Entry]:
-    """The table of a model's tensors, the thirds of a fused one apart."""
-    attn = "self_attn" if cfg.text_dim else "attn"
-
-    def name(path):
-        ours, theirs = next((o, t) for o, t in NAMES if re.fullmatch(o, path))
-        return re.sub(ours, theirs, path).replace("ATTN", attn)
-
-    return list(names.entries(shapes(cfg), name))
-
-
-def _file_entries(entries: list[names.Entry]) -> list[names.Entry]:
-    """The table of the tensors as they lie in the file: thirds are one tensor."""
-    whole = [e for e in entries if "/" not in e.name]
-    for e in entries:
-        if e.name.endswith("/q"):
-            shape = (3 * e.shape[0], *e.shape[1:])
-            whole.append(dataclasses.replace(e, name=e.name.removesuffix("/q"), shape=shape))
-    return whole
-
-
-def _split(tensors: dict) -> dict:
-    """Fused tensors [q | k | v] as three, "NAME/q" and so on."""
-    parts = {n: t for n, t in tensors.items() if not n.endswith(".qkv.weight")}
-    for name in tensors.keys() - parts.keys():
-        for part, tensor in zip("qkv", np.split(tensors[name], 3)):
-            parts[f"{name}/{part}"] = tensor
-    return parts
-
-
-def _join(parts: dict) -> dict:
-    """The inverse of `_split`."""
-    tensors = {n: t for n, t in parts.items() if "/" not in n}
-    for name in parts:
-        if name.endswith("/q"):
-            name = name.removesuffix("/q")
-            tensors[name] = np.concatenate([parts[f"{name}/{part}"] for part in "qkv"])
-    return tensors
+    """The table of a model's tensors; with text the self-attention has another name."""
+    table = NAMES
+    if cfg.text_dim:
+        table = [(ours, theirs.replace("}.attn.", "}.self_attn.")) for ours, theirs in NAMES]
+    return names.entries(shapes(cfg), names.by_table(table))

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 # Classes of the released code by their last name: what their arguments mean.
-#   a text     the field of ARConfig (or "num_heads") that the argument gives
+#   a text     the fact that the argument gives: a field of ARConfig, "num_heads" or "qk_scale"
 #   a tuple    the values that are implemented
 #   None       without effect on results, or said by the tensors
 _KEYS = {"read_key": None, "write_key": None}
@@ -23,15 +23,18 @@ _TRUNK = _KEYS | _MODULES | {
 }  # fmt: skip
 _ATTENTION = {
     "dim": "width", "num_heads": "num_heads", "qkv_bias": (False,), "use_bias": (False,),
-    "qk_scale": (None,), "relative_pos_embed": (None,), "rope_pos_embed": (None,),
-    "attn_drop": None, "proj_drop": None, "qk_norm": None,
+    "relative_pos_embed": (None,), "rope_pos_embed": (None,), "attn_drop": None, "proj_drop": None,
+    "qk_norm": None, "is_causal": (True,), "qk_scale": "qk_scale",
 }  # fmt: skip
+_CROSS = _ATTENTION | {"encoder_dim": "width", "is_causal": (False,), "qk_scale": None}
+_NORM = {"eps": "norm_eps", "dim": None, "normalized_shape": None, "bias": (True,),
+         "elementwise_affine": (True,)}  # fmt: skip
 _TEXT_MLP = {
     "text_dim": "text_dim", "in_features": "text_dim", "hidden_features": "text_hidden",
     "embed_dim": "width", "out_features": "width", "use_bias": (False,), "act_layer": None,
     "drop": None, "norm_layer": (None,),
 }  # fmt: skip
-CLASSES = {
+_CLASSES = {
     "InSeriesMetaModels": {"models": None, "order": None},
     "MetaModel": dict.fromkeys(("preprocessor", "trunk", "postprocessor", "head")),
     "ModuleDict": {"modules": None},
@@ -46,11 +49,14 @@ CLASSES = {
     "TransformerDecoder": _TRUNK,
     "Block": _MODULES | {"use_bias": (False,)},
     "DecoderBlock": _MODULES | {"use_bias": (False,)},
-    "EfficientAttention": _ATTENTION | {"is_causal": (True,)},
-    "GeneralizedAttention": _ATTENTION | {"encoder_dim": "width", "is_causal": (False,)},
-    "GeneralizedAttentionWithMask": _ATTENTION | {"encoder_dim": "width", "is_causal": (False,)},
+    "EfficientAttention": _ATTENTION,
+    "GeneralizedAttention": _CROSS,
+    "GeneralizedAttentionWithMask": _CROSS,
     "SwiGLUFFN": {"multiple_of": None, "use_bias": (False,), "act_layer": None},
-    "RMSNorm": {"eps": "norm_eps", "dim": None},
+    "RMSNorm": _NORM,
+    "LayerNorm": _NORM,
+    "LayerNormFP32": _NORM,
+    "LPLayerNorm": _NORM,
     "GELU": {"approximate": ("none", "tanh")},
     "SiLU": {"inplace": None},
     "T5EmbedderWithMLP": {"t5_embedder": None, "mlp": None},
@@ -62,16 +68,21 @@ CLASSES = {
         "encoder_num_blocks": None, "init_std": None,
     },
 }  # fmt: skip
+_WORDS = ("norm", "mlp")  # Facts that are no numbers.
 _ORIGINS = ("l3m.", "flextok_ar.", "torch.nn.")
 _HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_")
-_OTHER_NETWORKS = ("image_tokenizer", "t5_embedder")  # Loaded from files of their own, if at all.
+# Networks from files of their own: {where: (the key that names the file, our name)}.
+_OTHER_NETWORKS = {
+    "image_tokenizer": ("model_id", "tokenizer"), "t5_embedder": ("hf_hub_path", "text_encoder")
+}  # fmt: skip
 
 
-def read(text: str, path) -> tuple[dict[str, Any], list[str]]:
+def read(text: str, path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The facts in the text of a `config.yaml`.
 
     Returns:
-        ({field of ARConfig, or "num_heads": value}, everything that is not understood).
+        ({field of ARConfig, "num_heads" or "qk_scale": value}; {"tokenizer", "text_encoder":
+        {"source"}}, where they are named; everything that is not understood).
 
     Raises:
         ValueError: the text is no YAML mapping with a model.
@@ -83,56 +94,76 @@ def read(text: str, path) -> tuple[dict[str, Any], list[str]]:
         model = root["model"]["meta_model"]
     except (yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no configuration of a FlexAR model: {error}") from error
-    facts, problems = {}, []
+    facts, others, problems, act_of_trunk = {}, {}, [], []
 
     def note(fact, value, where):
-        if facts.setdefault(fact, value) != value:
+        if fact not in _WORDS and not isinstance(value, int | float):
+            problems.append(f"{path.name}: {where}={value!r}: must be a number")
+        elif facts.setdefault(fact, value) != value:
             problems.append(f"{path.name}: {where} says {fact}={value!r} beside {facts[fact]!r}")
 
     def visit(node, where):
         node = _resolve(node, root)
-        if isinstance(node, list):
-            for i, child in enumerate(node):
-                visit(child, f"{where}.{i}")
-        if not isinstance(node, dict):
-            return
-        if "_target_" in node:
-            look_up(node, where)
-        for key, child in node.items():
+        children = enumerate(node) if isinstance(node, list) else ()
+        if isinstance(node, dict):
+            children = node.items()
+            if "_target_" in node:
+                look_up(node, where)
+        for key, child in children:
             if key not in _OTHER_NETWORKS:
                 visit(child, f"{where}.{key}")
+            elif isinstance(child, dict):
+                named_by, ours = _OTHER_NETWORKS[key]
+                if isinstance(source := _resolve(child.get(named_by), root), str):
+                    others[ours] = {"source": source}
 
     def look_up(node, where):
-        target = str(node["_target_"])
+        target, part = str(node["_target_"]), where.rpartition(".")[2]
         name = target.rpartition(".")[2]
-        if name not in CLASSES or not target.startswith(_ORIGINS):
+        if name not in _CLASSES or not target.startswith(_ORIGINS):
             problems.append(f"{path.name}: {where} is a {target!r}, which is not implemented")
             return
-        for key, value in node.items():
-            if key in _HYDRA:
-                continue
-            value, meaning = _resolve(value, root), CLASSES[name].get(key, KeyError)
+        given = {key: _resolve(value, root) for key, value in node.items() if key not in _HYDRA}
+        for key, value in given.items():
+            meaning = _CLASSES[name].get(key, KeyError)
             if meaning is KeyError:
                 problems.append(f"{path.name}: {where}.{key}={value!r}: unknown to a {name}")
             elif isinstance(meaning, tuple) and value not in meaning:
-                problems.append(
-                    f"{path.name}: {where}.{key}={value!r}: implemented is "
-                    + " or ".join(map(repr, meaning))
-                )
-            elif isinstance(meaning, str):
+                allowed = " or ".join(map(repr, meaning))
+                problems.append(f"{path.name}: {where}.{key}={value!r}: implemented is {allowed}")
+            elif isinstance(meaning, str) and (value is not None or meaning == "num_classes"):
                 note(meaning, 0 if value is None else value, f"{where}.{key}")
-        if name in ("TextToEmbedMLP", "MLP"):
-            act = _resolve(node.get("act_layer"), root)
-            form = act.get("approximate", "none") if isinstance(act, dict) else None
-            note("text_gelu_tanh", form == "tanh" if form else name == "TextToEmbedMLP", where)
+        if _CLASSES[name] is _NORM:
+            kind = "rms" if name == "RMSNorm" else "affine"
+            if part == "norm_layer":
+                note("norm", kind, where)
+            elif kind == "affine":
+                problems.append(f"{path.name}: {where} is a {name}; implemented is RMSNorm")
+            if "eps" not in given:
+                note("norm_eps", 1e-6 if kind == "rms" else 1e-5, where)
+        if name == "Transformer":  # Its act_layer goes to an MLP; TransformerDecoder's does not.
+            act_of_trunk.append(given.get("act_layer"))
+        elif name == "SwiGLUFFN":
+            note("mlp", "swiglu", where)
+        elif name == "MLP" and part == "ffn_target":
+            act = given.get("act_layer") or (act_of_trunk or [None])[-1]
+            note("mlp", "gelu_tanh" if is_tanh(act, where) else "gelu", where)
+        elif name in ("MLP", "TextToEmbedMLP"):
+            act = given.get("act_layer")
+            note("text_gelu_tanh", is_tanh(act, where, name == "TextToEmbedMLP"), where)
+
+    def is_tanh(act, where, default=False):
+        if not isinstance(act, dict):
+            return default
+        if not str(act.get("_target_")).endswith(".GELU"):
+            problems.append(f"{path.name}: {where}.act_layer={act}: implemented is GELU")
+        return _resolve(act.get("approximate"), root) == "tanh"
 
     visit(model, "model.meta_model")
     generation = root.get("generation") or {}
     if generation.get("cfg_factor") is not None:
-        facts["guidance_scale"] = generation["cfg_factor"]
-    wrong = [fact for fact, value in facts.items() if not isinstance(value, (int, float))]
-    problems += [f"{path.name}: {fact}={facts.pop(fact)!r}: must be a number" for fact in wrong]
-    return facts, problems
+        note("guidance_scale", generation["cfg_factor"], "generation.cfg_factor")
+    return facts, others, problems
 
 
 def _resolve(value, root, depth: int = 8):

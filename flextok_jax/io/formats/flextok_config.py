@@ -1,6 +1,6 @@
-"""The configuration inside a released FlexTok file <-> FlexTokConfig.
+"""The configuration inside a released FlexTok file <-> ours.
 
-One template (released_template.py) serves both directions. Nothing that a file names is imported or
+One template (flextok_template.py) serves both directions. Nothing that a file names is imported or
 evaluated: its values are parsed as Python literals, and a value that does not parse stays a string.
 """
 
@@ -21,7 +21,7 @@ from flextok_jax.io.formats.flextok_template import (
     Field,
     Free,
 )
-from flextok_jax.nn.config import SAMPLING_MODES, FlexTokConfig, VAEConfig
+from flextok_jax.nn.config import SAMPLING_MODES, FlexTokConfig, VAEConfig, identity_vae
 
 # Arguments without effect on results, accepted with any value and anywhere.
 _NO_EFFECT = re.compile(
@@ -62,6 +62,33 @@ def parse_metadata(metadata: dict[str, str]) -> dict:
     return {key: value(text) for key, text in metadata.items()}
 
 
+def to_fields(cfg: FlexTokConfig) -> dict:
+    """Our configuration as the template names its fields: flat, the VAE's as "vae.x"."""
+    fields = dataclasses.asdict(cfg)
+    vae = {f"vae.{name}": value for name, value in fields.pop("vae").items()}
+    return fields | vae
+
+
+def from_fields(fields: dict) -> FlexTokConfig:
+    """The inverse of `to_fields`; what is absent has its default."""
+    vae = {k.removeprefix("vae."): v for k, v in fields.items() if k.startswith("vae.")}
+    own = {k: v for k, v in fields.items() if not k.startswith("vae.")}
+    return FlexTokConfig(vae=VAEConfig(**vae), **own)
+
+
+def config_from_dict(fields: dict) -> FlexTokConfig:
+    """The configuration in the `config.json` of a workdir: `dataclasses.asdict` through JSON."""
+    return FlexTokConfig(**tuples(fields) | {"vae": VAEConfig(**tuples(fields["vae"]))})
+
+
+def tuples(fields: dict) -> dict:
+    """Lists of JSON as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+_KINDS = {name: type(value) for name, value in to_fields(FlexTokConfig()).items()}
+
+
 def read_config(released: dict) -> tuple[FlexTokConfig | None, list[str]]:
     """A released configuration -> ours.
 
@@ -98,82 +125,69 @@ def read_config(released: dict) -> tuple[FlexTokConfig | None, list[str]]:
         problems.append(f"size_sampling_mode {fields['keep_mode']!r}; known: {SAMPLING_MODES}")
     if problems:
         return None, problems
-    ours = {k.removeprefix("vae."): v for k, v in fields.items() if k.startswith("vae.")}
     if target == IDENTITY_VAE:
-        channels = ours["latent_channels"]
-        ours |= dict(kind="identity", in_channels=channels, block_out=(), layers_per_block=0)
-    fields = {k: v for k, v in fields.items() if not k.startswith("vae.")}
+        identity = dataclasses.asdict(identity_vae(fields["vae.latent_channels"]))
+        fields |= {f"vae.{name}": value for name, value in identity.items()}
     try:
-        return FlexTokConfig(vae=VAEConfig(**ours), **fields), []
+        return from_fields(fields), []
     except ValueError as error:
         return None, [str(error)]
 
 
 def write_config(cfg: FlexTokConfig) -> dict:
     """Our configuration as a released one (the inverse of `read_config`)."""
-    if cfg.vae.kind == "identity":
-        target = IDENTITY_VAE
-    else:
-        standard = dataclasses.replace(
-            VAEConfig(),
-            latent_channels=cfg.vae.latent_channels,
-            scaling_factor=cfg.vae.scaling_factor,
-            sample_posterior=cfg.vae.sample_posterior,
-        )
-        target = RELEASED_VAE if cfg.vae == standard else OWN_VAE
+    fields, plain = to_fields(cfg), to_fields(FlexTokConfig())
+    said = ("vae.latent_channels", "vae.scaling_factor", "vae.sample_posterior")  # By all VAEs.
+    standard = all(fields[k] == plain[k] for k in fields if k.startswith("vae.") and k not in said)
+    target = RELEASED_VAE if standard else OWN_VAE
+    target = IDENTITY_VAE if cfg.vae.kind == "identity" else target
     template = TEMPLATE | {"vae": {"_target_": target, **VAES[target]}}
-    if cfg.guidance_scale != FlexTokConfig.guidance_scale:
+    if fields["guidance_scale"] != plain["guidance_scale"]:
         template[OWN_KEY] = OWN
-    return _fill(template, cfg)
+    return _fill(template, fields)
 
 
-def _fill(template, cfg):
+def _fill(template, fields: dict):
     if isinstance(template, Field):
-        return template.encode(cfg)
+        return template.encode(fields[template.name])
     if isinstance(template, Free):
         return template.value
     if isinstance(template, dict):
-        return {key: _fill(value, cfg) for key, value in template.items()}
+        return {key: _fill(value, fields) for key, value in template.items()}
     return template
 
 
 def _match(value, expected, place, found, problems):
     """Compares one value of a file with its template; fills `found` and `problems`."""
     name = place.rpartition(".")[2]
+
+    def wrong(wanted):
+        what = "is missing" if value is MISSING else f"is {_show(value)}"
+        problems.append(f"{place} {what}; {wanted}")
+
     if isinstance(expected, Field):
         if value is MISSING and expected.default is not MISSING:
             value = expected.default
         try:
-            decoded = expected.decode(value)
-        except ValueError:
-            what = "is missing" if value is MISSING else f"is {_show(value)}, not a value we know"
-            problems.append(f"{place} {what}")
-        else:
+            decoded = expected.decode(value, _KINDS[expected.name])
             found.setdefault(expected.name, []).append((expected, place, decoded))
-    elif isinstance(expected, Free):
-        pass
+        except ValueError:
+            wrong(f"needed is the {expected.name.rpartition('.')[2]}")
+    elif isinstance(expected, dict) and not isinstance(value, dict):
+        wrong("needed is a module")
     elif isinstance(expected, dict):
-        if not isinstance(value, dict):
-            what = "is missing" if value is MISSING else f"is {_show(value)}, expected a module"
-            problems.append(f"{place} {what}")
-            return
         for key, inner in expected.items():
             _match(value.get(key, MISSING), inner, f"{place}.{key}", found, problems)
         for key in sorted(value.keys() - expected.keys(), key=str):
-            allowed = _ALSO.get(key)
-            if allowed is not None and value[key] not in allowed:
-                problems.append(f"{place}.{key} is {_show(value[key])}; implemented: {allowed}")
-            elif allowed is None and not _NO_EFFECT.fullmatch(str(key)):
+            if key in _ALSO:
+                _match(value[key], None, f"{place}.{key}", found, problems)
+            elif not _NO_EFFECT.fullmatch(str(key)):
                 problems.append(f"{place}.{key}={_show(value[key])} is an unknown argument")
-    elif name in _ALSO:
-        absent = value is MISSING and (name in _MAY_BE_ABSENT or expected is None)
-        if not absent and value not in _ALSO[name]:
-            what = "is missing" if value is MISSING else f"is {_show(value)}"
-            problems.append(f"{place} {what}; implemented: {_ALSO[name]}")
-    elif not _NO_EFFECT.fullmatch(name) and value != expected:
-        if value is not MISSING or name not in _MAY_BE_ABSENT:
-            what = "is missing" if value is MISSING else f"is {_show(value)}"
-            problems.append(f"{place} {what}; implemented: {expected!r}")
+    elif name in _ALSO or not (isinstance(expected, Free) or _NO_EFFECT.fullmatch(name)):
+        may_be_absent = name in _MAY_BE_ABSENT or (name in _ALSO and expected is None)
+        allowed = _ALSO.get(name, (expected,))
+        if value not in allowed and not (value is MISSING and may_be_absent):
+            wrong("implemented: " + " or ".join(map(repr, allowed)))
 
 
 def _show(value) -> str:

@@ -1,23 +1,22 @@
 """The released FlexTok configuration as one template, for reading and for writing.
 
-A `Field` stands for a field of FlexTokConfig, `Free` for a value without effect; every other value
-is fixed mathematics that a file must agree with.
+A `Field` stands for a field of our configuration, `Free` for a value without effect; every other
+value is fixed mathematics that a file must agree with.
 """
 
 import dataclasses
 from typing import Any
-
-from flextok_jax.nn.config import FlexTokConfig, VAEConfig
 
 MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A value of the file that is the field `name` of FlexTokConfig ("vae.x" for the VAE's).
+    """A value of the file that is a field of our configuration.
 
     Attributes:
-        name: the field; several places of a file may hold the same one and must agree.
+        name: of the field, as in `flextok_config.to_fields`; several places of a file may hold the
+            same one and must agree.
         form: how the file writes it: "value", "pair" ([x, x]), "list", "one" ([x]), "len".
         default: what an absent argument means; without one it must be there.
     """
@@ -26,38 +25,30 @@ class Field:
     form: str = "value"
     default: Any = MISSING
 
-    def encode(self, cfg: FlexTokConfig):
-        of_vae = self.name.startswith("vae.")
-        value = getattr(cfg.vae if of_vae else cfg, self.name.removeprefix("vae."))
-        return {
-            "value": lambda: value,
-            "pair": lambda: [value, value],
-            "list": lambda: list(value),
-            "one": lambda: [value],
-            "len": lambda: len(value),
-        }[self.form]()
+    def encode(self, value):
+        """The field's value as the file writes it."""
+        forms = {"pair": lambda: [value, value], "list": lambda: list(value),
+                 "one": lambda: [value], "len": lambda: len(value)}  # fmt: skip
+        return forms[self.form]() if self.form in forms else value
 
-    def decode(self, value):
-        """The field's value. Sizes are positive integers; other fields have their default's type.
+    def decode(self, value, kind: type):
+        """The field's value. Sizes are positive integers; other fields are of type `kind`.
 
         Raises:
             ValueError: the file's value has another form.
         """
-        owner = VAEConfig if self.name.startswith("vae.") else FlexTokConfig
-        kind = type(getattr(owner, self.name.removeprefix("vae.")))
-        if self.form == "value" and kind is float and type(value) in (int, float):
-            return float(value)
-        if self.form == "value" and kind is type(value) and (kind is not int or value > 0):
-            return value
-        if self.form == "len" and _is_size(value):
-            return value
-        if isinstance(value, (list, tuple)) and all(_is_size(v) for v in value):
-            value = tuple(value)
-            if self.form == "list":
+        if self.form == "value":
+            if kind is float and type(value) in (int, float):
+                return float(value)
+            if kind is type(value) and (kind is not int or value > 0):
                 return value
-            if self.form == "pair" and len(value) == 2 and value[0] == value[1]:
-                return value[0]
-            if self.form == "one" and len(value) == 1:
+        elif self.form == "len":
+            if _is_size(value):
+                return value
+        elif isinstance(value, list | tuple) and all(map(_is_size, value)):
+            if self.form == "list":
+                return tuple(value)
+            if len(set(value)) == 1 and len(value) == {"pair": 2, "one": 1}[self.form]:
                 return value[0]
         raise ValueError
 

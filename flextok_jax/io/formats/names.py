@@ -1,6 +1,6 @@
-"""Parameter trees <-> tensors under the names of released FlexTok and diffusers files.
+"""Parameter trees <-> tensors under the names of other projects' files.
 
-The table says where each of our parameters lies in a file; the file's shapes follow from ours. So
+A table says where each of our parameters lies in a file; the file's shapes follow from ours. So
 missing, extra and misshapen tensors come out of one comparison.
 """
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from flextok_jax.nn.layout import path_string
 
-# (our path, released name); {i} is the index of a block, which we stack on a leading axis.
-FLEXTOK_NAMES = (
+# Tables: (our path or our module, as a regular expression; the file's name, to which a module's
+# weight or bias is added). {i} is the index of a block, which we stack on a leading axis.
+FLEXTOK = (
     ("encoder/patch_emb", "encoder.module_dict.enc_patch_emb.patch_proj"),
     ("encoder/sincos", "encoder.module_dict.enc_posemb_module.posembs"),
     ("encoder/registers", "encoder.module_dict.enc_register_module.registers"),
@@ -34,39 +35,39 @@ FLEXTOK_NAMES = (
     ("decoder/head_adaln", "decoder.module_dict.dec_to_patches.adaLN_modulation.1"),
     ("decoder/head", "decoder.module_dict.dec_to_patches.proj"),
 )  # fmt: skip
-
+_LEAVES = {"kernel": "weight", "scale": "weight"}
 # Names of the VAE's attention layers in old diffusers files.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: which part of which of our parameters it is.
+    """One of our parameters, or one block of it, in a file.
 
     Attributes:
         name: the tensor's name in the file.
         path: our parameter, "a/b/c".
         block: index on the parameter's leading axis, None when it is not stacked.
-        shape: the tensor's shape in the file.
+        third: which third of the tensor it is (0, 1, 2), None: all of it.
+        shape: the whole tensor's shape in the file.
     """
 
     name: str
     path: str
     block: int | None
+    third: int | None
     shape: tuple[int, ...]
 
 
 def _to_file(path: str, array):
-    """Our layout to the file's (works on arrays; shapes are taken from a dummy)."""
+    """Our layout to the file's."""
     if path.endswith("kernel"):  # Linear (in, out) -> (out, in); convolution HWIO -> OIHW
         return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
     if path.endswith("sincos"):  # (rows, cols, D) -> (1, D, rows, cols)
         return array.transpose(2, 0, 1)[None]
     if path.endswith("register_pos"):  # (R, D) -> (1, 1, D, R)
         return array.T[None, None]
-    if path == "ar/sos":  # (D,) -> (1, 1, D)
-        return array[None, None]
-    return array
+    return array[None, None] if path == "ar/sos" else array  # (D,) -> (1, 1, D)
 
 
 def _from_file(path: str, tensor):
@@ -77,54 +78,62 @@ def _from_file(path: str, tensor):
         return tensor[0].transpose(1, 2, 0)
     if path.endswith("register_pos"):
         return tensor[0, 0].T
-    if path == "ar/sos":
-        return tensor[0, 0]
-    return tensor
+    return tensor[0, 0] if path == "ar/sos" else tensor
+
+
+def by_table(table) -> Callable[[str], str]:
+    """Our path -> the name in the file, by a table as above."""
+
+    def name(path: str) -> str:
+        module, _, leaf = path.rpartition("/")
+        for ours, theirs in table:
+            if found := re.fullmatch(ours, path):
+                return found.expand(theirs)
+            if found := re.fullmatch(ours, module):
+                return f"{found.expand(theirs)}.{_LEAVES.get(leaf, leaf)}"
+        raise ValueError(f"the parameter {path!r} has no name in this format")
+
+    return name
+
+
+def by_dots(path: str) -> str:
+    """Our path -> the name in the file, where ours are the same modules."""
+    *modules, leaf = path.split("/")
+    return ".".join([*modules, _LEAVES.get(leaf, leaf)])
 
 
 def vae_name(path: str) -> str:
-    """Our VAE path (without the leading "vae/") -> the diffusers name."""
-    *modules, leaf = path.split("/")
-    leaf = "bias" if leaf == "bias" else "weight"
-    return ".".join([re.sub(r"_(\d+)$", r".\1", m) for m in modules] + [leaf])
+    """A path in our VAE -> the diffusers name; there "_0" is ".0"."""
+    return re.sub(r"_(\d+)\.", r".\1.", by_dots(path))
 
 
-def _flextok_name(path: str) -> str:
+def flextok_name(path: str) -> str:
+    """A path in {"vae", "encoder", "decoder"} -> the name in a FlexTok file."""
     if path.startswith("vae/"):
         return "vae.vae." + vae_name(path.removeprefix("vae/"))
-    module, _, leaf = path.rpartition("/")
-    for ours, theirs in FLEXTOK_NAMES:
-        if re.fullmatch(ours, path):
-            return re.sub(ours, theirs, path)
-        if leaf in ("kernel", "bias") and re.fullmatch(ours, module):
-            return re.sub(ours, theirs, module) + (".weight" if leaf == "kernel" else ".bias")
-    raise ValueError(f"the parameter {path!r} has no name in the released format")
+    return by_table(FLEXTOK)(path)
 
 
-def flextok_entries(params) -> Iterator[Entry]:
-    """Every tensor of a FlexTok file, for parameters (or shapes) {"vae", "encoder", "decoder"}."""
-    return entries(params, _flextok_name)
-
-
-def vae_entries(params) -> Iterator[Entry]:
-    """Every tensor of a diffusers AutoencoderKL file, for the parameters of a VAE."""
-    return entries(params, vae_name)
-
-
-def entries(params, name_of: Callable[[str], str]) -> Iterator[Entry]:
-    """Every tensor of a file.
+def entries(params, name_of: Callable[[str], str]) -> list[Entry]:
+    """Every parameter of a file.
 
     Args:
         params: our parameters, or their shapes.
-        name_of: our path -> the name in the file; with {i} where blocks are stacked here.
+        name_of: our path -> the name in the file; with {i} where blocks are stacked here, and
+            "/0", "/1" or "/2" behind it for a third of a tensor (along its first axis).
     """
+    return list(_entries(params, name_of))
+
+
+def _entries(params, name_of) -> Iterator[Entry]:
     for path, leaf in flatten(params).items():
-        name = name_of(path)
-        if "{i}" not in name:
-            yield Entry(name, path, None, file_shape(path, leaf.shape))
-            continue
-        for i in range(leaf.shape[0]):
-            yield Entry(name.replace("{i}", str(i)), path, i, file_shape(path, leaf.shape[1:]))
+        name, _, third = name_of(path).partition("/")
+        third, stacked = int(third) if third else None, "{i}" in name
+        shape = file_shape(path, leaf.shape[stacked:])
+        if third is not None:
+            shape = (3 * shape[0], *shape[1:])
+        for i in range(leaf.shape[0]) if stacked else (None,):
+            yield Entry(name.replace("{i}", str(i)), path, i, third, shape)
 
 
 def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -152,45 +161,101 @@ def unflatten(flat: dict) -> dict:
 
 
 def compare(entries: list[Entry], tensors: dict) -> list[str]:
-    """What is wrong with a file's tensors: one line for each missing, extra, misshapen one."""
-    wanted = {e.name: e for e in entries}
-    problems = [
-        f"missing tensor {name} of shape {e.shape}"
-        for name, e in wanted.items()
-        if name not in tensors
-    ]
-    problems += [f"unknown tensor {name}" for name in tensors if name not in wanted]
-    problems += [
-        f"tensor {name} has shape {tuple(t.shape)}, expected {wanted[name].shape}"
+    """What is wrong with a file's tensors: a line for each missing, extra, misshapen one."""
+    wanted = {e.name: e.shape for e in entries}
+    return (
+        [f"missing tensor {n} of shape {s}" for n, s in wanted.items() if n not in tensors]
+        + [f"unknown tensor {name}" for name in tensors if name not in wanted]
+        + [
+            f"tensor {name} has shape {tuple(t.shape)}, expected {wanted[name]}"
+            for name, t in tensors.items()
+            if name in wanted and tuple(t.shape) != wanted[name]
+        ]
+        + not_finite(tensors)
+    )
+
+
+def not_finite(tensors: dict) -> list[str]:
+    """A line for each tensor that holds NaN or infinity."""
+    return [
+        f"tensor {name} holds numbers that are not finite"
         for name, t in tensors.items()
-        if name in wanted and tuple(t.shape) != wanted[name].shape
+        if t.dtype.kind not in "biu" and not np.isfinite(np.asarray(t, np.float32)).all()
     ]
-    return problems
 
 
-def to_params(entries: list[Entry], tensors: dict) -> dict:
-    """Tensors (checked by `compare`) -> nested float32 NumPy parameters, blocks stacked."""
-    parts = {}
+def to_params(entries: list[Entry], tensors: dict, where, problems=()) -> dict:
+    """Tensors of a file -> nested float32 NumPy parameters, blocks stacked.
+
+    Args:
+        entries: of the model.
+        tensors: name -> array.
+        where: the file, for the message.
+        problems: what is known to be wrong already.
+
+    Raises:
+        ValueError: one error lists the problems and every missing, unknown, misshapen tensor and
+            every one that is not finite.
+    """
+    problems = [*problems, *compare(entries, tensors)]
+    if problems:
+        raise ValueError(f"{where} is not understood:\n  " + "\n  ".join(problems))
+    parts, stacked = {}, {e.path for e in entries if e.block is not None}
     for e in entries:
-        array = np.ascontiguousarray(_from_file(e.path, np.asarray(tensors[e.name], np.float32)))
-        parts.setdefault(e.path, []).append((e.block, array))
-    flat = {}
-    for path, arrays in parts.items():
-        stacked = arrays[0][0] is not None
-        flat[path] = (
-            np.stack([a for _, a in sorted(arrays, key=lambda x: x[0])])
-            if stacked
-            else (arrays[0][1])
-        )
-    return unflatten(flat)
+        tensor = np.asarray(tensors[e.name], np.float32)
+        tensor = tensor if e.third is None else np.split(tensor, 3)[e.third]
+        parts.setdefault(e.path, []).append(np.ascontiguousarray(_from_file(e.path, tensor)))
+    return unflatten({p: np.stack(x) if p in stacked else x[0] for p, x in parts.items()})
 
 
 def to_tensors(entries: list[Entry], params) -> dict:
-    """Parameters -> contiguous tensors under the file's names, types kept."""
-    flat = flatten(params)
-    tensors = {}
+    """Parameters -> contiguous tensors under the file's names, types kept.
+
+    Raises:
+        ValueError: one error lists every tensor that is not finite.
+    """
+    flat, parts = flatten(params), {}
     for e in entries:
         array = np.asarray(flat[e.path])
-        array = array if e.block is None else array[e.block]
-        tensors[e.name] = np.ascontiguousarray(_to_file(e.path, array))
+        array = _to_file(e.path, array if e.block is None else array[e.block])
+        parts.setdefault(e.name, {})[e.third or 0] = array
+    tensors = {
+        name: np.ascontiguousarray(np.concatenate([x[i] for i in range(3)]) if len(x) > 1 else x[0])
+        for name, x in parts.items()
+    }
+    if problems := not_finite(tensors):
+        raise ValueError("the parameters cannot be saved:\n  " + "\n  ".join(problems))
     return tensors
+
+
+def refused(found: dict, allowed: dict) -> list[str]:
+    """A line for each option of a configuration file that has another value than is allowed."""
+    return [
+        f"{key}={found[key]!r}; implemented: {value!r}"
+        for key, value in allowed.items()
+        if found.get(key, value) != value
+    ]
+
+
+def modern(tensors: dict) -> tuple[dict, dict[str, str]]:
+    """Tensors under today's names, and {today's name: name in the file} where they differ.
+
+    Old diffusers files call the attention's layers query, key, value and proj_attn; wrapped
+    modules of training runs leave `_checkpoint_wrapped_module.` in names.
+
+    Raises:
+        ValueError: a tensor is there under both names.
+    """
+    renamed, out = {}, {}
+    for name, tensor in tensors.items():
+        today = re.sub(
+            r"(attentions\.0\.)(query|key|value|proj_attn)\.",
+            lambda m: f"{m[1]}{OLD_ATTENTION[m[2]]}.",
+            name.replace("_checkpoint_wrapped_module.", ""),
+        )
+        if today in out:
+            raise ValueError(f"the tensor {today} is there twice, under an old and a new name")
+        if today != name:
+            renamed[today] = name
+        out[today] = tensor
+    return out, renamed

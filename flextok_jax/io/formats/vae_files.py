@@ -1,26 +1,35 @@
 """VAE checkpoints in the diffusers AutoencoderKL layout: `config.json` and one safetensors file."""
 
-import json
-import pathlib
+import dataclasses
 import re
 
 import jax
 
 from flextok_jax.io import storage
 from flextok_jax.io.formats import names
+from flextok_jax.io.paths import as_folder
+from flextok_jax.io.sources import VAE_WEIGHTS as WEIGHTS
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+_ALLOWED = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "shift_factor": None,
+}
+SCALING_FACTOR = 0.18215  # Of diffusers, for files that do not name it (Stable Diffusion's first).
 
 
-def infer_layout(tensors: dict, prefix: str = "", **known) -> VAEConfig:
+def infer_layout(tensors: dict, known: VAEConfig, prefix: str = "") -> VAEConfig:
     """The VAE's configuration from the names and shapes of its tensors.
 
     Args:
         tensors: name -> array, modern attention names.
+        known: what shapes do not tell (norm_groups, scaling_factor, sample_posterior) and, where
+            there is a prefix, the latent channels.
         prefix: of the VAE's names among them.
-        known: fields that shapes do not tell (norm_groups, scaling_factor, sample_posterior).
 
     Raises:
         ValueError: the tensors are not those of an AutoencoderKL.
@@ -39,7 +48,8 @@ def infer_layout(tensors: dict, prefix: str = "", **known) -> VAEConfig:
         return 1 + max((int(m[1]) for m in found if m), default=-1)
 
     blocks = count(r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
-    layout = VAEConfig(
+    layout = dataclasses.replace(
+        known,
         in_channels=shape("encoder.conv_in.weight")[1],
         latent_channels=shape("decoder.conv_in.weight")[1],
         block_out=tuple(
@@ -49,53 +59,18 @@ def infer_layout(tensors: dict, prefix: str = "", **known) -> VAEConfig:
         mid_attention=prefix + "encoder.mid_block.attentions.0.to_q.weight" in tensors,
         quant_conv=prefix + "quant_conv.weight" in tensors,
         post_quant_conv=prefix + "post_quant_conv.weight" in tensors,
-        **known,
     )
     if not blocks or any(width % layout.norm_groups for width in layout.block_out):
         raise ValueError(
             f"no VAE: {layout.norm_groups} groups of its norms must divide the widths of its "
             f"blocks, {layout.block_out}"
         )
-    return layout
-
-
-def modern_names(tensors: dict) -> tuple[dict, dict[str, str]]:
-    """Tensors under today's names, and {today's name: name in the file} where they differ.
-
-    Old diffusers files call the attention's layers query, key, value and proj_attn; wrapped
-    modules of training runs leave `_checkpoint_wrapped_module.` in names.
-
-    Raises:
-        ValueError: a tensor is there under both names.
-    """
-    renamed, out = {}, {}
-    for name, tensor in tensors.items():
-        modern = name.replace("_checkpoint_wrapped_module.", "")
-        modern = re.sub(
-            r"(attentions\.0\.)(query|key|value|proj_attn)\.",
-            lambda m: f"{m[1]}{names.OLD_ATTENTION[m[2]]}.",
-            modern,
+    if prefix and layout.latent_channels != known.latent_channels:
+        raise ValueError(
+            f"the VAE's tensors have {layout.latent_channels} latent channels, the configuration "
+            f"says {known.latent_channels}"
         )
-        if modern in out:
-            raise ValueError(f"the tensor {modern} is there twice, under an old and a new name")
-        if modern != name:
-            renamed[modern] = name
-        out[modern] = tensor
-    return out, renamed
-
-
-def params_of(cfg: VAEConfig, tensors: dict, where) -> dict:
-    """Checked parameters of a VAE.
-
-    Raises:
-        ValueError: one error that lists every missing, unknown and misshapen tensor.
-    """
-    shapes = jax.eval_shape(lambda key: vae.init_vae(cfg, key), jax.random.key(0))
-    entries = list(names.vae_entries(shapes))
-    problems = names.compare(entries, tensors)
-    if problems:
-        raise ValueError(f"{where} is not a VAE we can read:\n  " + "\n  ".join(problems))
-    return names.to_params(entries, tensors)
+    return layout
 
 
 def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
@@ -106,66 +81,37 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
         scaling_factor: overrides the one in `config.json`.
 
     Raises:
-        ValueError: a missing scaling factor, an unsupported option, wrong tensors.
-        FileNotFoundError: a missing file.
+        FileNotFoundError: a file is missing.
+        ValueError: an option that is not implemented, or wrong tensors, all listed.
     """
-    folder = pathlib.Path(folder)
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {name}: a VAE needs config.json and {WEIGHTS}"
-            )
     released = storage.read_json(folder / "config.json")
-    problems = [
-        f"{key}={released[key]!r}; implemented: {allowed!r}"
-        for key, allowed in (
-            ("_class_name", "AutoencoderKL"),
-            ("act_fn", "silu"),
-            ("latents_mean", None),
-            ("latents_std", None),
-            ("shift_factor", None),
-        )
-        if released.get(key, allowed) != allowed
-    ]
+    factor = released.get("scaling_factor", SCALING_FACTOR)
+    factor = factor if scaling_factor is None else scaling_factor
+    problems = names.refused(released, _ALLOWED)
+    if not isinstance(factor, int | float):
+        problems.append(f"scaling_factor={factor!r}: set a number (vae.scaling_factor)")
     if problems:
         raise ValueError(f"{folder}/config.json: " + "; ".join(problems))
-    scaling_factor = released.get("scaling_factor") if scaling_factor is None else scaling_factor
-    if scaling_factor is None:
-        raise ValueError(
-            f"{folder}/config.json names no scaling_factor: set it in the config "
-            "(vae.scaling_factor)"
-        )
-    tensors, _ = modern_names(storage.read(folder / WEIGHTS)[0])
-    cfg = infer_layout(
-        tensors,
-        norm_groups=released.get("norm_num_groups", 32),
-        scaling_factor=float(scaling_factor),
-    )
-    return cfg, params_of(cfg, tensors, folder / WEIGHTS)
+    known = VAEConfig(norm_groups=released.get("norm_num_groups", 32), scaling_factor=float(factor))
+    tensors, _ = names.modern(storage.read(folder / WEIGHTS)[0])
+    cfg = infer_layout(tensors, known)
+    shapes = jax.eval_shape(lambda key: vae.init_vae(cfg, key), jax.random.key(0))
+    return cfg, names.to_params(names.entries(shapes, names.vae_name), tensors, folder / WEIGHTS)
 
 
-def save_folder(folder, cfg: VAEConfig, params) -> pathlib.Path:
+def save_folder(folder, cfg: VAEConfig, params):
     """Writes a VAE as diffusers reads it, its scaling factor included; returns the weights' path.
 
     Raises:
         ValueError: the identity VAE, or `folder` is a file.
     """
-    folder = pathlib.Path(folder)
+    folder = as_folder(folder)
     if cfg.kind == "identity":
         raise ValueError("the identity VAE has no file: it is no network")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: pass a folder")
-    tensors = names.to_tensors(list(names.vae_entries(params)), params)
+    tensors = names.to_tensors(names.entries(params, names.vae_name), params)
     storage.write(folder / WEIGHTS, tensors, {"format": "pt"})
-    with storage.atomic(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(_diffusers_config(cfg), indent=2) + "\n", encoding="utf-8")
-    return folder / WEIGHTS
-
-
-def _diffusers_config(cfg: VAEConfig) -> dict:
-    """The `config.json` of diffusers' AutoencoderKL."""
     levels = len(cfg.block_out)
-    return {
+    config = {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": list(cfg.block_out),
@@ -181,3 +127,5 @@ def _diffusers_config(cfg: VAEConfig) -> dict:
         "use_post_quant_conv": cfg.post_quant_conv,
         "use_quant_conv": cfg.quant_conv,
     }
+    storage.write_json(folder / "config.json", config)
+    return folder / WEIGHTS

@@ -1,0 +1,130 @@
+"""Networks that a person names files of: DINOv2, InceptionV3 (FID) and LPIPS.
+
+Published are a folder (DINOv2) and PyTorch files, which are read as tensors and nothing else:
+`pt_inception-2015-12-05-6726825d.pth`, torchvision's `vgg16-397923af.pth` and
+`weights/v0.1/vgg.pth` of the package lpips. Safetensors files with tensors under the same names
+are read as well. All parameters are nested float32 NumPy arrays.
+
+Every function raises FileNotFoundError where a file is not there, and ValueError for one that is
+not understood, with a complete list of reasons.
+"""
+
+import hashlib
+import re
+
+import numpy as np
+
+from flextok_jax.io import sources, storage
+from flextok_jax.io.formats import names, torch_pickle
+from flextok_jax.io.paths import as_path
+from flextok_jax.nn import dinov2, inception, lpips
+
+_DINOV2 = (
+    ("cls", "embeddings.cls_token"),
+    ("pos", "embeddings.position_embeddings"),
+    ("patch_emb", "embeddings.patch_embeddings.projection"),
+    ("blocks/(query|key|value)", r"encoder.layer.{i}.attention.attention.\1"),
+    ("blocks/proj", "encoder.layer.{i}.attention.output.dense"),
+    ("blocks/scale([12])", r"encoder.layer.{i}.layer_scale\1.lambda1"),
+    ("blocks/(norm[12])", r"encoder.layer.{i}.\1"),
+    ("blocks/(fc[12])", r"encoder.layer.{i}.mlp.\1"),
+    ("norm", "layernorm"),
+)
+_DINOV2_ALLOWED = {
+    "model_type": "dinov2",
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+    "use_swiglu_ffn": False,
+    "num_channels": 3,
+}
+_DINOV2_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"
+)  # fmt: skip
+
+
+def read(path) -> dict[str, np.ndarray]:
+    """All tensors of a .safetensors or PyTorch file, name -> array."""
+    path = _existing(path)
+    return storage.read(path)[0] if path.suffix == ".safetensors" else torch_pickle.read(path)
+
+
+def sha256(path) -> str:
+    """The sha256 of a file's bytes.
+
+    Raises:
+        ValueError: the name ends in "-XXXXXXXX.pth", as published files' do, and these are not the
+            sha256's first digits.
+    """
+    path = _existing(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    named = re.search(r"-([0-9a-f]{8,64})\.(pth|pt)$", path.name)
+    if named and not digest.startswith(named[1]):
+        raise ValueError(
+            f"{path} is not the file that its name says: its sha256 is {digest}. Fetch it again, "
+            "or rename it if that is no hash"
+        )
+    return digest
+
+
+def load_inception(path) -> dict:
+    """The parameters of `inception.features`."""
+    unused = r"fc\.bias|.*\.bn\.num_batches_tracked"
+    return _load(path, read(path), unused, inception.shapes(), names.by_dots)
+
+
+def load_lpips(vgg, heads) -> dict:
+    """The parameters of `lpips.lpips`, from the files of VGG16 and of the five linear heads."""
+    tensors = read(vgg) | read(heads)
+    return _load(f"{vgg} with {heads}", tensors, r"classifier\..*", lpips.shapes(), names.vae_name)
+
+
+def load_dinov2(source) -> tuple[dinov2.DINOv2Config, dict]:
+    """A DINOv2 (S, B, L without registers) and the parameters of `dinov2.patch_features`.
+
+    Args:
+        source: a folder with `config.json` and `model.safetensors`, or a hub id.
+    """
+    cfg, path = dinov2_config(source), _dinov2_folder(source) / sources.WEIGHTS
+    name, unused = names.by_table(_DINOV2), r"embeddings\.mask_token"
+    return cfg, _load(path, storage.read(path)[0], unused, dinov2.shapes(cfg), name)
+
+
+def dinov2_config(source) -> dinov2.DINOv2Config:
+    """The configuration of a DINOv2."""
+    path = _dinov2_folder(source) / "config.json"
+    found = storage.read_json(path)
+    problems = names.refused(found, _DINOV2_ALLOWED)
+    problems += [
+        f"{key}={found.get(key)!r}; a positive integer is needed"
+        for key in _DINOV2_SIZES
+        if not (type(found.get(key)) is int and found[key] > 0)
+    ]
+    if problems:
+        raise ValueError(f"{path} is no DINOv2 that we can read:\n  " + "\n  ".join(problems))
+    width, depth, heads, image, patch = (found[key] for key in _DINOV2_SIZES)
+    return dinov2.DINOv2Config(
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_hidden=int(width * found.get("mlp_ratio", 4)),
+        patch_size=patch,
+        grid=image // patch,
+        norm_eps=found.get("layer_norm_eps", 1e-6),
+    )
+
+
+def _load(where, tensors: dict, unused: str, shapes, name_of) -> dict:
+    tensors = {n: t for n, t in tensors.items() if not re.fullmatch(unused, n)}
+    return names.to_params(names.entries(shapes, name_of), tensors, where)
+
+
+def _dinov2_folder(source):
+    return sources.find(source, files=(sources.WEIGHTS, "config.json"))
+
+
+def _existing(path):
+    path = as_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name a .safetensors or .pth file")
+    return path
