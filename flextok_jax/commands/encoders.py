@@ -13,7 +13,7 @@ from flextok_jax.commands import common
 from flextok_jax.data.records import stored_floats, stored_tokens
 from flextok_jax.evaluation.reconstruction import check_counts, identity, side
 from flextok_jax.io import models, storage
-from flextok_jax.io.formats import dinov2_files
+from flextok_jax.io.formats import networks
 from flextok_jax.nn import repa, vae
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import to_float
@@ -96,7 +96,7 @@ def _moments(args, size: int) -> Encoder:
 
 
 def _features(args) -> Encoder:
-    cfg, params = dinov2_files.load(args.dinov2)
+    cfg, params = networks.load_dinov2(args.dinov2)
     side, rest = divmod(args.dinov2_size, cfg.patch_size)
     if rest:
         raise ValueError(f"--dinov2-size {args.dinov2_size}: a multiple of {cfg.patch_size} needed")
