@@ -143,8 +143,8 @@ def test_another_configuration_is_refused_with_every_difference(workdir, program
 
 def test_keys_that_do_not_change_a_step_may_differ(workdir, program):
     changes = dict(total_steps=99, log_every=7, eval_every=2, checkpoint__keep=9, mesh__fsdp=-1)
-    other = {"evaluation": {"steps": 2}, "compute": {"attention": "pallas", "scan": False}}
-    config = json_config(get_config(**changes)) | other
+    config = json_config(get_config(**changes)) | {"evaluation": {"steps": 2}}
+    config["compute"] |= {"attention": "pallas", "scan": False}
     with Checkpoints(workdir, config) as checkpoints:
         assert checkpoints.restore(program.shapes) is not None
     config["compute"]["dtype"] = "bfloat16"

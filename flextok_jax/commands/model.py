@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 from flextok_jax.commands import common, options
-from flextok_jax.io import models, storage
+from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import flexar, vae_files
 
 
@@ -27,7 +27,7 @@ def info(args: options.Info) -> None:
     if args.json:
         print(json.dumps(model, indent=2))
         return
-    for key, value in _dotted(model):
+    for key, value in storage.dotted(model).items():
         print(f"{key:32}{f'{value:,}' if isinstance(value, int) else value}")
 
 
@@ -46,13 +46,14 @@ def describe(source) -> dict:
 
 def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
     """(see `describe`, the function that writes the model into a folder and returns the path)."""
-    if models.is_vae(source):
+    kind = sources.kind_of(source)
+    if kind == "vae":
         cfg, params = models.load_vae(str(source), scaling_factor)
         facts = {"kind": "vae", "origin": str(source)}
         return _described(facts, cfg, params), lambda out: vae_files.save_folder(out, cfg, params)
     if scaling_factor is not None:
         raise ValueError(f"--scaling-factor is for a VAE on its own; {source} is none")
-    if flexar.is_ar(source):
+    if kind == "ar":
         model, save = flexar.load(source), flexar.save
         facts = {"kind": "ar", **model.about}
     else:
@@ -72,11 +73,3 @@ def _described(facts: dict, config, params: dict) -> dict:
         "parameters": sizes | {"total": sum(sizes.values())},
         "sha256": storage.fingerprint(params),
     }
-
-
-def _dotted(tree: dict, prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

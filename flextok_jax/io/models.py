@@ -10,7 +10,7 @@ import jax
 from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flextok_config, names, vae_files
 from flextok_jax.io.formats.flextok_config import config_from_dict
-from flextok_jax.io.paths import as_folder, as_path
+from flextok_jax.io.paths import as_folder
 from flextok_jax.nn import flextok
 from flextok_jax.nn.config import FlexTokConfig, VAEConfig, identity_vae
 
@@ -198,8 +198,3 @@ def vae_identity(cfg: VAEConfig, params) -> dict:
     """Which VAE made moments: the sha256 over its parameters, and its network."""
     network = {name: getattr(cfg, name) for name in VAE_NETWORK}
     return {"fingerprint": storage.fingerprint(params), **network}
-
-
-def is_vae(source) -> bool:
-    """Whether a local source is a VAE on its own, as `load_vae` reads it."""
-    return as_path(source).exists() and sources.kind_of(source) == "vae"

@@ -88,15 +88,6 @@ def load(source, revision: str | None = None) -> LoadedAR:
     return dataclasses.replace(found, origin=source) if source in sources.DEMOS else found
 
 
-def is_ar(source) -> bool:
-    """Whether a source is an AR model (see `load`).
-
-    Raises:
-        FileNotFoundError, ValueError: nothing readable is there.
-    """
-    return sources.kind_of(source) == "ar"
-
-
 def save(folder, model: LoadedAR):
     """Writes `model.safetensors` under the released names, and the `config.yaml` it came with."""
     path = as_folder(folder) / sources.WEIGHTS
