@@ -16,7 +16,7 @@ import numpy as np
 
 from flextok_jax.io import sources, storage
 from flextok_jax.io.formats import names, torch_pickle
-from flextok_jax.io.paths import as_path
+from flextok_jax.io.paths import as_path, local_copy
 from flextok_jax.nn import dinov2, inception, lpips
 
 _DINOV2 = (
@@ -45,7 +45,10 @@ _DINOV2_SIZES = (
 def read(path) -> dict[str, np.ndarray]:
     """All tensors of a .safetensors or PyTorch file, name -> array."""
     path = _existing(path)
-    return storage.read(path)[0] if path.suffix == ".safetensors" else torch_pickle.read(path)
+    if path.suffix == ".safetensors":
+        return storage.read(path)[0]
+    with local_copy(path) as local:
+        return torch_pickle.read(local)
 
 
 def sha256(path) -> str:

@@ -11,7 +11,6 @@ VGG16 are.
 
 import math
 import os
-import pathlib
 import pickletools
 import struct
 import zipfile
@@ -22,16 +21,10 @@ import numpy as np
 # Where the layout before 1.6 begins: its magic number, then the version of the protocol.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _TYPES = {
-    "DoubleStorage": "<f8",
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "i1",
-    "ByteStorage": "u1",
+    "DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "LongStorage": "<i8",
+    "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "i1", "ByteStorage": "u1",
     "BoolStorage": "?",
-}
+}  # fmt: skip
 # What a damaged file leads to; RuntimeError: an encrypted archive or an unknown compression.
 _DAMAGE = (
     KeyError, IndexError, TypeError, struct.error, EOFError, RuntimeError, zipfile.BadZipFile,
@@ -39,15 +32,20 @@ _DAMAGE = (
 )  # fmt: skip
 _LARGEST = 2**48  # Of numbers that say where an element lies: no file has so many.
 _MARK = object()
-_FROM_ARGUMENT = {
+_ARGUMENTS = {  # Instructions that push their argument.
     "BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG", "BINUNICODE", "SHORT_BINUNICODE",
     "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING", "BINFLOAT", "FLOAT",
 }  # fmt: skip
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_PUSHED = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+           "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
+           "MARK": lambda: _MARK}  # fmt: skip
 
 
 def read(path) -> dict[str, np.ndarray]:
     """All tensors of a file that holds a dictionary of them (a state dict).
+
+    Args:
+        path: a path object.
 
     Returns:
         Name -> array of its own; entries that are no tensors are left out.
@@ -55,7 +53,6 @@ def read(path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the file is damaged, or holds anything else but tensors, numbers and texts.
     """
-    path = pathlib.Path(path)
     try:
         with path.open("rb") as file:
             archive = zipfile.is_zipfile(file)
@@ -66,7 +63,7 @@ def read(path) -> dict[str, np.ndarray]:
         tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
         if not tensors:
             raise ValueError("it holds no tensors")
-        return {name: tensor() for name, tensor in tensors.items()}
+        return {name: tensor.array() for name, tensor in tensors.items()}
     except _DAMAGE as error:
         reason = f"{type(error).__name__} {error}"
         raise ValueError(f"{path} is no whole PyTorch file: {reason}") from error
@@ -79,14 +76,14 @@ class _Global(str):
 
 
 class _Storage:
-    """The numbers behind tensors, `data` bytes that may arrive later."""
+    """The numbers behind tensors, `data` bytes that arrive later."""
 
     def __init__(self, dtype: str, count: int):
         self.dtype, self.count, self.data = np.dtype(dtype), count, None
 
 
 class _Tensor:
-    """A view of a storage; calling it makes the array."""
+    """A view of a storage, which lies inside of it."""
 
     def __init__(self, storage, offset, shape, strides):
         numbers = (offset, *shape, *strides)
@@ -102,7 +99,7 @@ class _Tensor:
             raise ValueError(f"a tensor of shape {shape} of a storage of {storage.count} elements")
         self._view = storage, offset, shape, strides
 
-    def __call__(self) -> np.ndarray:
+    def array(self) -> np.ndarray:
         storage, offset, shape, strides = self._view
         if storage.data is None or len(storage.data) != storage.count * storage.dtype.itemsize:
             raise ValueError("a storage is missing or cut short")
@@ -117,9 +114,9 @@ def _read_zip(file):
         if len(pickles) != 1:
             raise ValueError(f"an archive with {len(pickles)} files data.pkl, one expected")
         root = pickles[0].removesuffix("data.pkl")
-        if root + "byteorder" in archive.namelist():
-            if archive.read(root + "byteorder") != b"little":
-                raise ValueError("big-endian files are not read")
+        order = root + "byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise ValueError("big-endian files are not read")
         storages = {}
         found = _run(archive.read(pickles[0]), storages)
         for key, storage in storages.items():
@@ -138,9 +135,7 @@ def _read_sequence(file):
     for key in _run(file, {}):  # In the order of the bytes that follow, each after its length.
         storage = storages[key]
         (count,) = struct.unpack("<q", file.read(8))
-        if count != storage.count:
-            raise ValueError(f"a storage has {count} elements, {storage.count} were announced")
-        if count * storage.dtype.itemsize > size:
+        if count != storage.count or count * storage.dtype.itemsize > size:
             raise ValueError("a storage is missing or cut short")
         storage.data = file.read(count * storage.dtype.itemsize)
     return found
@@ -156,16 +151,17 @@ def _run(pickle, storages: dict):
         del stack[at:]
         return items
 
+    def fill(kind: type):  # The top of the stack.
+        if not isinstance(stack[-1], kind):
+            raise ValueError(f"it fills a {type(stack[-1]).__name__} as if a {kind.__name__}")
+        return stack[-1]
+
     for op, argument, _ in pickletools.genops(pickle):
         name = op.name
-        if name in _FROM_ARGUMENT:
+        if name in _ARGUMENTS:
             stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
-            stack.append({"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": ()}[name])
+        elif name in _PUSHED:
+            stack.append(_PUSHED[name]())
         elif name in ("DICT", "LIST", "TUPLE"):
             items = since_mark()
             if name == "DICT":
@@ -176,14 +172,12 @@ def _run(pickle, storages: dict):
             stack[-count:] = [tuple(stack[-count:])]
         elif name in ("SETITEM", "SETITEMS"):
             items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            _filled(stack, dict).update(zip(items[::2], items[1::2]))
+            fill(dict).update(zip(items[::2], items[1::2]))
         elif name in ("APPEND", "APPENDS"):
             items = since_mark() if name == "APPENDS" else [stack.pop()]
-            _filled(stack, list).extend(items)
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
+            fill(list).extend(items)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "GLOBAL":
@@ -200,13 +194,6 @@ def _run(pickle, storages: dict):
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"the instruction {name} is not part of a dictionary of tensors")
     raise ValueError("the file ends too early")
-
-
-def _filled(stack: list, kind: type):
-    """The top of the stack, which is to be filled."""
-    if not isinstance(stack[-1], kind):
-        raise ValueError(f"it fills a {type(stack[-1]).__name__} as if it were a {kind.__name__}")
-    return stack[-1]
 
 
 def _storage(identity, storages: dict) -> _Storage:
