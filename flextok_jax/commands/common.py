@@ -122,6 +122,12 @@ def left_out(unreadable: dict[str, str], count: int) -> None:
         )
 
 
+def passed_over(source) -> None:
+    """Warns of the files and fields that a source does not use."""
+    for line in source.skipped.lines():
+        print(f"warning: passed over {line}", file=sys.stderr)
+
+
 def report_shards(manifest: dict, folder) -> int | None:
     """Says what was left out and what is missing; the number of records of a finished split."""
     left_out(manifest["unreadable"], manifest["num_images"])

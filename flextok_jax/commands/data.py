@@ -9,7 +9,6 @@ import numpy as np
 from flextok_jax.commands import common, options
 from flextok_jax.data import check as checks
 from flextok_jax.data import reader, shards, sources
-from flextok_jax.data.decode import reason
 from flextok_jax.data.records import Record
 from flextok_jax.io import storage
 
@@ -86,7 +85,7 @@ def _verify(data: sources.Data, split: str | None) -> None:
             print(f"  left out: {name}: {why}")
     if damaged:
         raise ValueError(
-            "the command that wrote these shards, given again, makes them anew:\n  "
+            "delete these shards, and give the command that wrote them again:\n  "
             + "\n  ".join(damaged)
         )
 
@@ -113,13 +112,14 @@ def pack(args: options.Pack) -> None:
         def make_shard(index: int) -> Iterator[Record | reader.Unreadable]:
             bar.update(index * size - bar.n)  # What is there already counts as done.
             places = range(index * size, min(index * size + size, count))
-            for made in reader.ahead(functools.partial(_record, source), places):
+            for made in reader.read_ahead(source, places, _record, text=True):
                 yield made
                 bar.update()
 
         write = functools.partial(shards.write_split, folder, settings, make_shard)
         manifest = write(shards.null_text(data.path), args.process)
         bar.update(count - bar.n)
+    common.passed_over(source)
     total = common.report_shards(manifest, folder)
     if total is not None:
         print(
@@ -128,19 +128,12 @@ def pack(args: options.Pack) -> None:
         )
 
 
-def _record(source, place: int) -> Record | reader.Unreadable:
-    """One image as it is stored, if there is a picture in it; an array becomes a PNG file."""
-    picture = reader.read(source, place)
-    if isinstance(picture, reader.Unreadable):
-        return picture
-    try:
-        embedding = source.embedding(place)
-    except Exception as error:  # Files break in any way there is.
-        return reader.Unreadable(picture.key, reason(error))
+def _record(picture: reader.Picture) -> Record:
+    """One image as it is stored; an array becomes a PNG file."""
     image = picture.stored
     if not isinstance(image, bytes):
         stream = io.BytesIO()
         picture.image.save(stream, "PNG")
         image = stream.getvalue()
     arrays = {"image": np.frombuffer(image, np.uint8)}
-    return Record(picture.key, arrays, picture.label, picture.caption, embedding)
+    return Record(picture.key, arrays, picture.label, picture.caption, picture.embedding)

@@ -3,8 +3,8 @@
 `flextok tokenize --data` is the same with a tokenizer alone.
 """
 
-import concurrent.futures
 import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,8 +12,6 @@ import numpy as np
 from flextok_jax.commands import common, options
 from flextok_jax.commands.encoders import Encoder, encoders
 from flextok_jax.data import reader, shards, sources
-from flextok_jax.data.decode import reason
-from flextok_jax.data.reader import cores
 from flextok_jax.data.records import Record
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 from flextok_jax.evaluation.reconstruction import padded
@@ -41,30 +39,25 @@ def encode(args: options.Encode) -> None:
         shift=args.shift,
     )
     batch_size = min(args.batch_size, count * args.crops)
-    read = functools.partial(_read, source, augmented, args.crops, args.seed)
+    crops = functools.partial(_crops, augmented, args.crops, args.seed)
+    # Some batches at a time, so that the last one, which is filled up, costs little.
+    group_size = -(-8 * batch_size // args.crops)
 
-    with (
-        tqdm(total=count, unit="image", disable=None) as bar,
-        concurrent.futures.ThreadPoolExecutor(min(16, cores())) as pool,
-    ):
+    with tqdm(total=count, unit="image", disable=None) as bar:
 
         def make_shard(index: int) -> Iterator[Record | reader.Unreadable]:
             first = index * args.shard_size
             bar.update(first - bar.n)  # What is there already counts as done.
             places = range(first, min(first + args.shard_size, count))
-            # Some batches at a time, so that the last one, which is filled up, costs little.
-            for group in _groups(pool, read, places, -(-8 * batch_size // args.crops)):
-                found = []
-                for crops, about in (future.result() for future in group):
-                    if crops is None:
-                        yield about
-                    else:
-                        found.append((crops, about))
+            pictures = reader.read_ahead(source, places, crops, text=True, waiting=group_size)
+            while group := list(itertools.islice(pictures, group_size)):
+                yield from (item for item in group if isinstance(item, reader.Unreadable))
+                found = [item for item in group if not isinstance(item, reader.Unreadable)]
                 if found:
-                    images = np.concatenate([crops for crops, _ in found])
+                    images = np.concatenate([images for images, _ in found])
                     arrays = _run(made, images, batch_size, args.crops)
-                    for own, (_, about) in zip(arrays, found, strict=True):
-                        yield Record(arrays=own, **about)
+                    for own, (_, info) in zip(arrays, found, strict=True):
+                        yield Record(arrays=own, **info)
                 bar.update(len(group))
 
         settings = {
@@ -81,22 +74,11 @@ def encode(args: options.Encode) -> None:
         }
         manifest = shards.write_split(folder, settings, make_shard, null_text, args.process)
         bar.update(count - bar.n)
+    common.passed_over(source)
     total = common.report_shards(manifest, folder)
     if total is not None:
         what = " and ".join(e.words for e in made)
         print(f"{what} of each of {total} images, {args.crops} crops of each, in {folder}")
-
-
-def _groups(pool, read, places, size: int):
-    """Lists of futures of `read(place)`, each begun while the one before is used."""
-    begun = None
-    for start in range(0, len(places), size):
-        part = [pool.submit(read, place) for place in places[start : start + size]]
-        if begun:
-            yield begun
-        begun = part
-    if begun:
-        yield begun
 
 
 def _run(
@@ -117,23 +99,16 @@ def _run(
                 del found[:crops]
 
 
-def _read(source, augmented: Transform, count: int, seed: int, place: int):
+def _crops(augmented: Transform, count: int, seed: int, picture: reader.Picture):
     """(uint8 [count, S, S, 3], key, label, caption and embedding) of one image.
 
-    Or, of one that cannot be read, (None, `Unreadable`). The first crop has no randomness; the
-    draws of another are a function of (seed, place of the image, number of the crop).
+    The first crop has no randomness; another is a function of (seed, place of the image, number of
+    the crop).
     """
-    found = reader.read(source, place)
-    if isinstance(found, reader.Unreadable):
-        return None, found
-    try:
-        embedding = source.embedding(place)
-    except Exception as error:  # Files break in any way there is.
-        return None, reader.Unreadable(found.key, reason(error))
-    crops = []  # What fails from here on is no fault of the file, and stops.
+    crops = []
     for crop in range(count):
-        draws = np.random.RandomState([seed, place, crop]).random_sample((1, NUM_DRAWS))
+        draws = np.random.RandomState([seed, picture.index, crop]).random_sample((1, NUM_DRAWS))
         transform = augmented if crop else augmented.without_randomness()
-        crops.append(transform.augment(transform.fit(found.image, draws[0])[None], draws)[0])
-    info = {"key": found.key, "label": found.label, "caption": found.caption}
-    return np.stack(crops), info | {"embedding": embedding}
+        crops.append(transform.augment(transform.fit(picture.image, draws[0])[None], draws)[0])
+    names = ("key", "label", "caption", "embedding")
+    return np.stack(crops), {name: getattr(picture, name) for name in names}

@@ -30,11 +30,15 @@ class Picture(NamedTuple):
         image: upright RGB.
         factor: how many times smaller it was decoded than it is stored.
         stored: bytes of a file, or uint8 [H, W, 3], as the source has it.
+        index: its number in the source.
+        embedding: float16 [T, E] of the caption, where it was asked for and there is one.
         label, caption, key: as in `source.Example`.
     """
 
     image: Image.Image
     factor: int
+    index: int
+    embedding: np.ndarray | None
     stored: bytes | np.ndarray
     label: int
     caption: str | None
@@ -52,29 +56,45 @@ class TooManyUnreadable(OSError):
     """More examples than allowed cannot be read; lists them."""
 
 
-def read(source: Source, index: int, shrink=lambda size: 1) -> Picture | Unreadable:
-    """One example; `shrink` as in `decode.upright_reduced`."""
+def read(
+    source: Source, index: int, shrink=lambda size: 1, text: bool = False
+) -> Picture | Unreadable:
+    """One example.
+
+    Args:
+        shrink: as in `decode.upright_reduced`.
+        text: also read the embedding of the caption; one that is not usable is unreadable.
+    """
     try:
         example = source.read(index)
         image, factor = decode.upright_reduced(example.image, shrink)
+        embedding = source.embedding(index) if text else None
     except Exception as error:  # Files break in any way there is.
         return Unreadable(source.key(index), decode.reason(error))
-    return Picture(image, factor, *example)
+    return Picture(image, factor, index, embedding, *example)
 
 
 def read_ahead(
-    source: Source, indices: Iterable[int], function: Callable[[Picture], object]
+    source: Source,
+    indices: Iterable[int],
+    function: Callable[[Picture], object],
+    text: bool = False,
+    waiting: int = 64,
 ) -> Iterator:
     """`function(picture)` of each example in order, or its `Unreadable`; read ahead by threads.
 
     What `function` itself raises is no fault of a file, and is raised.
+
+    Args:
+        text: as in `read`.
+        waiting: as in `ahead`.
     """
 
     def one(index: int):
-        found = read(source, index)
+        found = read(source, index, text=text)
         return found if isinstance(found, Unreadable) else function(found)
 
-    return ahead(one, indices)
+    return ahead(one, indices, waiting=waiting)
 
 
 def ahead(
