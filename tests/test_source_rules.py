@@ -1,0 +1,291 @@
+"""The rules that all sources share: splits, labels, side information, what is passed over."""
+
+import io
+import json
+import tarfile
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from test_sources import SMOOTH, encoded, everything, exif, folder_of, pack, shard, tar
+
+import flextok_jax
+from flextok_jax.data import decode, sources, transforms
+from flextok_jax.data.reader import Unreadable, read, read_ahead
+from flextok_jax.data.source import check_conditions, check_embedding, read_embedding
+
+
+def opened(path, split="all"):
+    return sources.make_source(sources.parse(str(path)), split)
+
+
+def skipped(source):
+    """{name: reason}, of all that a source passed over."""
+    return {name: reason for reason, names in source.skipped.items() for name in names}
+
+
+@pytest.fixture(params=["folder", "webdataset", "array_record"])
+def three_images(request, tmp_path):
+    """A data set with train/ (two images) and val/ (one), of every kind."""
+    folder_of(tmp_path / "in", ["train/a/0.png", "train/b/1.png", "val/b/2.png"])
+    if request.param == "folder":
+        return tmp_path / "in"
+    if request.param == "webdataset":
+        tar(tmp_path / "tar" / "train-0.tar", shard(0, 2))
+        tar(tmp_path / "tar" / "val-0.tar", shard(2, 1))
+        return tmp_path / "tar"
+    for split in ("train", "val"):
+        assert pack(tmp_path / "in", tmp_path / "packed", "--split", split) == 0
+    return tmp_path / "packed"
+
+
+def test_validation_val_and_test_mean_the_same_in_every_source(three_images):
+    counts = {s: len(opened(three_images, s)) for s in ("train", "validation", "val", "test")}
+    assert counts == {"train": 2, "validation": 1, "val": 1, "test": 1}
+    assert len(opened(three_images)) == 3
+    with pytest.raises(ValueError, match="'dev'.*train, val, all"):
+        opened(three_images, "dev")
+
+
+def test_the_fingerprint_is_of_the_keys_in_order(tmp_path):
+    for name in ("x", "y"):
+        folder_of(tmp_path / name, ["a.png", "b.png"])
+    same = {opened(tmp_path / name).fingerprint() for name in ("x", "y")}
+    (tmp_path / "y" / "b.png").rename(tmp_path / "y" / "c.png")
+    assert len(same) == 1 and opened(tmp_path / "y").fingerprint() not in same
+
+
+# Side information never costs the picture.
+
+
+def text_png():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", "x" * 2**21, zip=True)
+    return encoded(SMOOTH, pnginfo=info)
+
+
+def odd_exif(value, kind):
+    """A JPEG whose orientation has another type than a short number."""
+    data = encoded(SMOOTH, "JPEG", exif=exif(6))
+    entry = b"\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00"
+    swapped = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"
+    assert entry in data or swapped in data
+    if entry in data:
+        return data.replace(entry, b"\x12\x01" + bytes([kind, 0]) + b"\x02\0\0\0" + value)
+    return data.replace(swapped, b"\x01\x12\0" + bytes([kind]) + b"\0\0\0\x02" + value)
+
+
+@pytest.mark.parametrize(
+    "data, size",
+    [
+        (text_png(), (24, 18)),
+        (odd_exif(b"6\0\0\0", 2), (18, 24)),  # Text: it is clear what is meant.
+        (odd_exif(b"x\0\0\0", 2), (24, 18)),
+        (odd_exif(b"\xff\xff\xff\xff", 12), (24, 18)),
+    ],
+)
+def test_metadata_of_a_file_never_costs_its_picture(data, size):
+    assert decode.upright(data).size == size
+
+
+def test_captions_and_lists_that_cannot_be_used_are_counted_by_name(tmp_path):
+    folder_of(tmp_path, ["a.png", "b.png", "c.png", "d.png", "e.png"])
+    (tmp_path / "a.txt").write_bytes("Tür".encode("cp1252"))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfplain")
+    rows = [
+        {"file_name": "c.png", "caption": ["no text"], "label": 1},
+        {"file_name": "d.png", "label": 10**20},
+        {"file_name": "e.png", "caption": "x" * 140_000},
+        {"file_name": "c.png", "label": 5},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened(tmp_path)
+    captions = {"a.png": None, "b.png": "plain", "c.png": None, "d.png": None, "e.png": None}
+    assert {key: caption for key, _, caption in everything(source)} == captions
+    assert source.labels.tolist() == [-1, -1, 1, -1, -1]
+    assert {name.rpartition("/")[2] for name in skipped(source)} == {
+        "a.txt", "metadata.jsonl, line 1", "metadata.jsonl, line 2", "metadata.jsonl, line 3",
+        "metadata.jsonl, line 4",
+    }  # fmt: skip
+    assert not any(isinstance(found, Unreadable) for found in read_ahead(source, range(5), len))
+
+
+def test_side_files_of_a_tar_that_cannot_be_used_are_counted_by_name(tmp_path):
+    picture = encoded(SMOOTH)
+    files = {f"{i}.png": picture for i in range(3)}
+    files |= {"0.json": b'{"label": 1', "1.json": b'{"text": 5}', "2.txt": b"\xfc"}
+    source = opened(tar(tmp_path / "a.tar", files))
+    assert [(label, caption) for _, label, caption in everything(source)] == [(-1, None)] * 3
+    assert {name.rpartition("/")[2] for name in skipped(source)} == {"0.json", "1.json", "2.txt"}
+
+
+# Names that are clear are found, all others counted.
+
+
+def test_lists_may_have_other_columns_separators_and_unicode_forms(tmp_path):
+    folder_of(tmp_path, ["x/a.png", unicodedata.normalize("NFD", "é.png"), "c.png"])
+    (tmp_path / unicodedata.normalize("NFC", "é.txt")).write_text("beside")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name, class\nx\\a.png, dog\né.png, cat\n", encoding="utf-8"
+    )
+    source = opened(tmp_path)
+    found = {unicodedata.normalize("NFC", k): (n, c) for k, n, c in everything(source)}
+    assert found == {"c.png": (-1, None), "x/a.png": (1, None), "é.png": (0, "beside")}
+    assert source.classes == ["cat", "dog"] and not source.skipped
+
+
+def test_class_folders_of_numbers_are_in_numeric_order(tmp_path):
+    folder_of(tmp_path, [f"{i}/x.png" for i in range(12)])
+    source = opened(tmp_path)
+    assert source.classes == [str(i) for i in range(12)]
+    assert {source.key(i): int(n) for i, n in enumerate(source.labels)}["10/x.png"] == 10
+
+
+def test_files_that_are_no_images_are_counted_by_their_ending(tmp_path):
+    folder_of(tmp_path, ["train/a.jfif", "train/b.ppm", "test/c.png", "d.png"])
+    (tmp_path / "train" / "e.psd").write_bytes(b"")
+    assert len(opened(tmp_path)) == 3
+    assert set(skipped(opened(tmp_path))) == {"train/e.psd", "d.png"}  # d lies outside the splits.
+    (line,) = [line for line in opened(tmp_path).skipped.lines() if "e.psd" in line]
+    assert line.startswith("1: ")
+
+
+@pytest.mark.parametrize("name", ["a.avif", "a.jfif", "a.ppm"])
+def test_less_common_formats_are_images(name, tmp_path):
+    folder_of(tmp_path, [name])
+    assert read(opened(tmp_path), 0).image.size == SMOOTH.size
+
+
+def test_dotted_names_and_links_of_a_tar_are_examples(tmp_path):
+    path = tar(
+        tmp_path / "a.tar",
+        {
+            **{name: encoded(SMOOTH) for name in ("22.05.png", "x.png", "deep/y.png")},
+            **{"22.05.cls": b"3", "x.seg.png": b"", "n.heif.bak": b""},
+        },
+    )
+    with tarfile.open(path, "a") as file:
+        for name, kind, target in (
+            ("hard.png", tarfile.LNKTYPE, "x.png"),
+            ("deep/soft.png", tarfile.SYMTYPE, "../x.png"),
+            ("lost.png", tarfile.SYMTYPE, "nowhere.png"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            file.addfile(member)
+    source = opened(path)
+    assert {key.partition("/")[2]: label for key, label, _ in everything(source)} == {
+        "22.05": 3, "x": -1, "deep/y": -1, "hard": -1, "deep/soft": -1,
+    }  # fmt: skip
+    names = {name.partition("/")[2] for name in skipped(source)}
+    assert names == {"x.seg.png", "n.heif.bak", "lost.png"}
+    for i in range(5):
+        assert read(source, i).image.size == SMOOTH.size
+
+
+def test_compressed_tar_files_are_refused_with_the_remedy(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="(?s)gunzip.*a.tar.gz"):
+        opened(tmp_path)
+    tar(tmp_path / "b.tar", shard(0, 2))
+    assert set(skipped(opened(tmp_path))) == {"a.tar.gz"}
+
+
+# Conditions.
+
+
+def test_labels_must_fit_the_model_and_splits_each_other(tmp_path):
+    folder_of(tmp_path, ["train/a/0.png", "train/b/1.png", "train/2.png", "val/b/3.png"])
+    train, val = (opened(tmp_path, split) for split in ("train", "val"))
+    assert check_conditions(train, 2) == 1 and check_conditions(val, 2, train) == 0
+    with pytest.raises(ValueError, match="label 1 .b.*num_classes is 1"):
+        check_conditions(train, 1)
+    folder_of(tmp_path, ["val/c/4.png"])
+    train, val = (opened(tmp_path, split) for split in ("train", "val"))
+    with pytest.raises(ValueError, match="'c'"):
+        check_conditions(val, 3, train)
+    folder_of(tmp_path / "other", ["a/0.png", "z/1.png"])
+    with pytest.raises(ValueError, match="'b', 'c', 'z'"):
+        check_conditions(opened(tmp_path / "other"), 3, train)
+
+
+def test_packed_data_know_their_labels(tmp_path):
+    folder_of(tmp_path / "in", ["a/0.png", "b/1.png", "2.png"])
+    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
+    packed = opened(tmp_path / "out")
+    assert sorted(packed.labels.tolist()) == [-1, 0, 1] and packed.classes == ["a", "b"]
+    assert check_conditions(packed, 2) == 1
+
+
+# Embeddings.
+
+
+@pytest.mark.parametrize(
+    "array, words",
+    [
+        (np.zeros((2, 4), "V2"), "bfloat16"),
+        (np.zeros((2, 4), np.int32), "int32"),
+        (np.zeros(4, np.float32), r"\[4\]"),
+        (np.full((2, 4), np.nan), "not finite"),
+        (np.full((2, 4), 7e4, np.float32), "70000"),
+        (np.zeros((0, 4), np.float16), r"\[0, 4\]"),
+    ],
+)
+def test_an_embedding_that_is_not_usable_is_named(array, words):
+    file = io.BytesIO()
+    np.save(file, array)
+    file.seek(0)
+    with pytest.raises(ValueError, match=f"x.npy.*{words}"):
+        read_embedding(file, "x.npy")
+
+
+def test_a_usable_embedding_is_float16_and_an_object_array_is_none():
+    assert check_embedding(np.ones((2, 4)), "x").dtype == np.float16
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
+    file.seek(0)
+    with pytest.raises(ValueError, match="x.npy") as error:
+        read_embedding(file, "x.npy")
+    assert "pickle" not in str(error.value)
+
+
+# Public helpers, and memory.
+
+
+def test_files_become_arrays_and_arrays_pictures(tmp_path):
+    clear = Image.new("RGBA", (6, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    SMOOTH.save(tmp_path / "smooth.png")
+    images = flextok_jax.load_images([tmp_path / "clear.png", tmp_path / "smooth.png"], 8)
+    assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
+    assert (images[0] == 255).all()
+    np.testing.assert_array_equal(images[1], transforms.center_crop(SMOOTH, 8))
+    floats = images / np.float32(127.5) - 1
+    for given in (images, floats, 1.04 * floats[:1]):
+        assert np.asarray(flextok_jax.to_pil(given)[0]).min() == 255
+    np.testing.assert_array_equal(flextok_jax.to_pil(floats)[1], images[1])
+    with pytest.raises(ValueError, match="not finite"):
+        flextok_jax.to_pil(np.nan * floats)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match="text.png"):
+        flextok_jax.load_images(tmp_path / "text.png", 8)
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (3000, 2)])
+def test_the_memory_of_a_crop_depends_on_the_target_alone(size, monkeypatch):
+    made, resize = [], Image.Image.resize
+
+    def counted(image, size, *arguments, **options):
+        made.append(size[0] * size[1])
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    image, draws = (
+        Image.new("RGB", size, "red"),
+        np.random.RandomState(0).random_sample(transforms.NUM_DRAWS),
+    )
+    for crop in ("center", "random"):
+        cut = transforms.Transform(64, crop).fit(image, draws)
+        assert cut.shape == (64, 64, 3) and (cut == (255, 0, 0)).all()
+    assert max(made) == 64**2
