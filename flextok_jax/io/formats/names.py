@@ -6,7 +6,7 @@ missing, extra and misshapen tensors come out of one comparison.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -59,26 +59,33 @@ class Entry:
     shape: tuple[int, ...]
 
 
-def _to_file(path: str, array):
-    """Our layout to the file's."""
+def _layout(path: str, rank: int) -> tuple[tuple[int, ...], int]:
+    """(the permutation of our axes, the number of axes of size 1 before them) in a file."""
     if path.endswith("kernel"):  # Linear (in, out) -> (out, in); convolution HWIO -> OIHW
-        return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+        return ((1, 0) if rank == 2 else (3, 2, 0, 1)), 0
     if path.endswith("sincos"):  # (rows, cols, D) -> (1, D, rows, cols)
-        return array.transpose(2, 0, 1)[None]
+        return (2, 0, 1), 1
     if path.endswith("register_pos"):  # (R, D) -> (1, 1, D, R)
-        return array.T[None, None]
-    return array[None, None] if path == "ar/sos" else array  # (D,) -> (1, 1, D)
+        return (1, 0), 2
+    if path == "ar/sos":  # (D,) -> (1, 1, D)
+        return (0,), 2
+    return tuple(range(rank)), 0
+
+
+def _to_file(path: str, array):
+    axes, ones = _layout(path, array.ndim)
+    return array.transpose(axes)[(None,) * ones]
 
 
 def _from_file(path: str, tensor):
-    """The inverse of `_to_file`."""
-    if path.endswith("kernel"):
-        return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
-    if path.endswith("sincos"):
-        return tensor[0].transpose(1, 2, 0)
-    if path.endswith("register_pos"):
-        return tensor[0, 0].T
-    return tensor[0, 0] if path == "ar/sos" else tensor
+    axes, ones = _layout(path, tensor.ndim)
+    return tensor[(0,) * ones].transpose(np.argsort(axes))
+
+
+def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in a file of the parameter at `path` (of one block of it)."""
+    axes, ones = _layout(path, len(shape))
+    return (1,) * ones + tuple(shape[i] for i in axes)
 
 
 def by_table(table) -> Callable[[str], str]:
@@ -122,10 +129,7 @@ def entries(params, name_of: Callable[[str], str]) -> list[Entry]:
         name_of: our path -> the name in the file; with {i} where blocks are stacked here, and
             "/0", "/1" or "/2" behind it for a third of a tensor (along its first axis).
     """
-    return list(_entries(params, name_of))
-
-
-def _entries(params, name_of) -> Iterator[Entry]:
+    found = []
     for path, leaf in flatten(params).items():
         name, _, third = name_of(path).partition("/")
         third, stacked = int(third) if third else None, "{i}" in name
@@ -133,12 +137,8 @@ def _entries(params, name_of) -> Iterator[Entry]:
         if third is not None:
             shape = (3 * shape[0], *shape[1:])
         for i in range(leaf.shape[0]) if stacked else (None,):
-            yield Entry(name.replace("{i}", str(i)), path, i, third, shape)
-
-
-def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in a file of the parameter at `path` (of one block of it)."""
-    return _to_file(path, np.empty(shape, np.bool_)).shape if 0 not in shape else shape
+            found.append(Entry(name.replace("{i}", str(i)), path, i, third, shape))
+    return found
 
 
 def flatten(params) -> dict:
