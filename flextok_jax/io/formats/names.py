@@ -127,11 +127,11 @@ def entries(params, name_of: Callable[[str], str]) -> list[Entry]:
     Args:
         params: our parameters, or their shapes.
         name_of: our path -> the name in the file; with {i} where blocks are stacked here, and
-            "/0", "/1" or "/2" behind it for a third of a tensor (along its first axis).
+            "#0", "#1" or "#2" behind it for a third of a tensor (along its first axis).
     """
     found = []
     for path, leaf in flatten(params).items():
-        name, _, third = name_of(path).partition("/")
+        name, _, third = name_of(path).partition("#")
         third, stacked = int(third) if third else None, "{i}" in name
         shape = file_shape(path, leaf.shape[stacked:])
         if third is not None:
