@@ -191,8 +191,8 @@ def test_the_loss_is_the_mean_of_its_bins_and_the_chunk_changes_nothing(data):
     loss, metrics = jax.jit(stage.loss)(*args)
     sizes = {"1": 1, "2": 1, "3-4": 2, "5-8": 4, "9-16": 8}
     bins = [n * metrics[f"loss_by_position/{b}"].compute() for b, n in sizes.items()]
-    np.testing.assert_allclose(sum(bins) / LENGTH, loss, rtol=1e-6)
-    np.testing.assert_allclose(jax.jit(whole.loss)(*args)[0], loss, rtol=1e-6)
+    np.testing.assert_allclose(sum(bins) / LENGTH, loss, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(whole.loss)(*args)[0], loss, rtol=1e-5)
 
 
 def test_dropped_conditions_are_the_null_condition(data):
@@ -202,7 +202,7 @@ def test_dropped_conditions_are_the_null_condition(data):
     args = jax.random.key(1), jnp.int32(0)
     loss_of = jax.jit(never.loss)
     dropped = jax.jit(always.loss)(params, {}, batch, *args)[0]
-    assert dropped == pytest.approx(float(loss_of(params, {}, unknown, *args)[0]), rel=1e-6)
+    assert dropped == pytest.approx(float(loss_of(params, {}, unknown, *args)[0]), rel=1e-5)
     assert abs(dropped - loss_of(params, {}, batch, *args)[0]) > 1e-4
 
 

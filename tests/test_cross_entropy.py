@@ -40,7 +40,7 @@ def test_values_are_those_of_the_definition(chunk):
     args = problem()
     for ours, theirs in zip(run(*args, chunk), plain(*args), strict=True):
         assert ours.shape == (B, L)
-        np.testing.assert_allclose(ours, theirs, rtol=2e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5])
@@ -55,10 +55,10 @@ def test_gradients_are_those_of_all_positions_at_once(chunk):
         return jnp.sum(WEIGHTS[0] * loss) + jnp.sum(WEIGHTS[1] * z**2)
 
     expected_value, expected = jax.value_and_grad(at_once, (0, 1))(*args)
-    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     for ours, theirs in zip(gradients, expected, strict=True):
         assert np.abs(theirs).max() > 0.1
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_large_logits_stay_finite():

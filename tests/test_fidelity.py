@@ -133,7 +133,7 @@ def test_moments_merge_to_those_of_all_and_leave_out_what_is_masked(features):
     merged = moments(x[:3]).merge(Moments.empty(24)).merge(moments(x[3:]))
     for found in (streamed, merged):
         assert found.count == 150
-        np.testing.assert_allclose(found.gaussian().mean, x.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(found.gaussian().mean, x.mean(0), rtol=1e-12)
         np.testing.assert_allclose(
             found.gaussian().covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9
         )
@@ -231,9 +231,9 @@ def test_sums_are_equal_on_any_number_of_devices_and_by_two_processes(tmp_path):
         assert devices == 8 and len(found) == 4
         for numbers in found:
             assert numbers[0] == 21
-            np.testing.assert_allclose(numbers, expected, rtol=1e-6)
+            np.testing.assert_allclose(numbers, expected, rtol=1e-5)
         for features in seen:
-            np.testing.assert_allclose(features, alone, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(features, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
 # Reconstructions against originals.

@@ -145,7 +145,7 @@ def test_smaller_images_use_the_top_left_of_the_position_table(tok):
         dataclasses.replace(TINY, grid=(2, 3)), jax.tree_util.tree_map_with_path(cut, tok.params)
     )
     images = pixels(height=4, width=6)
-    assert relative(tok.registers(images), small.registers(images)) < 1e-6
+    assert relative(tok.registers(images), small.registers(images)) < 1e-5
     ids = tok.tokenize(images)
     np.testing.assert_array_equal(ids, small.tokenize(images))
     out = tok.detokenize(ids, image_size=(4, 6), steps=2)
