@@ -121,7 +121,7 @@ class ImageGenerator:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of class 0, 1, …; () where the file has none."""
-        return tuple((self._file and self._file.about.get("class_names")) or ())
+        return tuple((self._file and self._file.about.get("classes")) or ())
 
     def generate_tokens(
         self,
