@@ -11,7 +11,7 @@ from common import digits_folder, tiny_tokenizer
 from PIL import Image
 
 from flextok_jax import FlexTok, cli
-from flextok_jax.commands import encoders
+from flextok_jax.commands import encode as command
 from flextok_jax.data import records as record_files
 from flextok_jax.data import shards, sources
 from flextok_jax.data.pipeline import make_pipeline
@@ -316,7 +316,7 @@ def test_the_command_writes_the_tokens_of_each_crop(model, images, tmp_path, cap
 def test_an_interrupted_command_continues(model, tmp_path, monkeypatch):
     args = ["--model", model, "--data", digits_folder(), "--limit", 9, "--out", tmp_path]
     args += ["--shard-size", 4, "--split", "test"]
-    monkeypatch.setattr(encoders, "side", lambda tok: 16)
+    monkeypatch.setattr(command, "side", lambda tok: 16)
     calls = []
 
     def tokenize(tok, images, k):
@@ -345,30 +345,32 @@ def test_encoded_data_are_refused_where_images_are_wanted(command, model, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_batch_gives_is_written_before_the_next_is_run(model, tmp_path, monkeypatch):
-    """Three crops of each of five images, in batches of four."""
+@pytest.mark.parametrize("crops, batch, runs", [(2, 5, [4, 4, 4]), (3, 2, [2, 2] * 5)])
+def test_a_batch_holds_whole_images_and_is_written_before_the_next(
+    crops, batch, runs, model, tmp_path, monkeypatch
+):
+    """Five images: two at a time, and one at a time in more than one batch."""
     events, to_bytes = [], shards.to_bytes
 
     def tokenize(tok, images, k):
-        events.append("run")
-        return np.arange(4 * (events.count("run") - 1), 4 * events.count("run"))[:, None]
+        events.append(len(images))
+        start = sum(e for e in events if isinstance(e, int)) - len(images)
+        return np.arange(start, start + len(images))[:, None]
 
     def written(record):
-        events.append(record.arrays["tokens"].ravel().tolist())
+        events.append(record.key)
         return to_bytes(record)
 
-    monkeypatch.setattr(encoders, "side", lambda tok: 16)
+    monkeypatch.setattr(command, "side", lambda tok: 16)
     monkeypatch.setattr(FlexTok, "tokenize", tokenize)
     monkeypatch.setattr(shards, "to_bytes", written)
     args = ["--model", model, "--data", digits_folder(), "--limit", 5, "--out", tmp_path]
-    assert run(*args, "--crops", 3, "--batch-size", 4, "--num-tokens", 1) == 0
-    first, second, third, fourth, fifth = ([i, i + 1, i + 2] for i in range(0, 15, 3))
-    assert events == ["run", first, "run", second, "run", third, fourth, "run", fifth]
-
-
-def test_options_of_one_form_are_refused_with_the_other(model, images, tmp_path, capsys):
-    out = ["--model", model, "--out", tmp_path / "x.npz"]
-    assert run(*out, "--images", images, "--crops", 2) == 2
-    assert "--crops goes with --data" in capsys.readouterr().err
-    assert run(*out[:3], images / "inside", "--data", images) == 2
-    assert "lies in the image folder" in capsys.readouterr().err
+    assert run(*args, "--crops", crops, "--batch-size", batch, "--num-tokens", 1) == 0
+    assert [e for e in events if isinstance(e, int)] == runs
+    one_image = len(runs) // 5 or 1
+    assert events[one_image] == sorted(e for e in events if isinstance(e, str))[0]
+    source = shards.ShardSource(tmp_path, "train")
+    tokens = [source.record(i).arrays["tokens"] for i in range(5)]
+    assert all(t.shape == (crops, 1) for t in tokens)
+    flat = np.concatenate(tokens).ravel().tolist()
+    assert flat == sorted(set(flat))  # In order, none twice.

@@ -80,14 +80,6 @@ def test_records_hold_what_the_models_make_of_the_crops(images, encoded):
     np.testing.assert_allclose(features[:, 0], expected, rtol=2e-3, atol=4e-3)
 
 
-def test_digits_are_enlarged_where_another_size_is_wanted(tmp_path):
-    more = ["--vae", VAE, "--image-size", 2 * SIZE, "--limit", 2, "--split", "all"]
-    assert encode(digits_folder(), tmp_path, *more) == 0
-    source = shards.ShardSource(tmp_path, "all")
-    found = [source.record(i).arrays["moments"].shape for i in range(len(source))]
-    assert found == [(1, 8, 8, 8)] * 2
-
-
 def test_too_many_unreadable_images_stop_with_the_list_and_no_shard(images, tmp_path, capsys):
     for i in range(8):
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -96,7 +88,7 @@ def test_too_many_unreadable_images_stop_with_the_list_and_no_shard(images, tmp_
     options = ["--vae", VAE, "--image-size", SIZE]
     assert encode(tmp_path / "in", tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
-    assert "Of 8 images, more than 10.0%" in error and "0.png (" in error and "1.png (" in error
+    assert "0.png (" in error and "1.png (" in error and "2.png" not in error
     assert [path.name for path in (tmp_path / "out" / "all").iterdir()] == ["manifest.json"]
 
 
@@ -104,9 +96,7 @@ def test_the_check_command_tells_by_whom_and_verifies(encoded, capsys):
     assert cli.main(["data", "check", str(encoded)]) == 0
     out = capsys.readouterr().out
     sha = storage.fingerprint(load_vae(VAE)[1])
-    assert "7 records in 2 shards, each as its manifest says" in out
-    assert f"vae       {VAE}, sha256 {sha}" in out and "dinov2" in out
-    assert "moments   4x4x8, 2 crops of each image" in out and "repa      9x24" in out
+    assert all(words in out for words in ("7 records", VAE, sha, "dinov2", "4x4x8", "9x24"))
 
 
 # Training.
@@ -120,6 +110,7 @@ def config(folder, images="", **changes):
     return c
 
 
+@pytest.mark.slow
 def test_a_stage_trains_on_them_with_repa_and_evaluates_on_images(images, encoded, tmp_path):
     c = config(encoded, images, repa__weight=0.5, repa__width=24)
     c.evaluation.update(num_images=7, batch_size=7, steps=2)
@@ -187,8 +178,8 @@ def test_processes_share_the_shards_and_the_last_completes_the_manifest(images, 
     options = ["--vae", VAE, "--image-size", SIZE, "--shard-size", 2]
     assert encode(images, tmp_path / "one", *options) == 0
     assert encode(images, tmp_path / "two", *options, "--process", "1/2") == 0
-    assert "2 of 4 shards are in" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds 2 of 4 shards"):
+    assert "2 of 4 shards" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="2 of 4 shards"):
         shards.ShardSource(tmp_path / "two", "all")
     assert encode(images, tmp_path / "two", *options, "--process", "0/2") == 0
     assert contents(tmp_path / "one" / "all") == contents(tmp_path / "two" / "all")
@@ -208,6 +199,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_with_sigkill_continues_to_the_same_files(images, tmp_path):
     """Two devices; killed when three shards are finished and the next is a temporary file."""
     options = ["--vae", VAE, "--image-size", str(SIZE), "--shard-size", "1"]

@@ -2,10 +2,13 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 import jax
+from tqdm import tqdm
 
 from flextok_jax.commands import options
+from flextok_jax.data import shards
 from flextok_jax.data.sources import parse
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import Pictures
@@ -122,15 +125,36 @@ def left_out(unreadable: dict[str, str], count: int) -> None:
         )
 
 
-def passed_over(source) -> None:
-    """Warns of the files and fields that a source does not use."""
+def write_shards(args, out, data, source, settings: dict, records: Callable) -> int | None:
+    """Writes the shards of --out/SPLIT that are not there yet, and their manifest.
+
+    Args:
+        args: has the options of `options.Shards` and --limit.
+        data, source: what is read, in words and opened.
+        settings: of the manifest, beside those that all shards have.
+        records: indices -> the `Record` or `Unreadable` of each example, in order.
+
+    Returns:
+        The number of records; None as long as shards of other processes are missing.
+    """
+    count, size = min(len(source), args.limit or len(source)), args.shard_size
+    settings |= {"data": str(data), "split": args.split, **shards.source_settings(source, count)}
+    settings |= {"shard_size": size, "num_shards": -(-count // size)}
+    folder, text = out / args.split, shards.null_text(data.path)
+    with tqdm(total=count, unit="image", disable=None) as bar:
+
+        def make_shard(index: int):
+            first = index * size
+            bar.update(first - bar.n)  # What is there already counts as done.
+            for made in records(range(first, min(first + size, count))):
+                yield made
+                bar.update()
+
+        manifest = shards.write_split(folder, settings, make_shard, text, args.process)
+        bar.update(count - bar.n)
     for line in source.skipped.lines():
         print(f"warning: passed over {line}", file=sys.stderr)
-
-
-def report_shards(manifest: dict, folder) -> int | None:
-    """Says what was left out and what is missing; the number of records of a finished split."""
-    left_out(manifest["unreadable"], manifest["num_images"])
+    left_out(manifest["unreadable"], count)
     done, wanted = len(manifest["shards"]), manifest["num_shards"]
     if done < wanted:
         print(f"{done} of {wanted} shards are in {folder}; the other processes write the rest")

@@ -2,9 +2,9 @@
 
 import functools
 import io
-from collections.abc import Iterator
 
 import numpy as np
+from tqdm import tqdm
 
 from flextok_jax.commands import common, options
 from flextok_jax.data import check as checks
@@ -24,40 +24,35 @@ def check(args: options.Check) -> None:
 
 
 def _look(data: sources.Data, args, out) -> None:
-    from tqdm import tqdm
-
-    source = sources.make_source(data, args.split or "all")
+    split = args.split or "all"
+    source = sources.make_source(data, split)
     count = len(source) if args.all else min(args.sample, len(source))
-    places = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
-    looks = reader.ahead(functools.partial(checks.look, source), places)
-    found = list(tqdm(looks, total=len(places), unit="image", disable=None))
-    print(f"{data}, split {args.split or 'all'}: {len(source)} images")
-    for what, about in checks.summary(found, source.classes):
-        print(f"  {what:<10}{about}")
+    indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+    looks = reader.ahead(functools.partial(checks.look, source), indices)
+    found = list(tqdm(looks, total=count, unit="image", disable=None))
+    unreadable = reader.UnreadableCount(count)
+    unreadable.update({look.name: look.error for look in found if look.error})
+    print(f"{data}, split {split}: {len(source)} images")
+    for what, words in checks.summary(found, source.classes):
+        print(f"  {what:<10}{words}")
     for line in source.skipped.lines():
         print(f"  passed over {line}")
-    bad = [look for look in found if look.error]
-    for look in bad[: reader.MAX_LISTED]:
-        print(f"  unreadable: {look.name}: {look.error}")
-    if len(bad) < len(found):
+    _print_listed("unreadable", unreadable)
+    if len(unreadable) < count:
         with storage.atomic(out) as temporary:
             checks.contact_sheet(found, source.classes).save(temporary)
-        print(f"  {min(checks.SHOWN, len(found) - len(bad))} of them are shown in {args.out}")
-    if len(places) < len(source):
-        print(f"  {len(source) - len(places)} were not opened: --all opens every one")
-    unreadable = reader.UnreadableCount(len(found))
-    unreadable.update({look.name: look.error for look in bad})
+        print(f"  {min(checks.SHOWN, count - len(unreadable))} of them are shown in {out}")
+    if count < len(source):
+        print(f"  {len(source) - count} were not opened: --all opens every one")
     if unreadable.too_many:
         raise ValueError(
-            f"{len(bad)} of {len(found)} images are unreadable: training would stop, because that "
-            f"is more than {reader.MAX_UNREADABLE:.0%} (data.max_unreadable)"
+            f"{len(unreadable)} of {count} images are unreadable: training would stop, because "
+            f"that is more than {reader.MAX_UNREADABLE:.0%} (data.max_unreadable)"
         )
 
 
 def _verify(data: sources.Data, split: str | None) -> None:
     """Reads every byte of every shard."""
-    from tqdm import tqdm
-
     folders = [file.parent for file in shards.manifests(data.path)]
     folders = [folder for folder in folders if split in (None, "all", folder.name)]
     if not folders:
@@ -65,66 +60,44 @@ def _verify(data: sources.Data, split: str | None) -> None:
     damaged = []
     for folder in folders:
         manifest = shards.read_manifest(folder.parent, folder.name)
-        steps = tqdm(shards.verify(folder), total=len(manifest["shards"]), disable=None)
-        results = list(steps)
+        results = list(tqdm(shards.verify(folder), total=len(manifest["shards"]), disable=None))
         wrong = [f"{folder / name}: {why}" for name, why, _ in results if why]
-        damaged += wrong
-        print(
-            f"{folder}: {sum(count for *_, count in results)} records in {len(results)} shards, "
-            + (f"{len(wrong)} of them damaged" if wrong else "each as its manifest says")
-        )
+        state = f"{len(wrong)} of them damaged" if wrong else "each as its manifest says"
+        count = sum(count for *_, count in results)
+        print(f"{folder}: {count} records in {len(results)} shards, {state}")
         for name, model in shards.models(manifest).items():
             where = model.get("source") or model.get("origin")
             print(f"  {name:<10}{where}, sha256 {model['fingerprint']}")
+        crops = f", {manifest['crops']} crops of each image" if "crops" in manifest else ""
         for name, shape in manifest["arrays"].items():
             words = "files as they are" if shape is None else "x".join(map(str, shape))
-            crops = f", {manifest['crops']} crops of each image" if "crops" in manifest else ""
             print(f"  {name:<10}{words}{crops}")
         print(f"  {'of':<10}{manifest['data']}, split {manifest['split']}")
-        for name, why in list(manifest["unreadable"].items())[: reader.MAX_LISTED]:
-            print(f"  left out: {name}: {why}")
+        _print_listed("left out", manifest["unreadable"])
+        damaged += wrong
     if damaged:
-        raise ValueError(
-            "delete these shards, and give the command that wrote them again:\n  "
-            + "\n  ".join(damaged)
-        )
+        raise ValueError("damaged shards; delete them and write them again:\n" + "\n".join(damaged))
+
+
+def _print_listed(what: str, unreadable: dict[str, str]) -> None:
+    for name, why in list(unreadable.items())[: reader.MAX_LISTED]:
+        print(f"  {what}: {name}: {why}")
 
 
 def pack(args: options.Pack) -> None:
     """Writes the images of any source, as they are, into shards: --out/SPLIT."""
-    from tqdm import tqdm
-
     out = common.out_folder(args.out, args.source)
     data = sources.parse(args.source)
     source = sources.make_image_source(data, args.split)
-    count, size = min(len(source), args.limit or len(source)), args.shard_size
-    folder = out / args.split
-    settings = {
-        "arrays": {"image": None},
-        "data": str(data),
-        "split": args.split,
-        **shards.source_settings(source, count),
-        "shard_size": size,
-        "num_shards": -(-count // size),
-    }
-    with tqdm(total=count, unit="image", disable=None) as bar:
 
-        def make_shard(index: int) -> Iterator[Record | reader.Unreadable]:
-            bar.update(index * size - bar.n)  # What is there already counts as done.
-            places = range(index * size, min(index * size + size, count))
-            for made in reader.read_ahead(source, places, _record, text=True):
-                yield made
-                bar.update()
+    def records(indices):
+        return reader.read_ahead(source, indices, _record, text=True)
 
-        write = functools.partial(shards.write_split, folder, settings, make_shard)
-        manifest = write(shards.null_text(data.path), args.process)
-        bar.update(count - bar.n)
-    common.passed_over(source)
-    total = common.report_shards(manifest, folder)
+    total = common.write_shards(args, out, data, source, {"arrays": {"image": None}}, records)
     if total is not None:
         print(
-            f"{total} images in {folder}; to train on them: --config.data.source=array_record "
-            f"--config.data.path={args.out}"
+            f"{total} images in {out}; to train on them: --config.data.source=array_record "
+            f"--config.data.path={out}"
         )
 
 

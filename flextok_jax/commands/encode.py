@@ -3,112 +3,217 @@
 `flextok tokenize --data` is the same with a tokenizer alone.
 """
 
+import contextlib
+import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.commands import common, options
-from flextok_jax.commands.encoders import Encoder, encoders
-from flextok_jax.data import reader, shards, sources
-from flextok_jax.data.records import Record
+from flextok_jax.data import shards, sources
+from flextok_jax.data.reader import Picture, Unreadable, read_ahead
+from flextok_jax.data.records import Record, stored_floats, stored_tokens
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
-from flextok_jax.evaluation.reconstruction import padded
+from flextok_jax.evaluation.reconstruction import check_counts, identity, padded, side
+from flextok_jax.io import models, storage
+from flextok_jax.io.formats import networks
+from flextok_jax.io.paths import as_path
+from flextok_jax.nn import repa, vae
+from flextok_jax.nn.config import Compute
+from flextok_jax.nn.images import to_float
+from flextok_jax.parallel.mesh import platform
+from flextok_jax.parallel.sharding import param_shardings, spread_batch
 
+IMAGE_SIZE = 256  # Where no model has another.
 # Options that decide what is in the records, beside the models and the data.
-DECISIVE = ("crops", "crop_scale", "flip", "shift", "seed", "shard_size")
+DECISIVE = ("dtype", "crops", "crop_scale", "flip", "shift", "seed")
 
 
 def encode(args: options.Encode) -> None:
     """Writes --out/SPLIT: shards and manifest.json; continues what was interrupted."""
-    from tqdm import tqdm
-
     out = common.out_folder(args.out, args.data)
-    size, made = encoders(args)
     data = sources.parse(args.data)
     source = sources.make_image_source(data, args.split)
-    count = min(len(source), args.limit or len(source))
-    folder = out / args.split
-    null_text = shards.null_text(data.path)
-    augmented = Transform(
+    text = shards.null_text(data.path)
+    size, encoders = make_encoders(args)
+    transform = Transform(
         size,
         "center" if args.crop_scale == 1 else "random",
         crop_scale=(args.crop_scale, 1.0),
         flip=args.flip,
         shift=args.shift,
     )
-    batch_size = min(args.batch_size, count * args.crops)
-    crops = functools.partial(_crops, augmented, args.crops, args.seed)
-    # Some batches at a time, so that the last one, which is filled up, costs little.
-    group_size = -(-8 * batch_size // args.crops)
+    group = max(1, min(args.limit or len(source), args.batch_size // args.crops))  # Images a batch.
+    batch_size = min(args.batch_size, group * args.crops)
 
-    with tqdm(total=count, unit="image", disable=None) as bar:
+    def records(indices: Iterable[int]) -> Iterator[Record | Unreadable]:
+        waiting, crops = [], functools.partial(_crops, args, transform)
+        for found in read_ahead(source, indices, crops, text=True):
+            if isinstance(found, Unreadable):
+                yield found
+            else:
+                waiting.append(found)
+            if len(waiting) == group:
+                yield from _records(encoders, waiting, batch_size)
+                waiting = []
+        if waiting:
+            yield from _records(encoders, waiting, batch_size)
 
-        def make_shard(index: int) -> Iterator[Record | reader.Unreadable]:
-            first = index * args.shard_size
-            bar.update(first - bar.n)  # What is there already counts as done.
-            places = range(first, min(first + args.shard_size, count))
-            pictures = reader.read_ahead(source, places, crops, text=True, waiting=group_size)
-            while group := list(itertools.islice(pictures, group_size)):
-                yield from (item for item in group if isinstance(item, reader.Unreadable))
-                found = [item for item in group if not isinstance(item, reader.Unreadable)]
-                if found:
-                    images = np.concatenate([images for images, _ in found])
-                    arrays = _run(made, images, batch_size, args.crops)
-                    for own, (_, info) in zip(arrays, found, strict=True):
-                        yield Record(arrays=own, **info)
-                bar.update(len(group))
-
-        settings = {
-            **{key: value for e in made for key, value in e.about.items()},
-            "arrays": {e.name: e.shape for e in made},
-            "dtype": args.dtype,
-            "data": str(data),
-            "split": args.split,
-            "image_size": size,
-            **shards.source_settings(source, count),
-            "text_dim": None if null_text is None else null_text.shape[1],
-            **{name: getattr(args, name) for name in DECISIVE},
-            "num_shards": -(-count // args.shard_size),
-        }
-        manifest = shards.write_split(folder, settings, make_shard, null_text, args.process)
-        bar.update(count - bar.n)
-    common.passed_over(source)
-    total = common.report_shards(manifest, folder)
+    settings = {
+        **{key: value for e in encoders for key, value in e.settings.items()},
+        "arrays": {e.name: e.shape for e in encoders},
+        "image_size": size,
+        "text_dim": None if text is None else text.shape[1],
+        **{name: getattr(args, name) for name in DECISIVE},
+    }
+    total = common.write_shards(args, out, data, source, settings, records)
     if total is not None:
-        what = " and ".join(e.words for e in made)
-        print(f"{what} of each of {total} images, {args.crops} crops of each, in {folder}")
+        what = " and ".join(e.words for e in encoders)
+        print(f"{what} of each of {total} images, {args.crops} crops of each, in {out}")
 
 
-def _run(
-    made: list[Encoder], images: np.ndarray, batch_size: int, crops: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """uint8 [n * crops, S, S, 3] -> of each of the n images {name: [crops, ...]}.
+def _crops(args: options.Encode, transform: Transform, picture: Picture):
+    """(uint8 [crops, S, S, 3], the other fields of its record) of one image.
 
-    A batch is run when all images before it are used, so that little is held at a time.
-    """
-    waiting: dict[str, list] = {e.name: [] for e in made}  # Crops of an image that is not whole.
-    for start in range(0, len(images), batch_size):
-        part = images[start : start + batch_size]
-        for e in made:
-            waiting[e.name] += list(e.run(padded(part, batch_size))[: len(part)])
-        for _ in range((start + len(part)) // crops - start // crops):
-            yield {name: np.stack(found[:crops]) for name, found in waiting.items()}
-            for found in waiting.values():
-                del found[:crops]
-
-
-def _crops(augmented: Transform, count: int, seed: int, picture: reader.Picture):
-    """(uint8 [count, S, S, 3], key, label, caption and embedding) of one image.
-
-    The first crop has no randomness; another is a function of (seed, place of the image, number of
-    the crop).
+    The first crop has no randomness; the random numbers of another are a function of --seed, the
+    index of the image and the number of the crop.
     """
     crops = []
-    for crop in range(count):
-        draws = np.random.RandomState([seed, picture.index, crop]).random_sample((1, NUM_DRAWS))
-        transform = augmented if crop else augmented.without_randomness()
-        crops.append(transform.augment(transform.fit(picture.image, draws[0])[None], draws)[0])
+    for crop in range(args.crops):
+        state = np.random.RandomState([args.seed, picture.index, crop])
+        numbers, way = state.random_sample((1, NUM_DRAWS)), transform
+        if crop == 0:
+            way = transform.without_randomness()
+        crops.append(way.augment(way.fit(picture.image, numbers[0])[None], numbers)[0])
     names = ("key", "label", "caption", "embedding")
     return np.stack(crops), {name: getattr(picture, name) for name in names}
+
+
+def _records(encoders: "list[Encoder]", images: list, batch_size: int) -> Iterator[Record]:
+    """The records of some images of `_crops`, encoded `batch_size` crops at a time."""
+    crops = np.concatenate([part for part, _ in images])
+    batches = [crops[i : i + batch_size] for i in range(0, len(crops), batch_size)]
+    arrays = {
+        e.name: np.concatenate([e.run(padded(b, batch_size))[: len(b)] for b in batches])
+        for e in encoders
+    }
+    arrays = {name: np.split(array, len(images)) for name, array in arrays.items()}
+    for i, (_, fields) in enumerate(images):
+        yield Record(arrays={name: parts[i] for name, parts in arrays.items()}, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What becomes of an image.
+
+    Attributes:
+        name: of the array in a record.
+        words: what it is, to a person.
+        settings: of the manifest: the model's identity, and what else decides the result.
+        shape: of one crop's array.
+        run: uint8 [B, S, S, 3] -> [B, *shape], as it is stored.
+    """
+
+    name: str
+    words: str
+    settings: dict
+    shape: tuple[int, ...]
+    run: Callable[[np.ndarray], np.ndarray]
+
+
+def make_encoders(args: options.Encode) -> tuple[int, list[Encoder]]:
+    """The side S of the images, and an encoder for each of --model, --vae and --dinov2.
+
+    Raises:
+        ValueError: no model is named, or sizes do not fit each other.
+    """
+    made, size = [], args.image_size
+    if args.model:
+        tok = common.load_model(args)
+        if size not in (None, side(tok)):
+            raise ValueError(f"--image-size {size}: the tokenizer {args.model} has {side(tok)}")
+        size = side(tok)
+        made.append(_tokens(args, tok))
+    size = size or IMAGE_SIZE
+    if args.vae:
+        made.append(_moments(args, size))
+    if args.dinov2:
+        made.append(_features(args))
+    if not made:
+        raise ValueError("nothing to encode with: name --model (a tokenizer), --vae or --dinov2")
+    return size, made
+
+
+def _tokens(args, tok) -> Encoder:
+    (k,) = check_counts(tok, [args.num_tokens or tok.num_tokens])
+    vocab_size = tok.config.vocab_size
+    settings = {
+        "tokenizer": {"source": _named(args.model), **identity(tok)},
+        "vocab_size": vocab_size,
+        "num_tokens": k,
+    }
+
+    def run(images):
+        return stored_tokens(np.asarray(tok.tokenize(images, k)), vocab_size)
+
+    return Encoder("tokens", f"{k} tokens", settings, (k,), run)
+
+
+def _moments(args, size: int) -> Encoder:
+    cfg, params = models.load_vae(args.vae, 1.0)  # Moments come before the scaling.
+    h, rest = divmod(size, cfg.downsample)
+    if rest:
+        raise ValueError(f"--image-size {size}: the VAE needs a multiple of {cfg.downsample}")
+    settings = {"vae": {"source": _named(args.vae), **models.vae_identity(cfg, params)}}
+
+    def moments(params, images):
+        return jnp.concatenate(
+            vae.encode_moments(params, cfg, to_float(images), jnp.dtype(args.dtype)), -1
+        )
+
+    shape, run = (h, h, 2 * cfg.latent_channels), _on_devices(moments, "vae", params)
+    return Encoder("moments", f"{h}x{h} latents", settings, shape, run)
+
+
+def _features(args) -> Encoder:
+    cfg, params = networks.load_dinov2(args.dinov2)
+    size = args.dinov2_size
+    h, rest = divmod(size, cfg.patch_size)
+    if rest:
+        raise ValueError(f"--dinov2-size {size}: a multiple of {cfg.patch_size} needed")
+    model = {"source": _named(args.dinov2), "fingerprint": storage.fingerprint(params)}
+    compute = Compute(args.dtype, args.attention)
+    compute.check_platform(platform(None))
+
+    def features(params, images):
+        return repa.targets(params, cfg, compute, images, size)
+
+    shape, run = (h**2, cfg.width), _on_devices(features, "dinov2", params)
+    return Encoder("repa", f"{h}x{h} features", {"dinov2": model | {"size": size}}, shape, run)
+
+
+def _on_devices(function, name: str, params):
+    """uint8 [B, S, S, 3] -> float16 [B, ...]: `function(params, images)` over all devices.
+
+    `name` is the model's in the table of shardings.
+    """
+    mesh = common.all_devices()
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(mesh, {name: params})[name])
+    compiled = jax.jit(function)
+
+    def run(images):
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            found = compiled(params, spread_batch(mesh, images))
+        return stored_floats(np.asarray(found)[: len(images)])
+
+    return run
+
+
+def _named(source: str) -> str:
+    """A model's source for the manifest: a local one from any folder."""
+    path = as_path(source)
+    return str(path.resolve()) if path.exists() else source

@@ -254,8 +254,6 @@ class Encode(Compute, Crops):
     num_tokens: Tokens = None
     vae: Source = None
     """moments: a workdir of the VAE stage, a folder in the diffusers layout, or a hub id"""
-    scaling_factor: Scale = None
-    """of a VAE whose files have none"""
     dinov2: Source = None
     """features for REPA: facebook/dinov2-large or a folder"""
     dinov2_size: Positive = 518
