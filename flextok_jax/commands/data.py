@@ -28,6 +28,7 @@ def _look(data: sources.Data, args, out) -> None:
     source = sources.make_source(data, split)
     count = len(source) if args.all else min(args.sample, len(source))
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+    count = len(indices)
     looks = reader.ahead(functools.partial(checks.look, source), indices)
     found = list(tqdm(looks, total=count, unit="image", disable=None))
     unreadable = reader.UnreadableCount(count)
