@@ -219,7 +219,7 @@ def test_the_scaling_factor_makes_the_latents_unit_variance(trained):
 def test_a_workdir_that_measured_nothing_says_so(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
-    with pytest.raises(ValueError, match="scaling_factor up to step 12.*vae.scaling_factor"):
+    with pytest.raises(ValueError, match="vae.scaling_factor"):
         models.load_vae(str(tmp_path / "run"))
     assert models.load_vae(str(tmp_path / "run"), 0.5)[0].scaling_factor == 0.5
 

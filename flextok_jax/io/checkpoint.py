@@ -73,11 +73,11 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, *exc):
         try:
             self._finish()
         except WorkdirError:
-            if exc[0] is None:  # Else what ended the run is the better explanation.
+            if kind is None:  # Else what ended the run is the better explanation.
                 raise
         finally:
             self._manager.close()
@@ -154,14 +154,18 @@ class Checkpoints:
         for step in _of_process_0(sorted(self._manager.all_steps())[::-1]):
             saved, reason = _try_together(lambda: _read_json(self._manager, step, "config"))
             if reason is None:
-                self._refuse_differences(saved)
+                if found := storage.differences(saved, self._config, ignore=HARMLESS):
+                    raise WorkdirError(
+                        f"{self._folder.parent} holds a run with another configuration. "
+                        "Use a new workdir, or set these back:\n  " + "\n  ".join(found)
+                    )
                 state, reason = _try_together(lambda: self._read_state(step, shapes))
             if reason is None:
                 self._set_aside(failures, step)
                 return state
             failures[step] = reason
         if failures:
-            raise _unreadable(self._folder, failures)
+            raise _none(self._folder, failures)
         return None
 
     def _read_state(self, step: int, shapes: Any) -> Any:
@@ -170,14 +174,6 @@ class Checkpoints:
         handler = ocp.StandardCheckpointHandler()
         handler.metadata(folder)  # Reads what only `restore_ema` needs: both take the same step.
         return handler.restore(folder, args=ocp.args.StandardRestore(shapes))
-
-    def _refuse_differences(self, saved: dict):
-        found = storage.differences(saved, self._config, ignore=HARMLESS)
-        if found:
-            raise WorkdirError(
-                f"{self._folder.parent} holds a run with another configuration. "
-                "Use a new workdir, or set these back:\n  " + "\n  ".join(found)
-            )
 
     def _set_aside(self, failures: dict[int, str], good: int):
         for step, reason in failures.items():
@@ -224,7 +220,7 @@ def restore_ema(workdir: str | os.PathLike) -> Averaged:
     """
     folder, failures = _folder(workdir), {}
     if not folder.is_dir():
-        raise _absent(folder)
+        raise _none(folder, failures)
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(create=False, read_only=True)
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
@@ -241,7 +237,7 @@ def restore_ema(workdir: str | os.PathLike) -> Averaged:
             except Exception as error:  # Damage shows itself as almost any exception.
                 failures[step] = _reason(error)
                 log.warning("checkpoint %d is unreadable: %s", step, failures[step])
-    raise _unreadable(folder, failures) if failures else _absent(folder)
+    raise _none(folder, failures)
 
 
 def _read_json(manager, step: int, item: str) -> dict:
@@ -265,14 +261,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _absent(folder) -> WorkdirError:
-    return WorkdirError(
-        f"{folder.parent} holds no checkpoint: a workdir of a training run has a folder "
-        "`checkpoints` with one folder per saved step"
-    )
-
-
-def _unreadable(folder, failures: dict[int, str]) -> WorkdirError:
+def _none(folder, failures: dict[int, str]) -> WorkdirError:
+    if not failures:
+        return WorkdirError(
+            f"{folder.parent} holds no checkpoint: a workdir of a training run has a folder "
+            "`checkpoints` with one folder per saved step"
+        )
     lines = "\n  ".join(f"checkpoint {step}: {reason}" for step, reason in failures.items())
     return WorkdirError(
         f"none of the checkpoints in {folder.parent} can be read, and training does not start over "
