@@ -164,6 +164,18 @@ def test_text_is_padded_to_the_longest_caption_with_a_mask(tmp_path):
         assert not row[~mask].any()
 
 
+def test_long_captions_are_cut_and_other_channels_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_TEXT", 2)
+    write(tmp_path, text=True, text_dim=6)
+    p = pipeline(tmp_path, train=False)
+    (batch, *_) = p.eval_batches(5)
+    assert batch["text"].shape == (5, 2, 6)
+    assert batch["text_mask"].sum(1).tolist() == [1, 2, 2, 1, 2] and p.source.skipped
+    make = functools.partial(made, text=True)
+    with pytest.raises(ValueError, match="0/0.*6.*5"):
+        shards.write_split(tmp_path / "b" / "train", settings(), make, np.ones((2, 5)))
+
+
 # Interruption, damage, mixing.
 
 

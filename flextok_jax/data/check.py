@@ -12,7 +12,7 @@ from flextok_jax.data import decode
 from flextok_jax.data.source import Source
 
 CELL, TEXT, GAP = 144, 48, 10  # Pixels of a picture, of the words below it, and between.
-COLUMNS, SHOWN = 8, 48
+COLUMNS, SHOWN, LETTERS = 8, 48, 24
 _INK, _PAPER = (32, 32, 36), (255, 255, 255)
 
 
@@ -146,19 +146,6 @@ def contact_sheet(found: list[Look], classes: list[str]) -> Image.Image:
         label = "no label" if look.label < 0 else _class(look.label, classes)
         words = [f"{look.size[0]}x{look.size[1]} {look.mode}, {label}", look.name[-48:]]
         words = words[:1] + [look.caption] if look.caption else words
-        lines = [line for text in words for line in _fitted(draw, text[:200], font)]
+        lines = [line for text in words for line in textwrap.wrap(text[:200], LETTERS)]
         draw.multiline_text((x, y + CELL + 2), "\n".join(lines[:3]), fill=_INK, font=font)
     return sheet
-
-
-def _fitted(draw, text: str, font) -> list[str]:
-    """The text in lines that are no wider than a picture, broken at spaces where there are any."""
-    lines, rest = [], " ".join(text.split())
-    while rest:
-        widths = (draw.textlength(rest[:n], font) for n in range(2, len(rest) + 1))
-        fits = 1 + sum(width <= CELL for width in widths)
-        if fits < len(rest):
-            fits = rest.rfind(" ", 1, fits + 1) if " " in rest[1 : fits + 1] else fits
-        lines.append(rest[:fits])
-        rest = rest[fits:].lstrip()
-    return lines

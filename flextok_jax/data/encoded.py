@@ -10,7 +10,7 @@ from flextok_jax.data.reader import Unreadable
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """From records to batches (see `pipeline.Examples`): one crop of each image.
+    """How records become a batch (as `pipeline.Images`): one crop of each image.
 
     A batch holds the arrays of `shapes`, [B, *shape] each ("tokens" int32, all others float16),
     "label" int32 [B], and for a data set with text "text" float16 [B, T, E], "text_mask" bool
@@ -19,13 +19,26 @@ class Crops:
     Attributes:
         shapes: {name: shape of one crop}, of the arrays that are wanted.
         text: (T, E), or None.
-        random: choose the crop by the draw; otherwise it is crop 0, the plain one.
+        random: choose the crop at random; otherwise it is crop 0, the plain one.
     """
 
     shapes: dict[str, tuple[int, ...]]
     text: tuple[int, int] | None
     random: bool = True
     num_draws = 1
+
+    @classmethod
+    def of(cls, kind: str, source) -> "Crops":
+        """The tokens of a `shards.ShardSource`, or all its other arrays ("encoded").
+
+        Raises:
+            ValueError: there are none.
+        """
+        arrays = source.manifest["arrays"]
+        wanted = {n: tuple(s) for n, s in arrays.items() if (n == "tokens") == (kind == "tokens")}
+        if not wanted:
+            raise ValueError(f"data.source is {kind!r}, but the data has {', '.join(arrays)} only.")
+        return cls(wanted, source.text)
 
     def without_randomness(self) -> "Crops":
         return dataclasses.replace(self, random=False)
@@ -56,8 +69,9 @@ def _dtype(name: str):
 
 
 def padded_text(embedding: np.ndarray | None, shape: tuple[int, int]) -> dict:
-    """ "text": float16 [T, E] and "text_mask": bool [T]; None: all padding."""
-    text, count = np.zeros(shape, np.float16), 0 if embedding is None else len(embedding)
-    if count:
-        text[:count] = embedding
+    """ "text": float16 [T, E] and "text_mask": bool [T]; longer ones are cut; None: all padding."""
+    text, count = np.zeros(shape, np.float16), 0
+    if embedding is not None:
+        count = min(len(embedding), shape[0])
+        text[:count] = embedding[:count]
     return {"text": text, "text_mask": np.arange(shape[0]) < count}

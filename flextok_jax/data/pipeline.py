@@ -1,8 +1,8 @@
 """From a step to its batch.
 
-A batch is a pure function of (seed, step): the order of the examples and every augmentation are
-drawn from them, for the global batch, of which a process makes its own rows only. So resuming is
-asking for another step, and the global batch is the same for any number of processes.
+A batch is a pure function of (seed, step): the order of the examples and every augmentation follow
+from them, for the global batch, of which a process makes its own rows only. So resuming is asking
+for another step, and the global batch is the same for any number of processes.
 
     p = make_pipeline(config.data, seed=0, batch_size=256, train=True)
     p[1000]                         # the batch of step 1000
@@ -14,13 +14,12 @@ import functools
 import math
 import operator
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from flextok_jax.data import reader, sources
 from flextok_jax.data.encoded import Crops
-from flextok_jax.data.reader import MAX_UNREADABLE, Unreadable, UnreadableCount, cores
+from flextok_jax.data.reader import MAX_UNREADABLE, Unreadable, UnreadableCount
 from flextok_jax.data.source import Source, log
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
@@ -40,8 +39,7 @@ def make_pipeline(
 
     Args:
         cfg: attributes source, path, name, split, eval_split (see `sources.make_source`),
-            max_unreadable (see `Pipeline`), and for images image_size, crop, crop_scale, flip,
-            quarter_turns, shift, rotate, zoom, color (see `transforms.Transform`).
+            max_unreadable (see `Pipeline`), and for images those of `transforms.Transform`.
         seed: of the order and the augmentations, 0 .. 2**32 - 1.
         batch_size: of the global batch.
         train: read `cfg.split`, augmented as configured; otherwise `cfg.eval_split`, without
@@ -56,24 +54,14 @@ def make_pipeline(
 
         process_index, process_count = jax.process_index(), jax.process_count()
     source = sources.make_source(cfg, cfg.split if train else cfg.eval_split)
-    for line in source.skipped.lines():
-        log.warning("%s: passed over %s", cfg.path or cfg.source, line)
+    if train:
+        for line in source.skipped.lines():
+            log.warning("%s: passed over %s", cfg.path, line)
     if cfg.source in sources.ENCODED:
-        examples = Crops(_wanted(cfg.source, source.manifest), source.text)
+        examples = Crops.of(cfg.source, source)
     else:
-        examples = Images(
-            Transform(
-                image_size=cfg.image_size,
-                crop=cfg.crop,
-                crop_scale=tuple(cfg.crop_scale),
-                flip=cfg.flip,
-                quarter_turns=cfg.quarter_turns,
-                shift=cfg.shift,
-                rotate=cfg.rotate,
-                zoom=cfg.zoom,
-                color=cfg.color,
-            )
-        )
+        names = (field.name for field in dataclasses.fields(Transform))
+        examples = Images(Transform(**{name: getattr(cfg, name) for name in names}))
     return Pipeline(
         source,
         examples if train else examples.without_randomness(),
@@ -85,52 +73,28 @@ def make_pipeline(
     )
 
 
-def _wanted(kind: str, manifest: dict) -> dict[str, tuple[int, ...]]:
-    """The arrays of encoded data that a batch holds: tokens, or all others."""
-    arrays, tokens = manifest["arrays"], kind == "tokens"
-    wanted = {n: tuple(shape) for n, shape in arrays.items() if (n == "tokens") == tokens}
-    if not wanted:
-        raise ValueError(f"data.source is {kind!r}, but the data has {', '.join(arrays)} only.")
-    return wanted
-
-
-class Examples(Protocol):
-    """What a source's examples are, and how they become a batch: pure functions.
-
-    Attributes:
-        num_draws: uniform draws in [0, 1) that an example gets.
-    """
-
-    num_draws: int
-
-    def without_randomness(self) -> "Examples":
-        """The same without a use of the draws: for evaluation."""
-
-    def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
-        """One example, as arrays of one shape. A ValueError means a fault of the settings."""
-
-    def padding(self) -> dict:
-        """Stands where there is no example."""
-
-    def augment(self, batch: dict, draws: np.ndarray) -> dict:
-        """What is done for a whole batch: arrays with B in front, draws [B, num_draws]."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Batches of "image": uint8 [B, S, S, 3] and "label": int32 [B].
+    """How images become a batch: "image" uint8 [B, S, S, 3] and "label" int32 [B].
 
     Attributes:
         transform: between decoding and the batch.
+        num_draws: uniform random numbers in [0, 1) that an example gets.
     """
 
     transform: Transform
     num_draws = NUM_DRAWS
 
     def without_randomness(self) -> "Images":
+        """The same for evaluation: random numbers have no effect."""
         return Images(self.transform.without_randomness())
 
     def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
+        """One example, as arrays of one shape.
+
+        Raises:
+            ValueError: the settings do not fit the image.
+        """
         found = reader.read(source, index, lambda size: self.transform.shrink(size, draws))
         if isinstance(found, Unreadable):
             return found
@@ -141,10 +105,12 @@ class Images:
         return {"image": image, "label": np.int32(found.label)}
 
     def padding(self) -> dict:
+        """Stands where there is no example."""
         size = self.transform.image_size
         return {"image": np.zeros((size, size, 3), np.uint8), "label": np.int32(-1)}
 
     def augment(self, batch: dict, draws: np.ndarray) -> dict:
+        """What is done for a whole batch; draws: [B, num_draws]."""
         return batch | {"image": self.transform.augment(batch["image"], draws)}
 
 
@@ -156,15 +122,15 @@ class Pipeline:
     Attributes:
         source: the examples.
         num_examples: how many there are.
-        unreadable: name → reason of the examples that could not be read so far. Each was named once
-            by a warning, and a readable one of elsewhere stands in for it. A single one never stops
-            a run; more than the share `max_unreadable` of all examples do, with the list.
+        unreadable: {key: reason} of the examples that could not be read so far. Each is warned of
+            once, and a readable one of elsewhere stands in for it. A single one never stops a run;
+            more than the share `max_unreadable` of all examples do, with the list.
     """
 
     def __init__(
         self,
         source: Source,
-        examples: Examples,
+        examples: Images | Crops,
         *,
         seed: int,
         batch_size: int,
@@ -176,33 +142,24 @@ class Pipeline:
             raise ValueError(f"data.max_unreadable is {max_unreadable}; allowed: 0 to 1.")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed}; allowed: 0 .. 2**32 - 1.")
-        if not len(source):
-            raise ValueError("The split holds no examples; choose another one in data.split.")
-        self.source = source
-        self.num_examples = len(source)
+        self.source, self.num_examples = source, len(source)
         self.unreadable = UnreadableCount(len(source), max_unreadable)
-        self._examples = examples
-        self._seed = seed
-        self._batch_size = batch_size
+        self._examples, self._seed, self._batch_size = examples, seed, batch_size
         self._process = process_index, process_count
         self._local(batch_size)  # Refuses a size that does not divide.
-        self._stride = _stride(self.num_examples)
+        self._stride = _stride(len(source))
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def __getitem__(self, step: int) -> dict:
-        """The batch of `step`: this process's rows of what `Examples` describe."""
+        """The batch of `step`: this process's rows of what `Images` or `Crops` describe."""
         step = operator.index(step)
         if not 0 <= step < MAX_STEPS:
             raise IndexError(f"step is {step}; allowed: 0 .. {MAX_STEPS - 1}.")
-        rows = self._local(self._batch_size)
+        rows, shape = self._local(self._batch_size), (self._batch_size, self._examples.num_draws)
         # RandomState, because its streams are frozen: no NumPy release changes a run's data.
-        draws = np.random.RandomState([self._seed, step, 1]).random_sample(
-            (self._batch_size, self._examples.num_draws)
-        )[rows]
-        epochs, offsets = np.divmod(
-            step * self._batch_size + np.arange(rows.start, rows.stop), self.num_examples
-        )
-        indices = np.concatenate([self._order(e)[offsets[epochs == e]] for e in np.unique(epochs)])
+        draws = np.random.RandomState([self._seed, step, 1]).random_sample(shape)[rows]
+        places = step * self._batch_size + np.arange(rows.start, rows.stop)
+        indices = [self._order(epoch)[i] for epoch, i in zip(*np.divmod(places, self.num_examples))]
         examples = [self._read(*item, self._examples)[0] for item in zip(indices, draws)]
         return self._examples.augment(_stack(examples), draws)
 
@@ -220,20 +177,17 @@ class Pipeline:
             The batch, and mask bool [B_local]. The mask is False for the padding of the last batch
             and for unreadable examples; every process yields the same number of batches.
         """
-        rows = self._local(batch_size)
-        examples = self._examples.without_randomness()
+        rows, examples = self._local(batch_size), self._examples.without_randomness()
         draws = np.zeros((rows.stop - rows.start, examples.num_draws))
 
+        def example(index: int) -> tuple[dict, bool]:
+            if index < self.num_examples:
+                return self._read(index, draws[0], examples)
+            return examples.padding(), False
+
         def make(batch: int) -> dict:
-            indices = batch * batch_size + np.arange(rows.start, rows.stop)
-            found, mask = zip(
-                *(
-                    self._read(i, none, examples)
-                    if i < self.num_examples
-                    else (examples.padding(), False)
-                    for i, none in zip(indices, draws)
-                )
-            )
+            first = batch * batch_size
+            found, mask = zip(*map(example, range(first + rows.start, first + rows.stop)))
             return examples.augment(_stack(found), draws) | {"mask": np.array(mask)}
 
         return _ahead(make, range(-(-self.num_examples // batch_size)))
@@ -253,7 +207,7 @@ class Pipeline:
         """The order of one epoch (8 bytes per example)."""
         return np.random.RandomState([self._seed, int(epoch)]).permutation(self.num_examples)
 
-    def _read(self, index: int, draws: np.ndarray, examples: Examples) -> tuple[dict, bool]:
+    def _read(self, index: int, draws: np.ndarray, examples) -> tuple[dict, bool]:
         """An example, and False where another one had to stand in."""
         for tried in range(self.num_examples):
             place = int((index + tried * self._stride) % self.num_examples)
@@ -272,7 +226,7 @@ def _stride(count: int) -> int:
     return next(n for n in range(round(0.618 * count) or 1, 2 * count) if math.gcd(n, count) == 1)
 
 
-def _stack(examples: list[dict]) -> dict:
+def _stack(examples) -> dict:
     """Dictionaries of arrays as one, with a leading dimension."""
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
@@ -283,7 +237,7 @@ def threads() -> int:
     Decoding on a large host needs as many as cores; on a small one a few still hide the reading of
     files.
     """
-    return min(max(cores(), 4), 32)
+    return min(max(reader.cores(), 4), 32)
 
 
 def _ahead(make, steps: range) -> Iterator[dict]:

@@ -26,6 +26,7 @@ from flextok_jax.io import storage
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # Of manifest and records.
+MAX_TEXT = 512  # Tokens of a caption in a batch: one long caption must not pad all others.
 MODELS = ("tokenizer", "vae", "dinov2")  # Keys of a manifest: the models that made the arrays.
 RESULTS = ("shards", "unreadable")  # Of a manifest; all else is a setting.
 WHERE = rf"({'|'.join(MODELS)})\.(source|origin)"  # Where a model lies; its sha256 decides.
@@ -78,7 +79,8 @@ def write_split(
         if _is_whole(shard):
             unreadable.update(storage.read_json(shard.with_suffix(".json"))["unreadable"])
         else:
-            _write_shard(shard, make_shard(index), unreadable)
+            channels = None if null_text is None else null_text.shape[1]
+            _write_shard(shard, make_shard(index), unreadable, channels)
     shards, unreadable = {}, UnreadableCount(settings["num_images"])
     for index in range(settings["num_shards"]):
         shard = _shard(folder, settings, index)
@@ -111,7 +113,12 @@ def _is_whole(shard: pathlib.Path) -> bool:
     return shard.is_file() and shard.with_suffix(".json").is_file()
 
 
-def _write_shard(path: pathlib.Path, made: Iterable[Record | Unreadable], count: UnreadableCount):
+def _write_shard(
+    path: pathlib.Path,
+    made: Iterable[Record | Unreadable],
+    count: UnreadableCount,
+    channels: int | None,
+):
     from array_record.python.array_record_module import ArrayRecordWriter
 
     for leftover in path.parent.glob(f".{path.stem}.*"):  # Of a killed run.
@@ -131,6 +138,11 @@ def _write_shard(path: pathlib.Path, made: Iterable[Record | Unreadable], count:
                 labels.append(int(record.label))
                 if record.embedding is not None:
                     longest = max(longest, len(record.embedding))
+                    if channels not in (None, record.embedding.shape[1]):
+                        raise ValueError(
+                            f"{record.key}: the embedding has {record.embedding.shape[1]} "
+                            f"channels, and {NULL_TEXT} {channels}"
+                        )
         finally:
             writer.close()
         info = {
@@ -253,7 +265,7 @@ class ShardSource(Source):
     Attributes:
         manifest: see `write_split`; of "all" without a folder of that name: of the first split.
         classes: names of the labels, empty where they have none.
-        text: (T, E): of the longest caption and of its embedding; None without text.
+        text: (T, E): tokens of the longest caption (at most MAX_TEXT), channels; None without text.
         null_text: float16 [T0, E], the embedding of the empty caption, None without text.
     """
 
@@ -283,6 +295,8 @@ class ShardSource(Source):
                         "give the command that wrote it again"
                     )
                 longest = max(longest, info["max_text"])
+                if info["max_text"] > MAX_TEXT:
+                    self.skipped.add(f"captions are cut after {MAX_TEXT} tokens", str(file))
                 if info["records"]:
                     self._files.append((file, info["records"]))
         if not self._files:
@@ -295,7 +309,8 @@ class ShardSource(Source):
         self.classes = self.manifest.get("classes") or []
         self.text, self.null_text = None, null_text(root)
         if self.null_text is not None:
-            self.text = max(longest, len(self.null_text)), self.null_text.shape[1]
+            longest = max(longest, len(self.null_text))
+            self.text = min(longest, MAX_TEXT), self.null_text.shape[1]
 
     def __len__(self) -> int:
         return len(self._records)
