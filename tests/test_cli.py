@@ -14,14 +14,16 @@ import termios
 import jax
 import numpy as np
 import pytest
-from common import ROOT, TINY, random_params, tiny_tokenizer
+from common import GOLDEN, ROOT, TINY, random_params, tiny_tokenizer
 from PIL import Image
 
 from flextok_jax import FlexTok, cli
 from flextok_jax.commands import options
 from flextok_jax.evaluation import metrics, reconstruction
 from flextok_jax.evaluation.pictures import Pictures
+from flextok_jax.io import storage
 from flextok_jax.io.checkpoint import Checkpoints
+from flextok_jax.io.models import load_vae
 from flextok_jax.nn.images import to_float
 
 FAST = ["--steps", "2", "--guidance", "1.5"]
@@ -218,8 +220,12 @@ def test_convert_writes_the_averaged_weights_of_a_workdir(workdir, tmp_path, cap
     converted = FlexTok.from_pretrained(tmp_path / "released")
     assert converted.fingerprint == tiny_tokenizer().fingerprint and converted.config == TINY
     assert converted.fingerprint in capsys.readouterr().out
-    scaled = ["--out", tmp_path / "x", "--scaling-factor", "2"]
+    scaled = ["--out", tmp_path / "vae", "--scaling-factor", "2"]
     assert "--scaling-factor" in refused(capsys, "convert", "--model", workdir, *scaled)
+    assert run("convert", "--model", GOLDEN / "vae", *scaled) == 0
+    (cfg, params), (old, same) = (load_vae(str(p)) for p in (tmp_path / "vae", GOLDEN / "vae"))
+    assert cfg.scaling_factor == 2 and dataclasses.replace(old, scaling_factor=2) == cfg
+    assert storage.fingerprint(params) == storage.fingerprint(same)
 
 
 # What is refused.

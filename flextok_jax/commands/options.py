@@ -13,36 +13,31 @@ from tyro.conf import Positional, arg, create_mutex_group
 from tyro.constructors import PrimitiveConstructorSpec
 
 
-def _whole(low: int, high: float = math.inf) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.strip().isdecimal() or not low <= int(text) <= high:
-            to = "on" if high == math.inf else f"to {high}"
-            raise ValueError(f"{text!r} is not a whole number from {low} {to}")
-        return int(text)
+def _checked(kind: type, allowed: Callable, words: str) -> Callable:
+    """Text -> a finite int or float that is allowed; raises ValueError with `words`."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and allowed(value)):
+            raise ValueError(f"{text!r} is not {words}")
+        return value
 
     return convert
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{text!r} is not a finite number")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _number(text)
-    if not 0 < value <= 1:
-        raise ValueError(f"{text!r} is not a share above 0, at most 1")
-    return value
+_positive = _checked(int, lambda x: x >= 1, "a whole number from 1 on")
+_whole = _checked(int, lambda x: x >= 0, "a whole number from 0 on")
+_seed = _checked(int, lambda x: 0 <= x < 2**32, f"a whole number from 0 to {2**32 - 1}")
+_number = _checked(float, lambda x: True, "a finite number")
+_share = _checked(float, lambda x: 0 < x <= 1, "a share above 0, at most 1")
 
 
 def _process(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not slash or _whole(0)(index) >= _whole(1)(count):
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/4")
     return int(index), int(count)
 
@@ -86,15 +81,15 @@ Folder = Annotated[str, *_option("DIR", str, "folder for the results", None)]
 Source = Annotated[str | None, *_option("SOURCE")]
 File = Annotated[str | None, *_option("FILE")]
 Split = Annotated[str | None, *_option("SPLIT")]
-Limit = Annotated[int | None, *_option("N", _whole(1), "only the first N images")]
-Tokens = Annotated[int | None, *_option("K", _whole(1), _K)]
-Counts = Annotated[tuple[int, ...] | None, *_option("K[,K...]", _several(_whole(1)))]
-Whole = Annotated[int, *_option("N", _whole(0), None, None)]
-Positive = Annotated[int, *_option("N", _whole(1), None, None)]
-Seed = Annotated[int, *_option("N", _whole(0, 2**32 - 1), None, None)]
+Limit = Annotated[int | None, *_option("N", _positive, "only the first N images")]
+Tokens = Annotated[int | None, *_option("K", _positive, _K)]
+Counts = Annotated[tuple[int, ...] | None, *_option("K[,K...]", _several(_positive))]
+Whole = Annotated[int, *_option("N", _whole, None, None)]
+Positive = Annotated[int, *_option("N", _positive, None, None)]
+Seed = Annotated[int, *_option("N", _seed, None, None)]
 Number = Annotated[float, *_option("X", _number, None, None)]
-Steps = Annotated[int | None, *_option("N", _whole(1))]
-StepCounts = Annotated[tuple[int, ...] | None, *_option("N[,N...]", _several(_whole(1)))]
+Steps = Annotated[int | None, *_option("N", _positive)]
+StepCounts = Annotated[tuple[int, ...] | None, *_option("N[,N...]", _several(_positive))]
 Scale = Annotated[float | None, *_option("SCALE", _number)]
 Scales = Annotated[tuple[float, ...] | None, *_option("SCALE[,SCALE...]", _several(_number))]
 Process = Annotated[tuple[int, int], *_option("I/N", _process, "process I, from 0, of N (0/1)")]
@@ -258,7 +253,7 @@ class Encode(Compute, Crops):
     """features for REPA: facebook/dinov2-large or a folder"""
     dinov2_size: Positive = 518
     """side that crops are resized to for DINOv2 (large: 2.8 MB per crop; of 224: 0.5 MB)"""
-    image_size: Annotated[int | None, *_option("N", _whole(1))] = None
+    image_size: Annotated[int | None, *_option("N", _positive)] = None
     """side of the crops in pixels (the tokenizer's own; without one 256)"""
     out: Folder
 
