@@ -64,18 +64,19 @@ def _main(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A notebook's cannot.
             stream.reconfigure(errors="backslashreplace")  # Names of files may be any bytes.
-    if argv in ([], ["-h"], ["--help"]):
-        print(_help())
-        return 0
     if argv == ["--version"]:
         print(f"flextok_jax {__version__}")
         return 0
-    words = next((w for w in (argv[0], " ".join(argv[:2])) if w in options.COMMANDS), None)
-    if words is None:
-        print(f"error: no command {argv[0]!r}\n{_help()}", file=sys.stderr)
-        return 2
+    words, rest = " ".join(argv[:2]), argv[2:]  # "data check", or else the command is one word.
+    if words not in options.COMMANDS:
+        words, rest = "".join(argv[:1]), argv[1:]
+    if words in ("", "-h", "--help") or (words == "data" and rest in ([], ["-h"], ["--help"])):
+        print(_help())
+        return 0
+    if words not in options.COMMANDS:
+        raise ValueError(f"no command {' '.join([words, *rest[:1]])!r}: flextok --help lists all")
     try:
-        args = parse(words, argv[len(words.split()) :])
+        args = parse(words, rest)
     except SystemExit as end:  # After --help, or what was wrong.
         return end.code or 0
     if isinstance(args, options.Compute):

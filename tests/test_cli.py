@@ -82,9 +82,13 @@ def test_help_fits_a_terminal_and_its_examples_parse(words, capsys, monkeypatch)
 
 
 def test_without_a_command_all_are_listed(capsys):
-    assert run() == 0
-    assert all(words in capsys.readouterr().out for words in ["reconstruct"])
+    for argv in ([], ["--help"], ["data"]):
+        assert run(*argv) == 0
+        text = capsys.readouterr().out
+        assert all(f"  {words} " in text for words in options.COMMANDS)
+        assert max(map(len, text.splitlines())) <= 80
     assert "'reconstrct'" in refused(capsys, "reconstrct")
+    assert "'data chek'" in refused(capsys, "data", "chek")
     assert run("--version") == 0
 
 

@@ -203,7 +203,7 @@ _IMAGES_OR_DATA = create_mutex_group(required=True, title="one of")
 
 @_options
 class Tokenize(Compute, Crops):
-    """Images to a file of tokens, or a data set to shards of tokens to train on.
+    """Images to a file of tokens, or a data set to shards to train on.
 
     Of --images: writes int32 tokens [images, K], the images' names and the
     model's identity as .npz. Of --data: writes DIR/SPLIT with shards and
@@ -302,7 +302,7 @@ class Generate(Compute, Sampling, TokenSampling):
 
 @_options
 class Evaluate(Compute, TokenSampling, Sampling):
-    """Metrics and a report: reconstructions, generated images, registers.
+    """Metrics and a report of reconstructions, samples or registers.
 
     Evaluates every combination of --num-tokens, --steps and --guidance and
     writes DIR/points/NAME.json, metrics with the settings that they were made
@@ -350,7 +350,7 @@ class Evaluate(Compute, TokenSampling, Sampling):
 
 @_options
 class Compare:
-    """Two results of evaluate: how their metrics and their settings differ.
+    """Two results of evaluate: how metrics and settings differ.
 
     Prints the metrics side by side, and every setting that differs.
 
