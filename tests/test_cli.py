@@ -325,7 +325,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_behind(
     def interrupt(*_):
         raise KeyboardInterrupt("decoding with 'cp437' codec failed")
 
-    monkeypatch.setattr(reconstruction, "draw", interrupt)
+    monkeypatch.setattr(reconstruction, "decode", interrupt)
     out = tmp_path / "out"
     assert run("reconstruct", "--model", model, "--images", images, "--out", out) == 130
     assert "cp437" not in capsys.readouterr().err

@@ -52,7 +52,9 @@ def test_generate_writes_pictures_that_say_what_they_are(samples):
     names = ["000000_class3.png", "000001_class0.png", "000002_class1.png"]
     pictures = [f"k000{k}/{name}" for k in (2, 8) for name in names]
     files = [p.relative_to(samples).as_posix() for p in samples.rglob("*") if p.is_file()]
-    assert sorted(files) == sorted([*pictures, "generation.json", "grid.png", "tokens.npz"])
+    assert sorted(files) == sorted(
+        [*pictures, "generation.json", "grid.png", "settings.json", "tokens.npz"]
+    )
     with Image.open(samples / pictures[0]) as image:
         assert image.size == (8, 8) and image.text["label"] == "3"
         assert image.text["num_tokens"] == "2" and image.text["token_guidance"] == "1.5"
@@ -84,7 +86,7 @@ def test_the_tokens_of_samples_draw_them_again(models, samples, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_samples(models, tmp_path, monkeypatch):
     arguments = [*models, "--labels", "0-4", "--num-tokens", 2]
     assert run(*arguments, "--batch-size", 5, "--out", tmp_path / "whole") == 0
-    real, calls = command.generate_batch, []
+    real, calls = command.decode, []
 
     def third_fails(*args):
         calls.append(args)
@@ -92,7 +94,7 @@ def test_an_interrupted_run_goes_on_to_the_same_samples(models, tmp_path, monkey
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(command, "generate_batch", third_fails)
+    monkeypatch.setattr(command, "decode", third_fails)
     parts = [*arguments, "--batch-size", 2, "--out", tmp_path / "parts"]
     assert run(*parts) == 130
     assert run(*parts) == 0 and len(calls) == 4  # One batch was left.

@@ -1,24 +1,32 @@
-"""Metrics, pictures in and out, and the reports."""
+"""Metrics, pictures in and out, folders of results, and reports."""
 
 import dataclasses
-import functools
-import html.parser
+import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from common import TINY, digits_folder, tiny_tokenizer
 from PIL import Image
 
+from examples.digits import arrays
 from flextok_jax.evaluation import metrics, pictures, reconstruction, report
-from flextok_jax.evaluation.results import Paused, results_folder
+from flextok_jax.evaluation.results import results_folder
+from flextok_jax.nn.images import to_float, to_uint8
 
 DIGITS = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
+QUICK = reconstruction.Sampler(steps=1, guidance_scale=1.0)
 
 
 @pytest.fixture(scope="module")
 def tok():
     return tiny_tokenizer(DIGITS)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return pictures.Pictures(digits_folder(), 20, "test")
 
 
 # Metrics.
@@ -39,13 +47,49 @@ def test_code_usage_counts_ids_and_takes_the_exponential_of_their_entropy():
     assert usage["perplexity"] == pytest.approx([1, math.exp(entropy)])
 
 
-# Numbers of tokens.
+def test_the_evaluator_averages_the_images_that_count_as_files_would_have_them():
+    rng = np.random.default_rng(0)
+    originals = rng.integers(0, 256, (4, 16, 16, 3), np.uint8)
+    images = rng.uniform(-1.5, 1.5, originals.shape).astype(np.float32)
+    mask = np.array([True, True, False, True])
+    images[2] = np.nan  # Does not count.
+    found = dict(metrics.means([("/8", images, originals, mask)]))
+    expected = metrics.psnr(to_float(to_uint8(images[mask])), to_float(originals[mask])).mean()
+    assert set(found) == {"psnr/8", "mae/8", "ssim/8"}
+    assert found["psnr/8"] == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="1 of 4 .*finite"):
+        list(metrics.means([("/8", images, originals, np.ones(4, bool))]))
+
+
+def test_reconstructions_are_measured_by_number_of_tokens(tok, digits):
+    seen = []
+    result = reconstruction.evaluate(
+        tok, digits, (16, 1), QUICK, batch_size=8, visit=lambda *batch: seen.append(batch)
+    )
+    assert result["num_tokens"] == [1, 16] and result["count"] == 20
+    assert [len(batch.names) for batch, _ in seen] == [8, 8, 4]
+    originals = to_float(np.concatenate([batch.images for batch, _ in seen]))
+    for k in (1, 16):
+        images = to_float(to_uint8(np.concatenate([part[k] for _, part in seen])))
+        assert result["psnr"][k] == pytest.approx(float(metrics.psnr(images, originals).mean()))
+    ids = np.asarray(tok.tokenize(arrays("test")[0][:20]))
+    assert result["codes"] == metrics.code_usage(ids)
+    assert result["model"] == {"origin": "memory", "fingerprint": tok.fingerprint}
+    json.dumps(result)
+
+
+def test_no_metric_comes_from_a_model_with_broken_parameters(tok, digits):
+    broken = jax.tree.map(lambda x: x * np.nan, tok.params)
+    with pytest.raises(ValueError, match="finite"):
+        reconstruction.evaluate(dataclasses.replace(tok, params=broken), digits, [1], QUICK)
 
 
 def test_counts_are_doublings_up_to_all_unless_they_are_given(tok):
     assert reconstruction.check_counts(tok, None) == [1, 2, 4, 8, 16]
     assert reconstruction.check_counts(tok, None, available=6) == [1, 2, 4, 6]
     assert reconstruction.check_counts(tok, [4, 1, 4]) == [1, 4]
+    with pytest.raises(ValueError, match="num_tokens=17.*1 to 16"):
+        reconstruction.check_counts(tok, [1, 17])
 
 
 # Pictures.
@@ -54,29 +98,24 @@ def test_counts_are_doublings_up_to_all_unless_they_are_given(tok):
 def test_pictures_are_upright_cropped_and_the_unreadable_ones_named(tmp_path):
     rng = np.random.RandomState(0)
     upright = Image.fromarray(rng.randint(0, 256, (40, 60, 3), np.uint8))
-    rotated = upright.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6  # "Turn right to see it upright."
     upright.save(tmp_path / "a.png")
-    rotated.save(tmp_path / "b.png", exif=exif)
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
     (tmp_path / "c.jpg").write_bytes(b"no image")
     (tmp_path / "sub").mkdir()
     upright.convert("L").save(tmp_path / "sub" / "d.png")
-    (tmp_path / "sub" / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:400])
     found = pictures.Pictures(str(tmp_path))
     first, second = found.batches(size=16, batch_size=2)
-    assert found.names == ["a.png", "b.png", "c.jpg", "sub/d.png", "sub/e.png"]
-    assert first.names == ["a.png", "b.png"]
-    assert second.names == ["sub/d.png"]
+    assert first.names == ["a.png", "b.png"] and second.names == ["sub/d.png"]
     np.testing.assert_array_equal(second.seeds, pictures.name_seeds(["sub/d.png"]))
     np.testing.assert_array_equal(first.images[0], first.images[1])
     assert first.images.shape == (2, 16, 16, 3) and first.images.dtype == np.uint8
-    assert list(found.unreadable) == ["c.jpg", "sub/e.png"]
-    assert "c.jpg: UnidentifiedImageError: cannot identify image file\n" in found.complaint()
-    assert len(pictures.Pictures(str(tmp_path), limit=2)) == 2
+    assert found.class_name(second.labels[0]) == "sub" and found.class_name(-1) == ""
+    assert list(found.unreadable) == ["c.jpg"] and "c.jpg: " in found.complaint()
     for name in ("a.png", "b.png", "sub/d.png"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match="(?s)none of the 5 images.*c.jpg"):
+    with pytest.raises(ValueError, match="(?s)4 images.*c.jpg"):
         list(pictures.Pictures(str(tmp_path)).batches(16, 2))
 
 
@@ -86,141 +125,88 @@ def test_no_picture_overwrites_another():
     assert len({name.casefold() for name in clash}) == 3
 
 
-def test_every_byte_survives_the_way_to_minus_one_to_one_and_back():
-    values = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(pictures.to_uint8(pictures.from_uint8(values)), values)
-    np.testing.assert_array_equal(pictures.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+def test_pictures_of_an_earlier_run_are_kept_and_those_of_others_are_not_replaced(tmp_path):
+    paths, made = [tmp_path / "a.png", tmp_path / "k" / "b.png"], []
+    metadata = [{"seed": 0, "name": "ä"}, {"seed": 0}]
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 3))
+
+    def make():
+        made.append(1)
+        return images
+
+    for _ in range(2):
+        found = pictures.saved_pictures(paths, metadata, make)
+        np.testing.assert_array_equal(found, to_uint8(images))
+    assert len(made) == 1
+    Image.new("RGB", (4, 4)).save(paths[0])  # A photograph of somebody.
+    photograph = paths[0].read_bytes()
+    paths[1].unlink()
+    with pytest.raises(ValueError, match="a.png"):
+        pictures.saved_pictures(paths, metadata, make)
+    assert paths[0].read_bytes() == photograph
 
 
-def test_a_grid_enlarges_small_pictures_by_a_whole_factor():
+def test_a_grid_enlarges_small_pictures_and_names_its_rows():
     rows = np.random.RandomState(0).randint(0, 256, (3, 2, 16, 16, 3), np.uint8)
-    sheet = np.asarray(pictures.grid([list(row) for row in rows], ["original", "k = 1"]))
-    enlarged = rows[2, 1].repeat(6, axis=0).repeat(6, axis=1)
-    bottom, right = sheet.shape[0] - 8, sheet.shape[1] - 8
+    sheet = np.asarray(pictures.grid([*rows[:2], rows[2][1:]], ["original", "k = 1"]))
+    enlarged = rows[1, 1].repeat(6, axis=0).repeat(6, axis=1)
+    bottom, right = sheet.shape[0] - 8 - 104, sheet.shape[1] - 8
     np.testing.assert_array_equal(sheet[bottom - 96 : bottom, right - 96 : right], enlarged)
-    large = pictures.grid([[np.zeros((200, 200, 3), np.uint8)]], ["original"])
-    assert large.width == 200 + 16
-    title = sheet[:30]
-    assert (title < 128).any() and (title[:, :8] == 255).all()
+    assert (sheet[-104:, right - 96 :] == 255).all()  # The row that is shorter.
+    named = np.asarray(pictures.grid(rows, names=["cat", "dog", "a very long name indeed"]))
+    left = named.shape[1] - 2 * 104
+    assert all((named[8 + i * 104 :, :left][:96] < 128).any() for i in range(3))
 
 
-def test_results_replace_those_of_before_and_a_failure_changes_nothing(tmp_path):
-    out = tmp_path / "new" / "results"
-    with pytest.raises(KeyboardInterrupt):
-        with results_folder(out, {}) as results:
-            (results.folder / "half").write_text("half")
-            raise KeyboardInterrupt
+# Folders of results.
+
+
+def test_a_folder_that_is_not_recorded_as_ours_is_refused_and_untouched(tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(b"a photograph")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    for target in (photos, photos / "out", tmp_path, photos / "a.png", link):
+        with pytest.raises(ValueError, match=target.name), results_folder(target, {}, [photos]):
+            raise AssertionError("the work began")
+    with pytest.raises(ValueError, match="a.png"), results_folder(photos, {}):
+        raise AssertionError("the work began")
+    assert [path.name for path in photos.iterdir()] == ["a.png"] and not out.exists()
+
+
+def test_a_folder_of_results_is_continued_with_equal_settings_only(tmp_path):
+    out = tmp_path / "new" / "out"
+    with pytest.raises(ZeroDivisionError), results_folder(out, {"seed": 0}):
+        raise ZeroDivisionError
     assert not out.exists()
-    for text in ("first", "second"):
-        with results_folder(out, {}) as results:
-            (results.folder / "k0001").mkdir()
-            (results.folder / "k0001" / text).write_text(text)
-            results.add({text: {}})
-        (out / "mine.txt").write_text("mine")
-    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*")) == [
-        "k0001", "k0001/second", "mine.txt",
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="is a file"):
-        with results_folder(out / "mine.txt", {}):
-            pass
-
-
-def test_an_interrupted_run_goes_on_and_another_does_not_take_its_results(tmp_path, capsys):
-    out, settings = tmp_path / "out", {"seed": 0}
-    with pytest.raises(Paused, match="1 are finished"):
-        with results_folder(out, settings) as results:
-            (results.folder / "a").write_text("a")
-            results.add({"a": {"psnr": [1.5]}})
-            raise KeyboardInterrupt
-    (journal,) = out.glob(".partial-*/journal.jsonl")
-    journal.write_text(journal.read_text() + '{"b": {"ps')  # Killed in the middle of a line.
-    with results_folder(out, {"seed": 1}) as results:
-        assert results.records == {} and "unfinished results" in capsys.readouterr().err
-    with results_folder(out, settings) as results:
-        assert results.records == {"a": {"psnr": [1.5]}}
-        results.add({"b": {"psnr": [2.5]}})
-    assert [p.name for p in out.iterdir()] == ["a"]
-
-
-def test_an_interrupted_evaluation_equals_an_uninterrupted_one(tok, tmp_path):
-    images, quick = pictures.Pictures(f"{digits_folder()}/test", 5), reconstruction.Sampling(1, 1.0)
-    evaluate = functools.partial(reconstruction.evaluate, tok, images, [1, 4], quick, 2)
-    whole = evaluate()
-
-    def stop_at_the_second(batch, drawn):
-        if batch.names[0] == images.names[2]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(Paused):
-        with results_folder(tmp_path, {}) as results:
-            evaluate(stop_at_the_second, results)
-    with results_folder(tmp_path, {}) as results:
-        assert list(results.records) == images.names[:2]
-        again = evaluate(results=results)
-    assert again == whole
-
-
-def test_what_is_left_may_be_unreadable_when_a_run_goes_on(tmp_path):
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"no image")
-    found = pictures.Pictures(str(tmp_path))
-    assert not list(found.batches(8, 2, skip={"a.png": {}})) and list(found.unreadable) == ["b.png"]
-
-
-def test_a_fault_in_the_middle_keeps_what_is_finished_and_says_so(tmp_path, capsys):
-    with pytest.raises(OSError, match="No space left"):
-        with results_folder(tmp_path, {}) as results:
-            results.add({"a": {}})
-            raise OSError(28, "No space left on device")
-    assert "1 are finished and kept" in capsys.readouterr().err
-    with results_folder(tmp_path, {}) as results:
-        assert list(results.records) == ["a"]
+    with pytest.raises(KeyboardInterrupt), results_folder(out, {"seed": 0, "k": (1, 2)}):
+        (out / "first").write_text("finished")
+        raise KeyboardInterrupt
+    with results_folder(out, {"seed": 0, "k": [1, 2]}) as again:
+        assert again == out and (out / "first").exists()
+    with pytest.raises(ValueError, match="seed: 0 .* 1 "), results_folder(out, {"seed": 1}):
+        pass
+    with results_folder(out, {"of": "a probe"}, record="probe_settings.json"):
+        pass
+    assert (out / "first").exists()
 
 
 # Reports.
 
 
-class Page(html.parser.HTMLParser):
-    """Collects the text and the tags of a page, and fails on tags that do not match."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self._open = [], [], []
-        self.feed(text)
-        assert not self._open, self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def test_a_chart_draws_each_finite_point_at_its_place():
+def test_a_report_is_one_file_that_needs_nothing_else(tmp_path):
     points = [(1, 0.0), (2, math.nan), (4, 0.5), (16, 1.0)]
-    svg = report.chart("c", "", {"a <b>": points}, "tokens", log2=True, percent=True)
-    page = Page(svg)
-    dots = [attrs for tag, attrs in page.tags if tag == "circle"]
-    x = [float(dot["cx"]) for dot in dots]
-    y = [float(dot["cy"]) for dot in dots]
-    assert len(dots) == 3
-    assert (x[1] - x[0]) / (x[2] - x[0]) == pytest.approx(0.5, abs=0.01)  # One doubling of two.
-    assert (y[0] - y[1]) / (y[0] - y[2]) == pytest.approx(0.5, abs=0.01) and y[0] > y[2]
-    assert "a <b>, 4: 50.0\xa0%" in page.text
-    assert "Nothing was recorded." in report.chart("c", "", {"a": []}, "step")
-
-
-@pytest.mark.parametrize("low, high", [(0.2, 1.53), (10.78, 14.1), (0, 0), (5, 5), (1, 16)])
-def test_ticks_are_few_and_enclose_the_values(low, high):
-    for whole in (False, True):
-        ticks = report._ticks(low, high, whole=whole)
-        assert 2 <= len(ticks) <= 9 and ticks[0] <= low and high <= ticks[-1]
-        assert not whole or all(float(tick).is_integer() for tick in ticks)
+    options = {"log2": True, "percent": True, "level": ("chance", 0.1)}
+    picture = np.zeros((2, 2, 3), np.uint8)
+    pieces = [
+        report.chart("a <b>", "unit", {"first": points, "second": []}, "tokens", **options),
+        report.chart("empty", "", {"a": []}, "step"),
+        report.picture_table("pictures", "", ["original"], [[picture]], ["cat"]),
+        report.number_table(["k"], [["1"]]),
+    ]
+    report.write_report(tmp_path / "r.html", "T & t", [("", pieces[:2]), ("More", pieces[2:])])
+    page = (tmp_path / "r.html").read_text()
+    assert page.count('src="data:image/svg+xml;base64,') == 1
+    assert page.count('src="data:image/png;base64,') == 1 and page.count("src=") == 2
+    assert "a &lt;b&gt;" in page and "<th>cat</th>" in page and "http" not in page

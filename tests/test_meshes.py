@@ -55,7 +55,7 @@ import conftest
 import jax
 import numpy as np
 from common import TINY, random_params, tiny_generator, tiny_tokenizer
-from test_sweep import CFG, POINTS, sweep_of
+from test_sweep import CFG, SETTINGS, sweep_of
 from test_meshes import RUNS, configs, run
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.io.checkpoint import Checkpoints
@@ -83,13 +83,13 @@ generated = dict(
     rows=embed.addressable_shards[0].data.shape[0] / embed.shape[0],
 )
 
-from flextok_jax.evaluation import chunks
-
-chunks.SIZE, swept = 8, []
+swept = []
 for count in (1, 2, 8):
     several = make_mesh(count, 1, 1, jax.devices()[:count]) if count > 1 else None
     tok = tiny_tokenizer(CFG) if several is None else FlexTok(CFG, random_params(CFG), mesh=several)
-    (result,) = sweep_of(tok, folder / f"sweep {count}").run(POINTS[:1])
+    out = folder / f"sweep {count}"
+    out.mkdir()
+    (result,) = sweep_of(tok, out).run(SETTINGS[:1])
     swept.append(result["metrics"])
 print(json.dumps(dict(compiled=compiled, generated=generated, swept=swept)))
 """

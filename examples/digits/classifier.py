@@ -67,17 +67,13 @@ def feature_network(mesh=None) -> networks.FeatureNetwork:
         mesh: devices that a batch is cut over.
     """
     params = parameters()
-    about = {
-        "name": "digits",
-        "words": "a small classifier of digits trained by this project, not the Inception network: "
-        "compare them among models of these digits only",
-        **networks.hashes(FILE, params),
-    }
+    description = "a small classifier of digits trained by this project"
+    metadata = {"name": "digits", "description": description, **networks.hashes(FILE, params)}
 
     def run(params, images):
         return features(params, to_float(images))
 
-    return networks.FeatureNetwork(about, FEATURES, CLASSES, networks.batched(run, params, mesh))
+    return networks.FeatureNetwork(metadata, FEATURES, True, run, params, mesh)
 
 
 def train(seed: int = 0) -> dict:

@@ -7,7 +7,12 @@ import numpy as np
 
 from examples.digits import arrays, folder
 from flextok_jax.evaluation.pictures import Pictures, from_uint8
-from flextok_jax.evaluation.reconstruction import Sampling, check_counts, evaluate, side
+from flextok_jax.evaluation.reconstruction import (
+    check_counts,
+    default_sampler,
+    evaluate,
+    side,
+)
 from flextok_jax.tokenizer import FlexTok
 
 SIDE = 16
@@ -38,7 +43,7 @@ def judge() -> Judge:
 def evaluate_digits(
     tok: FlexTok,
     num_tokens: Sequence[int] | None = COUNTS,
-    steps: int = 20,
+    steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
     *,
@@ -52,7 +57,7 @@ def evaluate_digits(
     Args:
         tok: a tokenizer of 16 x 16 images.
         num_tokens: the numbers of tokens to reconstruct from, None: 1, 2, 4, ..., R.
-        steps, guidance, seed, norm_guidance: see `reconstruction.Sampling`.
+        steps, guidance, seed, norm_guidance: see `reconstruction.Sampler`; None: the model's own.
         batch_size: changes nothing but speed and memory.
         limit: only the first of the digits.
         visit: see `reconstruction.evaluate`.
@@ -80,8 +85,10 @@ def evaluate_digits(
         if visit is not None:
             visit(batch, drawn)
 
-    sampling = Sampling(steps, guidance, norm_guidance, seed)
-    result = evaluate(tok, Pictures(f"{folder()}/test", limit), counts, sampling, batch_size, look)
+    changes = {"steps": steps, "guidance_scale": guidance, "norm_guidance": norm_guidance}
+    sampler = default_sampler(tok, **changes)
+    pictures = Pictures(f"{folder()}/test", limit)
+    result = evaluate(tok, pictures, counts, sampler, seed, batch_size, look)
     count = result["count"]
     return result | {
         "recognition": {k: hits / count for k, hits in right.items()},

@@ -6,9 +6,16 @@ import numpy as np
 
 from examples.digits import arrays
 from examples.digits.judge import SIDE, judge
+from flextok_jax import conditions
 from flextok_jax.evaluation.generation import TokenSampling, generate
 from flextok_jax.evaluation.pictures import from_uint8
-from flextok_jax.evaluation.reconstruction import Sampling, identity, side
+from flextok_jax.evaluation.reconstruction import (
+    Sampler,
+    default_sampler,
+    identity,
+    sampler_metadata,
+    side,
+)
 from flextok_jax.generator import ImageGenerator
 
 CLASSES = 10
@@ -19,9 +26,10 @@ def evaluate_samples(
     per_class: int = 10,
     num_tokens: int | None = None,
     how: TokenSampling = TokenSampling(),
-    sampling: Sampling = Sampling(),
+    sampler: Sampler | None = None,
     batch_size: int = 100,
     visit: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    seed: int = 0,
 ) -> dict:
     """Draws digits of every class and lets the judge read them.
 
@@ -29,6 +37,7 @@ def evaluate_samples(
         gen: a generator of 16 x 16 images of ten classes, with its tokenizer.
         per_class: samples of each class; sample i of all has the label i mod 10.
         num_tokens: tokens per sample, L by default.
+        sampler: of the decoder, None: the tokenizer's own.
         visit: is given the labels int [n] and images float32 [n, 16, 16, 3] of each batch.
 
     Returns:
@@ -44,21 +53,24 @@ def evaluate_samples(
             f"makes {side(gen.tokenizer)} x {side(gen.tokenizer)} of {gen.config.num_classes}"
         )
     k = gen.num_tokens if num_tokens is None else num_tokens
+    sampler = sampler or default_sampler(gen.tokenizer)
     labels = np.tile(np.arange(CLASSES), per_class)
     found = []
     for first in range(0, len(labels), batch_size):
         places = np.arange(len(labels), dtype=np.uint32)[first : first + batch_size]
-        _, drawn = generate(gen, labels[places], places, [k], how, sampling, batch_size)
+        asked = conditions.of_labels(labels[places])
+        options = ([k], how, sampler, seed, batch_size)
+        _, drawn = generate(gen, asked, places, *options)
         found.append(drawn[k])
         if visit is not None:
             visit(labels[places], drawn[k])
     images = np.concatenate(found)
     hits = [judge().recognized(images[labels == c], np.full(per_class, c)) for c in range(CLASSES)]
     return {
-        "model": {"origin": gen.origin, "fingerprint": gen.fingerprint},
+        "model": identity(gen),
         "tokenizer": identity(gen.tokenizer),
-        **sampling.about(gen.tokenizer),
-        **how.about(gen),
+        **sampler_metadata(sampler, seed),
+        **how.metadata(gen),
         "num_tokens": k,
         "count": len(images),
         "recognition": sum(hits) / len(images),

@@ -12,7 +12,7 @@ from flextok_jax.data import shards
 from flextok_jax.data.sources import parse
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import Pictures
-from flextok_jax.evaluation.reconstruction import Sampling
+from flextok_jax.evaluation.reconstruction import Sampler, default_sampler
 from flextok_jax.io.paths import as_path, is_remote
 from flextok_jax.io.storage import write_json  # noqa: F401
 from flextok_jax.parallel import mesh
@@ -38,11 +38,13 @@ def load_model(args: options.Compute, source: str | None = None) -> FlexTok:
     )
 
 
-def sampling(args: options.Sampling) -> Sampling:
-    """How images are sampled."""
-    steps = {} if args.steps is None else {"steps": args.steps}
-    return Sampling(
-        **steps, guidance=args.guidance, norm_guidance=args.norm_guidance, seed=args.seed
+def sampler(args: options.Sampling, tok: FlexTok) -> Sampler:
+    """How images are sampled: the model's own way, but for what the options say."""
+    return default_sampler(
+        tok,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        norm_guidance=None if args.norm_guidance else False,
     )
 
 
@@ -56,9 +58,12 @@ def pictures(args, split: str | None = None) -> Pictures:
     return Pictures(args.data, args.limit, split or args.split)
 
 
-def check_apart(images: str, out: str) -> None:
-    """`out_folder`, of images."""
-    out_folder(out, images)
+def png_metadata(info: dict, num_tokens) -> dict:
+    """The text of a PNG file: `info` of `reconstruction.metadata`, and the number of tokens."""
+    info = dict(info)
+    model = info.pop("model")
+    what = {"model": model["origin"], "fingerprint": model["fingerprint"]}
+    return what | {"num_tokens": num_tokens} | info
 
 
 def out_folder(out: str, images: str = ""):

@@ -1,6 +1,7 @@
 """`flextok generate`: classes to tokens to images."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 
@@ -9,16 +10,14 @@ from tqdm import tqdm
 
 from flextok_jax import conditions
 from flextok_jax.commands import common, options
-from flextok_jax.commands.reconstruct import metadata
 from flextok_jax.commands.tokens import write_tokens
 from flextok_jax.evaluation import pictures as pics
-from flextok_jax.evaluation.generation import generate as generate_batch
-from flextok_jax.evaluation.reconstruction import check_counts, identity
-from flextok_jax.evaluation.results import results_folder
+from flextok_jax.evaluation.generation import sample_tokens
+from flextok_jax.evaluation.reconstruction import check_counts, decode, metadata
+from flextok_jax.evaluation.results import check_folder, results_folder
 from flextok_jax.generator import ImageGenerator
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
-from flextok_jax.nn.images import to_uint8
 
 GRID_COLUMNS = 10
 
@@ -29,6 +28,7 @@ def generate(args: options.Generate) -> None:
     The grid shows samples by class, or, for several numbers of tokens, each sample from fewer and
     from more of its tokens.
     """
+    check_folder(args.out)
     gen = load_generator(args)
     tok = gen.tokenizer
     class_names = gen.class_names
@@ -37,39 +37,37 @@ def generate(args: options.Generate) -> None:
     wanted = conditions.of_labels(labels, class_names)
     names = [f"{number:06d}_class{label}.png" for number, label in enumerate(labels)]
     counts = check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
-    sampling, how = common.sampling(args), common.token_sampling(args)
-    model = {**identity(tok), "ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
-    model |= {**sampling.about(tok), **how.about(gen)}
-    settings = {**model, "labels": labels.tolist(), "num_tokens": counts, "dtype": args.dtype}
-    batch_size = min(args.batch_size, len(labels))
-    with results_folder(args.out, settings) as results:
+    sampler, how = common.sampler(args, tok), common.token_sampling(args)
+    model = {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
+    info = {**metadata(tok, sampler, args.seed), **model, **how.metadata(gen)}
+    settings = {**info, "labels": labels.tolist(), "num_tokens": counts}
+    batch_size, tokens = min(args.batch_size, len(labels)), []
+    with results_folder(args.out, settings) as out:
 
         def path(i, k):
-            return results.folder / f"k{k:04d}" / names[i]
+            return out / f"k{k:04d}" / names[i]
 
-        todo = [i for i, name in enumerate(names) if name not in results.records]
-        started, done = time.perf_counter(), len(names) - len(todo)
-        with tqdm(total=len(names), initial=done, unit="image", disable=None) as bar:
-            for first in range(0, len(todo), batch_size):
-                part = todo[first : first + batch_size]
-                seeds = pics.name_seeds([names[i] for i in part])  # As `flextok detokenize` does.
-                tokens, images = generate_batch(
-                    gen, labels[part], seeds, counts, how, sampling, batch_size
-                )
+        started = time.perf_counter()
+        with tqdm(total=len(names), unit="image", disable=None) as bar:
+            for first in range(0, len(names), batch_size):
+                rows = range(len(names))[first : first + batch_size]
+                seeds = pics.name_seeds([names[i] for i in rows])  # As `flextok detokenize` does.
+                options = (seeds, counts[-1], how, args.seed, batch_size)
+                tokens.append(sample_tokens(gen, wanted.take(rows), *options))
                 for k in counts:
-                    for i, image in zip(part, to_uint8(images[k])):
-                        what = {"label": labels[i], "class": wanted.names[i], **metadata(model, k)}
-                        pics.write_png(path(i, k), image, what)
-                results.add({names[i]: {"tokens": t} for i, t in zip(part, tokens.tolist())})
-                bar.update(len(part))
+                    options = (k, seeds, sampler, args.seed, batch_size)
+                    make = functools.partial(decode, tok, tokens[-1], *options)
+                    text = common.png_metadata(info, k)
+                    text = [{"label": labels[i], "class": wanted.names[i]} | text for i in rows]
+                    pics.saved_pictures([path(i, k) for i in rows], text, make)
+                bar.update(len(rows))
         seconds = time.perf_counter() - started
-        tokens = np.array([results.records[name]["tokens"] for name in names])
-        write_tokens(results.folder / "tokens.npz", tok, tokens, names)
+        write_tokens(out / "tokens.npz", tok, np.concatenate(tokens), names)
         sheet = _sheet(labels, wanted.names, counts, lambda i, k: pics.read_png(path(i, k)))
-        pics.write_png(results.folder / "grid.png", sheet, metadata(model, counts))
-        storage.write_json(results.folder / "generation.json", settings | {"count": len(names)})
+        pics.write_png(out / "grid.png", sheet, common.png_metadata(info, counts))
+        storage.write_json(out / "generation.json", settings | {"count": len(names)})
     print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
-    common.print_speed(len(todo), seconds)
+    common.print_speed(len(names), seconds)
 
 
 def load_generator(args: options.Generate | options.Evaluate) -> ImageGenerator:
@@ -131,7 +129,4 @@ def _sheet(labels: np.ndarray, class_names, counts: list[int], picture):
     groups = [np.flatnonzero(labels == label)[:GRID_COLUMNS] for label in np.unique(labels)]
     groups = groups[: pics.GRID_ROWS]
     rows = [[picture(i, counts[0]) for i in group] for group in groups]
-    width = max(map(len, rows))
-    empty = np.full_like(rows[0][0], 255)
-    rows = [row + [empty] * (width - len(row)) for row in rows]
     return pics.grid(rows, names=[class_names[group[0]] for group in groups])

@@ -344,7 +344,6 @@ class Evaluate(Compute, TokenSampling, Sampling):
     """.npz with mu and sigma for FID, such as DIR/reference.npz of an evaluation (of --data)"""
     export: File = None
     """write the images of one setting as the array arr_0 of an .npz file"""
-    process: Process = (0, 1)
     out: Folder
 
 

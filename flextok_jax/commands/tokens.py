@@ -1,6 +1,7 @@
 """`flextok tokenize` and `flextok detokenize`: images to a file of tokens, and back."""
 
 import dataclasses
+import functools
 import pathlib
 import time
 import zipfile
@@ -9,13 +10,18 @@ import numpy as np
 from tqdm import tqdm
 
 from flextok_jax.commands import common, options
-from flextok_jax.commands.reconstruct import metadata
 from flextok_jax.evaluation import pictures as pics
-from flextok_jax.evaluation.reconstruction import check_counts, draw, encode, identity, side
-from flextok_jax.evaluation.results import results_folder
+from flextok_jax.evaluation.reconstruction import (
+    check_counts,
+    decode,
+    encode,
+    identity,
+    metadata,
+    side,
+)
+from flextok_jax.evaluation.results import check_folder, results_folder
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
-from flextok_jax.nn.images import to_uint8
 
 FIELDS = ("tokens", "names", "origin", "fingerprint")
 
@@ -53,32 +59,32 @@ def tokenize(args: options.Tokenize) -> None:
 def detokenize(args: options.Detokenize) -> None:
     """Writes the images of a file of tokens: k0016/NAME.png for every k, in --out."""
     saved = read_tokens(args.tokens)
+    check_folder(args.out, [args.tokens])
     tok = common.load_model(args)
     check_same_model(tok, saved, args.tokens)
     tokens, names = saved["tokens"], [str(name) for name in saved["names"]]
     counts = args.num_tokens or [tokens.shape[1]]
     counts = check_counts(tok, counts, available=tokens.shape[1])
-    sampling = common.sampling(args)
-    model = {**identity(tok), **sampling.about(tok)}
-    png_names = pics.png_names(names)
-    batch_size = min(args.batch_size, len(tokens))
-    settings = {**model, "tokens": str(args.tokens), "num_tokens": counts, "dtype": args.dtype}
-    with results_folder(args.out, settings) as results:
-        todo = [i for i, name in enumerate(png_names) if name not in results.records]
-        started, done = time.perf_counter(), len(tokens) - len(todo)
-        with tqdm(total=len(tokens), initial=done, unit="image", disable=None) as bar:
-            for first in range(0, len(todo), batch_size):
-                part = todo[first : first + batch_size]
-                seeds = pics.name_seeds([names[i] for i in part])
-                for k in counts:
-                    images = draw(tok, tokens[part], k, seeds, sampling, batch_size)
-                    for i, image in zip(part, to_uint8(images)):
-                        path = results.folder / f"k{k:04d}" / png_names[i]
-                        pics.write_png(path, image, metadata(model, k))
-                results.add({png_names[i]: {} for i in part})
-                bar.update(len(part))
+    sampler = common.sampler(args, tok)
+    info = metadata(tok, sampler, args.seed)
+    settings = {**info, "tokens": str(args.tokens), "num_tokens": counts}
+    settings["tokens_sha256"] = storage.fingerprint({"tokens": tokens})
+    png_names, batch_size = pics.png_names(names), min(args.batch_size, len(tokens))
+    started = time.perf_counter()
+    with (
+        results_folder(args.out, settings, [args.tokens]) as out,
+        tqdm(total=len(tokens) * len(counts), unit="image", disable=None) as bar,
+    ):
+        for first in range(0, len(tokens), batch_size):
+            rows = slice(first, first + batch_size)
+            options = (pics.name_seeds(names[rows]), sampler, args.seed, batch_size)
+            for k in counts:
+                paths = [out / f"k{k:04d}" / name for name in png_names[rows]]
+                make = functools.partial(decode, tok, tokens[rows], k, *options)
+                pics.saved_pictures(paths, [common.png_metadata(info, k)] * len(paths), make)
+                bar.update(len(paths))
     print(f"{len(tokens)} images from {', '.join(map(str, counts))} tokens in {args.out}")
-    common.print_speed(len(todo), time.perf_counter() - started)
+    common.print_speed(len(tokens) * len(counts), time.perf_counter() - started)
 
 
 def write_tokens(path, tok, tokens: np.ndarray, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Conditions to tokens to images, over lists of labels of any length."""
+"""Conditions to tokens to images, for any number of conditions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from flextok_jax.evaluation.reconstruction import Sampling, draw, padded
+from flextok_jax.conditions import Conditions
+from flextok_jax.evaluation.reconstruction import Sampler, decode, padded
 from flextok_jax.generator import ImageGenerator
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenSampling:
-    """How tokens are drawn; see `ImageGenerator.generate_tokens`.
+    """How tokens are sampled; see `ImageGenerator.generate_tokens`.
 
     Attributes:
         guidance: the scale, None: the model's own default.
@@ -25,8 +26,8 @@ class TokenSampling:
     top_k: int = 0
     top_p: float = 0.0
 
-    def about(self, gen: ImageGenerator) -> dict:
-        """What is used, in words for a file."""
+    def metadata(self, gen: ImageGenerator) -> dict:
+        """What tokens were sampled with, for files and settings."""
         scale = gen.config.guidance_scale if self.guidance is None else self.guidance
         return {
             "token_guidance": scale,
@@ -36,48 +37,26 @@ class TokenSampling:
         }
 
 
-def generate(
-    gen: ImageGenerator,
-    labels: np.ndarray,
-    seeds: np.ndarray,
-    counts: Sequence[int],
-    how: TokenSampling,
-    sampling: Sampling,
-    batch_size: int,
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """One batch of class-conditional samples, coarse to fine.
-
-    Args:
-        labels: int [n].
-        seeds: uint32 [n], of the samples: a sample depends on `sampling.seed` and its own, not on
-            the size of the batches.
-        counts: numbers of tokens to draw images from.
-        batch_size: the number of samples it is run as, n or more.
-
-    Returns:
-        (tokens int32 [n, K], K the largest count; {k: float32 [n, S, S, 3] in [-1, 1]}).
-    """
-    tokens = sample_tokens(gen, labels, seeds, max(counts), how, sampling.seed, batch_size)
-    images = {
-        k: draw(gen.tokenizer, tokens, k, seeds, sampling, batch_size) for k in sorted(counts)
-    }
-    return tokens, images
-
-
 def sample_tokens(
     gen: ImageGenerator,
-    labels: np.ndarray,
+    conditions: Conditions,
     seeds: np.ndarray,
     num_tokens: int,
     how: TokenSampling,
     seed: int,
     batch_size: int,
 ) -> np.ndarray:
-    """The tokens of one batch of samples; see `generate`: int32 [n, num_tokens]."""
+    """Tokens of one batch of samples: int32 [n, num_tokens].
+
+    Args:
+        conditions: n of them.
+        seeds: uint32 [n], one per sample: it depends on `seed` and its own, not on the batches.
+        batch_size: the number of samples it is run as, n or more.
+    """
     key = jax.random.key(seed)
     keys = jax.vmap(lambda one: jax.random.fold_in(key, one))(padded(seeds, batch_size))
     tokens = gen.generate_tokens(
-        padded(labels, batch_size),
+        conditions=conditions.take(padded(np.arange(len(conditions)), batch_size)),
         num_tokens=num_tokens,
         guidance_scale=how.guidance,
         temperature=how.temperature,
@@ -85,4 +64,27 @@ def sample_tokens(
         top_p=how.top_p,
         key=keys,
     )
-    return np.asarray(tokens)[: len(labels)]
+    return np.asarray(tokens)[: len(conditions)]
+
+
+def generate(
+    gen: ImageGenerator,
+    conditions: Conditions,
+    seeds: np.ndarray,
+    counts: Sequence[int],
+    how: TokenSampling,
+    sampler: Sampler,
+    seed: int,
+    batch_size: int,
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """One batch of samples, coarse to fine.
+
+    Args:
+        counts: numbers of tokens to decode images from; else see `sample_tokens`.
+
+    Returns:
+        (tokens int32 [n, K], K the largest count; {k: float32 [n, S, S, 3] in [-1, 1]}).
+    """
+    tokens = sample_tokens(gen, conditions, seeds, max(counts), how, seed, batch_size)
+    options = (seeds, sampler, seed, batch_size)
+    return tokens, {k: decode(gen.tokenizer, tokens, k, *options) for k in sorted(counts)}

@@ -1,7 +1,7 @@
-"""The networks that images are looked at with: one for features, one for perceptual distance.
+"""The networks of metrics: one whose features are compared, and LPIPS.
 
-Both come from files that a person names, and the numbers carry the files' hashes. A network that is
-not there takes its metrics away, with one line that says so.
+Both come from files that a person names, and metrics are saved with the files' hashes. Without its
+network a metric is left out, and one line says so.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from flextok_jax.evaluation.reconstruction import padded
 from flextok_jax.io import storage
 from flextok_jax.io.formats import networks as files
 from flextok_jax.nn import inception, lpips
-from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.sharding import spread_batch
 
 NO_FEATURES = (
@@ -30,90 +29,83 @@ class FeatureNetwork:
     """A network whose features are compared between sets of images.
 
     Attributes:
-        about: for the stamp: its name, words and hashes.
+        metadata: its "name", "description" and hashes.
         size: D, how many features there are.
-        classes: how many classes its logits are of, 0: not those of the data's labels.
+        classes: whether its logits are of the classes of the data's labels.
+        function: (params, uint8 [B, H, W, 3]) → (features [B, D], logits [B, V]); jitted here.
+        params: its parameters.
+        mesh: the devices that a batch is spread over; None for the default device.
     """
 
-    about: dict
+    metadata: dict
     size: int
-    classes: int
-    _run: Callable
+    classes: bool
+    function: Callable
+    params: dict
+    mesh: Mesh | None = None
 
-    def __call__(self, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-        """uint8 [n, H, W, 3] -> "features" float32 [n, D], "logits" float32 [n, V]."""
-        features, logits = self._run(batch_size, images)
-        return {"features": features, "logits": logits}
+    def __post_init__(self):
+        place = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else jax.devices()[0]
+        object.__setattr__(self, "params", jax.device_put(self.params, place))
+        object.__setattr__(self, "function", jax.jit(self.function))
+
+    def __call__(self, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [n, H, W, 3], n at most `batch_size` → (features [n, D], logits [n, V])."""
+        batch = spread_batch(self.mesh, padded(images, batch_size))
+        found = self.function(self.params, batch)
+        return tuple(np.asarray(x)[: len(images)] for x in found)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Perceptual:
-    """LPIPS with VGG16.
+class Networks:
+    """Those that there are.
 
     Attributes:
-        about: for the stamp.
+        features: None leaves out FID, Inception score, precision, recall and accuracy.
+        perceptual: (images, originals) → {"lpips": [B]}; None leaves it out. See
+            `metrics.per_image`.
+        perceptual_metadata: its hashes.
     """
 
-    about: dict
-    _run: Callable
+    features: FeatureNetwork | None = None
+    perceptual: Callable | None = None
+    perceptual_metadata: dict | None = None
 
-    def __call__(self, images: np.ndarray, originals: np.ndarray, batch_size: int) -> np.ndarray:
-        """uint8 [n, H, W, 3] twice -> distance float64 [n]."""
-        return self._run(batch_size, images, originals).astype(np.float64)
+    @property
+    def metadata(self) -> dict:
+        """For the settings of results."""
+        features = self.features and self.features.metadata
+        return {"features": features, "perceptual": self.perceptual_metadata}
 
 
 def inception_network(path, mesh: Mesh | None = None) -> FeatureNetwork:
-    """InceptionV3 as FID is defined with, of a published file; see `files.load_inception`.
-
-    Args:
-        mesh: devices that a batch is cut over.
-    """
+    """InceptionV3 as FID is defined with, of a published file; see `files.load_inception`."""
     params = files.load_inception(path)
-    about = {"name": "inception", "words": "InceptionV3 of FID", **hashes(path, params)}
-    return FeatureNetwork(about, inception.FEATURES, 0, batched(inception.features, params, mesh))
+    metadata = {"name": "inception", "description": "InceptionV3 of FID", **hashes(path, params)}
+    return FeatureNetwork(metadata, inception.FEATURES, False, inception.features, params, mesh)
 
 
-def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> Perceptual:
-    """Of published files; see `files.load_lpips`."""
+def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> tuple[Callable, dict]:
+    """LPIPS with VGG16 of published files, see `files.load_lpips`: (function, metadata)."""
     params = files.load_lpips(vgg, heads)
-    about = {
+    metadata = {
         "name": "lpips",
         "vgg_sha256": files.sha256(vgg),
         "heads_sha256": files.sha256(heads),
         "parameters_sha256": storage.fingerprint(params),
     }
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()) if mesh else None)
+    distance = jax.jit(lpips.lpips)
 
-    def distance(params, images, originals):
-        return lpips.lpips(params, to_float(images), to_float(originals))
+    def function(images, originals):
+        batch = spread_batch(mesh, (images, originals))
+        return {"lpips": distance(params, *batch)[: len(images)]}
 
-    return Perceptual(about, batched(distance, params, mesh))
-
-
-def batched(function, params, mesh: Mesh | None):
-    """`run(batch_size, *arrays)`: a function of (params, *arrays [B, ...]) over arrays [n, ...].
-
-    One program serves every batch: the last one is filled up with copies of its last row.
-    """
-    place = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
-    params, function = jax.device_put(params, place), jax.jit(function)
-
-    def run(batch_size, *arrays):
-        if not len(arrays[0]):  # Nothing could be read: as many rows of the right width.
-            one = (np.zeros((1, *array.shape[1:]), array.dtype) for array in arrays)
-            return jax.tree.map(lambda x: x[:0], run(batch_size, *one))
-        found = []
-        for first in range(0, len(arrays[0]), batch_size):
-            parts = [array[first : first + batch_size] for array in arrays]
-            count = len(parts[0])
-            batch = spread_batch(mesh, [padded(part, batch_size) for part in parts])
-            found.append(jax.tree.map(lambda x: np.asarray(x)[:count], function(params, *batch)))
-        return jax.tree.map(lambda *x: np.concatenate(x), *found)
-
-    return run
+    return function, metadata
 
 
 def hashes(path, params) -> dict:
-    """Of the file as it was published, where that can be told, and of what is computed with."""
+    """The sha256 of a file, and of its parameters."""
     return {
         "file_sha256": files.sha256(path),
         "parameters_sha256": storage.fingerprint(params),

@@ -1,21 +1,22 @@
-"""Pictures in and out: images fitted to a model, PNG files that say what made them, grids."""
+"""Pictures in and out: images fitted to a model, PNG files with metadata, grids."""
 
 import os
-import pathlib
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from flextok_jax.data import reader, sources, transforms
 from flextok_jax.data.source import IMAGE_SUFFIXES
+from flextok_jax.io import storage
+from flextok_jax.io.paths import as_path
 from flextok_jax.nn.images import to_float as from_uint8  # noqa: F401
 from flextok_jax.nn.images import to_uint8  # noqa: F401
 
 GRID_ROWS = 16
 _CELL = 96  # Pixels that a picture of a grid should have at least.
-_GAP, _TITLE, _NAME = 8, 30, 120
+_GAP, _TITLE, _NAME = 8, 30, 130
 _INK, _PAPER = (32, 32, 36), (255, 255, 255)
 
 
@@ -41,6 +42,8 @@ class Pictures:
     Attributes:
         title: what was asked for, and the split.
         names: of all images, in the source's order (of a folder: sorted).
+        classes: names of the labels, empty where the data set has none.
+        path: where the data are.
         unreadable: {name: reason} of those that were met so far and could not be read.
     """
 
@@ -58,71 +61,50 @@ class Pictures:
         self.title = f"{images}, {split}"
         self.unreadable: dict[str, str] = {}
         self._source = sources.make_image_source(data, split)
-        names = [self._source.key(i) for i in range(len(self._source))]
-        self.names = names[:limit]
+        self.names = [self._source.key(i) for i in range(len(self._source))][:limit]
+        self.classes = tuple(self._source.classes)
+        self.path = data.path
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def batches(self, size: int, batch_size: int, skip: Collection[str] = ()) -> Iterator[Batch]:
+    def batches(self, size: int, batch_size: int) -> Iterator[Batch]:
         """Upright RGB, centre-cropped, resized to `size` x `size`; unreadable images are left out.
 
         Only the last batch may be smaller than `batch_size`. Files are read ahead by threads.
 
-        Args:
-            skip: the names of images that are not wanted.
-
         Raises:
-            ValueError: nothing is skipped, and not one image could be read.
+            ValueError: not one image could be read.
         """
-        places = [i for i, name in enumerate(self.names) if name not in skip]
-        found, any_readable = [], bool(skip) or not places
-        for index, (image, label) in self._readable(places, size):
-            found.append((self.names[index], image, label))
+
+        def fit(picture):
+            return picture.key, transforms.center_crop(picture.image, size), picture.label
+
+        found, any_readable = [], False
+        for example in reader.read_ahead(self._source, range(len(self)), fit):
+            if isinstance(example, reader.Unreadable):
+                self.unreadable[example.key] = example.reason
+                continue
+            found.append(example)
             if len(found) == batch_size:
                 yield _batch(found)
                 found, any_readable = [], True
         if found:
             yield _batch(found)
         elif not any_readable:
-            raise ValueError(f"none of the {len(places)} images could be read{self.complaint()}")
+            raise ValueError(f"none of the {len(self)} images could be read{self.complaint()}")
 
-    def read(self, places: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The readable images of these places, as they are in a batch.
-
-        Returns:
-            (int [n], those of the places that could be read; images uint8 [n, size, size, 3];
-            labels int32 [n]).
-        """
-        found = list(self._readable(places, size))
-        images = np.zeros((len(found), size, size, 3), np.uint8)
-        for row, (_, (image, _)) in zip(images, found):
-            row[:] = image
-        labels = np.array([label for _, (_, label) in found], np.int32)
-        return np.array([place for place, _ in found], int), images, labels
-
-    def image(self, place: int, size: int) -> np.ndarray:
-        """One readable image as it is in a batch: uint8 [size, size, 3]."""
-        found = reader.read(self._source, place)
-        return transforms.center_crop(found.image, size)
+    def class_name(self, label: int) -> str:
+        """The name of a label; "" for an unknown one."""
+        if label < 0:
+            return ""
+        return self.classes[label] if self.classes else f"class {label}"
 
     def complaint(self) -> str:
         """The unreadable images with their reasons, one per line, at most ten."""
         lines = [f"\n  {name}: {reason}" for name, reason in self.unreadable.items()]
         more = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
         return "".join(lines[:10]) + more
-
-    def _readable(self, places, size) -> Iterator[tuple]:
-        """(place, (image, label)) of the readable images, in order, read ahead by threads."""
-
-        def fit(picture):
-            return transforms.center_crop(picture.image, size), picture.label
-
-        for place, found in zip(places, reader.read_ahead(self._source, places, fit)):
-            if isinstance(found, reader.Unreadable):
-                self.unreadable[self.names[place]] = found.reason
-            else:
-                yield place, found
 
 
 def _batch(found) -> Batch:
@@ -131,9 +113,9 @@ def _batch(found) -> Batch:
 
 
 def name_seeds(names: Sequence[str]) -> np.ndarray:
-    """What an image's noise is drawn from, beside the seed: a hash of its name, uint32 [n].
+    """The seed of each image's noise: a hash of its name, uint32 [n].
 
-    So it does not depend on which other images there are, or can be read.
+    It does not depend on which other images there are, or can be read.
     """
     return np.array([zlib.crc32(os.fsencode(name)) for name in names], np.uint32)
 
@@ -151,35 +133,75 @@ def png_names(names: list[str]) -> list[str]:
     return [f"{stem}.png" for stem in (names if clash else stems)]
 
 
-def write_png(path: pathlib.Path, picture, about: dict) -> None:
-    """Writes a PNG file with text metadata.
+def write_png(path, picture, metadata: dict) -> None:
+    """Writes a PNG file with text metadata, whole or not at all.
 
     Args:
         path: its folder is made where it is missing.
         picture: uint8 [H, W, 3], or a `PIL.Image.Image`.
-        about: what made it; becomes text.
+        metadata: becomes text.
     """
     from PIL import Image, PngImagePlugin
 
     text = PngImagePlugin.PngInfo()
-    for key, value in about.items():
+    for key, value in metadata.items():
         text.add_text(key, str(value))
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG", pnginfo=text)
+    with storage.atomic(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=text)
 
 
-def read_png(path: pathlib.Path) -> np.ndarray:
+def read_png(path) -> np.ndarray:
     """The picture of `write_png`: uint8 [H, W, 3]."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with as_path(path).open("rb") as file, Image.open(file) as image:
         return np.asarray(image.convert("RGB"))
 
 
+def saved_pictures(
+    paths: Sequence, metadata: Sequence[dict], make: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """Pictures in files; where one is missing, they are made, and the missing ones are written.
+
+    So an interrupted command goes on where it stopped.
+
+    Args:
+        paths: of the PNG files, n of them.
+        metadata: of each file.
+        make: returns float [n, H, W, 3] in [-1, 1].
+
+    Returns:
+        uint8 [n, H, W, 3].
+
+    Raises:
+        ValueError: a file that is there has other metadata: this command did not write it.
+    """
+    from PIL import Image
+
+    missing = [not path.exists() for path in paths]
+    for path, absent, wanted in zip(paths, missing, metadata, strict=True):
+        if absent:
+            continue
+        with path.open("rb") as file, Image.open(file) as image:
+            found = getattr(image, "text", {})
+        if found != {key: str(value) for key, value in wanted.items()}:
+            raise ValueError(
+                f"{path} is not a picture of this command with these settings, and is not replaced:"
+                " move it away, or pass another --out"
+            )
+    if not any(missing):
+        return np.stack([read_png(path) for path in paths])
+    images = to_uint8(make())
+    for path, absent, image, text in zip(paths, missing, images, metadata):
+        if absent:
+            write_png(path, image, text)
+    return images
+
+
 def grid(
-    rows: list[list[np.ndarray]],
+    rows: Sequence[Sequence[np.ndarray]],
     titles: Sequence[str] = (),
     names: Sequence[str] = (),
     cell: int = _CELL,
@@ -187,9 +209,9 @@ def grid(
     """A `PIL.Image.Image` of rows of pictures.
 
     Args:
-        rows: equally long lists of uint8 [H, W, 3], all of one size.
+        rows: uint8 [H, W, 3] each, all of one size; a shorter row leaves its end empty.
         titles: one per column, above it.
-        names: one per row, to its left.
+        names: one per row, to its left, such as names of classes.
         cell: pictures smaller than this are enlarged by a whole factor, nearest neighbour, to at
             least this size.
     """
@@ -198,31 +220,34 @@ def grid(
     height, width = rows[0][0].shape[:2]
     factor = max(1, -(-cell // min(height, width)))
     height, width = height * factor, width * factor
-    top, left = _TITLE if titles else _GAP, _NAME if names else 0
-    size = (left + _GAP + len(rows[0]) * (width + _GAP), top + len(rows) * (height + _GAP))
+    top, left = _TITLE if any(titles) else _GAP, _NAME if any(names) else _GAP
+    columns = max(map(len, rows))
+    size = (left + columns * (width + _GAP), top + len(rows) * (height + _GAP))
     sheet = Image.new("RGB", size, _PAPER)
-    draw = ImageDraw.Draw(sheet)
+    sketch = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        x = left + _GAP + column * (width + _GAP) + width / 2
-        font = _font(draw, title, width)
-        draw.text((x, _TITLE / 2), title, fill=_INK, font=font, anchor="mm")
+        x = left + column * (width + _GAP) + width / 2
+        font = _font(sketch, title, width)
+        sketch.text((x, _TITLE / 2), title, fill=_INK, font=font, anchor="mm")
     for row, pictures in enumerate(rows):
         y = top + row * (height + _GAP)
-        if names:
-            font = _font(draw, names[row], _NAME - _GAP)
-            draw.text((_NAME, y + height / 2), names[row], fill=_INK, font=font, anchor="rm")
+        if any(names):
+            name = names[row] if len(names[row]) <= 20 else names[row][:19] + "…"
+            font = _font(sketch, name, _NAME - 2 * _GAP)
+            middle = (_NAME - _GAP, y + height / 2)
+            sketch.text(middle, name, fill=_INK, font=font, anchor="rm")
         for column, picture in enumerate(pictures):
             picture = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left + _GAP + column * (width + _GAP), y))
+            sheet.paste(picture, (left + column * (width + _GAP), y))
     return sheet
 
 
-def _font(draw, text: str, width: int):
+def _font(sketch, text: str, width: int):
     """The largest of a few sizes at which the text fits."""
     from PIL import ImageFont
 
     for size in (18, 16, 14, 12, 10):
         font = ImageFont.load_default(size)
-        if draw.textlength(text, font=font) <= width:
+        if sketch.textlength(text, font=font) <= width:
             break
     return font

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def registers(tok: FlexTok, pictures: Pictures, num_tokens: int, batch_size: int
         (float32 [n, num_tokens, F], labels int [n]).
 
     Raises:
-        ValueError: a picture without a label.
+        ValueError: a picture without a label, or registers that are not finite.
     """
     from tqdm import tqdm
 
@@ -33,17 +33,19 @@ def registers(tok: FlexTok, pictures: Pictures, num_tokens: int, batch_size: int
             found.append(np.asarray(tok.registers(images, num_tokens))[: len(batch.images)])
             labels.append(batch.labels)
             bar.update(len(batch.images))
-    labels = np.concatenate(labels)
+    labels, found = np.concatenate(labels), np.concatenate(found)
     if (labels < 0).any():
         raise ValueError(
             f"{np.sum(labels < 0)} of {len(labels)} images of {pictures.title} have no label: "
             "probing needs classes, such as the subfolders of a folder of images"
         )
-    return np.concatenate(found), labels
+    if not np.isfinite(found).all():
+        raise ValueError(f"{tok.origin} makes registers that are not finite: check its parameters")
+    return found, labels
 
 
-def probe(train, test, counts: Sequence[int]) -> dict:
-    """Logistic regression on the first k registers, for each k.
+def probe(train, test, counts: Sequence[int]) -> Iterator[tuple[str, object]]:
+    """An evaluator: logistic regression on the first k registers, for each k.
 
     The features are standardised. The strength of the regularisation is chosen by cross-validation
     of the training images; the test images are looked at once.
@@ -52,24 +54,22 @@ def probe(train, test, counts: Sequence[int]) -> dict:
         train, test: (float [n, K, F], labels int [n]); see `registers`.
         counts: numbers of registers.
 
-    Returns:
-        "accuracy" by k, of the test images; "strength" by k; "chance", the share of the commonest
-        class of the test images; "count", "train_count".
+    Yields:
+        "count", "train_count"; "accuracy" and "strength", by k; "chance", the share of the
+        commonest class of the test images.
+
+    Raises:
+        ValueError: a class has a single training image.
     """
     (x, y), (x_test, y_test) = train, test
-
-    def one(k):
-        return _fit(_flat(x, k), y, _flat(x_test, k), y_test)
-
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = dict(zip(counts, pool.map(one, counts)))
-    return {
-        "count": len(y_test),
-        "train_count": len(y),
-        "accuracy": {k: accuracy for k, (accuracy, _) in found.items()},
-        "strength": {k: strength for k, (_, strength) in found.items()},
-        "chance": float(np.bincount(y_test).max() / len(y_test)),
-    }
+        one = lambda k: _fit(_flat(x, k), y, _flat(x_test, k), y_test)  # noqa: E731
+        accuracies, strengths = zip(*pool.map(one, counts))
+    yield "count", len(y_test)
+    yield "train_count", len(y)
+    yield "accuracy", dict(zip(counts, accuracies))
+    yield "strength", dict(zip(counts, strengths))
+    yield "chance", float(np.bincount(y_test).max() / len(y_test))
 
 
 def _fit(x, y, x_test, y_test) -> tuple[float, float]:
@@ -84,7 +84,7 @@ def _fit(x, y, x_test, y_test) -> tuple[float, float]:
 
     folds = min(FOLDS, np.bincount(y)[np.bincount(y) > 0].min())
     if folds < 2:
-        raise ValueError("a class has a single training image: probing needs two at least")
+        raise ValueError("a class has a single training image: probing needs at least two")
     scores = [cross_val_score(model(c), x, y, cv=folds).mean() for c in STRENGTHS]
     best = STRENGTHS[int(np.argmax(scores))]
     return float(model(best).fit(x, y).score(x_test, y_test)), best

@@ -2,49 +2,47 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from flextok_jax.evaluation import metrics
-from flextok_jax.evaluation.pictures import Batch, Pictures, from_uint8, to_uint8
-from flextok_jax.evaluation.results import Results
+from flextok_jax.evaluation.pictures import Batch, Pictures
 from flextok_jax.nn import flextok
+from flextok_jax.nn.images import to_float
 from flextok_jax.tokenizer import FlexTok
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How images are drawn from tokens.
-
-    Attributes:
-        steps: Euler steps.
-        guidance: the scale, None: the model's own default.
-        norm_guidance: adaptive projected guidance instead of plain guidance.
-        seed: of the noise. Every image has noise of its own, a function of the seed and of its
-            name (`pictures.name_seeds`), so that the size of the batches changes nothing.
-    """
+class Sampler:
+    """How images are sampled from tokens; see `FlexTok.detokenize`."""
 
     steps: int = 20
-    guidance: float | None = None
+    guidance_scale: float = 7.5
     norm_guidance: bool = True
-    seed: int = 0
-
-    def about(self, tok: FlexTok) -> dict:
-        """What is used, in words for a file."""
-        scale = tok.config.guidance_scale if self.guidance is None else self.guidance
-        return {
-            "steps": self.steps,
-            "guidance": scale,
-            "norm_guidance": self.norm_guidance and scale != 1,
-            "seed": self.seed,
-        }
 
 
-def identity(tok: FlexTok) -> dict:
+def default_sampler(tok: FlexTok, **changes) -> Sampler:
+    """The model's own sampler, with those of `changes` that are not None."""
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(Sampler(guidance_scale=tok.config.guidance_scale), **changes)
+
+
+def sampler_metadata(sampler: Sampler, seed: int) -> dict:
+    """What images were sampled with, for files and settings."""
+    scale = sampler.guidance_scale
+    return {
+        "steps": sampler.steps,
+        "guidance": scale,
+        "norm_guidance": sampler.norm_guidance and scale != 1,
+        "seed": seed,
+    }
+
+
+def identity(model) -> dict:
     """Which model it is: its origin in words, and the sha256 over all its parameters."""
-    return {"origin": tok.origin, "fingerprint": tok.fingerprint}
+    return {"origin": model.origin, "fingerprint": model.fingerprint}
 
 
 def side(tok: FlexTok) -> int:
@@ -56,8 +54,8 @@ def side(tok: FlexTok) -> int:
     height, width = tok.config.image_size
     if height != width:
         raise ValueError(
-            f"the model is made for images of {height} x {width} pixels; only square ones are "
-            "cropped here: call `tokenize` from Python with arrays of that size"
+            f"the model's images have {height} x {width} pixels, and only square ones are cropped "
+            "here: call `tokenize` from Python with arrays of that size"
         )
     return height
 
@@ -85,104 +83,139 @@ def check_counts(tok: FlexTok, counts: Sequence[int] | None, available: int | No
 
 
 def encode(tok: FlexTok, images: np.ndarray, num_tokens: int, batch_size: int) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> int32 [n, num_tokens]; run as `batch_size` images, n or more."""
+    """uint8 [n, S, S, 3] → int32 [n, num_tokens]; run as `batch_size` images, n or more."""
     return np.asarray(tok.tokenize(padded(images, batch_size), num_tokens))[: len(images)]
 
 
-def draw(
+def decode(
     tok: FlexTok,
     tokens: np.ndarray,
     num_tokens: int,
     seeds: np.ndarray,
-    sampling: Sampling,
+    sampler: Sampler,
+    seed: int,
     batch_size: int,
 ) -> np.ndarray:
-    """int32 [n, k] -> float32 [n, S, S, 3], clipped to [-1, 1].
+    """int32 [n, k] → float32 [n, S, S, 3], clipped to [-1, 1].
 
     Args:
         num_tokens: how many of the tokens are used.
-        seeds: uint32 [n], of the images' noise, beside `sampling.seed`.
+        seeds: uint32 [n], one per image, see `pictures.name_seeds`: an image's noise is a function
+            of `seed` and of its own seed, so that the size of the batches changes nothing.
         batch_size: the number of images it is run as, n or more.
+
+    Raises:
+        ValueError: the model makes values that are not finite.
     """
     cfg = tok.config
     latent = (*(s // cfg.vae.downsample for s in cfg.image_size), cfg.vae.latent_channels)
     images = tok.detokenize(
         padded(tokens[:, :num_tokens], batch_size),
-        steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        norm_guidance=sampling.norm_guidance,
-        noise=_noise(np.uint32(sampling.seed), padded(seeds, batch_size), latent),
+        noise=_noise(np.uint32(seed), padded(seeds, batch_size), latent),
+        **dataclasses.asdict(sampler),
     )
-    return np.clip(np.asarray(images)[: len(tokens)], -1, 1)
+    images = np.asarray(images)[: len(tokens)]
+    finite = np.isfinite(images).all(axis=(1, 2, 3))
+    if not finite.all():
+        raise ValueError(
+            f"{tok.origin}: {np.sum(~finite)} of {len(images)} images from {num_tokens} tokens "
+            "have values that are not finite. Check the model's parameters, or try float32"
+        )
+    return np.clip(images, -1, 1)
+
+
+def reconstruct(
+    tok: FlexTok,
+    pictures: Pictures,
+    counts: Sequence[int],
+    sampler: Sampler,
+    seed: int = 0,
+    batch_size: int = 32,
+    save: Callable[[Batch, int, Callable], np.ndarray] | None = None,
+) -> Iterator[tuple[Batch, np.ndarray, dict[int, np.ndarray]]]:
+    """Reconstructs every picture from its first k tokens, for each k of `counts`.
+
+    Args:
+        save: (batch, k, make) → uint8 [n, S, S, 3]: the images that `make()` decodes, or what an
+            earlier run made of them.
+
+    Yields:
+        (batch, tokens int32 [n, K], {k: images float32 [n, S, S, 3] in [-1, 1]}).
+    """
+    batch_size = min(batch_size, len(pictures))
+    for batch in pictures.batches(side(tok), batch_size):
+        tokens, images = encode(tok, batch.images, max(counts), batch_size), {}
+        for k in counts:
+            options = (k, batch.seeds, sampler, seed, batch_size)
+            make = functools.partial(decode, tok, tokens, *options)
+            images[k] = to_float(save(batch, k, make)) if save else make()
+        yield batch, tokens, images
 
 
 def evaluate(
     tok: FlexTok,
     pictures: Pictures,
     counts: Sequence[int],
-    sampling: Sampling = Sampling(),
+    sampler: Sampler | None = None,
+    seed: int = 0,
     batch_size: int = 32,
     visit: Callable[[Batch, dict[int, np.ndarray]], None] | None = None,
-    results: Results | None = None,
+    **options,
 ) -> dict:
-    """Reconstructs every picture from its first k tokens, for each k of `counts`.
+    """`reconstruct` with its metrics.
 
     Args:
+        sampler: None: the model's own.
+        options: of `reconstruct`.
         visit: is given each batch and {k: float32 [n, S, S, 3] in [-1, 1]}.
-        results: pictures that are finished there are not done again, those done now are added.
 
     Returns:
-        "model", "images", "count", "unreadable", the sampling; by k: "psnr" (dB, range 2) and
-        "mae" (of a range of 2), means over images, and "codebook_usage", the share of all ids that
-        occur among the first k tokens; "codes": `metrics.code_usage` by position.
+        `metadata`, "count", "unreadable", "num_tokens"; by k: "psnr" (dB, range 2), "mae" (of a
+        range of 2) and, from 11 pixels on, "ssim", means over images, and "codebook_usage", the
+        share of all ids that occur among the first k tokens; "codes": `metrics.code_usage`.
     """
     from tqdm import tqdm
 
     counts = check_counts(tok, counts)
-    size, batch_size = side(tok), min(batch_size, len(pictures))
-    records = {} if results is None else dict(results.records)
-    done = len(records) * len(counts)
-    total = len(pictures) * len(counts)
-    with tqdm(total=total, initial=done, unit="image", disable=None) as bar:
-        for batch in pictures.batches(size, batch_size, skip=records):
-            originals = from_uint8(batch.images)
-            tokens = encode(tok, batch.images, counts[-1], batch_size)
-            drawn, psnr, mae = {}, [], []
-            for k in counts:
-                images = draw(tok, tokens, k, batch.seeds, sampling, batch_size)
-                drawn[k] = from_uint8(to_uint8(images))  # As files have them.
-                psnr.append(metrics.psnr(drawn[k], originals))
-                mae.append(metrics.mae(drawn[k], originals))
-                bar.update(len(originals))
-            if visit is not None:
-                visit(batch, drawn)
-            rows = zip(np.stack(psnr, 1).tolist(), np.stack(mae, 1).tolist(), tokens.tolist())
-            rows = [dict(zip(("psnr", "mae", "tokens"), row)) for row in rows]
-            new = dict(zip(batch.names, rows))
-            records.update(new)
-            if results is not None:
-                results.add(new)
-    tokens = np.array([record["tokens"] for record in records.values()])
+    sampler = sampler or default_sampler(tok)
+    found = []
 
-    def mean(name):
-        means = np.mean([record[name] for record in records.values()], axis=0)
-        return dict(zip(counts, means.tolist()))
+    def stream():
+        with tqdm(total=len(pictures), unit="image", disable=None) as bar:
+            how = (counts, sampler, seed, batch_size)
+            for batch, tokens, images in reconstruct(tok, pictures, *how, **options):
+                found.append(tokens)
+                if visit is not None:
+                    visit(batch, images)
+                size = min(batch_size, len(pictures))  # One program for every batch.
+                mask = np.arange(size) < len(tokens)
+                for k in counts:
+                    yield f"/{k}", padded(images[k], size), padded(batch.images, size), mask
+                bar.update(len(tokens))
 
+    means: dict = {}
+    for name, value in metrics.means(stream()):
+        metric, k = name.split("/")
+        means.setdefault(metric, {})[int(k)] = value
+    tokens = np.concatenate(found)
     return {
-        "model": identity(tok),
+        **metadata(tok, sampler, seed),
         "images": pictures.title,
         "count": len(tokens),
         "unreadable": dict(pictures.unreadable),
-        **sampling.about(tok),
-        "dtype": tok.compute.dtype,
         "num_tokens": counts,
-        "psnr": mean("psnr"),
-        "mae": mean("mae"),
+        **means,
         "codebook_usage": {
             k: len(np.unique(tokens[:, :k])) / tok.config.vocab_size for k in counts
         },
         "codes": metrics.code_usage(tokens),
     }
+
+
+def metadata(tok: FlexTok, sampler: Sampler, seed: int) -> dict:
+    """ "model", "dtype" and what `sampler_metadata` says."""
+    about = {"model": identity(tok), "dtype": tok.compute.dtype}
+    return about | sampler_metadata(sampler, seed)
 
 
 def padded(array: np.ndarray, size: int) -> np.ndarray:

@@ -1,57 +1,51 @@
-"""Self-contained HTML reports: inline CSS, SVG curves and embedded pictures; no script, no network.
+"""Self-contained HTML reports: inline CSS, charts by matplotlib, embedded pictures; no script.
 
-Text that is passed in is escaped; the functions below return pieces of HTML for `write_report`.
+Text that is passed in is escaped; the functions return pieces of HTML for `write_report`.
 """
 
 import base64
 import html
 import io
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from flextok_jax.io import storage
 
 COLORS = ("#1f5fd0", "#e07a1f", "#2f9e6e", "#8a4fc8", "#c23b5a", "#7a6a4f")
-_WIDTH, _HEIGHT = 440, 280  # Of a chart, in SVG units.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 14, 44  # Its margins.
 _STYLE = """
-:root { --ink: #1d1f24; --soft: #646b78; --line: #e3e6eb; --paper: #ffffff; --card: #f7f8fa; }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 48px 24px 72px; }
-h1 { font-size: 34px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.02em; }
-h2 { font-size: 21px; margin: 44px 0 10px; letter-spacing: -0.01em; }
+body { margin: 0; background: #fff; color: #1d1f24; overflow-wrap: anywhere;
+  font: 16px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
+main { max-width: 1000px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: clamp(24px, 6vw, 34px); line-height: 1.2; margin: 0 0 12px; }
+h2 { font-size: 21px; margin: 40px 0 10px; }
 p { margin: 0 0 12px; max-width: 72ch; }
-.note { color: var(--soft); font-size: 14px; }
+.note { color: #646b78; font-size: 14px; }
 .warning { background: #fff4e0; border-left: 4px solid #e07a1f; padding: 8px 14px; }
-.row { display: grid; gap: 20px; margin-bottom: 20px;
+.row { display: grid; gap: 16px; margin-bottom: 16px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; padding: 14px 16px; }
+.row > * { min-width: 0; }
+figure { margin: 0; background: #f7f8fa; border: 1px solid #e3e6eb; border-radius: 8px;
+  padding: 12px; }
 figcaption { font-weight: 600; margin-bottom: 8px; }
-figcaption span { display: block; font-weight: 400; font-size: 14px; color: var(--soft); }
-.pictures { width: 100%; table-layout: fixed; border-spacing: 4px; }
-.pictures th { font-weight: 500; font-size: 13px; color: var(--soft); }
-.pictures td { padding: 0; line-height: 0; }
-.pictures img { width: 100%; image-rendering: pixelated; border-radius: 3px; }
-.pictures th:first-child { color: var(--ink); }
-svg { width: 100%; height: auto; display: block; font-size: 12px; }
-.key { font-size: 14px; margin-right: 16px; white-space: nowrap; }
-.key i { display: inline-block; width: 18px; height: 3px; border-radius: 2px; margin-right: 6px;
-  vertical-align: middle; }
+figcaption span { display: block; font-weight: 400; font-size: 14px; color: #646b78; }
 .scroll { overflow-x: auto; }
+.chart { width: 100%; display: block; }
+.pictures { width: 100%; border-spacing: 4px; }
+.pictures th { font-weight: 500; font-size: 13px; color: #646b78; white-space: nowrap; }
+.pictures td { padding: 0; line-height: 0; }
+.pictures img { width: 100%; min-width: 36px; image-rendering: pixelated; border-radius: 3px; }
 .numbers { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.numbers th, .numbers td { padding: 6px 18px 6px 0; text-align: right;
-  border-bottom: 1px solid var(--line); }
-.numbers th { font-weight: 600; vertical-align: bottom; }
+.numbers th, .numbers td { padding: 6px 16px 6px 0; text-align: right; overflow-wrap: normal;
+  border-bottom: 1px solid #e3e6eb; }
+.numbers th { vertical-align: bottom; }
 .numbers th:first-child, .numbers td:first-child { text-align: left; }
-.facts td:nth-child(2), .facts th:nth-child(2) { text-align: left; word-break: break-word; }
-.facts td:first-child { color: var(--soft); white-space: nowrap; vertical-align: top; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 12px 16px; white-space: pre-wrap; font-size: 14px; }
+.facts td { text-align: left; overflow-wrap: anywhere; vertical-align: top; }
+.facts td:first-child { color: #646b78; min-width: 9em; }
+pre { background: #f7f8fa; border: 1px solid #e3e6eb; border-radius: 8px; padding: 12px;
+  white-space: pre-wrap; font-size: 14px; }
 """
 
 
@@ -59,15 +53,14 @@ def write_report(path, title: str, sections: Sequence[tuple[str, Sequence[str]]]
     """Writes one HTML file, whole or not at all.
 
     Args:
-        path: where to.
+        path: the file.
         title: the heading of the page.
         sections: (heading, or "" for none; pieces of HTML) each.
     """
     parts = [f"<h1>{_text(title)}</h1>"]
     for heading, pieces in sections:
-        if heading:
-            parts.append(f"<h2>{_text(heading)}</h2>")
-        parts.extend(pieces)
+        parts += [f"<h2>{_text(heading)}</h2>"] if heading else []
+        parts += pieces
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -75,8 +68,7 @@ def write_report(path, title: str, sections: Sequence[tuple[str, Sequence[str]]]
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
-    with storage.atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    storage.write_text(path, page)
 
 
 def paragraph(text: str, note: bool = False) -> str:
@@ -95,32 +87,36 @@ def code(text: str) -> str:
 
 
 def row(*pieces: str) -> str:
-    """Pieces side by side where there is room."""
+    """Pieces side by side where the page is wide enough."""
     return f'<div class="row">{"".join(pieces)}</div>'
 
 
 def picture_table(
-    caption: str, about: str, titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]
+    caption: str,
+    remark: str,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str] = (),
 ) -> str:
     """Rows of small pictures below their columns' titles.
 
     Args:
-        caption, about: what it shows, and a line below that.
+        caption, remark: what it shows, and a line below that.
         titles: one per column.
         rows: uint8 [H, W, 3] each; shown enlarged, every pixel a square.
+        labels: one per row, such as class names.
     """
-    head = "".join(f"<th>{_text(title)}</th>" for title in titles)
-    body = "".join(
-        "<tr>"
-        + "".join(
+    head = "".join(f"<th>{_text(title)}</th>" for title in (*([""] if labels else []), *titles))
+    lines = []
+    for i, pictures in enumerate(rows):
+        cells = [
             f'<td><img alt="{_text(title)}" src="{_embedded(picture)}"></td>'
             for title, picture in zip(titles, pictures, strict=True)
-        )
-        + "</tr>\n"
-        for pictures in rows
-    )
-    table = f'<table class="pictures"><tr>{head}</tr>\n{body}</table>'
-    return _figure(caption, about, table)
+        ]
+        name = f"<th>{_text(labels[i])}</th>" if labels else ""
+        lines.append(f"<tr>{name}{''.join(cells)}</tr>\n")
+    table = f'<table class="pictures"><tr>{head}</tr>\n{"".join(lines)}</table>'
+    return _figure(caption, remark, f'<div class="scroll">{table}</div>')
 
 
 def number_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -135,114 +131,72 @@ def fact_table(facts: dict[str, str]) -> str:
 
 def chart(
     caption: str,
-    about: str,
-    series: dict[str, Sequence[tuple]],
+    remark: str,
+    series: dict[str, Sequence[tuple[float, float]]],
     x_title: str,
     *,
     log2: bool = False,
-    dots: bool = False,
-    scattered: Collection[str] = (),
     percent: bool = False,
     from_zero: bool = False,
     level: tuple[str, float] | None = None,
+    scattered: Sequence[str] = (),
     colors: Sequence[str] = COLORS,
 ) -> str:
-    """Curves as SVG.
+    """Curves as an embedded SVG picture.
 
     Args:
-        caption, about: what it shows, and a line below that (the unit).
-        series: {name: points (x, y), ascending in x, or (x, y, what it is in words)}; points that
-            are not finite are left out.
+        caption, remark: what it shows, and a line below that (the unit).
+        series: {name: points (x, y)}; points that are not finite are left out.
         x_title: below the axis.
-        log2: equal steps per doubling along x, with a tick and a dot at every point.
-        dots: a dot at every point.
-        scattered: names of series without a line between their points.
+        log2: equal steps per doubling along x, with a tick at every point.
         percent: y is a share of 1.
         from_zero: the y axis begins at 0.
         level: (name, y) of a dashed line across.
+        scattered: names of series without a line between their points.
         colors: one per series.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
     finite = {
         name: [p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
         for name, points in series.items()
     }
-    points = [point for part in finite.values() for point in part]
-    if not points:
-        return _figure(caption, about, paragraph("Nothing was recorded.", note=True))
-    ys = [y for _, y, *_ in points] + ([level[1]] if level else []) + ([0.0] if from_zero else [])
-    ticks = _ticks(min(ys), max(ys), most=1.0 if percent else math.inf)
-    xs = sorted({x for x, *_ in points})
-    x_ticks = xs
-    if not log2:
-        whole = all(float(x).is_integer() for x in xs)
-        x_ticks = [x for x in _ticks(xs[0], xs[-1], whole=whole) if xs[0] <= x <= xs[-1]]
-    place = math.log2 if log2 else float
-    left, right = place(xs[0]), place(xs[-1])
-
-    def across(x):
-        share = (place(x) - left) / (right - left) if right > left else 0.5
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-    def down(y):
-        share = (y - ticks[0]) / (ticks[-1] - ticks[0])
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-
-    def label(value):
-        return f"{100 * value:g}\u00a0%" if percent else f"{value:g}"
-
-    parts = []
-    for y in ticks:
-        parts.append(_line(_LEFT, down(y), _WIDTH - _RIGHT, down(y), "#e3e6eb"))
-        parts.append(_label(_LEFT - 8, down(y) + 4, "end", label(y)))
-    for x in x_ticks:
-        parts.append(_label(across(x), _HEIGHT - _BOTTOM + 18, "middle", f"{x:g}"))
-    parts.append(_label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "middle", x_title))
+    if not any(finite.values()):
+        return _figure(caption, remark, paragraph("Nothing was recorded.", note=True))
+    figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), color in zip(finite.items(), colors):
+        marker = "o" if log2 or name in scattered or len(points) < 20 else None
+        line = "none" if name in scattered else "-"
+        axes.plot(*zip(*points), color=color, marker=marker, ms=4, ls=line, label=name)
+    if log2:
+        ticks = sorted({x for points in finite.values() for x, _ in points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if level:
-        y = down(level[1])
-        parts.append(_line(_LEFT, y, _WIDTH - _RIGHT, y, "#646b78", 'stroke-dasharray="5 4"'))
-        parts.append(_label(_WIDTH - _RIGHT, y - 6, "end", level[0]))
-    for (name, part), color in zip(finite.items(), colors):
-        if name not in scattered:
-            path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, *_ in part)
-            parts.append(
-                f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5" '
-                'stroke-linejoin="round" stroke-linecap="round"/>'
-            )
-        for x, y, *words in part if log2 or dots else ():
-            value = f"{100 * y:.1f}\u00a0%" if percent else f"{y:.4g}"
-            about_it = _text(", ".join([name, *words, f"{x:g}"]))
-            parts.append(
-                f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="4.5" fill="{color}" '
-                f'stroke="#fff" stroke-width="1.5"><title>{about_it}: {value}</title></circle>'
-            )
-    svg = (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(caption)}">'
-        + "".join(parts)
-        + "</svg>"
-    )
-    keys = "".join(
-        f'<span class="key"><i style="background:{color}"></i>{_text(name)}</span>'
-        for name, color in zip(finite, colors)
-    )
-    return _figure(caption, about, svg + (keys if len(finite) > 1 else ""))
+        axes.axhline(level[1], color="#646b78", ls="--", lw=1, label=level[0])
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(x_title)
+    axes.grid(color="#e3e6eb")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(finite) > 1 or level:
+        axes.legend(frameon=False, fontsize=8)
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # Text stays text.
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    source = "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+    return _figure(caption, remark, f'<img class="chart" alt="{_text(caption)}" src="{source}">')
 
 
-def _ticks(low: float, high: float, most: float = math.inf, whole: bool = False) -> list[float]:
-    """Two to eight round numbers around low..high, none above `most`; `whole`: integers."""
-    span = high - low or abs(high) or 1.0
-    unit = 10.0 ** math.floor(math.log10(span / 4))
-    steps = [unit * m for m in (1, 2, 2.5, 5, 10) if span / (unit * m) <= 6]
-    step = next((s for s in steps if not whole or s.is_integer()), 1.0)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    last = max(last, first + 1)
-    ticks = [round(i * step, 10) for i in range(first, last + 1)]
-    kept = [tick for tick in ticks if tick <= most]
-    return kept if len(kept) > 1 else [kept[0] - step, kept[0]]
-
-
-def _figure(caption: str, about: str, content: str) -> str:
-    about = f"<span>{_text(about)}</span>" if about else ""
-    return f"<figure><figcaption>{_text(caption)}{about}</figcaption>{content}</figure>\n"
+def _figure(caption: str, remark: str, content: str) -> str:
+    remark = f"<span>{_text(remark)}</span>" if remark else ""
+    return f"<figure><figcaption>{_text(caption)}{remark}</figcaption>{content}</figure>\n"
 
 
 def _table(style: str, titles, rows) -> str:
@@ -252,17 +206,6 @@ def _table(style: str, titles, rows) -> str:
     )
     head = f"<tr>{head}</tr>\n" if head else ""
     return f'<div class="scroll"><table class="{style}">{head}{body}</table></div>'
-
-
-def _line(x1, y1, x2, y2, color: str, more: str = "") -> str:
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" {more}/>'
-    )
-
-
-def _label(x, y, anchor: str, text: str) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text {place} fill="#646b78">{_text(text)}</text>'
 
 
 def _embedded(picture: np.ndarray) -> str:

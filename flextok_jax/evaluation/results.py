@@ -1,105 +1,76 @@
-"""Folders of results that appear whole, of runs that an interruption only pauses."""
+"""Folders for results: empty, or recorded as made with the same settings."""
 
 import contextlib
-import hashlib
-import json
 import os
-import pathlib
-import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-_JOURNAL = "journal.jsonl"
+from flextok_jax.io import storage
+from flextok_jax.io.paths import as_path, is_remote
 
-
-class Paused(KeyboardInterrupt):
-    """Ctrl-C, after some results were finished; the message says how to go on."""
-
-
-class Results:
-    """Results on their way into a folder.
-
-    Attributes:
-        folder: where their files are written.
-        records: {name: what is known of it} of all that is finished, also by a run before this one
-            that was interrupted; values are what JSON makes of them.
-    """
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        self.records: dict[str, dict] = {}
-        self._journal = folder / _JOURNAL
-        if self._journal.is_file():
-            text = self._journal.read_text(encoding="utf-8")
-            text = text[: text.rfind("\n") + 1]  # A killed run may have left half a line.
-            self._journal.write_text(text, encoding="utf-8")
-            for line in text.splitlines():
-                self.records.update(json.loads(line))
-
-    def add(self, records: dict[str, dict]) -> None:
-        """Notes what is finished; call it when their files are written."""
-        self.records.update(records)
-        with self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(records) + "\n")
+SETTINGS = "settings.json"
 
 
 @contextlib.contextmanager
-def results_folder(out, settings: dict) -> Iterator[Results]:
-    """A hidden folder inside `out` to write into, whose content moves into `out` at the end.
+def results_folder(out, settings: dict, inputs: Iterable = (), record: str = SETTINGS) -> Iterator:
+    """The folder `out`, ready to be written into; open it before the work begins.
 
-    Files and folders of the same names are then replaced, others stay. Where the block fails, or
-    the process is killed, before anything was finished, nothing remains; after that the hidden
-    folder stays, and the next run with equal settings finds its records and its files.
+    Where the block fails before anything is written, nothing remains.
 
     Args:
+        out: a folder that is empty or missing, or one that an earlier call with equal settings
+            recorded: then files that are there already may be kept, and the work goes on.
         settings: all that the results depend on, in JSON terms.
+        inputs: the paths that are read; those that do not exist are ignored.
+        record: the name of the file that keeps the settings; it ends in "settings.json".
+
+    Yields:
+        A path object.
 
     Raises:
-        ValueError: `out` is a file.
-        Paused: for Ctrl-C, when there is something to go on from.
+        ValueError: `out` is a file or a link, overlaps an input, holds files of something else, or
+            results of other settings.
     """
-    out = pathlib.Path(out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: pass a folder")
-    made = not out.exists()
-    identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = out / f".partial-{identity[:16]}"
-    for other in sorted(out.glob(".partial-*") if out.exists() else ()):
-        if other != folder:
-            print(
-                f"note: {other} holds unfinished results of another command; delete it if you do "
-                "not want to go on with them",
-                file=sys.stderr,
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder)
-    if results.records:
-        print(f"going on with {len(results.records)} finished before", file=sys.stderr)
+    out = check_folder(out, inputs)
+    there, recorded = out.exists(), (out / record).exists()
+    storage.same_or_refuse(out / record, settings, "results")
     try:
-        yield results
-        (folder / _JOURNAL).unlink(missing_ok=True)
-        for entry in folder.iterdir():
-            target = out / entry.name
-            if target.is_dir() and entry.is_dir():
-                shutil.rmtree(target)
-            os.replace(entry, target)
-        results.records.clear()
-    except KeyboardInterrupt as error:
-        if not results.records:
-            raise
-        raise Paused(
-            f"{len(results.records)} are finished; the same command goes on from there"
-        ) from error
-    except Exception:
-        if results.records:
-            print(
-                f"note: {len(results.records)} are finished and kept in {folder}; the same command "
-                "goes on from there",
-                file=sys.stderr,
-            )
-        raise
-    finally:
-        if not results.records:
-            shutil.rmtree(folder)
-            if made and not any(out.iterdir()):
+        yield out
+    except BaseException:
+        if not recorded and [path.name for path in out.iterdir()] == [record]:
+            (out / record).unlink()
+            if not there:
                 out.rmdir()
+        raise
+
+
+def check_folder(out, inputs: Iterable = ()):
+    """The path of `out`, which `results_folder` would accept but for the settings.
+
+    Commands call it before they load a model. Raises as `results_folder`, and PermissionError where
+    nothing can be written.
+    """
+    out = as_path(out)
+    remedy = "Pass another folder with --out"
+    if not is_remote(out):
+        if out.is_symlink():
+            raise ValueError(f"{out} is a link to {out.resolve()}. {remedy}, or the real folder")
+        for path in map(as_path, inputs):
+            if is_remote(path) or not path.exists():
+                continue
+            ours, theirs = out.resolve(), path.resolve()
+            if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+                raise ValueError(f"{out} overlaps the input {path}. {remedy}, apart from the input")
+        there = next(p for p in (out, *out.absolute().parents) if p.exists())
+        if not there.is_dir():
+            raise ValueError(f"{out}: {there} is a file, not a folder. {remedy}")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"{out} cannot be written in {there}. {remedy}")
+    if out.exists() and not any(out.glob(f"*{SETTINGS}")):
+        found = sorted(path.name for path in out.iterdir())
+        if found:
+            more = ", ..." if len(found) > 3 else ""
+            raise ValueError(
+                f"{out} is not empty ({', '.join(found[:3])}{more}) and has no {SETTINGS} of an "
+                f"earlier run. {remedy}"
+            )
+    return out

@@ -1,98 +1,105 @@
-"""What is said about a set of images from the features of a network. NumPy in float64.
-
-Features are computed on devices and summed here, on the host and in the order of the images, so
-that sums depend neither on the number of devices nor of processes.
+"""Metrics of a set of images from the features of a network. NumPy in float64.
 
 n images, D features, V classes.
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from flextok_jax.io import storage
+from flextok_jax.io.paths import local_copy
 
+NEIGHBOURS = 3  # Of precision and recall.
+SPLITS = 10  # Of the Inception score.
 SHUFFLE_SEED = 2020  # Of the Inception score's parts; that of torch-fidelity.
-
-
-def gather(tree):
-    """Arrays [B, ...] that lie over the devices of all processes -> whole NumPy arrays, in each.
-
-    What a network says of a batch, and the mask of its images. All processes call it together.
-    """
-
-    def whole(x):
-        if not x.is_fully_addressable:
-            x = multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)
-
-    return jax.tree.map(whole, tree)
+CHUNK = 2000  # Rows that are computed at a time.
 
 
 class Gaussian(NamedTuple):
-    """The first two moments of features.
-
-    Attributes:
-        mean: float64 [D].
-        covariance: float64 [D, D].
-    """
+    """The first two moments of features: mean float64 [D], unbiased covariance float64 [D, D]."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """The sums behind a `Gaussian`, which grow by batches and merge.
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """What a network says of a set of images; what is derived from it is computed once.
 
     Attributes:
-        count: n.
-        mean: float64 [D].
-        scatter: float64 [D, D], the sum of (x - mean)(x - mean)^T.
+        features: float [n, D].
+        logits: float [n, V].
+        labels: int [n], -1 unknown.
     """
 
-    count: int
-    mean: np.ndarray
-    scatter: np.ndarray
+    features: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
 
-    @classmethod
-    def empty(cls, size: int) -> "Moments":
-        """Of no features at all; `size`: D."""
-        return cls(0, np.zeros(size), np.zeros((size, size)))
+    def __len__(self) -> int:
+        return len(self.features)
 
-    def add(self, features: np.ndarray, mask: np.ndarray | None = None) -> "Moments":
-        """With those of a batch [B, D]; `mask`: bool [B], which of them count (all by default)."""
-        features = np.asarray(features, np.float64)
-        features = features if mask is None else features[np.asarray(mask, bool)]
-        if not len(features):
-            return self
-        mean = features.mean(0)
-        centred = features - mean
-        return self.merge(Moments(len(features), mean, centred.T @ centred))
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together (Chan, Golub, LeVeque 1979): no large numbers are subtracted."""
-        count = self.count + other.count
-        if not count:
-            return self
-        apart = other.mean - self.mean
-        scatter = np.outer(apart, apart) * (self.count * other.count / count)
-        scatter += self.scatter
-        scatter += other.scatter
-        return Moments(count, self.mean + apart * (other.count / count), scatter)
-
+    @functools.cached_property
     def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance.
+        """Raises ValueError for fewer than two images."""
+        return gaussian(self.features)
 
-        Raises:
-            ValueError: fewer than two features.
-        """
-        if self.count < 2:
-            raise ValueError(f"{self.count} images have no covariance: 2 are needed at least")
-        return Gaussian(self.mean, self.scatter / (self.count - 1))
+    @functools.cached_property
+    def radii(self) -> np.ndarray:
+        """The squared distance of each image to its nearest neighbour number NEIGHBOURS: [n]."""
+        return radii(self.features)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images whose largest logit is that of their label."""
+        return float(np.mean(self.logits.argmax(1) == self.labels))
+
+
+def feature_metrics(
+    made: FeatureSet, real: FeatureSet, classes: bool, reference: Gaussian | None = None
+) -> Iterator[tuple[str, float]]:
+    """An evaluator: (metric, value), as far as there are enough images for it.
+
+    Args:
+        classes: whether the logits are of the classes of the labels.
+        reference: what FID compares with instead of `real`.
+    """
+    yield "real_count", len(real)
+    if reference is None and len(real) > 1:
+        reference = real.gaussian
+    if reference is not None and len(made) > 1:
+        yield "fid", fid(made.gaussian, reference)
+    if len(made) >= SPLITS:
+        score, deviation = inception_score(made.logits)
+        yield "inception_score", score
+        yield "inception_score_deviation", deviation
+    if min(len(made), len(real)) > NEIGHBOURS:
+        precision, recall = precision_recall(real, made)
+        yield "precision", precision
+        yield "recall", recall
+    if classes:
+        yield "accuracy", made.accuracy
+        yield "real_accuracy", real.accuracy
+
+
+def gaussian(features: np.ndarray) -> Gaussian:
+    """Mean and unbiased covariance, summed around the mean: no large numbers are subtracted.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} images have no covariance: at least 2 are needed")
+    mean = features.mean(0, dtype=np.float64)
+    scatter = np.zeros((len(mean), len(mean)))
+    for start in range(0, len(features), CHUNK):
+        centred = features[start : start + CHUNK] - mean
+        scatter += centred.T @ centred
+    return Gaussian(mean, scatter / (len(features) - 1))
 
 
 def fid(a: Gaussian, b: Gaussian) -> float:
@@ -102,12 +109,12 @@ def fid(a: Gaussian, b: Gaussian) -> float:
     F^T G: real and stable also for covariances without full rank, of fewer images than features.
 
     Raises:
-        ValueError: they are of different numbers of features.
+        ValueError: the numbers of features differ.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"statistics of {len(a.mean)} and of {len(b.mean)} features: were they made by the "
-            "same network?"
+            f"statistics of {len(a.mean)} and of {len(b.mean)} features: both must come from the "
+            "same network"
         )
     product = _root(a.covariance).T @ _root(b.covariance)
     overlap = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
@@ -122,13 +129,13 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: np.ndarray, splits: int = SPLITS) -> tuple[float, float]:
     """exp(mean KL(p(y|x) || p(y))) of parts of the images (arXiv 1606.03498).
 
     Args:
         logits: [n, V] of the classifier, before the softmax; see `nn.inception` which ones.
-        splits: how many parts. They are drawn at random, always the same, because images are often
-            ordered by class.
+        splits: how many random parts, always the same ones, because images are often ordered by
+            class.
 
     Returns:
         (mean, standard deviation) over the parts.
@@ -143,59 +150,52 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
     scores = []
     for i in range(splits):
         part = order[i * count // splits : (i + 1) * count // splits]
-        log_p = _log_softmax(np.asarray(logits[part], np.float64))
+        x = np.asarray(logits[part], np.float64)
+        x = x - x.max(1, keepdims=True)
+        log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
         p = np.exp(log_p)
         log_mean = np.log(np.maximum(p.mean(0), np.finfo(np.float64).tiny))  # 0 by underflow
         scores.append(np.exp(np.mean(np.sum(p * (log_p - log_mean), axis=1))))
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _log_softmax(x):
-    x = x - x.max(1, keepdims=True)
-    return x - np.log(np.exp(x).sum(1, keepdims=True))
+def precision_recall(real: FeatureSet, made: FeatureSet) -> tuple[float, float]:
+    """How many made images lie among the real ones, and the reverse (arXiv 1904.06991).
 
-
-def precision_recall(
-    real: np.ndarray, made: np.ndarray, k: int = 3, chunk: int = 2000
-) -> tuple[float, float]:
-    """How much of what was made lies among the real, and the reverse (arXiv 1904.06991).
-
-    A set's manifold is the union of the balls around its features that reach to their k-th nearest
-    neighbour in the set.
-
-    Args:
-        real, made: [n, D] and [m, D].
-        k: of the neighbours.
-        chunk: rows that are compared at a time with a whole set.
+    A set's manifold is the union of the balls around its features that reach to their nearest
+    neighbour number NEIGHBOURS in the set.
 
     Returns:
         (precision, recall): the share of `made` in the manifold of `real`, the share of `real` in
         that of `made`.
 
     Raises:
-        ValueError: a set has no k-th neighbours.
+        ValueError: a set has too few images.
     """
-    if min(len(real), len(made)) <= k:
-        raise ValueError(
-            f"{len(real)} real and {len(made)} made images: more than k={k} of each are needed"
-        )
-    centre = np.mean(real, axis=0, dtype=np.float64)  # Near the origin squares cancel less.
-    real, made = real - centre, made - centre
-    return _inside(made, real, k, chunk), _inside(real, made, k, chunk)
+    return _inside(made.features, real), _inside(real.features, made)
 
 
-def _inside(points, among, k, chunk) -> float:
-    """The share of `points` in the manifold of `among`."""
-    radii = np.concatenate([np.partition(d, k, 1)[:, k] for d in _squares(among, among, chunk)])
-    inside = [(d <= radii).any(1) for d in _squares(points, among, chunk)]
-    return float(np.mean(np.concatenate(inside)))
+def radii(features: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
+    """Squared distances to the k-th nearest neighbours: [n]."""
+    if len(features) <= k:
+        raise ValueError(f"{len(features)} images: more than k={k} are needed for neighbours")
+    squares = _squares(features, features)
+    return np.concatenate([np.partition(rows, k, 1)[:, k] for rows in squares])
 
 
-def _squares(a, b, chunk):
-    """Squared distances [rows, len(b)], for `chunk` rows of `a` after each other."""
+def _inside(points, manifold: FeatureSet) -> float:
+    """The share of `points` in a manifold."""
+    squares = _squares(points, manifold.features)
+    return float(np.mean(np.concatenate([(d <= manifold.radii).any(1) for d in squares])))
+
+
+def _squares(a, b):
+    """Squared distances [rows, len(b)], for CHUNK rows of `a` after each other."""
+    centre = b.mean(0, dtype=np.float64).astype(b.dtype)  # Near the origin squares cancel less.
+    b = b - centre
     norms = np.sum(np.square(b), axis=1)
-    for start in range(0, len(a), chunk):
-        part = a[start : start + chunk]
+    for start in range(0, len(a), CHUNK):
+        part = a[start : start + CHUNK] - centre
         squares = part @ b.T
         squares *= -2
         squares += np.sum(np.square(part), axis=1)[:, None]
@@ -203,21 +203,21 @@ def _squares(a, b, chunk):
         yield np.maximum(squares, 0, out=squares)
 
 
-def write_gaussian(path, gaussian: Gaussian) -> None:
+def write_gaussian(path, found: Gaussian) -> None:
     """Writes the arrays `mu` and `sigma` as the ADM evaluator (arXiv 2105.05233) keeps them."""
     with storage.atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance)
+        np.savez(file, mu=found.mean, sigma=found.covariance)
 
 
 def read_gaussian(path) -> tuple[Gaussian, str]:
-    """Statistics in that format, and the sha256 over the two arrays, whatever lies beside them.
+    """Statistics in that format, and the sha256 over the two arrays.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no npz file, or holds no such arrays.
     """
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with local_copy(path) as local, np.load(local, allow_pickle=False) as found:
             mean, covariance = found["mu"], found["sigma"]
     except FileNotFoundError:
         raise
@@ -230,5 +230,7 @@ def read_gaussian(path) -> tuple[Gaussian, str]:
         raise ValueError(
             f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}, expected (D,), (D, D)"
         )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path}: mu or sigma has values that are not finite")
     digest = storage.fingerprint({"mu": mean, "sigma": covariance})
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64)), digest

@@ -1,40 +1,63 @@
-"""A sweep: one set of pictures or samples, drawn and measured at many settings.
+"""A sweep: one set of reconstructions or samples, measured at many settings, in one folder.
 
-Everything is kept in one folder: `points/NAME.json` (a result with its stamp), `points/NAME.npz`
-(its first images), `reference.npz` (mean and covariance of the real images' features) and `.work/`
-(chunks of what is unfinished). A run that was stopped goes on; a folder of other settings is
-refused; several processes may share one.
+The folder holds `settings.json` (what all settings share), `pictures.json` (a hash over all pixels
+that were read), `points/NAME.json` (a result with its
+metadata), `points/NAME.npz` (its first images) and `reference.npz` (mean and covariance of the real
+images' features). A setting whose result is there is not measured again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import pathlib
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flextok_jax.evaluation import measure, npz_images, protocol, statistics
-from flextok_jax.evaluation.chunks import Chunks
-from flextok_jax.evaluation.measure import Instruments, Reference
-from flextok_jax.evaluation.reconstruction import Sampling, side
-from flextok_jax.evaluation.subjects import Point, Subject, digest, draw_point, missed
+from flextok_jax.conditions import Conditions
+from flextok_jax.evaluation import environment, metrics, statistics
+from flextok_jax.evaluation.generation import TokenSampling, sample_tokens
+from flextok_jax.evaluation.networks import Networks
+from flextok_jax.evaluation.pictures import Pictures, name_seeds, to_uint8
+from flextok_jax.evaluation.reconstruction import Sampler, decode, encode, padded, side
+from flextok_jax.evaluation.statistics import FeatureSet, Gaussian
+from flextok_jax.generator import ImageGenerator
 from flextok_jax.io import storage
+from flextok_jax.io.paths import is_remote
+from flextok_jax.tokenizer import FlexTok
 
-SETTINGS, POINTS, WORK, REFERENCE = "settings.json", "points", ".work", "reference.npz"
-SHARED = PREPARED, REAL = "prepared", "real"  # In WORK, beside a folder for each point.
-SHOWN = 8  # Images of each point that are kept to be looked at.
+POINTS, READ, REFERENCE = "points", "pictures.json", "reference.npz"
+SHOWN = 8  # Images of each setting that are kept for the report.
+AXES = ("num_tokens", "guidance", "steps", "token_guidance")
 
 
-def name(point: Point) -> str:
-    """Of the files of a point: "k0016_steps20_guidance3"."""
-    parts = [f"k{point.num_tokens:04d}", f"steps{point.steps}", f"guidance{point.guidance:g}"]
-    if point.token_guidance is not None:
-        parts.append(f"tokens{point.token_guidance:g}")
-    return "_".join(parts)
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A point of a sweep.
+
+    Attributes:
+        num_tokens: k.
+        guidance: the scale of guidance.
+        steps: of the sampler.
+        token_guidance: the scale of guidance of the tokens, None: nothing is generated.
+    """
+
+    num_tokens: int
+    guidance: float
+    steps: int
+    token_guidance: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its files: "k0016_steps20_guidance3"."""
+        parts = [f"k{self.num_tokens:04d}", f"steps{self.steps}", f"guidance{self.guidance:g}"]
+        if self.token_guidance is not None:
+            parts.append(f"tokens{self.token_guidance:g}")
+        return "_".join(parts)
 
 
 def grid(
@@ -42,233 +65,253 @@ def grid(
     guidances: Sequence[float],
     steps: Sequence[int],
     token_guidances: Sequence[float | None] = (None,),
-) -> list[Point]:
+) -> list[Setting]:
     """Every combination; the numbers of tokens change fastest, so that a curve is soon there."""
     combinations = itertools.product(token_guidances, guidances, steps, sorted(counts))
-    return [Point(k, g, s, t) for t, g, s, k in combinations]
+    return [Setting(k, g, s, t) for t, g, s, k in combinations]
 
 
-def everything(out: pathlib.Path) -> tuple[list[dict], list[dict]]:
+def results(out) -> tuple[list[dict], list[dict]]:
     """All results in a folder, in order of their settings, and the first images of each.
 
     Returns:
-        (results, {"images", and "originals" where there are: uint8 [n, S, S, 3]} of each).
+        (results, {"images", "originals": uint8 [n, S, S, 3], "titles": str [n]} of each).
     """
-    files = (out / POINTS).glob("[!.]*.json")  # Those with a dot are being written, or were.
-    found = [(storage.read_json(file), file) for file in files]
-    axes = ("token_guidance", "guidance", "steps", "num_tokens")
-    found.sort(key=lambda pair: [pair[0]["stamp"]["point"][axis] or 0 for axis in axes])
+    files = [path for path in (out / POINTS).glob("*.json") if not path.name.startswith(".")]
+    found = [(storage.read_json(path), path) for path in files]
+    found.sort(key=lambda pair: [pair[0]["metadata"]["setting"][a] or 0 for a in reversed(AXES)])
     pictures = []
-    for _, file in found:
-        with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
-            pictures.append(dict(arrays))
+    for _, path in found:
+        with (path.parent / f"{path.stem}.npz").open("rb") as file:
+            pictures.append(dict(np.load(file, allow_pickle=False)))
     return [result for result, _ in found], pictures
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
-    """What is drawn and measured where.
+class Samples:
+    """What a generator samples.
 
     Attributes:
-        out: the folder; see above.
-        stamp: what all points share; see `protocol.stamp`.
-        subject: what is drawn.
-        reference: real images to compare with.
-        instruments: networks.
-        sampling: the seed and the kind of guidance; steps and scale are the points'.
-        process: (i, of n) that share the folder. The first one finishes results, when all chunks
-            are there.
-        export: an .npz file for the images of the only point; see `npz_images`.
+        conditions: one per sample.
+        num_tokens: how many tokens are sampled for each.
+        how: how tokens are sampled; the scale of guidance is the setting's.
+    """
+
+    gen: ImageGenerator
+    conditions: Conditions
+    num_tokens: int
+    how: TokenSampling
+
+    @property
+    def names(self) -> list[str]:
+        names = self.conditions.names or ("sample",) * len(self.conditions)
+        return [f"{i:06d}_{name}" for i, name in enumerate(names)]
+
+
+@dataclasses.dataclass
+class _Data:
+    """What all settings share.
+
+    Attributes:
+        names: of the images that are made, whose noise they seed.
+        labels: int [n] of them, -1 unknown.
+        tokens: int32 [n, K] by the scale of token guidance, filled when first needed.
+        originals: uint8 [n, S, S, 3] to compare with; None for samples.
+        real: features of the pictures, None without a network.
+        shown: the first pictures.
+        titles: names of the classes or conditions of the first images that are made; may be empty.
+        read: what was read, in JSON terms.
+    """
+
+    names: list[str]
+    labels: np.ndarray
+    tokens: dict
+    originals: np.ndarray | None
+    real: FeatureSet | None
+    shown: np.ndarray
+    titles: list[str]
+    read: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is measured, and with what.
+
+    Attributes:
+        out: a path object; the folder of `results_folder`.
+        settings: what all settings share, in JSON terms, with "networks" and "reference".
+        pictures: what is reconstructed, or what samples are compared with.
+        samples: None: reconstructions.
+        sampler, seed: of the decoder; steps and scale are the settings'.
+        reference: what FID compares with, instead of the pictures.
+        export: an .npz file for the images of the only setting as the array `arr_0`, uint8
+            [n, S, S, 3], which the evaluator of ADM reads.
     """
 
     out: pathlib.Path
-    stamp: dict
-    subject: Subject
-    reference: Reference
-    instruments: Instruments
-    sampling: Sampling
-    process: tuple[int, int] = (0, 1)
+    settings: dict
+    tok: FlexTok
+    pictures: Pictures
+    networks: Networks
+    sampler: Sampler
+    seed: int = 0
+    batch_size: int = 32
+    samples: Samples | None = None
+    reference: Gaussian | None = None
     export: pathlib.Path | None = None
 
-    def run(self, points: Sequence[Point]) -> list[dict]:
-        """Draws and measures what is not there yet.
+    def run(self, settings: Sequence[Setting]) -> list[dict]:
+        """Measures the settings whose results are not there; returns the results of all.
 
-        Returns:
-            the results of the points that are finished: all, unless chunks of other processes are
-            missing.
+        The pictures are read, encoded and shown to the feature network once.
 
         Raises:
-            ValueError: the folder has results of other settings or pictures, the pictures changed
-                while it ran, or not one could be read.
+            ValueError: not one picture could be read, they are not those of results in the folder,
+                or images are not finite.
         """
         from tqdm import tqdm
 
-        self._claim()
-        todo = [p for p in points if self.export or not self._path(p, "json").exists()]
-        count = self.subject.count
-        total = count * (len(points) + 1) + self._real.count
-        with tqdm(total=total, unit="image", disable=None) as bar:
-            bar.update(count * (len(points) - len(todo)))
-            if todo:
-                prepared = self._prepared
-                self._retry()
-                self._fill(prepared, bar, lambda i: self.subject.prepare(prepared.places(i)))
-                self._fill(self._real, bar, self._look_at_real)
-                self._check_pictures()
-            for point in todo:
-                chunks = self._chunks(point)
-                self._warm_up(chunks, point)
-                self._fill(chunks, bar, lambda i, point=point: self._measure(point, i))
-                every = (self._prepared, self._real, chunks)
-                if self.process[0] == 0 and not any(part.missing() for part in every):
-                    self._finish(point, chunks)
+        todo = [s for s in settings if self.export or not self._path(s, "json").exists()]
+        if todo:
+            count = len(self.samples.conditions if self.samples else self.pictures)
+            total = len(self.pictures) + len(todo) * count
+            with tqdm(total=total, unit="image", disable=None) as bar, self._file() as file:
+                data = self._read(file, bar, max(setting.num_tokens for setting in todo))
+                for setting in todo:
+                    self._write(setting, data, *self._measure(setting, data, bar))
                     if bar.disable:
-                        print(f"{name(point)}: measured", file=sys.stderr, flush=True)
-        found = [path for path in (self._path(p, "json") for p in points) if path.exists()]
-        if self.process[0] == 0:
-            self._tidy()
-        return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+                        print(f"{setting.name}: measured", file=sys.stderr, flush=True)
+        return [storage.read_json(self._path(s, "json")) for s in settings]
 
-    def _tidy(self) -> None:
-        """Removes what all points shared, where no point is unfinished."""
-        work = self.out / WORK
-        if all(path.name.startswith(SHARED) for path in work.glob("*")):
-            shutil.rmtree(work, ignore_errors=True)
+    def _path(self, setting: Setting, ending: str):
+        return self.out / POINTS / f"{setting.name}.{ending}"
 
-    @property
-    def _prepared(self) -> Chunks:
-        return Chunks(self.out / WORK / f"{PREPARED}_{self.subject.key}", self.subject.count)
+    @contextlib.contextmanager
+    def _file(self):
+        """An open file without a name, for images that do not fit into memory."""
+        folder = None if is_remote(self.out) else self.out
+        with tempfile.TemporaryFile(dir=folder) as file:
+            yield file
 
-    @property
-    def _real(self) -> Chunks:
-        pictures = self.reference.pictures
-        return Chunks(self.out / WORK / REAL, 0 if pictures is None else len(pictures))
+    def _read(self, file, bar, num_tokens: int) -> _Data:
+        """Reads all pictures once, and encodes them where they are reconstructed."""
+        size, generated = side(self.tok), self.samples is not None
+        names, labels, tokens, looked = [], [], [], []
+        shown, digest = np.zeros((0, size, size, 3), np.uint8), hashlib.sha256()
+        most = max(1, min(self.batch_size, len(self.pictures)))
+        for batch in self.pictures.batches(size, most):
+            names, labels = names + batch.names, labels + [batch.labels]
+            digest.update(batch.images.tobytes())
+            shown = np.concatenate([shown, batch.images])[:SHOWN]
+            if self.networks.features:
+                looked.append(self.networks.features(batch.images, most))
+            if not generated:
+                tokens.append(encode(self.tok, batch.images, num_tokens, most))
+                file.write(batch.images.tobytes())
+            bar.update(len(batch.names))
+        read = {"pixels_sha256": digest.hexdigest(), "read": len(names)}
+        storage.same_or_refuse(self.out / READ, read, "results")
+        labels, real, originals = np.concatenate(labels), None, None
+        titles = [self.pictures.class_name(label) for label in labels[:SHOWN]]
+        if looked:
+            real = FeatureSet(*map(np.concatenate, zip(*looked)), labels)
+            if len(real) > 1:
+                statistics.write_gaussian(self.out / REFERENCE, real.gaussian)
+        if generated:
+            labels, titles = self.samples.conditions.labels, self.samples.conditions.names[:SHOWN]
+            names, tokens = self.samples.names, {}
+            labels = np.full(len(names), -1) if labels is None else labels
+        else:
+            originals, tokens = _mapped(file, size), {None: np.concatenate(tokens)}
+        return _Data(names, labels, tokens, originals, real, shown, titles, read)
 
-    def _chunks(self, point: Point) -> Chunks:
-        """With all images, where they are to be exported, and only the first ones else."""
-        folder = f"{name(point)}_images" if self.export else name(point)
-        return Chunks(self.out / WORK / folder, self.subject.count)
+    def _tokens(self, setting: Setting, data: _Data) -> np.ndarray:
+        """int32 [n, K]."""
+        scale = setting.token_guidance
+        if scale not in data.tokens:
+            s, seeds, parts = self.samples, name_seeds(data.names), []
+            how = dataclasses.replace(s.how, guidance=scale)
+            for rows in self._batches(data):
+                options = (seeds[rows], s.num_tokens, how, self.seed, self.batch_size)
+                parts.append(sample_tokens(s.gen, s.conditions.take(rows), *options))
+            data.tokens[scale] = np.concatenate(parts)
+        return data.tokens[scale]
 
-    def _path(self, point: Point, ending: str) -> pathlib.Path:
-        return self.out / POINTS / f"{name(point)}.{ending}"
+    def _batches(self, data: _Data) -> list[slice]:
+        return [slice(i, i + self.batch_size) for i in range(0, len(data.names), self.batch_size)]
 
-    def _claim(self) -> None:
-        """Makes the folder of this stamp, or sees that it is."""
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"{self.out} is a file: pass a folder")
-        path, stamp = self.out / SETTINGS, json.loads(json.dumps(self.stamp))
-        if path.exists():
-            different = list(protocol.differences(storage.read_json(path), stamp))
-            if different:
-                lines = "".join(f"\n  {line}" for line in different)
-                raise ValueError(
-                    f"{self.out} holds results of other settings (there | now); pass another --out"
-                    f", or delete it:{lines}"
-                )
-            return
-        with storage.atomic(path) as temporary:
-            temporary.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+    def _measure(self, setting: Setting, data: _Data, bar) -> tuple[dict, np.ndarray]:
+        """(metrics, the first images)."""
+        size, seeds, features = side(self.tok), name_seeds(data.names), self.networks.features
+        tokens = self._tokens(setting, data)
+        sampler = dataclasses.replace(
+            self.sampler, steps=setting.steps, guidance_scale=setting.guidance
+        )
+        options = (sampler, self.seed, self.batch_size)
+        looked, seconds, shown = [], [], np.zeros((0, size, size, 3), np.uint8)
 
-    def _retry(self) -> None:
-        """Forgets chunks with unreadable pictures, unless something was drawn of them already."""
-        if all(path.name.startswith(SHARED) for path in (self.out / WORK).glob("*")):
-            for chunks in (self._prepared, self._real):
-                for index in chunks.there(self.process):
-                    if len(chunks.read(index)["unreadable"]):
-                        chunks.forget(index)
+        def stream(file) -> Iterator[tuple]:
+            nonlocal shown
+            decode(self.tok, tokens[:1], setting.num_tokens, seeds[:1], *options)  # Compiles.
+            for rows in self._batches(data):
+                start = time.perf_counter()
+                images = decode(self.tok, tokens[rows], setting.num_tokens, seeds[rows], *options)
+                seconds.append((time.perf_counter() - start) / self.batch_size)
+                images = to_uint8(images)
+                shown = np.concatenate([shown, images])[:SHOWN]
+                if features:
+                    looked.append(features(images, self.batch_size))
+                if file is not None:
+                    file.write(images.tobytes())
+                if data.originals is not None:
+                    mask = np.arange(self.batch_size) < len(images)
+                    both = (padded(x, self.batch_size) for x in (images, data.originals[rows]))
+                    yield "", *both, mask
+                bar.update(len(images))
 
-    def _check_pictures(self) -> None:
-        """Raises ValueError where none can be read, or they are not those of the results here."""
-        if not self._prepared.missing() and not len(self._prepared.joined("labels")):
-            lines = [f"\n  {name}: {why}" for name, why in list(self._unreadable().items())[:10]]
-            count = self._prepared.count
-            raise ValueError(f"not one of {count} images could be read:{''.join(lines)}")
-        now = self._pixels()
-        for path in (self.out / POINTS).glob("[!.]*.json"):
-            then = storage.read_json(path)["stamp"]["pixels_sha256"]
-            if now is not None and then not in (None, now):
-                raise ValueError(
-                    f"{path} was measured with other pictures than {self.reference.pictures.title} "
-                    "has now: pass another --out, or delete that one"
-                )
+        functions = [metrics.compare, lambda a, b: {"bands": metrics.error_by_frequency(a, b)}]
+        functions += [self.networks.perceptual] if self.networks.perceptual else []
+        with self._file() as file:
+            values = metrics.per_image(stream(file if self.export else None), functions)
+            if self.export:
+                with storage.atomic(self.export) as temporary, temporary.open("wb") as target:
+                    np.savez(target, arr_0=_mapped(file, size))
+        bands = values.pop("bands", None)
+        found = {"count": len(data.names), "standard_errors": {}}
+        for name, value in values.items():
+            found[name] = float(value.mean())
+            found["standard_errors"][name] = float(value.std() / np.sqrt(len(value)))
+        if bands is not None:
+            found["bands"] = bands.mean(0).tolist()
+        if features:
+            made = FeatureSet(*map(np.concatenate, zip(*looked)), data.labels)
+            found |= statistics.feature_metrics(made, data.real, features.classes, self.reference)
+        tokens = tokens[:, : setting.num_tokens]
+        found["codebook_usage"] = len(np.unique(tokens)) / self.tok.config.vocab_size
+        found["codes"] = metrics.code_usage(tokens)
+        found["seconds_per_image"] = float(np.median(seconds))
+        return found, shown
 
-    def _pixels(self) -> str | None:
-        """The sha256 over the pixels of all real pictures; None: not all are there, or none."""
-        if self._real.missing() or not self._real.count:
-            return None
-        return hashlib.sha256(self._real.joined("sha256").tobytes()).hexdigest()
-
-    def _fill(self, chunks: Chunks, bar, make: Callable[[int], dict]) -> None:
-        missing = chunks.missing(self.process)
-        bar.update(chunks.count - sum(len(chunks.places(index)) for index in missing))
-        for index in missing:
-            chunks.write(index, make(index))
-            bar.update(len(chunks.places(index)))
-
-    def _look_at_real(self, index: int) -> dict:
-        places, size = self._real.places(index), side(self.subject.tok)
-        readable, images, labels = self.reference.pictures.read(places, size)
-        shown = images[: 0 if index else SHOWN]
-        found = {"labels": labels, "sha256": digest(images), "images": shown}
-        found |= missed(self.reference.pictures, places, readable)
-        return found | self.instruments.look(images, self.subject.batch_size)
-
-    def _warm_up(self, chunks: Chunks, point: Point) -> None:
-        """Draws once, so that compiling is in nobody's seconds."""
-        for index in chunks.missing(self.process)[:1]:
-            have = {key: array[:1] for key, array in self._prepared.read(index).items()}
-            draw_point(self.subject, have, point, self.sampling)
-
-    def _measure(self, point: Point, index: int) -> dict:
-        have = self._prepared.read(index)
-        images, seconds = draw_point(self.subject, have, point, self.sampling)
-        found = self.instruments.look(images, self.subject.batch_size)
-        originals = self.subject.originals(have)
-        if originals is not None:
-            found |= self.instruments.compare(images, originals, self.subject.batch_size)
-        kept = images if self.export else images[: 0 if index else SHOWN]
-        about = {"seconds": seconds / self.subject.batch_size, "images": kept}
-        return found | about | {"circumstances": np.array([json.dumps(protocol.circumstances())])}
-
-    def _unreadable(self) -> dict[str, str]:
-        """Name -> reason, of pictures that were to be drawn or compared with."""
-        found = {}
-        for chunks in (self._prepared, self._real):
-            if chunks.count:
-                names, reasons = (chunks.joined(part) for part in ("unreadable", "reasons"))
-                found |= dict(zip(names.tolist(), reasons.tolist()))
-        return found
-
-    def _finish(self, point: Point, chunks: Chunks) -> None:
-        """Writes the result of a point whose chunks are all there."""
-        labels = self._prepared.joined("labels")
-        numbers = measure.summarise(chunks, self._real, self.reference, self.instruments, labels)
-        tokens = [self.subject.tokens(have, point) for have in self._prepared]
-        tokens = np.concatenate(tokens)[:, : point.num_tokens]
-        numbers |= measure.codes(tokens, self.subject.tok.config.vocab_size)
-        stamp = {
-            **self.stamp,
-            "point": dataclasses.asdict(point),
-            "pixels_sha256": self._pixels(),
-            **protocol.together([json.loads(x) for x in chunks.joined("circumstances").tolist()]),
+    def _write(self, setting: Setting, data: _Data, found: dict, shown: np.ndarray) -> None:
+        metadata = {
+            **self.settings,
+            "data": self.settings.get("data", {}) | data.read,
+            "setting": dataclasses.asdict(setting),
+            **environment.environment(),
         }
         result = {
-            "stamp": stamp,
-            "metrics": numbers,
-            "warnings": protocol.warnings(stamp, numbers),
-            "unreadable": self._unreadable(),
+            "metadata": metadata,
+            "metrics": found,
+            "warnings": environment.warnings(metadata, found),
+            "unreadable": dict(self.pictures.unreadable),
         }
-        if self.export:
-            npz_images.write(self.export, (chunk["images"] for chunk in chunks), len(labels))
-        if self.instruments.features and not (self.out / REFERENCE).exists():
-            known = measure.moments(self._real)
-            if known is not None and known.count > 1:
-                statistics.write_gaussian(self.out / REFERENCE, known.gaussian())
-        shown = {"images": chunks.read(0)["images"][:SHOWN]}
-        if len(self._real):
-            shown["originals"] = self._real.read(0)["images"]
-        with storage.atomic(self._path(point, "npz")) as path, path.open("wb") as file:
-            np.savez_compressed(file, **shown)
-        with storage.atomic(self._path(point, "json")) as path:
-            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        chunks.delete()
+        with storage.atomic(self._path(setting, "npz")) as path, path.open("wb") as file:
+            titles = np.array(data.titles, np.str_)
+            np.savez_compressed(file, images=shown, originals=data.shown, titles=titles)
+        storage.write_json(self._path(setting, "json"), result)
+
+
+def _mapped(file, size: int) -> np.ndarray:
+    """The images that were written to a file, read from it as they are needed."""
+    file.flush()
+    return np.memmap(file, np.uint8, "r").reshape(-1, size, size, 3)

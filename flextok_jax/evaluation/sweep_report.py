@@ -1,4 +1,4 @@
-"""The report of a sweep: what more tokens, guidance and steps bring, and what they cost."""
+"""The report of a sweep: how quality and cost change with tokens, guidance and steps."""
 
 import itertools
 import json
@@ -6,103 +6,64 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from flextok_jax.evaluation import metrics as image_metrics
 from flextok_jax.evaluation import report
 
-# Title, unit or remark, whether a share of 1; drawn in this order where they are there.
+# Title, remark, whether a share of 1; shown in this order where they are there.
 CURVES = {
-    "psnr": ("PSNR", "dB, mean over images; higher is closer to the original", False),
-    "mae": ("MAE", "of a range of 2, 0 is equal", False),
+    "psnr": ("PSNR", "dB, mean over images; higher is better", False),
+    "mae": ("MAE", "mean absolute error, of a range of 2; lower is better", False),
     "ssim": ("SSIM", "1 is equal", False),
-    "lpips": ("LPIPS", "perceptual distance, 0 is equal", False),
-    "fid": ("FID", "distance of the sets in a network's features; lower is better", False),
+    "lpips": ("LPIPS", "perceptual distance; lower is better", False),
+    "fid": ("FID", "lower is better", False),
     "inception_score": ("Inception score", "higher is better", False),
-    "precision": ("Precision", "drawn images among the real ones", True),
-    "recall": ("Recall", "real images among the drawn ones", True),
-    "accuracy": ("Class read", "taken by the network for the class they are of", True),
-    "codebook_usage": ("Ids used", "share of all ids that occur", True),
-    "seconds_per_image": (
-        "Cost",
-        "seconds per image drawn from its tokens, compilation not included",
-        False,
-    ),
+    "precision": ("Precision", "share of made images among the real ones", True),
+    "recall": ("Recall", "share of real images among the made ones", True),
+    "accuracy": ("Accuracy", "of the feature network's classes, on made images", True),
+    "codebook_usage": ("Codebook usage", "share of all ids that occur", True),
+    "seconds_per_image": ("Cost", "seconds per image decoded, compilation not included", False),
 }
-AXES = {"num_tokens": "tokens", "guidance": "guidance scale", "steps": "Euler steps",
-        "token_guidance": "guidance scale of the tokens"}  # fmt: skip
-# Reported for ImageNet 256x256 (arXiv 2502.13967, of TiTok 2406.07550): tokens, rFID, gFID.
-PUBLISHED = (
-    ("d12-d12", "32", "4.20", "not given", "rFID 3.18; PSNR 18.47, LPIPS .22, SSIM .47"),
-    ("d18-d18", "32", "1.61", "2.02", "rFID 1.18; PSNR 18.54, LPIPS .21, SSIM .47"),
-    ("d18-d28", "32", "1.45", "1.86", "rFID 1.05; PSNR 18.41, LPIPS .21, SSIM .47"),
-    ("d18-d28", "8 to 128", "", "below 2", ""),
-    ("TiTok", "32", "2.21", "2.77", ""),
-    ("TiTok", "64", "1.70", "2.48", ""),
-    ("TiTok", "128", "1.71", "1.97", ""),
-)
-_LINES = len(report.COLORS)
+AXES = {"num_tokens": "tokens", "guidance": "guidance scale", "steps": "steps",
+        "token_guidance": "token guidance scale"}  # fmt: skip
 
 
-def write(path: pathlib.Path, results: Sequence[dict], pictures: Sequence[dict], probe=None):
+def write(path, results: Sequence[dict], pictures: Sequence[dict], probe: dict | None = None):
     """Writes the page.
 
     Args:
         path: the HTML file.
-        results: of `sweep.everything`: all of one task and model.
-        pictures: for each, {"images", "originals" if there are}: uint8 [n, S, S, 3].
+        results: of `sweep.results`: all of one task and model.
+        pictures: for each, {"images", "originals": uint8 [n, S, S, 3], "titles": str [n]}.
         probe: the result of `flextok evaluate --task probe`, if there is one.
     """
-    stamp = results[0]["stamp"]
-    generated = stamp["task"] == "generation"
+    metadata = results[0]["metadata"]
+    generated = metadata["task"] == "generation"
     what = "Generated images" if generated else "Reconstructions"
-    title = f"{what} by number of tokens: {pathlib.PurePath(stamp['model']['origin']).name}"
+    title = f"{what} by number of tokens: {pathlib.PurePath(metadata['model']['origin']).name}"
     varied = [axis for axis in AXES if len({_at(r, axis) for r in results} - {None}) > 1]
+    best = _best(results)
     sections = [
-        ("", _opening(results, generated)),
-        ("Coarse to fine", [_pictures(results, pictures)]),
+        ("", _opening(results, best, generated)),
+        ("First images", [_pictures(results, pictures, best, generated)]),
     ]
     for axis in varied or ["num_tokens"]:
-        sections.append((f"Quality by {AXES[axis]}", _curves(results, axis, varied)))
-    sections.append(("What it costs", _costs(results)))
+        sections.append((f"Quality by {AXES[axis]}", [_curves(results, best, axis, varied)]))
+    sections.append(("Cost", _costs(results, best)))
     if "bands" in results[0]["metrics"]:
-        sections.append(("What is still wrong, by spatial frequency", [_bands(results)]))
+        sections.append(("Error by spatial frequency", [_bands(best)]))
     if probe:
-        sections.append(("What the registers hold, linearly", [_probe(probe)]))
-    sections.append(("All numbers", [_numbers(results)]))
-    sections.append(("Published numbers", _published(results)))
-    sections.append(("Protocol", [report.fact_table(_facts(stamp))]))
+        sections.append(("Linear probe", [_probe(probe["metrics"])]))
+    sections.append(("All results", [_numbers(results)]))
+    sections.append(("Evaluation setup", [report.fact_table(_facts(metadata))]))
     report.write_report(path, title, sections)
 
 
-def _opening(results, generated) -> list[str]:
-    counts = {r["metrics"]["count"] for r in results}
-    count = max(counts)
-    what = "samples, compared with the images of" if generated else "images of"
-    text = f"{count:,} {what} {results[0]['stamp']['data']['title']}"
-    by_k = sorted(_line(results), key=lambda r: _at(r, "num_tokens"))
-    first, last = by_k[0]["metrics"], by_k[-1]["metrics"]
-    few, many = (_at(by_k[i], "num_tokens") for i in (0, -1))
-    told = [f"{text}, at {len(results)} settings."]
-    if few != many:
-        words = {
-            "psnr": "PSNR {} to {} dB",
-            "fid": "FID {} to {}",
-            "accuracy": "class read {} to {}",
-            "seconds_per_image": "cost {} to {} seconds per image",
-        }
-        changes = [
-            text.format(_number(key, first[key]), _number(key, last[key]))
-            for key, text in words.items()
-            if key in first
-        ]
-        told.append(f"From {few} to {many} tokens: {'; '.join(changes)}.")
-    warnings = dict.fromkeys(w for r in results for w in r["warnings"])
-    return [report.paragraph(" ".join(told)), *(report.warning(w) for w in warnings)]
+def _at(result: dict, axis: str):
+    return result["metadata"]["setting"][axis]
 
 
-def _line(results) -> list[dict]:
-    """The results along the number of tokens at the other settings that do best with most tokens.
+def _best(results) -> list[dict]:
+    """The results by number of tokens at the other settings that do best with most tokens.
 
     Best is the lowest FID, or else the highest PSNR.
     """
@@ -110,109 +71,122 @@ def _line(results) -> list[dict]:
     for result in results:
         key = tuple(_at(result, axis) for axis in AXES if axis != "num_tokens")
         groups.setdefault(key, []).append(result)
-    most = max(map(len, groups.values()))
+    groups = [sorted(group, key=lambda r: _at(r, "num_tokens")) for group in groups.values()]
+    most = max(map(len, groups))
 
     def rank(group):
-        numbers = max(group, key=lambda r: _at(r, "num_tokens"))["metrics"]
-        return numbers.get("fid", -numbers.get("psnr", 0.0))
+        found = group[-1]["metrics"]
+        return found.get("fid", -found.get("psnr", 0.0))
 
-    return min((group for group in groups.values() if len(group) == most), key=rank)
+    return min((group for group in groups if len(group) == most), key=rank)
 
 
-def _pictures(results, pictures) -> str:
-    by_name = {id(r): p for r, p in zip(results, pictures)}
-    line = sorted(_line(results), key=lambda r: _at(r, "num_tokens"))
-    columns = [(f"{_at(r, 'num_tokens')}", by_name[id(r)]["images"]) for r in line]
-    originals = by_name[id(line[0])].get("originals")
-    if originals is not None and results[0]["stamp"]["task"] == "reconstruction":
-        columns.insert(0, ("original", originals))
+def _opening(results, best, generated) -> list[str]:
+    count, data = results[0]["metrics"]["count"], results[0]["metadata"]["data"]["title"]
+    what = "samples, compared with the images of" if generated else "images of"
+    text = f"{count:,} {what} {data}, at {len(results)} settings."
+    if len(best) > 1:
+        first, last = best[0], best[-1]
+        changes = [
+            f"{CURVES[key][0]} {_number(key, first['metrics'][key])} to "
+            f"{_number(key, last['metrics'][key])}"
+            for key in ("psnr", "fid", "accuracy", "seconds_per_image")
+            if key in first["metrics"]
+        ]
+        few, many = _at(first, "num_tokens"), _at(last, "num_tokens")
+        text += f" From {few} to {many} tokens: {'; '.join(changes)}."
+    warnings = dict.fromkeys(w for r in results for w in r["warnings"])
+    return [report.paragraph(text), *map(report.warning, warnings)]
+
+
+def _pictures(results, pictures, best, generated) -> str:
+    by_result = {id(result): found for result, found in zip(results, pictures)}
+    columns = [(f"{_at(r, 'num_tokens')}", by_result[id(r)]["images"]) for r in best]
+    if not generated:
+        columns.insert(0, ("original", by_result[id(best[0])]["originals"]))
     count = min(len(images) for _, images in columns)
     rows = [[images[i] for _, images in columns] for i in range(count)]
-    point = line[0]["stamp"]["point"]
-    how = f"guidance {point['guidance']:g}, {point['steps']} steps"
-    ranked = {"fid", "psnr"} & set(line[0]["metrics"])
-    about = f"by number of tokens; {how}{', which did best' if ranked else ''}"
-    return report.picture_table("The first images", about, [t for t, _ in columns], rows)
+    labels = by_result[id(best[0])]["titles"].tolist()[:count]
+    guidance, steps = _at(best[0], "guidance"), _at(best[0], "steps")
+    remark = f"by number of tokens; guidance {guidance:g}, {steps} steps"
+    titles = [title for title, _ in columns]
+    return report.picture_table("", remark, titles, rows, labels if any(labels) else ())
 
 
-def _curves(results, axis: str, varied) -> list[str]:
+def _curves(results, best, axis: str, varied) -> str:
     others = [a for a in varied if a != axis]
     # Not every combination: those that differ from the best in one other setting at most.
-    best = max(_line(results), key=lambda r: _at(r, "num_tokens"))
-    shown = [r for r in results if sum(_at(r, a) != _at(best, a) for a in others) <= 1]
+    shown = [r for r in results if sum(_at(r, a) != _at(best[-1], a) for a in others) <= 1]
     charts = []
-    for key, (title, about, percent) in CURVES.items():
+    for key, (title, remark, percent) in CURVES.items():
         if key not in results[0]["metrics"] or key == "seconds_per_image":
             continue
-        groups: dict = {}
+        series: dict = {}
         for result in shown:
-            values = [f"{AXES[a]} {_at(result, a):g}" for a in others]
-            point = (_at(result, axis), result["metrics"][key])
-            groups.setdefault(", ".join(values) or title, []).append(point)
-        series = {name: sorted(points) for name, points in _spread(groups).items()}
-        options = {"log2": axis in ("num_tokens", "steps"), "dots": True, "percent": percent}
-        charts.append(report.chart(title, about, series, AXES[axis], **options))
-    return [report.row(*charts)]
+            name = ", ".join(f"{AXES[a]} {_at(result, a):g}" for a in others) or title
+            series.setdefault(name, []).append((_at(result, axis), result["metrics"][key]))
+        series = {name: sorted(points) for name, points in _spread(series).items()}
+        log2 = axis in ("num_tokens", "steps")
+        charts.append(report.chart(title, remark, series, AXES[axis], log2=log2, percent=percent))
+    return report.row(*charts)
 
 
-def _costs(results) -> list[str]:
-    line = _line(results)
-    seconds = [(_at(r, "num_tokens"), r["metrics"]["seconds_per_image"]) for r in line]
-    title, about, _ = CURVES["seconds_per_image"]
-    charts = [
-        report.chart(title, about, {title: sorted(seconds)}, "tokens", log2=True, from_zero=True)
-    ]
+def _spread(series: dict) -> dict:
+    """At most as many as there are colours, evenly chosen, the first and the last among them."""
+    names, most = list(series), len(report.COLORS)
+    if len(names) > most:
+        names = [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+    return {name: series[name] for name in names}
+
+
+def front(points: Sequence[tuple[float, float]], sign: int) -> list[tuple[float, float]]:
+    """The points (cost, value) that no other beats in both; sign 1: less is better, -1: more."""
+    points = sorted(points)
+    lowest = list(itertools.accumulate((sign * y for _, y in points), min))
+    return [p for p, now, before in zip(points, lowest, [math.inf, *lowest]) if now < before]
+
+
+def _costs(results, best) -> list[str]:
+    title, remark, _ = CURVES["seconds_per_image"]
+    seconds = [(_at(r, "num_tokens"), r["metrics"]["seconds_per_image"]) for r in best]
+    options = {"log2": True, "from_zero": True}
+    charts = [report.chart(title, remark, {title: seconds}, "tokens", **options)]
     for key, sign in (("fid", 1), ("psnr", -1)):
         if key in results[0]["metrics"]:
-            points = sorted(
-                (r["metrics"]["seconds_per_image"], r["metrics"][key], _words(r)) for r in results
-            )
-            best = list(itertools.accumulate((sign * y for _, y, _ in points), min))
-            front = [p for p, now, before in zip(points, best, [math.inf, *best]) if now < before]
-            name = CURVES[key][0]
-            about = "a dot for every setting; the line: no other is both cheaper and better"
-            series = {"settings": points, "front": front}
-            options = {"dots": True, "scattered": ("settings",)}
-            charts.append(
-                report.chart(f"{name} against cost", about, series, "seconds per image", **options)
-            )
-    machines = " and ".join(sorted({r["stamp"]["machine"] for r in results}))
-    note = (
-        f"Medians over batches of {results[0]['stamp']['batch_size']} images on {machines}; the "
-        "machine may have had other work."
-    )
+            points = [(r["metrics"]["seconds_per_image"], r["metrics"][key]) for r in results]
+            series = {"settings": points, "best": front(points, sign)}
+            name = f"{CURVES[key][0]} against cost"
+            remark = "one dot per setting; line: no other setting is both cheaper and better"
+            options = {"scattered": ("settings",)}
+            charts.append(report.chart(name, remark, series, "seconds per image", **options))
+    devices = " and ".join(sorted({r["metadata"]["devices"] for r in results}))
+    size = results[0]["metadata"]["batch_size"]
+    note = f"Medians over batches of {size} images on {devices}."
     return [report.row(*charts), report.paragraph(note, note=True)]
 
 
-def _words(result) -> str:
-    axes = [axis for axis in AXES if _at(result, axis) is not None]
-    return ", ".join(f"{AXES[axis]} {_at(result, axis):g}" for axis in axes)
-
-
-def _bands(results) -> str:
-    size = results[0]["stamp"]["image_size"]
+def _bands(best) -> str:
+    size = best[0]["metadata"]["image_size"]
     starts = [*image_metrics.frequency_bands(size, size), math.inf]
-    line = sorted(_line(results), key=lambda r: _at(r, "num_tokens"))
     series = {}
     for i, (low, high) in enumerate(zip(starts, starts[1:])):
         name = "mean colour" if i == 0 else f"{low} to {high:g}" if high < math.inf else f"{low} up"
-        points = [(_at(r, "num_tokens"), r["metrics"]["bands"][i]) for r in line]
+        points = [(_at(r, "num_tokens"), r["metrics"]["bands"][i]) for r in best]
         # In decibels below the range, as PSNR is, so that small bands can be seen.
         series[name] = [(k, 10 * math.log10(4 / max(e, 1e-10))) for k, e in points]
-    about = "PSNR if only the error of one band were there, dB; bands in cycles per image"
-    return report.chart("By band", about, _spread(series), "tokens", log2=True)
+    remark = "PSNR of the error in one band alone, dB; bands in cycles per image"
+    return report.chart("By band", remark, _spread(series), "tokens", log2=True)
 
 
-def _probe(probe: dict) -> str:
-    metrics = probe["metrics"]
-    points = [(int(k), accuracy) for k, accuracy in metrics["accuracy"].items()]
-    about = (
-        f"logistic regression on the first k registers before quantisation; {metrics['count']} "
-        "held-out images"
+def _probe(found: dict) -> str:
+    points = [(int(k), accuracy) for k, accuracy in found["accuracy"].items()]
+    remark = (
+        "accuracy of logistic regression on the first k registers before quantisation; "
+        f"{found['count']} validation images"
     )
-    level = ("the commonest class", metrics["chance"])
+    level = ("most frequent class", found["chance"])
     options = {"log2": True, "percent": True, "level": level}
-    return report.chart("Linear probe", about, {"accuracy": points}, "registers", **options)
+    return report.chart("Accuracy", remark, {"accuracy": points}, "registers", **options)
 
 
 def _numbers(results) -> str:
@@ -225,47 +199,16 @@ def _numbers(results) -> str:
     return report.number_table([*(AXES[a] for a in axes), *(CURVES[k][0] for k in keys)], rows)
 
 
-def _published(results) -> list[str]:
-    stamp, rows = results[0]["stamp"], [list(row) for row in PUBLISHED]
-    for r in _line(results):
-        numbers = {key: _number(key, value) for key, value in r["metrics"].items() if key in CURVES}
-        fid = [numbers.get("fid", ""), ""]
-        about = [f"{CURVES[k][0]} {numbers[k]}" for k in ("psnr", "lpips", "ssim") if k in numbers]
-        both = fid[::-1] if stamp["task"] == "generation" else fid
-        rows.append(["this report", str(_at(r, "num_tokens")), *both, ", ".join(about)])
-    note = (
-        "The first rows are the authors', for ImageNet at 256x256 and the Inception network, on "
-        f"50 000 images. The numbers of this report are of {stamp['data']['title']}: they compare "
-        "only where the protocol below is the same."
-    )
-    titles = ["model", "tokens", "rFID", "gFID", "at 256 tokens, or measured here"]
-    return [report.number_table(titles, rows), report.paragraph(note, note=True)]
-
-
-def _facts(stamp: dict, path: str = "") -> dict[str, str]:
-    """The stamp, flat."""
+def _facts(metadata: dict, prefix: str = "") -> dict[str, str]:
+    """The metadata, flat."""
     facts = {}
-    for key, value in stamp.items():
-        if key == "point":
-            continue
-        name = f"{path}{key}".replace("_", " ")
+    for key, value in metadata.items():
+        name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, dict):
-            facts |= _facts(value, f"{name}: ")
+            facts |= _facts(value, f"{name}: ") if key != "setting" else {}
         else:
-            facts[name] = json.dumps(value) if not isinstance(value, str) else value
+            facts[name] = value if isinstance(value, str) else json.dumps(value)
     return facts
-
-
-def _spread(groups: dict) -> dict:
-    """At most as many as there are colours, evenly chosen, the first and the last among them."""
-    names = list(groups)
-    if len(names) > _LINES:
-        names = [names[i] for i in np.linspace(0, len(names) - 1, _LINES).round().astype(int)]
-    return {name: groups[name] for name in names}
-
-
-def _at(result: dict, axis: str):
-    return result["stamp"]["point"][axis]
 
 
 def _number(key: str, value: float) -> str:

@@ -121,17 +121,20 @@ def atomic(path) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
-def differences(old: dict, new: dict, ignore: str = "") -> list[str]:
+def differences(
+    old: dict, new: dict, ignore: str = "", words: tuple[str, str] = ("there", "now")
+) -> list[str]:
     """One line "a.b: OLD there, NEW now" for each key whose values differ.
 
     Args:
         old: what a file holds; nested dictionaries in JSON terms.
         new: what is wanted now; tuples equal lists.
         ignore: a regular expression of whole keys ("a.b") that may differ.
+        words: after the old and the new value.
     """
     old, new = dotted(old), dotted(json.loads(json.dumps(new)))
     return [
-        f"{key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} now"
+        f"{key}: {old.get(key, '(absent)')!r} {words[0]}, {new.get(key, '(absent)')!r} {words[1]}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, ...) != new.get(key, ...) and not re.fullmatch(ignore, key)
     ]
