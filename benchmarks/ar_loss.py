@@ -24,11 +24,12 @@ from configs import ar as ar_config
 from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
+from flextok_jax.training.ar_stage import PAPER, ARStage
 
 
 def model_config(depth: int) -> ARConfig:
     """The model of configs/ar.py:c2i_dDEPTH."""
-    return ARConfig(**ar_config.get_config(f"c2i_d{depth}").model)
+    return ARStage(ar_config.get_config(f"c2i_d{depth}"), PAPER).model
 
 
 def programs(cfg: ARConfig, compute: Compute, args, chunks):

@@ -26,103 +26,59 @@ Sources of the numbers: [paper] arXiv 2502.13967, class-conditional models, Imag
 released inference code and checkpoints; [assumed] recollected or not published, chosen by us.
 """
 
+import functools
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs.base import base, choose
 from examples import digits
 
 C2I = (10, 12, 16, 20, 24, 30)  # Depths; 49 M to 1.33 B parameters in the blocks [paper].
 T2I = (12, 18, 26, 36)  # [released]: 113 M, 382 M, 1 B, 3 B.
-VARIANTS = ("digits", *(f"c2i_d{d}" for d in C2I), *(f"t2i_d{d}" for d in T2I))
-
-IMAGENET, IMAGENET_CLASSES = 1_281_167, 1000
+IMAGENET = 1_281_167  # Images.
 
 
 def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see VARIANTS."""
-    variant, *overrides = arg.split(",")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r}: allowed are {', '.join(VARIANTS)}")
-    kind, _, depth = variant.partition("_d")
-    config = _digits() if kind == "digits" else _full(int(depth), text=kind == "t2i")
-    for item in overrides:
-        name, _, value = item.partition("=")
-        _override(config, name, int(value))
-    return config
+    return choose(arg, VARIANTS, SIZES)
 
 
 def _base() -> ConfigDict:
     """What every variant shares, and every key there is."""
-    return ConfigDict(
-        dict(
-            stage="ar",
-            seed=0,
-            total_steps=0,
-            batch_size=0,
-            log_every=100,
-            eval_every=0,
-            init_from="",  # a released model or a workdir: fine-tuning
-            freeze=(),  # regexes over whole parameter paths, such as "ar/embed"
-            ema_decay=0.9999,  # [assumed]
-            mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the devices that are left
-            checkpoint=dict(every=1000, keep=2),
-            max_skipped_in_row=20,  # steps without a finite gradient, then the run stops
-            profile="",  # "A:B": steps A to B, recorded in DIR/profile
-            compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
-            evaluation=dict(num_images=256, batch_size=128),
-            tokenizer=dict(source=""),  # images are tokenised in every step; "": data is tokens
-            condition=dict(null_prob=0.1),  # [paper]: class dropout
-            loss=dict(
-                chunk=32,  # positions whose logits exist at a time; no effect on the result
-                z_loss=0.0,  # 1e-4 (PaLM) where logits drift
-            ),
-            data=dict(
-                source="tokens",
-                path="",
-                name="",
-                split="train",
-                eval_split="test",
-                max_unreadable=0.1,  # share of the images; a larger one stops the run
-                # Of images only, tokenised in every step:
-                image_size=256,
-                crop="none",
-                crop_scale=(0.8, 1.0),
-                flip=False,
-                quarter_turns=False,
-                shift=0,
-                rotate=0.0,
-                zoom=0.0,
-                color=0.0,
-            ),
-            model=dict(
-                vocab_size=64_000,  # [paper]
-                num_tokens=256,  # [paper]
-                width=768,
-                depth=12,
-                head_dim=64,  # [paper]: width 64 d, d heads
-                mlp_hidden=2048,
-                num_classes=0,
-                text_dim=0,
-                text_hidden=0,
-                qk_norm=False,  # [assumed]
-                norm_eps=1e-6,  # [assumed]
-                guidance_scale=1.5,  # [released]: recommended by class
-            ),
-            optim=dict(
-                lr=1.2e-3,  # [paper]: about
-                warmup_steps=1000,
-                final_lr_fraction=0.01,  # [paper]: cosine to 1 %
-                b1=0.9,  # [paper]
-                b2=0.95,  # [paper]
-                eps=1e-8,  # [assumed]
-                weight_decay=0.05,  # [paper]
-                grad_clip=1.0,  # [paper]
-                accumulate=1,
-                mup_base_width=placeholder(int),  # [assumed]: the paper's muP base is not published
-                mu_dtype=placeholder(str),
-            ),
-        )
+    c = base(
+        "ar",
+        ema_decay=0.9999,  # [assumed]
+        compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
+        tokenizer=dict(source=""),  # images are tokenised in every step; "": data is tokens
+        condition=dict(null_prob=0.1),  # [paper]: class dropout
+        loss=dict(
+            chunk=32,  # positions whose logits exist at a time; no effect on the result
+            z_loss=0.0,  # 1e-4 (PaLM) where logits drift
+        ),
+        model=dict(
+            # None: as the tokens or the tokenizer have them.
+            vocab_size=placeholder(int),
+            num_tokens=placeholder(int),
+            num_classes=placeholder(int),  # as many as the data's classes; 0: unconditional
+            text_dim=0,
+            text_hidden=0,
+            width=768,
+            depth=12,
+            head_dim=64,  # [paper]: width 64 d, d heads
+            mlp_hidden=2048,
+            qk_norm=False,  # [assumed]
+            norm_eps=1e-6,  # [assumed]
+            guidance_scale=1.5,  # [released]: recommended by class
+        ),
     )
+    c.data.update(source="tokens", image_size=256, crop_scale=(0.8, 1.0))
+    c.optim.update(
+        lr=1.2e-3,  # [paper]: about
+        final_lr_fraction=0.01,  # [paper]: cosine to 1 %
+        b2=0.95,  # [paper], as are b1 = 0.9, weight decay and clipping; eps [assumed]
+    )  # mup_base_width: the paper's is not published
+    return c
 
 
 def _digits() -> ConfigDict:
@@ -141,13 +97,10 @@ def _digits() -> ConfigDict:
     c.data.update(source="folder", path=digits.folder(), image_size=16, rotate=8.0, zoom=0.08)
     c.loss.chunk = 16  # all positions: their logits are small
     c.model.update(
-        vocab_size=1000,
-        num_tokens=16,
         width=128,
         depth=4,
         head_dim=32,
         mlp_hidden=mlp_hidden(128),
-        num_classes=10,
     )
     c.optim.update(warmup_steps=100, weight_decay=0.1)
     c.compute.scan = False  # a small model on a CPU runs faster unrolled
@@ -173,9 +126,7 @@ def _full(depth: int, text: bool) -> ConfigDict:
     c.model.update(width=width, depth=depth, mlp_hidden=mlp_hidden(width))
     if text:
         # Flan-T5-XL, 2048 channels, and a hidden width of 2048; scale 3 [released].
-        c.model.update(text_dim=2048, text_hidden=2048, guidance_scale=3.0)
-    else:
-        c.model.num_classes = IMAGENET_CLASSES
+        c.model.update(num_classes=0, text_dim=2048, text_hidden=2048, guidance_scale=3.0)
     return c
 
 
@@ -184,19 +135,24 @@ def mlp_hidden(width: int) -> int:
     return -(-int(8 * width / 3) // 128) * 128
 
 
-def _override(config: ConfigDict, name: str, value: int):
-    """One size of a variant's argument."""
-    model = {"vocab": "vocab_size", "num_tokens": "num_tokens", "depth": "depth"}
-    if name == "width":
-        config.model.update(width=value, mlp_hidden=mlp_hidden(value))
-    elif name == "batch":
-        config.batch_size = value
-    elif name == "text" and config.model.text_dim:
-        config.model.text_dim = config.model.text_hidden = value
-    elif name in model:
-        config.model[model[name]] = value
-    else:
-        raise ValueError(
-            f"{name!r} cannot be set after the variant: allowed are width, depth, batch, vocab, "
-            "num_tokens, and text (channels) of a text variant; anything else by --config.KEY=VALUE"
-        )
+def _width(c: ConfigDict, value: int):
+    c.model.update(width=value, mlp_hidden=mlp_hidden(value))
+
+
+def _text(c: ConfigDict, value: int):
+    if not c.model.text_dim:
+        raise ValueError("text (channels of the embeddings) is for a text variant")
+    c.model.text_dim = c.model.text_hidden = value
+
+
+VARIANTS = {"digits": _digits}
+VARIANTS |= {f"c2i_d{d}": functools.partial(_full, d, text=False) for d in C2I}
+VARIANTS |= {f"t2i_d{d}": functools.partial(_full, d, text=True) for d in T2I}
+SIZES = {
+    "width": _width,
+    "depth": lambda c, n: c.model.update(depth=n),
+    "batch": lambda c, n: c.update(batch_size=n),
+    "vocab": lambda c, n: c.model.update(vocab_size=n),
+    "num_tokens": lambda c, n: c.model.update(num_tokens=n),
+    "text": _text,
+}

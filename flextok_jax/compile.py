@@ -380,7 +380,7 @@ def _stage(config) -> tuple:
     """(the stage, shapes of its frozen networks, shapes of its batch); nothing is read."""
     from flextok_jax.nn import lpips
     from flextok_jax.nn.config import VAEConfig
-    from flextok_jax.training.ar_stage import ARStage
+    from flextok_jax.training.ar_stage import PAPER, ARStage
     from flextok_jax.training.tokenizer_stage import TokenizerStage
     from flextok_jax.training.vae_stage import VAEStage
 
@@ -389,7 +389,7 @@ def _stage(config) -> tuple:
 
     if config.stage == "vae":
         stage, size = VAEStage(config), config.data.image_size
-        frozen = {"lpips": lpips.shapes()} if stage.weights.lpips_weight else {}
+        frozen = {"lpips": lpips.shapes()} if config.loss.lpips_weight else {}
         return stage, frozen, {"image": array(jnp.uint8, size, size, 3)}
     if config.stage == "tokenizer":
         # The released VAEs by their names; another source is read.
@@ -401,7 +401,7 @@ def _stage(config) -> tuple:
         return stage, {}, {"moments": array(jnp.bfloat16, *side, 2 * cfg.vae.latent_channels)}
     config = config.copy_and_resolve_references()
     config.tokenizer.source = ""
-    stage = ARStage(config, made_by={})
+    stage = ARStage(config, PAPER)
     batch = {"tokens": array(jnp.int32, stage.model.num_tokens)}
     if not stage.model.text_dim:
         return stage, {}, batch | {"label": array(jnp.int32)}

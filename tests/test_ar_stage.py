@@ -1,6 +1,5 @@
 """The AR stage: every shipped config trains, resumes bitwise, learns; what cannot be is refused."""
 
-import importlib.util
 import json
 import shutil
 
@@ -8,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import ROOT, TINY, random_params, tiny_tokenizer
+from common import TINY, random_params, tiny_tokenizer
 from PIL import Image
 
+from configs import ar as CONFIGS
 from examples.digits import arrays
 from flextok_jax import cli
 from flextok_jax.data.pipeline import make_pipeline
@@ -22,19 +22,16 @@ from flextok_jax.nn import ar
 from flextok_jax.nn.config import ARConfig
 from flextok_jax.parallel import sharding
 from flextok_jax.parallel.mesh import AXES, make_mesh
-from flextok_jax.training.ar_stage import ARStage
+from flextok_jax.training.ar_stage import PAPER, ARStage
 from flextok_jax.training.loop import train
 from flextok_jax.training.state import build
 
-SPEC = importlib.util.spec_from_file_location("ar_config", ROOT / "configs/ar.py")
-CONFIGS = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(CONFIGS)
 VOCAB, LENGTH, TEXT = TINY.vocab_size, TINY.num_tokens, 6
-TOKENIZER = {"source": "x", "origin": "X", "fingerprint": "0", "levels": list(TINY.levels)}
-CUT = f",width=64,depth=1,batch=8,vocab={VOCAB},num_tokens={LENGTH}"
+TOKENIZER = {"source": "x", "origin": "X", "fingerprint": "0"}
+CUT = ",width=64,depth=1,batch=8"
 
 
-def write(folder, split, tokenizer=TOKENIZER, text=False, count=24):
+def write(folder, split, tokenizer=TOKENIZER, text=False, count=24, classes=()):
     """Tokens whose first half repeats the label, and whose second half is random."""
     rng = np.random.RandomState(len(split))
 
@@ -49,7 +46,7 @@ def write(folder, split, tokenizer=TOKENIZER, text=False, count=24):
         return found
 
     about = dict(tokenizer=tokenizer, vocab_size=VOCAB, num_tokens=LENGTH, num_shards=1)
-    about |= {"arrays": {"tokens": [LENGTH]}, "num_images": count}
+    about |= {"arrays": {"tokens": [LENGTH]}, "num_images": count, "classes": list(classes)}
     null = np.zeros((2, TEXT)) if text else None
     write_split(folder / split, about | ({"text_dim": TEXT} if text else {}), make, null)
 
@@ -107,11 +104,10 @@ def test_a_run_logs_what_the_field_looks_at(trained):
     *_, last = lines(trained[0])
     bins = ("1", "2", "3-4", "5-8", "9-16")
     names = [f"loss_by_position/{b}" for b in bins]
-    held_out = ["loss", "accuracy", "perplexity", *names]
     for name in ["loss", "accuracy", "perplexity", "loss_null", "log_z", *names]:
         assert name in last, name
-    for name in held_out:
-        assert np.isfinite(last[f"eval/held_out/{name}"]), name
+    for name in ["loss", "accuracy", "perplexity", *names]:
+        assert np.isfinite(last[f"eval/validation/{name}"]), name
     assert last["perplexity"] == pytest.approx(np.exp(last["loss"]), rel=1e-5)
     about = json.loads((trained[0] / "config.json").read_text())["model"]
     assert about["kind"] == "ar" and about["tokenizer"] == TOKENIZER
@@ -161,7 +157,8 @@ COUNTS = {  # Millions of weights in the blocks [paper] and released; 12 d w^2.
 @pytest.mark.parametrize("variant", CONFIGS.VARIANTS)
 def test_full_size_configs_describe_the_models_of_the_paper(variant):
     c = CONFIGS.get_config(variant)
-    cfg = ARConfig(**c.model)
+    small = PAPER._replace(vocab_size=1000, num_tokens=16, num_classes=10)
+    cfg = ARStage(c, small if variant == "digits" else PAPER).model
     shapes = jax.eval_shape(lambda key: ar.init(cfg, key), jax.random.key(0))
     blocks = shapes["ar"]["blocks"]
     own = {k: v for k, v in blocks.items() if k != "cross"}
@@ -240,8 +237,8 @@ def test_training_learns_what_can_be_learnt_and_nothing_else(data, tmp_path):
     train(ARStage(c), c, tmp_path)
     *_, last = lines(tmp_path)
     assert last["loss_by_position/5-8"] < 0.5  # The label, again and again,
-    assert last["eval/held_out/loss_by_position/5-8"] < 1
-    assert last["eval/held_out/loss_by_position/9-16"] > 4  # and noise.
+    assert last["eval/validation/loss_by_position/5-8"] < 1
+    assert last["eval/validation/loss_by_position/9-16"] > 4  # and noise.
 
 
 # Images instead of tokens.
@@ -307,14 +304,37 @@ def test_a_run_on_images_trains_and_leaves_the_tokenizer_out_of_its_state(
     outcome = train(ARStage(c), c, tmp_path)
     assert set(outcome.state.params) == {"ar"} and int(outcome.state.skipped) == 0
     *_, last = lines(tmp_path)
-    assert np.isfinite(last["eval/held_out/loss"])
+    assert np.isfinite(last["eval/validation/loss"])
     c.total_steps = 3
-    stage = ARStage(c, made_by=ARStage(c).export_config()["tokenizer"] | {"fingerprint": "other"})
+    stage = ARStage(c)
+    stage.export_config()["tokenizer"]["fingerprint"] = "other"
     with pytest.raises(WorkdirError, match="tokenizer.fingerprint: "):
         train(stage, c, tmp_path)
 
 
 # What is refused.
+
+
+def test_sizes_and_classes_are_those_of_the_data(tokenizer, images, data, tmp_path, caplog):
+    stage = ARStage(online(tokenizer, images))
+    cfg = stage.model
+    assert (cfg.vocab_size, cfg.num_tokens, cfg.num_classes) == (VOCAB, LENGTH, 2)
+    assert stage.export_config()["classes"] == ["class0", "class1"]
+    assert ARStage(config(data["c2i"])).model.num_classes == 10  # The largest label and one.
+    for split in ("train", "test"):
+        write(tmp_path, split, classes=(names := list("abcdefghij")))
+    assert ARStage(config(tmp_path)).export_config()["classes"] == names
+    assert ARStage(config(tmp_path, model__num_classes=0)).export_config()["classes"] == []
+    # Images without labels: an unconditional model, and it is said.
+    caplog.clear()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in images.glob("*/*.png"):
+        shutil.copy(path, bare)
+    assert ARStage(online(tokenizer, bare)).model.num_classes == 0
+    assert "10 of 10" in caplog.text
+    with pytest.raises(ValueError, match="num_classes=2"):
+        ARStage(online(tokenizer, bare, model__num_classes=2))
 
 
 def test_what_does_not_fit_is_refused_with_both_sides(data, tokenizer, images, tmp_path):
@@ -323,13 +343,20 @@ def test_what_does_not_fit_is_refused_with_both_sides(data, tokenizer, images, t
             ARStage(c)
 
     path = data["c2i"]
-    refused(config(path, model__vocab_size=64), f"vocab_size=64.*{VOCAB} ids")
-    refused(config(path, model__num_tokens=17), "num_tokens=17.*16 tokens")
-    refused(config(path, model__num_classes=9), "label 9.*num_classes=9")
-    refused(config(path, tokenizer__source=str(tokenizer)), "either the data is tokens")
-    refused(config(path, data__source="folder"), "either the data is tokens")
-    refused(online(tokenizer, images, model__vocab_size=64), f"vocab_size=64.*{VOCAB} ids")
-    refused(config(path, "t2i_d12"), "text_dim=6.*None")
+    refused(config(path, model__vocab_size=64), f"vocab_size=64.*{VOCAB}")
+    refused(config(path, model__num_tokens=17), "num_tokens=17.*16")
+    refused(config(path, model__num_classes=9), "num_classes=9.*10")
+    refused(config(path, tokenizer__source=str(tokenizer)), "tokenizer.source=")
+    refused(config(path, data__source="folder"), "tokenizer.source=")
+    refused(online(tokenizer, images, model__vocab_size=64), f"vocab_size=64.*{VOCAB}")
+    refused(online(tokenizer, images, model__num_classes=3), "num_classes=3.*2")
+    refused(config(path, "t2i_d12"), "text_dim=6.*0")
+    write(tmp_path, "train", classes=list("abcdefghij"))
+    write(tmp_path, "test", classes=list("abcdefghik"))
+    refused(config(tmp_path), "'train'.*'validation'")
+    c = online(tokenizer, images)
+    c.data.image_size = 16
+    refused(c, "image_size=16.*8")
     with pytest.raises(ValueError, match="'colour'.*width"):
         CONFIGS.get_config("digits,colour=3")
     with pytest.raises(ValueError, match="'d99'.*c2i_d10"):
@@ -340,5 +367,5 @@ def test_splits_of_two_tokenizers_are_refused(tmp_path):
     write(tmp_path / "a", "train")
     write(tmp_path / "b", "test", TOKENIZER | {"origin": "Y", "fingerprint": "1"})
     (tmp_path / "b" / "test").rename(tmp_path / "a" / "test")
-    with pytest.raises(ValueError, match="(?s)another tokenizer.*'1'.*'0'.*'Y'.*'X'|'0'.*'1'"):
+    with pytest.raises(ValueError, match="(?s)tokenizer.fingerprint.*'0'.*'1'"):
         ARStage(config(tmp_path / "a"))

@@ -42,9 +42,9 @@ def run(workdir, bad=(), **changes):
 
 
 def records(workdir):
-    """The records of training, without times."""
+    """The records, without what depends on times, and on where a run was saved."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    timed = ("step_time", "images_per_s")
+    timed = ("step_time", "images_per_s", "bias")  # "bias": where it was saved.
     return [
         {k: v for k, v in record.items() if k not in timed} for record in map(json.loads, lines)
     ]
@@ -156,6 +156,22 @@ def test_a_signal_saves_and_the_run_continues_bitwise(number, whole, tmp_path, m
     outcome = run(tmp_path, eval_every=3)
     assert equal(host(outcome.state), host(whole[1].state))
     assert records(tmp_path) == records(whole[0])
+
+
+def test_a_run_goes_on_with_the_same_data_only_wherever_they_lie(tmp_path):
+    config = get_config(total_steps=1)
+    shutil.copytree(config.data.path, tmp_path / "data")
+    config.data.path = str(tmp_path / "data")
+    loop.train(ToyStage(config), config, tmp_path / "run")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    config.data.path, config.total_steps = str(tmp_path / "moved"), 2
+    outcome = loop.train(ToyStage(config), config, tmp_path / "run")
+    assert int(outcome.state.step) == 2
+    found = restore_ema(tmp_path / "run")
+    assert found.extra["bias"] == found.params["encoder"]["head"]["bias"][0]
+    next((tmp_path / "moved").glob("train/*/*.png")).unlink()
+    with pytest.raises(WorkdirError, match=found.extra["data"]):
+        loop.train(ToyStage(config), config, tmp_path / "run")
 
 
 def test_a_failure_of_the_data_saves_the_steps_before_it(whole, tmp_path, monkeypatch):

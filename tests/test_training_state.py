@@ -67,6 +67,9 @@ class ToyStage:
     def trainable(self, path):
         return not path.endswith("sincos")
 
+    def measure(self, ema, frozen, mesh):
+        return {"bias": float(ema["encoder"]["head"]["bias"][0])}
+
     def evaluators(self):
         def size(ema, frozen, mesh):
             yield "norm", float(optax.tree.norm(ema))

@@ -23,7 +23,7 @@ from flextok_jax.io.paths import as_path, is_remote
 # stretches the schedule of the learning rate that is still to come). Not optim.accumulate: every
 # microbatch has its own noise, so another number of them is another run.
 HARMLESS = (
-    r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.max_unreadable"
+    r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.(path|max_unreadable)"
     r"|(checkpoint|mesh|evaluation)\..*|compute\.(attention|remat|scan)"
 )
 
@@ -51,7 +51,11 @@ class Averaged(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: state, the configuration that made it, and a stage's extra."""
+    """The checkpoints of one run: state, the configuration that made it, and a stage's extra.
+
+    Attributes:
+        extra: that of the checkpoint that `restore` read.
+    """
 
     def __init__(self, workdir: str | os.PathLike, config: dict, keep: int | None = None):
         """Opens (or makes) DIR/checkpoints.
@@ -61,7 +65,7 @@ class Checkpoints:
             config: the full configuration in JSON terms.
             keep: how many checkpoints stay, None: all.
         """
-        self._folder, self._config = _folder(workdir), config
+        self._folder, self._config, self.extra = _folder(workdir), config, {}
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -162,6 +166,7 @@ class Checkpoints:
                 state, reason = _try_together(lambda: self._read_state(step, shapes))
             if reason is None:
                 self._set_aside(failures, step)
+                self.extra = _read_json(self._manager, step, "extra")
                 return state
             failures[step] = reason
         if failures:

@@ -2,23 +2,28 @@
 
 import dataclasses
 import functools
-import pathlib
+import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import metrics
 
-from flextok_jax.data import encoded, shards
+from flextok_jax.data import encoded, shards, sources
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar
+from flextok_jax.io.paths import as_path
 from flextok_jax.nn import ar, flextok, vae
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.rng import named
-from flextok_jax.training.batches import held_out
+from flextok_jax.training.batches import Validation
 
 TOKENS = "tokens"
+
+log = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -29,76 +34,97 @@ class Perplexity(metrics.Average):
         return jnp.exp(super().compute())
 
 
+class Tokens(NamedTuple):
+    """What is known of the tokens before training.
+
+    Attributes:
+        tokenizer: the identity of what makes them, see `ARStage.export_config`.
+        vocab_size, num_tokens: ids there are, and tokens per image.
+        num_classes: of the images; 0: they have no labels; None: not known.
+        classes: names of the classes, () without names.
+        text_dim: channels of the captions' embeddings, 0 without.
+    """
+
+    tokenizer: dict
+    vocab_size: int
+    num_tokens: int
+    num_classes: int | None
+    classes: tuple[str, ...] = ()
+    text_dim: int = 0
+
+
+PAPER = Tokens({}, vocab_size=64_000, num_tokens=256, num_classes=1000)  # Of FlexTok on ImageNet.
+
+
 class ARStage:
     """Cross-entropy of every token, conditioned on the class or the text, or on nothing."""
 
-    def __init__(self, config, made_by: dict | None = None):
+    def __init__(self, config, tokens: Tokens | None = None):
         """Reads `model`, `compute`, `tokenizer`, `condition`, `loss`, `evaluation` and `data`.
 
         The data is either tokens (`data.source="tokens"`, `data.path`: what `flextok tokenize`
-        wrote) or images, which `tokenizer.source` turns into tokens in every step. With `made_by`,
-        the identity of the tokenizer that makes the tokens, nothing is looked up.
+        wrote) or images, which `tokenizer.source` turns into tokens in every step. Sizes that are
+        None in `model` are taken from them. With `tokens` given (such as PAPER), the data is not
+        opened and nothing is checked.
 
         Raises:
-            ValueError: the model does not fit the tokens, or splits were made by different
-                tokenizers.
+            ValueError: the model does not fit the tokens or their labels, or splits differ.
         """
         fields = {f.name for f in dataclasses.fields(ARConfig)}
         unknown = sorted(set(config.model) - fields)
         if unknown:
             raise ValueError(f"config.model has unknown keys {unknown}; allowed: {sorted(fields)}")
-        self.model = ARConfig(**config.model)
         self.compute = Compute(**config.compute)
         self._drop, self._loss = config.condition.null_prob, config.loss
         self._data, self._evaluation = config.data, config.evaluation
         self._source = config.tokenizer.source
-        if (config.data.source == TOKENS) == bool(self._source):
-            raise ValueError(
-                f"data.source={config.data.source!r} and tokenizer.source={self._source!r}: either "
-                "the data is tokens, which name their tokenizer, or images and a tokenizer"
-            )
-        if made_by is None:
-            made_by = self._online() if self._source else self._made_before()
-        self._about = made_by
-
-    def _made_before(self) -> dict:
-        """The identity of the tokenizer that made the data; refuses what does not fit."""
-        data, found = self._data, None
-        splits = {data.split, data.eval_split if self._evaluation.num_images else data.split}
-        for split in sorted(splits):
-            manifest = shards.read_manifest(data.path, split)
-            made_by = {"tokenizer": manifest["tokenizer"]}
-            shards.check_same(made_by, found or made_by, f"{data.path}/{split}")
-            found = made_by
-            most = max(about["max_label"] for about in manifest["shards"].values())
-            _check_fit(self.model, manifest["vocab_size"], manifest["num_tokens"], data.path)
-            if self.model.num_classes and most >= self.model.num_classes:
+        found = tokens
+        if tokens is None:
+            if (config.data.source == TOKENS) == bool(self._source):
                 raise ValueError(
-                    f"{data.path} has the label {most}: model.num_classes="
-                    f"{self.model.num_classes} must be more than that"
+                    f"data.source={config.data.source!r} and tokenizer.source={self._source!r}: "
+                    "either the data is tokens, which name their tokenizer, or images and a "
+                    "tokenizer"
                 )
-            if self.model.text_dim and manifest.get("text_dim") != self.model.text_dim:
-                raise ValueError(
-                    f"model.text_dim={self.model.text_dim}: the text embeddings of {data.path} "
-                    f"have {manifest.get('text_dim')} channels (None: it has no text)"
-                )
-        return found["tokenizer"]
+            found = self._online(config.model) if self._source else self._stored(config.model)
+        model = config.model.to_dict()
+        for name in ("vocab_size", "num_tokens", "num_classes"):
+            if model[name] is None:
+                unused = name == "num_classes" and model["text_dim"]
+                model[name] = 0 if unused else getattr(found, name) or 0
+        if tokens is None:
+            _check_fit(model, found)
+        self.model, self._tokens_info = ARConfig(**model), found
 
-    def _online(self) -> dict:
-        """The identity of the frozen tokenizer; refuses what does not fit."""
-        if pathlib.Path(self._source).exists():
-            self._source = str(pathlib.Path(self._source).resolve())
-        if self.model.text_dim:
+    def _sources(self) -> dict:
+        """{split: source} of the splits that training and evaluation read."""
+        evaluated = [self._data.eval_split] if self._evaluation.num_images else []
+        names = dict.fromkeys([self._data.split, *evaluated])
+        return {name: sources.make_source(self._data, name) for name in names}
+
+    def _stored(self, model) -> Tokens:
+        """Of tokens that were made before."""
+        found, splits = None, self._sources()
+        for split, source in splits.items():
+            same = {key: source.manifest[key] for key in ("tokenizer", "vocab_size", "num_tokens")}
+            shards.check_same(found or same, same, f"{self._data.path}/{split}")
+            found = same
+        text_dim = source.manifest.get("text_dim") or 0
+        return Tokens(**found, **_labels(splits, model), text_dim=text_dim)
+
+    def _online(self, model) -> Tokens:
+        """Of images, which the frozen tokenizer turns into tokens."""
+        if as_path(self._source).exists():
+            self._source = str(as_path(self._source).resolve())
+        if model.text_dim:
             raise ValueError("a text model learns from tokens made before, with text embeddings")
         loaded, fingerprint = _tokenizer(self._source)
         cfg = self._tokenizer = loaded.config
-        _check_fit(self.model, cfg.vocab_size, cfg.num_tokens, self._source)
-        return {
-            "source": self._source,
-            "origin": loaded.origin,
-            "fingerprint": fingerprint,
-            "levels": list(cfg.levels),
-        }
+        size = self._data.image_size
+        if cfg.image_size != (size, size):
+            raise ValueError(f"data.image_size={size}: {self._source} has {cfg.image_size}")
+        info = {"source": self._source, "origin": loaded.origin, "fingerprint": fingerprint}
+        return Tokens(info, cfg.vocab_size, cfg.num_tokens, **_labels(self._sources(), model))
 
     def init(self, key):
         """{"ar"}, float32."""
@@ -190,21 +216,27 @@ class ARStage:
             low = high
         return bins
 
+    def measure(self, params, frozen, mesh):
+        return {}
+
     def evaluators(self):
-        """ "held_out": cross-entropy of held-out images; see `_held_out`."""
-        return {"held_out": self._held_out} if self._evaluation.num_images else {}
+        """ "validation": loss (nats), loss_by_position/BIN, accuracy, perplexity = exp(loss).
 
-    def _held_out(self, params, frozen, mesh):
-        """Yields (loss, nats), (loss_by_position/BIN, nats), (accuracy, share), (perplexity, exp).
-
-        Of the first held-out images, each with its condition.
+        Of the first images of the validation split, each with its condition.
         """
-        total = None
-        for batch in held_out(self._data, self._evaluation, mesh):
-            found = jax.device_get(self._evaluate(params, frozen, batch))
-            total = found if total is None else {k: total[k].merge(found[k]) for k in found}
-        for name, metric in total.items():
-            yield name, float(metric.compute())
+        if not self._evaluation.num_images:
+            return {}
+        images = Validation(self._data, self._evaluation)
+
+        def validation(params, frozen, mesh):
+            total = None
+            for batch in images.batches(mesh):
+                found = jax.device_get(self._evaluate(params, frozen, batch))
+                total = found if total is None else {k: total[k].merge(found[k]) for k in found}
+            for name, metric in total.items():
+                yield name, float(metric.compute())
+
+        return {"validation": validation}
 
     @functools.partial(jax.jit, static_argnums=0)
     def _evaluate(self, params, frozen, batch):
@@ -226,22 +258,61 @@ class ARStage:
         """What `ImageGenerator.from_pretrained` needs to rebuild the model from a workdir.
 
         "tokenizer" is the identity of the tokenizer whose tokens these are: "source" as it was
-        named, "origin", "fingerprint" (sha256 over its parameters) and "levels".
+        named, "origin" and "fingerprint" (sha256 over its parameters). "classes" are the names of
+        the classes, [] without names.
         """
         return {
             "kind": "ar",
             "config": dataclasses.asdict(self.model),
-            "tokenizer": self._about,
+            "tokenizer": self._tokens_info.tokenizer,
+            "classes": list(self._tokens_info.classes) if self.model.num_classes else [],
         }
 
 
-def _check_fit(cfg: ARConfig, vocab_size: int, num_tokens: int, where) -> None:
-    if cfg.vocab_size != vocab_size or cfg.num_tokens > num_tokens:
-        raise ValueError(
-            f"model.vocab_size={cfg.vocab_size}, model.num_tokens={cfg.num_tokens}: {where} has "
-            f"{vocab_size} ids and {num_tokens} tokens per image; the ids must be as many, the "
-            "tokens at most as many"
-        )
+def _check_fit(fields: dict, tokens: Tokens) -> None:
+    """Raises ValueError with every field of the model that does not fit, and both sides."""
+    wrong = {
+        "vocab_size": fields["vocab_size"] != tokens.vocab_size,
+        "num_tokens": fields["num_tokens"] > tokens.num_tokens,
+        "text_dim": fields["text_dim"] not in (0, tokens.text_dim),
+    }
+    if fields["num_classes"] and tokens.num_classes is not None:
+        named, count = bool(tokens.classes), tokens.num_classes
+        wrong["num_classes"] = (fields["num_classes"] != count) if named else (
+            not 0 < count <= fields["num_classes"]
+        )  # fmt: skip
+    faults = [
+        f"model.{name}={fields[name]}: the data has {getattr(tokens, name)}"
+        for name in wrong
+        if wrong[name]
+    ]
+    if faults:
+        raise ValueError("\n  ".join(faults))
+
+
+def _labels(splits: dict, model) -> dict:
+    """{"num_classes", "classes"} of sources that must agree; says how many examples have no label.
+
+    Raises:
+        ValueError: the classes of two splits differ.
+    """
+    most, (first, *_) = None, splits
+    for split, source in splits.items():
+        if list(source.classes) != list(splits[first].classes):
+            raise ValueError(
+                f"the splits {first!r} and {split!r} have different classes: "
+                f"{list(splits[first].classes)} and {list(source.classes)}"
+            )
+        if source.labels is not None:
+            absent = int(np.sum(np.asarray(source.labels) < 0))
+            if not model.text_dim and model.num_classes != 0:
+                say = log.warning if 2 * absent > len(source) else log.info
+                say("split %r: %d of %d examples have no label", split, absent, len(source))
+            most = max(-1 if most is None else most, int(np.max(source.labels, initial=-1)))
+    classes = tuple(splits[first].classes)
+    unlabelled = most == -1
+    count = 0 if unlabelled else len(classes) or (None if most is None else most + 1)
+    return {"num_classes": count, "classes": () if unlabelled else classes}
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,5 +1,6 @@
-"""Batches on the mesh: of training, and of held-out images."""
+"""Batches on the mesh: of training, and of validation images."""
 
+import logging
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -8,6 +9,8 @@ from jax.sharding import Mesh
 
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.parallel.sharding import batch_sharding
+
+log = logging.getLogger(__name__)
 
 
 def on_mesh(batches: Iterable[dict], mesh: Mesh) -> Iterator[dict]:
@@ -20,21 +23,39 @@ def on_mesh(batches: Iterable[dict], mesh: Mesh) -> Iterator[dict]:
         }
 
 
-def held_out(data, evaluation, mesh: Mesh) -> Iterator[dict]:
-    """The batches with the first `evaluation.num_images` held-out images; "mask" counts no others.
+class Validation:
+    """The first `evaluation.num_images` examples of a validation split.
 
-    Args:
-        data: the part `data` of a config.
-        evaluation: the part `evaluation`: `num_images` and `batch_size`.
-        mesh: where they are put.
+    Attributes:
+        pipeline: of the split.
+        count: how many images there are in fact.
     """
-    size, count = evaluation.batch_size, evaluation.num_images
-    pipeline = make_pipeline(data, seed=0, batch_size=size, train=False)
 
-    def masked():
-        for index, batch in zip(range(-(-count // size)), pipeline.eval_batches(size)):
+    def __init__(self, data, evaluation):
+        """Opens them, so that what is missing shows itself before training.
+
+        Args:
+            data: the part `data` of a config.
+            evaluation: the part `evaluation`: `num_images` and `batch_size`.
+        """
+        self._size = evaluation.batch_size
+        self.pipeline = make_pipeline(data, seed=0, batch_size=self._size, train=False)
+        self.count = min(evaluation.num_images, self.pipeline.num_examples)
+
+    def batches(self, mesh: Mesh, detail: str = "") -> Iterator[dict]:
+        """Batches on the mesh, with a progress bar; "mask" is true for the images that count."""
+        return on_mesh(self._masked(detail), mesh)
+
+    def _masked(self, detail):
+        import tqdm
+
+        log.info("evaluating: %d images%s", self.count, detail)
+        indices = range(-(-self.count // self._size))
+        shown = tqdm.tqdm(
+            indices, "evaluating", unit="batch", leave=False,
+            disable=None if jax.process_index() == 0 else True,
+        )  # fmt: skip
+        for index, batch in zip(shown, self.pipeline.eval_batches(self._size)):
             mine = len(batch["mask"])
-            places = index * size + jax.process_index() * mine + np.arange(mine)
-            yield batch | {"mask": batch["mask"] & (places < count)}
-
-    return on_mesh(masked(), mesh)
+            places = index * self._size + jax.process_index() * mine + np.arange(mine)
+            yield batch | {"mask": batch["mask"] & (places < self.count)}

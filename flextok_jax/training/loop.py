@@ -55,7 +55,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
     Args:
         stage: see training/stage.py.
         config: a ConfigDict.
-        workdir: DIR; gets DIR/checkpoints, DIR/saved.json, DIR/config.json, DIR/metrics.jsonl,
+        workdir: DIR; gets DIR/checkpoints, DIR/config.json, DIR/metrics.jsonl,
             DIR/tb and, if asked for, DIR/profile.
 
     Raises:
@@ -83,13 +83,20 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         with _settings():
             program = build(stage, config, mesh)
             state = workdirs.first_state(stage, config, program, checkpoints)
+            workdirs.check_data(workdir, checkpoints.extra, pipeline.source)
             workdirs.describe(workdir, plain, stage, program, continued=int(state.step) > 0)
             frozen = stage.load_frozen()
         frozen = jax.device_put(frozen, param_shardings(mesh, frozen))
         start = done = int(state.step)
 
-        def save(step, state):
-            checkpoints.save(step, state)
+        extra = checkpoints.extra | {"data": pipeline.source.fingerprint()}
+
+        def save(step, state, measure=True):
+            if measure:
+                measured = stage.measure(state.ema, frozen, mesh)
+                run_log.add(step, measured)
+                extra.update(measured)
+            checkpoints.save(step, state, extra)
 
         def evaluate(step, ema):
             for name, evaluator in evaluators.items():
@@ -144,7 +151,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
                         run_log.add(step, logs.compute(window) | timed)
                         window = None
                     if saving:
-                        save(step, state)
+                        save(step, state, measure=stopped != signal.SIGTERM)
                     if evaluating:
                         evaluate(step, state.ema)
                     if saving or evaluating:
@@ -211,7 +218,7 @@ def _save_last_good(checkpoints, save, done: int, state, error: Exception):
     if gone or not alone or isinstance(error, WorkdirError) or done <= (checkpoints.newest() or 0):
         return
     try:
-        save(done, state)
+        save(done, state, measure=False)
         log.warning("step %d, the last good one, is saved", done)
     except Exception as failure:
         log.warning("step %d could not be saved (%s)", done, failure)

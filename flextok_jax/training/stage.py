@@ -39,8 +39,14 @@ class Stage(Protocol):
     def trainable(self, path: str) -> bool:
         """False for a parameter ("a/b/c") that is never trained, decayed or averaged."""
 
+    def measure(self, params: Params, frozen: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
+        """What is measured of the averaged parameters and saved beside them; {} if nothing."""
+
     def evaluators(self) -> dict[str, Evaluator]:
-        """Name -> function of (averaged parameters, frozen, mesh) that yields (metric, value)."""
+        """Name -> function of (averaged parameters, frozen, mesh) that yields (metric, value).
+
+        Opens what the evaluators read: it is called before the first step.
+        """
 
     def export_config(self) -> dict[str, Any]:
         """The model in JSON terms: enough to rebuild it for inference."""

@@ -22,7 +22,7 @@ from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.layers import is_fixed
 from flextok_jax.parallel.rng import named
-from flextok_jax.training.batches import held_out
+from flextok_jax.training.batches import Validation
 from flextok_jax.training.code_usage import CodeUsage
 
 TIME_BINS = 4
@@ -66,8 +66,6 @@ class TokenizerStage:
         self._dinov2 = self._check_repa() if config.repa.weight else None
         if config.data.source == "encoded":
             self._check_encoded()
-        if self._evaluation.num_images:
-            self._images()  # Before training, what cannot be evaluated on is refused.
 
     def _check_encoded(self):
         """Refuses latents and features that are not what this configuration would make."""
@@ -235,26 +233,29 @@ class TokenizerStage:
         out["codebook"] = CodeUsage.from_ids(ids, cfg.vocab_size)
         return out
 
-    def evaluators(self):
-        """ "reconstruction": validation images by number of tokens; see `_reconstruction`."""
-        return {"reconstruction": self._reconstruction} if self._evaluation.num_images else {}
+    def measure(self, params, frozen, mesh):
+        return {}
 
-    def _reconstruction(self, params, frozen, mesh):
-        """Yields (psnr/K, dB), (mae/K, ...), (ssim/K, ...) for K = 1, 2, 4, ..., R.
+    def evaluators(self):
+        """ "reconstruction": psnr/K (dB), mae/K, ssim/K for K = 1, 2, 4, ..., R tokens.
 
         Means over the first validation images, as `evaluation.metrics` defines them; the default
         guidance of the model, the posterior's mean, noise of seed 0. `flextok evaluate` measures
         more.
         """
+        if not self._evaluation.num_images:
+            return {}
+        images = Validation(self._images(), self._evaluation)
+        lengths = flextok.lengths(self.model.num_tokens)
 
-        def stream():
-            for index, batch in enumerate(held_out(self._images(), self._evaluation, mesh)):
-                key = jax.random.fold_in(jax.random.key(0), index)
-                for k in flextok.lengths(self.model.num_tokens):
-                    images = self._decoded(params, frozen, batch["image"], key, jnp.int32(k))
-                    yield f"/{k}", images, batch["image"], batch["mask"]
+        def stream(params, frozen, mesh):
+            for i, batch in enumerate(images.batches(mesh, f", {len(lengths)} lengths")):
+                key = jax.random.fold_in(jax.random.key(0), i)
+                for k in lengths:
+                    found = self._decoded(params, frozen, batch["image"], key, jnp.int32(k))
+                    yield f"/{k}", found, batch["image"], batch["mask"]
 
-        return metrics.means(stream())
+        return {"reconstruction": lambda *args: metrics.means(stream(*args))}
 
     def _images(self):
         """The part `data` of the config with what `evaluation.data` names in its place."""

@@ -44,6 +44,20 @@ def first_state(stage, config, program, checkpoints) -> TrainState:
     return program.init()
 
 
+def check_data(workdir, extra: dict, source):
+    """Refuses to continue a run on other data than those it was begun with.
+
+    Raises:
+        WorkdirError: the examples' keys are others, or in another order.
+    """
+    before, now = extra.get("data"), source.fingerprint()
+    if before not in (None, now):
+        raise WorkdirError(
+            f"{workdir} was trained on other data (fingerprint {before}, now {now}): the examples "
+            "are others or in another order. Put them back, or use a new workdir and init_from"
+        )
+
+
 def describe(workdir, plain, stage, program, continued: bool):
     """Writes DIR/config.json, and the table of parameters into the log.
 
