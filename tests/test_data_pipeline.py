@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import subprocess
 import sys
 import types
 
@@ -48,12 +47,6 @@ def write_images(folder, sizes, broken=()):
         Image.fromarray(pixels).save(path)
         if i in broken:
             path.write_bytes(path.read_bytes()[:60])
-
-
-def test_a_batch_is_uint8_with_int32_labels():
-    batch = pipeline()[3]
-    assert batch["image"].shape == (8, 16, 16, 3) and batch["image"].dtype == np.uint8
-    assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -187,25 +180,6 @@ def test_a_batch_size_that_does_not_divide_and_a_bad_seed_are_refused():
         pipeline(train=False, count=2).eval_batches(3)
     with pytest.raises(ValueError, match="seed is -1"):
         pipeline(seed=-1)
-
-
-def test_it_works_in_a_program_that_parses_no_absl_flags():
-    program = """
-import sys, types
-from flextok_jax.data.pipeline import make_pipeline
-cfg = types.SimpleNamespace(source="folder", path=sys.argv[1], split="train", image_size=16,
-                            crop="none", crop_scale=(0.1, 1.0), flip=False,
-                            quarter_turns=False, shift=0, rotate=0.0, zoom=0.0, color=0.0,
-                            max_unreadable=0.1)
-print(next(make_pipeline(cfg, seed=0, batch_size=4, train=True).iterate())["image"].shape)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program, digits_folder()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.strip() == "(4, 16, 16, 3)", done.stderr
 
 
 # TensorFlow Datasets.

@@ -9,11 +9,9 @@ import zlib
 
 import numpy as np
 import pytest
-from common import digits_folder
 from PIL import Image
 from test_data_pipeline import pipeline
 
-from examples.digits import arrays
 from flextok_jax import cli
 from flextok_jax.data import shards, sources
 from flextok_jax.data.decode import upright, upright_reduced
@@ -304,21 +302,6 @@ def test_packed_images_are_the_same_examples(tmp_path, capsys):
     assert [packed.read(i) for i in range(9)] == [original.read(i) for i in range(9)]
 
 
-def test_packing_digits_keeps_pixels_labels_and_splits(tmp_path):
-    for split in ("train", "test"):
-        assert pack(digits_folder(), tmp_path, "--split", split, "--limit", 20) == 0
-    cfg = dict(source="array_record", path=str(tmp_path), crop="none", batch_size=20)
-    (batch,) = pipeline(train=False, eval_split="test", **cfg).eval_batches(20)
-    images, labels = arrays("test")
-    np.testing.assert_array_equal(batch["image"], images[:20])
-    np.testing.assert_array_equal(batch["label"], labels[:20])
-    assert pipeline(split="train", **cfg).num_examples == 20
-    assert pipeline(split="all", **cfg).num_examples == 40
-    assert pipeline(split="val", **cfg).num_examples == 20
-    with pytest.raises(ValueError, match="'dev'.*test, train, all"):
-        pipeline(split="dev", **cfg)
-
-
 def test_packing_carries_embeddings_and_leaves_out_what_is_not_there(tmp_path, capsys):
     folder_of(tmp_path / "in", ["a.png", "b.png"])
     np.save(tmp_path / "in" / "b.npy", np.ones((2, 6)))
@@ -360,32 +343,6 @@ def test_work_goes_on_with_the_images_that_it_began_with_or_not_at_all(tmp_path,
     assert pack(*write) == 0
 
 
-def test_finished_shards_of_which_no_images_are_told_are_read(tmp_path):
-    folder_of(tmp_path / "in", ["a.png"])
-    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
-    manifest = tmp_path / "out" / "all" / "manifest.json"
-    about = json.loads(manifest.read_text())
-    del about["keys_sha256"]
-    manifest.write_text(json.dumps(about))
-    assert len(shards.ShardSource(tmp_path / "out", "all")) == 1
-
-
-def test_packing_leaves_out_images_that_do_not_decode_and_stops_at_too_many(tmp_path, capsys):
-    folder_of(tmp_path / "in", [f"{i:02}.png" for i in range(54)])
-    for name, (data, _) in BROKEN.items():
-        (tmp_path / "in" / name).write_bytes(data)
-    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
-    assert "6 of 60 images could not be read" in capsys.readouterr().err
-    manifest = shards.read_manifest(tmp_path / "out", "all")
-    assert manifest["unreadable"].keys() == BROKEN.keys()
-    assert all(BROKEN[name][1] in why for name, why in manifest["unreadable"].items())
-    assert len(shards.ImageSource(tmp_path / "out", "all")) == 54
-    (tmp_path / "in" / "00.png").write_bytes(b"")
-    assert pack(tmp_path / "in", tmp_path / "many", "--split", "all") == 2
-    error = capsys.readouterr().err
-    assert "Of 60 images, more than 10.0%" in error and "bomb.png (Decompression" in error
-
-
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -400,11 +357,6 @@ def test_a_text_names_any_source(text, expected):
     assert (data.source, data.path, data.name) == expected
     if not text.startswith("/"):
         assert str(data) == text
-
-
-def test_a_tfds_text_without_a_folder_is_refused():
-    with pytest.raises(ValueError, match="tfds:NAME@DIR"):
-        sources.parse("tfds:imagenet2012")
 
 
 def test_every_source_has_the_schema(tmp_path, tiny_tfds):
