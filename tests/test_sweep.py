@@ -1,6 +1,7 @@
 """Sweeps of an evaluation: their metrics, their metadata, resuming, the report and the commands."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -111,12 +112,14 @@ def test_metrics_are_saved_with_the_full_setup(plain):
 
 def test_samples_are_measured_without_originals_and_at_every_token_guidance(tmp_path):
     gen = tiny_generator(CFG)
-    classes = conditions.of_labels(np.tile(np.arange(10), 2))
-    samples = sweep.Samples(gen, classes, 16, TokenSampling())
+    labels = np.tile(np.arange(10), 2)
+    samples = sweep.Samples(gen, conditions.of_labels(labels), TokenSampling(), labels)
     run = sweep_of(gen.tokenizer, tmp_path, samples=samples, batch_size=20)
+    run.run(sweep.grid([4], [1.0], [1], [4.0]))
     results = run.run(sweep.grid([4, 16], [1.0], [1], [1.0, 4.0]))
     assert len(results) == 4 and not {"psnr", "bands"} & set(results[0]["metrics"])
     assert all(r["metrics"]["fid"] > 0 and r["metrics"]["count"] == 20 for r in results)
+    assert all(0 <= r["metrics"]["accuracy"] <= 1 for r in results)
     names = [sweep.Setting(**r["metadata"]["setting"]).name for r in results]
     codes = dict(zip(names, (r["metrics"]["codes"] for r in results)))
     longer, shorter = (codes[f"k{k:04d}_steps1_guidance1_tokens4"] for k in (16, 4))
@@ -293,5 +296,5 @@ def test_the_files_of_the_networks_give_their_metrics_and_their_hashes(
     found, network = result["metrics"], result["metadata"]["networks"]
     assert found["fid"] > 0 and found["lpips"] > 0 and "accuracy" not in found
     assert network["features"]["name"] == "inception" and network["perceptual"]["vgg_sha256"]
-    assert network["features"]["file_sha256"] in noted
+    assert network["features"]["file_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert len(statistics.read_gaussian(out / sweep.REFERENCE)[0].mean) == 2048

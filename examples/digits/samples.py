@@ -7,10 +7,11 @@ import numpy as np
 from examples.digits import arrays
 from examples.digits.judge import SIDE, judge
 from flextok_jax import conditions
-from flextok_jax.evaluation.generation import TokenSampling, generate
+from flextok_jax.evaluation.generation import TokenSampling, sample_tokens
 from flextok_jax.evaluation.pictures import from_uint8
 from flextok_jax.evaluation.reconstruction import (
     Sampler,
+    decode,
     default_sampler,
     identity,
     sampler_metadata,
@@ -59,11 +60,10 @@ def evaluate_samples(
     for first in range(0, len(labels), batch_size):
         places = np.arange(len(labels), dtype=np.uint32)[first : first + batch_size]
         asked = conditions.of_labels(labels[places])
-        options = ([k], how, sampler, seed, batch_size)
-        _, drawn = generate(gen, asked, places, *options)
-        found.append(drawn[k])
+        tokens = sample_tokens(gen, asked, places, k, how, seed, batch_size)
+        found.append(decode(gen.tokenizer, tokens, k, places, sampler, seed, batch_size))
         if visit is not None:
-            visit(labels[places], drawn[k])
+            visit(labels[places], found[-1])
     images = np.concatenate(found)
     hits = [judge().recognized(images[labels == c], np.full(per_class, c)) for c in range(CLASSES)]
     return {

@@ -59,14 +59,14 @@ def _generation(args) -> None:
         raise ValueError(f"{gen.origin} knows no classes: evaluate a class-conditional model")
     every = np.tile(np.arange(gen.config.num_classes), args.per_label)
     how = TokenSampling(None, args.temperature, args.top_k, args.top_p)
-    samples = sweep.Samples(gen, conditions.of_labels(every), counts[-1], how)
+    wanted = conditions.of_labels(every, gen.class_names)
+    samples = sweep.Samples(gen, wanted, how, every)
     info = {
         "model": identity(gen),
         "tokenizer": identity(gen.tokenizer),
         "samples": {
             "per_label": args.per_label,
             "labels": gen.config.num_classes,
-            "num_tokens_sampled": counts[-1],
             "temperature": args.temperature,
             "top_k": args.top_k,
             "top_p": args.top_p,

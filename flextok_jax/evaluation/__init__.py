@@ -1,1 +1,1 @@
-"""How good a tokenizer is: pictures in and out, metrics, the digits' judge, and reports."""
+"""How good a tokenizer or a generator is: pictures in and out, metrics, sweeps and reports."""

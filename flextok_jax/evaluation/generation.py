@@ -1,13 +1,12 @@
-"""Conditions to tokens to images, for any number of conditions."""
+"""Conditions to tokens, in batches."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from flextok_jax.conditions import Conditions
-from flextok_jax.evaluation.reconstruction import Sampler, decode, padded
+from flextok_jax.evaluation.reconstruction import padded
 from flextok_jax.generator import ImageGenerator
 
 
@@ -65,26 +64,3 @@ def sample_tokens(
         key=keys,
     )
     return np.asarray(tokens)[: len(conditions)]
-
-
-def generate(
-    gen: ImageGenerator,
-    conditions: Conditions,
-    seeds: np.ndarray,
-    counts: Sequence[int],
-    how: TokenSampling,
-    sampler: Sampler,
-    seed: int,
-    batch_size: int,
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """One batch of samples, coarse to fine.
-
-    Args:
-        counts: numbers of tokens to decode images from; else see `sample_tokens`.
-
-    Returns:
-        (tokens int32 [n, K], K the largest count; {k: float32 [n, S, S, 3] in [-1, 1]}).
-    """
-    tokens = sample_tokens(gen, conditions, seeds, max(counts), how, seed, batch_size)
-    options = (seeds, sampler, seed, batch_size)
-    return tokens, {k: decode(gen.tokenizer, tokens, k, *options) for k in sorted(counts)}

@@ -81,9 +81,9 @@ def feature_metrics(
         precision, recall = precision_recall(real, made)
         yield "precision", precision
         yield "recall", recall
-    if classes:
-        yield "accuracy", made.accuracy
-        yield "real_accuracy", real.accuracy
+    for name, images in {"accuracy": made, "real_accuracy": real}.items():
+        if classes and (images.labels >= 0).all():
+            yield name, images.accuracy
 
 
 def gaussian(features: np.ndarray) -> Gaussian:

@@ -93,14 +93,14 @@ class Samples:
 
     Attributes:
         conditions: one per sample.
-        num_tokens: how many tokens are sampled for each.
         how: how tokens are sampled; the scale of guidance is the setting's.
+        labels: int [n], the classes that accuracy is measured by, where there are some.
     """
 
     gen: ImageGenerator
     conditions: Conditions
-    num_tokens: int
     how: TokenSampling
+    labels: np.ndarray | None = None
 
     @property
     def names(self) -> list[str]:
@@ -121,6 +121,7 @@ class _Data:
         shown: the first pictures.
         titles: names of the classes or conditions of the first images that are made; may be empty.
         read: what was read, in JSON terms.
+        num_tokens: K.
     """
 
     names: list[str]
@@ -129,8 +130,9 @@ class _Data:
     originals: np.ndarray | None
     real: FeatureSet | None
     shown: np.ndarray
-    titles: list[str]
+    titles: Sequence[str]
     read: dict
+    num_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +202,8 @@ class Sweep:
         shown, digest = np.zeros((0, size, size, 3), np.uint8), hashlib.sha256()
         most = max(1, min(self.batch_size, len(self.pictures)))
         for batch in self.pictures.batches(size, most):
-            names, labels = names + batch.names, labels + [batch.labels]
+            names.extend(batch.names)
+            labels.append(batch.labels)
             digest.update(batch.images.tobytes())
             shown = np.concatenate([shown, batch.images])[:SHOWN]
             if self.networks.features:
@@ -210,20 +213,19 @@ class Sweep:
                 file.write(batch.images.tobytes())
             bar.update(len(batch.names))
         read = {"pixels_sha256": digest.hexdigest(), "read": len(names)}
-        storage.same_or_refuse(self.out / READ, read, "results")
+        if (self.out / READ).exists():
+            storage.same_or_refuse(self.out / READ, read, "results")
         labels, real, originals = np.concatenate(labels), None, None
         titles = [self.pictures.class_name(label) for label in labels[:SHOWN]]
         if looked:
             real = FeatureSet(*map(np.concatenate, zip(*looked)), labels)
-            if len(real) > 1:
-                statistics.write_gaussian(self.out / REFERENCE, real.gaussian)
         if generated:
-            labels, titles = self.samples.conditions.labels, self.samples.conditions.names[:SHOWN]
-            names, tokens = self.samples.names, {}
+            names, tokens, labels = self.samples.names, {}, self.samples.labels
+            titles = self.samples.conditions.names[:SHOWN]
             labels = np.full(len(names), -1) if labels is None else labels
         else:
             originals, tokens = _mapped(file, size), {None: np.concatenate(tokens)}
-        return _Data(names, labels, tokens, originals, real, shown, titles, read)
+        return _Data(names, labels, tokens, originals, real, shown, titles, read, num_tokens)
 
     def _tokens(self, setting: Setting, data: _Data) -> np.ndarray:
         """int32 [n, K]."""
@@ -232,7 +234,7 @@ class Sweep:
             s, seeds, parts = self.samples, name_seeds(data.names), []
             how = dataclasses.replace(s.how, guidance=scale)
             for rows in self._batches(data):
-                options = (seeds[rows], s.num_tokens, how, self.seed, self.batch_size)
+                options = (seeds[rows], data.num_tokens, how, self.seed, self.batch_size)
                 parts.append(sample_tokens(s.gen, s.conditions.take(rows), *options))
             data.tokens[scale] = np.concatenate(parts)
         return data.tokens[scale]
@@ -305,6 +307,9 @@ class Sweep:
             "warnings": environment.warnings(metadata, found),
             "unreadable": dict(self.pictures.unreadable),
         }
+        storage.same_or_refuse(self.out / READ, data.read, "results")
+        if data.real is not None and len(data.real) > 1 and not (self.out / REFERENCE).exists():
+            statistics.write_gaussian(self.out / REFERENCE, data.real.gaussian)
         with storage.atomic(self._path(setting, "npz")) as path, path.open("wb") as file:
             titles = np.array(data.titles, np.str_)
             np.savez_compressed(file, images=shown, originals=data.shown, titles=titles)
