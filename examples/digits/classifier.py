@@ -1,9 +1,10 @@
-"""A small classifier of the digits, whose features stand in for Inception's.
+"""A small convolutional classifier of the digits: accuracy, and features in place of Inception's.
 
-Trained here on the 1 500 training digits. Distances of its
-features compare models of the digits with each other, and with nothing else.
+Trained here on the 1 500 training digits, slightly shifted, turned and zoomed; its parameters are
+classifier.safetensors. Distances of its features compare models of these digits with each other,
+and with nothing else.
 
-    python -m examples.digits.classifier OUT.safetensors
+    python -m examples.digits.classifier OUT.safetensors      # trains it again: half a minute
 """
 
 import functools
@@ -42,13 +43,13 @@ class _Network(nn.Module):
 
 @functools.cache
 def parameters() -> dict:
-    """The shipped parameters."""
+    """The parameters in FILE."""
     return traverse_util.unflatten_dict(storage.read(FILE)[0], sep="/")
 
 
 @jax.jit
 def features(params, images):
-    """What the network makes of digits.
+    """Features and logits of digits.
 
     Args:
         params: `parameters()`.
@@ -58,6 +59,20 @@ def features(params, images):
         (features float32 [B, 64], logits float32 [B, 10]).
     """
     return _Network().apply({"params": params}, images)
+
+
+def correct(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether each image is classified as its label.
+
+    Args:
+        images: uint8 [n, 16, 16, 3].
+        labels: int [n].
+
+    Returns:
+        bool [n].
+    """
+    _, logits = features(parameters(), to_float(images))
+    return np.argmax(logits, axis=1) == labels
 
 
 def feature_network(mesh=None) -> networks.FeatureNetwork:
@@ -102,16 +117,15 @@ def train(seed: int = 0) -> dict:
     return params
 
 
-def main() -> int:
+def main() -> None:
     """Trains, writes the file that is named, and prints the accuracy on the validation digits."""
     params = train()
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
     storage.write(pathlib.Path(sys.argv[1]), flat, {})
     images, labels = arrays("test")
     _, logits = features(params, to_float(images))
-    print(f"{np.mean(np.argmax(logits, 1) == labels):.2%} of {len(labels)} validation digits")
-    return 0
+    print(f"{np.sum(np.argmax(logits, 1) == labels)} of {len(labels)} validation digits")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
