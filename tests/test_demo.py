@@ -28,6 +28,13 @@ def test_the_classifier_is_right_on_validation_digits():
     assert correct(*arrays("test")).sum() >= 294  # of 297
 
 
+def test_the_shipped_tokenizer_keeps_the_digits(tok):
+    found = reconstruct(tok, (1, 16), steps=5, guidance_scale=1.0)
+    assert found.correct[1] >= 250 and found.correct[16] >= 265  # of 297
+    assert found.psnr[16] > found.psnr[1] + 2.5 and found.psnr[1] > 18
+
+
+@pytest.mark.slow
 def test_the_shipped_tokenizer_is_as_good_as_its_page_says(tok):
     found = reconstruct(tok)
     page = recorded("digits")
@@ -41,9 +48,8 @@ def test_the_shipped_tokenizer_is_as_good_as_its_page_says(tok):
 
 def test_the_shipped_generator_makes_new_digits_of_the_class_asked_for(tok):
     gen = ImageGenerator.from_pretrained("demo-digits-ar", tokenizer=tok)
-    found, page = sample(gen, 30), recorded("digits_ar")
-    assert found.correct.sum() >= 0.9 * 300  # 934 of 1 000 by its page
-    assert page["correct samples"] >= 920
+    found = sample(gen, 10)
+    assert found.correct.sum() >= 85  # of 100; 934 of 1 000 by its page
     assert found.distance > 0.9 * found.validation_distance and found.closer < 0.1
 
 

@@ -39,8 +39,8 @@ class Reconstructions:
     ids: list[int]
 
 
-def reconstruct(tok: FlexTok, **sampling) -> Reconstructions:
-    """Tokenizes the validation digits and decodes their first k tokens, for each k of COUNTS.
+def reconstruct(tok: FlexTok, counts=COUNTS, **sampling) -> Reconstructions:
+    """Tokenizes the validation digits and decodes their first k tokens, for each k of `counts`.
 
     Args:
         tok: a tokenizer of 16 x 16 images with 16 tokens.
@@ -51,7 +51,7 @@ def reconstruct(tok: FlexTok, **sampling) -> Reconstructions:
     tokens = [tok.tokenize(part) for part in parts]
     images = {
         k: to_uint8(np.concatenate([tok.detokenize(t, k, key=0, **sampling) for t in tokens]))
-        for k in COUNTS
+        for k in counts
     }
     return Reconstructions(
         images,
