@@ -102,22 +102,24 @@ def picture(model: Model) -> bytes:
     """PNG: reconstructions by number of tokens beside samples by class."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(10.5, 6.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1 + len(COUNTS), PER_CLASS))
-    grids = {left: np.stack(_rows(model), axis=0), right: model.samples.images}
+    grids = {left: np.stack(_rows(model)), right: model.samples.images}
     for axes, grid in grids.items():
         grid = np.pad(grid, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)], constant_values=255)
         rows, columns, height, width, _ = grid.shape
-        axes.imshow(grid.swapaxes(1, 2).reshape(rows * height, columns * width, 3))
+        axes.imshow(
+            grid.swapaxes(1, 2).reshape(rows * height, columns * width, 3), interpolation="nearest"
+        )
         axes.set_yticks(height * (np.arange(rows) + 0.5), NAMES)
         axes.set_xticks([])
         axes.tick_params(length=0, labelsize=12)
         axes.spines[:].set_visible(False)
-    titles = ["original", *map(str, COUNTS)]
+    titles = ["image", *map(str, COUNTS)]
     left.set_xticks(18 * (np.arange(len(titles)) + 0.5), titles)
     left.xaxis.tick_top()
-    left.set_title("Validation digits, decoded from their first k tokens", pad=24)
-    right.set_title("Generated digits, ten of each class", pad=24)
+    left.set_title("Validation digits from k tokens", pad=20)
+    right.set_title("Generated digits, ten of each class", pad=20)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"model": model.tok.origin})
     return stream.getvalue()
