@@ -1,0 +1,109 @@
+"""What README and docs show runs: Python snippets, and command lines as far as their options."""
+
+import dataclasses
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+from common import ROOT, TINY, tiny_tokenizer
+
+from flextok_jax import FlexTok, cli
+from flextok_jax.commands import options
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def snippets():
+    for page in PAGES:
+        for i, (language, text) in enumerate(BLOCK.findall(page.read_text())):
+            if language == "python":
+                yield pytest.param(text, id=f"{page.name}-{i}")
+
+
+def commands(page: pathlib.Path):
+    """(words, whether it is whole) of each command line: of blocks, and between backticks."""
+    text = page.read_text()
+    blocks = [block for language, block in BLOCK.findall(text) if language in ("", "bash")]
+    lines = [(x, True) for x in "\n".join(blocks).replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`([^`]+)`", BLOCK.sub("", text))
+    for line, whole in lines + [(code.replace("\n", " "), False) for code in inline]:
+        line = re.sub(r"\$\([^)]*\)", "FOLDER", line.split(" && ")[0])
+        line = re.sub(r"^for .*; do |&? *done$|^srun ", "", line)
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # An apostrophe: no command.
+            continue
+        if len(words) > 1 and words[0] in ("flextok", "python"):
+            yield words, whole and not {"...", "…"} & set(words)
+
+
+ALL = {page.name: list(commands(page)) for page in PAGES}
+
+
+@pytest.mark.parametrize("text", list(snippets()))
+def test_snippets_run(text, tmp_path, monkeypatch):
+    """As printed, but for the weights of the hub: a tiny model takes their place."""
+    load = FlexTok.from_pretrained
+
+    def from_pretrained(source, **settings):
+        return tiny_tokenizer(TINY) if source.startswith("EPFL-VILAB/") else load(source)
+
+    monkeypatch.setattr(FlexTok, "from_pretrained", from_pretrained)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text, "snippet", "exec"), {})
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_options_of_commands_exist(page):
+    for words, whole in ALL[page]:
+        if words[0] != "flextok" or words[1].isupper():
+            continue
+        name = next((w for w in (" ".join(words[1:3]), words[1]) if w in options.COMMANDS), None)
+        assert name, words
+        if whole:
+            cli.parse(name, words[1 + len(name.split()) :])
+        fields = {field.name for field in dataclasses.fields(options.COMMANDS[name][0])} | {"help"}
+        given = [word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"]
+        assert set(given) <= {*fields, *(f"no_{field}" for field in fields)}, words
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_modules_configs_and_keys_exist(page):
+    for words, _ in ALL[page]:
+        if words[:2] != ["python", "-m"]:
+            continue
+        file = ROOT / (words[2].replace(".", "/") + ".py")
+        package = ROOT / words[2].replace(".", "/") / "__main__.py"
+        assert file.exists() or package.exists() or words[2] == "pytest", words
+        found = [w.partition("=")[2] for w in words if w.startswith("--config=")]
+        if found and not re.search(r"VARIANT|\.\.\.|FILE", found[0]):
+            path, _, variant = found[0].partition(":")
+            check_keys(ROOT / path, variant, words)
+
+
+def check_keys(path, variant, words):
+    """Every `--config.KEY=` names a key of the configuration."""
+    module = importlib.import_module(f"configs.{path.stem}")
+    config = module.get_config(*([variant] if variant else []))
+    for word in words:
+        key = re.match(r"--config\.([a-z_.]+)=", word)
+        node = config
+        for part in key[1].split(".") if key else ():
+            assert part in node, f"{key[1]} is no key of {path.name}:{variant}"
+            node = node[part]
+
+
+def test_links_lead_to_files():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_pages_are_found():
+    """Otherwise the tests above would pass on nothing."""
+    assert sum(words[0] == "flextok" for words, _ in ALL["README.md"]) >= 6
+    assert sum("flextok_jax.main" in words for words, _ in ALL["README.md"]) >= 4
