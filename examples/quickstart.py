@@ -289,14 +289,14 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"
 
 
-def main(argv=None, shipped=("demo-digits", "demo-digits-ar")) -> None:
+def main(argv=None) -> None:
     """Measures the models and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=pathlib.Path, help="a folder with vae, tokenizer and ar")
     runs = parser.parse_args(argv).runs
     training = {stage: read_training(runs / stage) for stage in STAGES}
     both = [
-        evaluate("Shipped models", *shipped),
+        evaluate("Shipped models", "demo-digits", "demo-digits-ar"),
         evaluate("Trained here", runs / "tokenizer", runs / "ar"),
     ]
     with storage.atomic(runs / "digits.png") as temporary:

@@ -39,13 +39,13 @@ def runs(gen, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """One Euler step, and a VAE that is there."""
-    monkeypatch.setattr(quickstart, "reconstruct", functools.partial(reconstruct, **QUICK))
-    monkeypatch.setattr(quickstart, "sample", functools.partial(sample, **QUICK))
-    load = quickstart.models.load_vae
-    monkeypatch.setattr(quickstart.models, "load_vae", lambda _: load(GOLDEN / "vae"))
+@pytest.fixture(scope="module")
+def model(runs):
+    """The models, measured with one Euler step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "reconstruct", functools.partial(reconstruct, **QUICK))
+        patch.setattr(quickstart, "sample", functools.partial(sample, **QUICK))
+        return quickstart.evaluate("model", runs / "tokenizer", runs / "ar")
 
 
 class Page(html.parser.HTMLParser):
@@ -63,8 +63,18 @@ class Page(html.parser.HTMLParser):
         self.words += data + " "
 
 
-def test_the_report_is_whole_and_needs_nothing_else(runs, quick):
-    quickstart.main([str(runs)], shipped=(runs / "tokenizer", runs / "ar"))
+def test_the_report_is_whole_and_needs_nothing_else(runs, model, monkeypatch):
+    load = quickstart.models.load_vae
+    monkeypatch.setattr(quickstart.models, "load_vae", lambda _: load(GOLDEN / "vae"))
+    evaluated = []
+
+    def evaluate(name, *sources):
+        evaluated.append(sources)
+        return dataclasses.replace(model, name=name)
+
+    monkeypatch.setattr(quickstart, "evaluate", evaluate)
+    quickstart.main([str(runs)])
+    assert evaluated == [("demo-digits", "demo-digits-ar"), (runs / "tokenizer", runs / "ar")]
     text = (runs / "report.html").read_text()
     page = Page(text)
     pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
@@ -81,8 +91,7 @@ def test_the_report_is_whole_and_needs_nothing_else(runs, quick):
         assert image.width > 1000
 
 
-def test_the_rows_of_the_report_are_the_first_digit_of_each_class(runs, quick):
-    model = quickstart.evaluate("model", runs / "tokenizer", runs / "ar")
+def test_the_rows_of_the_report_are_the_first_digit_of_each_class(model):
     images, labels = arrays("test")
     rows = quickstart._rows(model)
     assert len(rows) == 10
