@@ -295,39 +295,26 @@ def read_embedding(file, where) -> np.ndarray:
     return check_embedding(array, where)
 
 
-def check_conditions(source: Source, num_classes: int, train: Source | None = None) -> int:
-    """What a class-conditional run checks of each of its splits before the first step.
+def check_labels(source: Source, train: Source | None = None) -> int:
+    """How many examples have no label, for a class-conditional model.
 
     Args:
-        num_classes: of the model.
-        train: of a validation split: the training split.
-
-    Returns:
-        How many examples have no label.
+        train: of a validation split: the training split, whose classes it must share.
 
     Raises:
-        ValueError: a label is none of 0 .. num_classes - 1, or the two splits have other classes.
+        ValueError: the two splits have other classes.
     """
     labels, classes = source.labels, list(source.classes)
     if train is not None and classes != list(train.classes):
-        theirs = list(train.classes)
-        only = [*(set(classes) - set(theirs)), *(set(theirs) - set(classes))]
+        only = sorted(set(classes) ^ set(train.classes)) or ["another order"]
         raise ValueError(
-            f"the validation data have {len(classes)} classes and the training data {len(theirs)}, "
-            f"and these are in one only, or at other places: {sorted(only)[:SHOWN] or classes}"
-        )
-    if labels is None:
-        most, without = len(classes) - 1, 0 if classes else len(source)
-    else:
-        most, without = int(labels.max(initial=-1)), int((labels < 0).sum())
-    if most >= num_classes:
-        name = f" ({classes[most]})" if most < len(classes) else ""
-        raise ValueError(
-            f"the data have the label {most}{name}, and model.num_classes is {num_classes}: "
-            f"at least {most + 1} is needed"
+            "the validation data must have the classes of the training data; these differ: "
+            + ", ".join(map(repr, only[:SHOWN]))
         )
     if train is not None and labels is not None and train.labels is not None:
-        if only := sorted(set(labels[labels >= 0].tolist()) - set(train.labels.tolist())):
-            names = [classes[i] if classes else str(i) for i in only[:SHOWN]]
-            raise ValueError(f"the validation data have classes that training has not: {names}")
-    return without
+        if new := sorted(set(labels.tolist()) - set(train.labels.tolist()) - {-1}):
+            names = [classes[i] if classes else str(i) for i in new[:SHOWN]]
+            log.warning("classes without a training example: %d, %s", len(new), ", ".join(names))
+    if labels is None:
+        return 0 if classes else len(source)
+    return int((labels < 0).sum())

@@ -11,6 +11,7 @@ import numpy as np
 from clu import metrics
 
 from flextok_jax.data import encoded, shards, sources
+from flextok_jax.data.source import check_labels
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar
 from flextok_jax.io.paths import as_path
@@ -298,16 +299,11 @@ def _labels(splits: dict, model) -> dict:
     """
     most, (first, *_) = None, splits
     for split, source in splits.items():
-        if list(source.classes) != list(splits[first].classes):
-            raise ValueError(
-                f"the splits {first!r} and {split!r} have different classes: "
-                f"{list(splits[first].classes)} and {list(source.classes)}"
-            )
+        absent = check_labels(source, None if split == first else splits[first])
+        if not model.text_dim and model.num_classes != 0:
+            say = log.warning if 2 * absent > len(source) else log.info
+            say("split %r: %d of %d examples have no label", split, absent, len(source))
         if source.labels is not None:
-            absent = int(np.sum(np.asarray(source.labels) < 0))
-            if not model.text_dim and model.num_classes != 0:
-                say = log.warning if 2 * absent > len(source) else log.info
-                say("split %r: %d of %d examples have no label", split, absent, len(source))
             most = max(-1 if most is None else most, int(np.max(source.labels, initial=-1)))
     classes = tuple(splits[first].classes)
     unlabelled = most == -1
