@@ -1,6 +1,5 @@
 """What several commands do with their options."""
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from flextok_jax.data.sources import parse
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.pictures import Pictures
 from flextok_jax.evaluation.reconstruction import Sampler, default_sampler
+from flextok_jax.evaluation.results import writable
 from flextok_jax.io.paths import as_path, is_remote
 from flextok_jax.io.storage import write_json  # noqa: F401
 from flextok_jax.parallel import mesh
@@ -53,11 +53,6 @@ def token_sampling(args: options.TokenSampling) -> TokenSampling:
     return TokenSampling(args.token_guidance, args.temperature, args.top_k, args.top_p)
 
 
-def pictures(args, split: str | None = None) -> Pictures:
-    """The images of --data and --limit, of --split by default."""
-    return Pictures(args.data, args.limit, split or args.split)
-
-
 def png_metadata(info: dict, num_tokens) -> dict:
     """The text of a PNG file: `info` of `reconstruction.metadata`, and the number of tokens."""
     info = dict(info)
@@ -86,7 +81,7 @@ def out_folder(out: str, images: str = ""):
                 f"--out {out} lies in the image folder {images}, where its files would be taken "
                 "for images the next time: pass a folder outside of it"
             )
-    return _writable(path)
+    return writable(path)
 
 
 def out_file(out: str):
@@ -94,17 +89,7 @@ def out_file(out: str):
     path = as_path(out)
     if path.is_dir():
         raise ValueError(f"--out {out} is a folder: pass the name of a file")
-    return _writable(path)
-
-
-def _writable(path):
-    if not is_remote(path):
-        there = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if there != path and not there.is_dir():
-            raise ValueError(f"--out {path}: {there} is a file, not a folder")
-        if not os.access(there, os.W_OK):
-            raise PermissionError(f"--out {path}: {there} cannot be written")
-    return path
+    return writable(path)
 
 
 def print_speed(images: int, seconds: float) -> None:
@@ -165,25 +150,3 @@ def write_shards(args, out, data, source, settings: dict, records: Callable) -> 
         print(f"{done} of {wanted} shards are in {folder}; the other processes write the rest")
         return None
     return sum(shard["records"] for shard in manifest["shards"].values())
-
-
-def table(result: dict, columns: dict[str, tuple[str, str]]) -> str:
-    """Numbers by k as lines of text.
-
-    Args:
-        result: of `reconstruction.evaluate`.
-        columns: {key of the result: (title, format)}.
-    """
-    columns = {key: column for key, column in columns.items() if key in result}
-    lines = ["  tokens" + "".join(f"{title:>14}" for title, _ in columns.values())]
-    for k in result["num_tokens"]:
-        numbers = (format(result[key][k], form) for key, (_, form) in columns.items())
-        lines.append(f"{k:8}" + "".join(f"{number:>14}" for number in numbers))
-    return "\n".join(lines)
-
-
-QUALITY = {
-    "psnr": ("PSNR (dB)", ".2f"),
-    "mae": ("MAE", ".4f"),
-    "recognition": ("recognised", ".1%"),
-}

@@ -44,5 +44,7 @@ def reconstruct(args) -> None:
         storage.write_json(out / "metrics.json", result)
     common.report_unreadable(pictures)
     print(f"{result['count']} images from their first k tokens, in {args.out}")
-    print(common.table(result, common.QUALITY))
+    for k in counts:
+        found = {name: result[name][k] for name in ("psnr", "mae", "ssim") if name in result}
+        print(f"{k:5} tokens:" + "".join(f"  {n.upper()} {x:.4g}" for n, x in found.items()))
     common.print_speed(result["count"], seconds)

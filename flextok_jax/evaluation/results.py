@@ -60,11 +60,9 @@ def check_folder(out, inputs: Iterable = ()):
             ours, theirs = out.resolve(), path.resolve()
             if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
                 raise ValueError(f"{out} overlaps the input {path}. {remedy}, apart from the input")
-        there = next(p for p in (out, *out.absolute().parents) if p.exists())
-        if not there.is_dir():
-            raise ValueError(f"{out}: {there} is a file, not a folder. {remedy}")
-        if not os.access(there, os.W_OK):
-            raise PermissionError(f"{out} cannot be written in {there}. {remedy}")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file. {remedy}")
+    writable(out)
     if out.exists() and not any(out.glob(f"*{SETTINGS}")):
         found = sorted(path.name for path in out.iterdir())
         if found:
@@ -74,3 +72,18 @@ def check_folder(out, inputs: Iterable = ()):
                 f"earlier run. {remedy}"
             )
     return out
+
+
+def writable(path):
+    """The path object, if a file or a folder can be made there.
+
+    Raises:
+        ValueError, PermissionError: a folder above is a file, or cannot be written.
+    """
+    if not is_remote(path):
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if there != path and not there.is_dir():
+            raise ValueError(f"--out {path}: {there} is a file, not a folder")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"--out {path}: {there} cannot be written")
+    return path
