@@ -150,7 +150,7 @@ install() {
     if [ -z "$dry" ]; then
         mkdir -p "${archive%/*}"
         tar -czf "$archive" --exclude=__pycache__ -C "$ROOT" \
-            flextok_jax configs examples launch setup.py README.md LICENSE
+            flextok_jax configs examples launch setup.py README.md LICENSE NOTICE
     fi
     queued scp "$archive" "$TPU_NAME:" --node=all --worker=all "${ssh_flags[@]}" &&
         on_workers "rm -rf flextok && mkdir flextok && tar -xzf flextok.tgz -C flextok && \

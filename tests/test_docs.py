@@ -103,6 +103,15 @@ def test_links_lead_to_files():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_docstrings_name_sections_of_the_reference():
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    titles = set(re.findall(r"^## (.+)$", reference, re.M))
+    assert len(titles) >= 10
+    for file in (ROOT / "flextok_jax").rglob("*.py"):
+        for title in re.findall(r"docs/reference\.md,\s+([A-Z][\w ]*)", file.read_text()):
+            assert title.strip() in titles, f"{file}: {title}"
+
+
 def test_the_pages_are_found():
     """Otherwise the tests above would pass on nothing."""
     assert sum(words[0] == "flextok" for words, _ in ALL["README.md"]) >= 6
