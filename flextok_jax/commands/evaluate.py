@@ -24,19 +24,6 @@ CROP = (
     "to the size, then the middle (as ADM)"
 )
 PROBE, PROBE_SETTINGS = "probe.json", "probe_settings.json"
-COLUMNS = {  # Of the printed table: title, format.
-    "psnr": ("PSNR", ".2f"),
-    "mae": ("MAE", ".4f"),
-    "ssim": ("SSIM", ".4f"),
-    "lpips": ("LPIPS", ".4f"),
-    "fid": ("FID", ".3f"),
-    "inception_score": ("IS", ".2f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "accuracy": ("accuracy", ".1%"),
-    "codebook_usage": ("ids used", ".1%"),
-    "seconds_per_image": ("s/image", ".4f"),
-}
 
 
 def evaluate(args) -> None:
@@ -199,16 +186,16 @@ def _scales(given: list[float] | None, default: float) -> list[float]:
 
 def _print(results: list[dict]) -> None:
     """A table of all settings, and the warnings."""
-    columns = {key: column for key, column in COLUMNS.items() if key in results[0]["metrics"]}
     settings = [result["metadata"]["setting"] for result in results]
     varied = [a for a in sweep.AXES if a == "num_tokens" or len({s[a] for s in settings}) > 1]
-    titles = [axis.replace("_", " ").replace("num ", "") for axis in varied]
-    print("".join(f"{t:>16}" for t in titles) + "".join(f"{t:>12}" for t, _ in columns.values()))
+    keys = [key for key in sweep_report.CURVES if key in results[0]["metrics"]]
+    titles = [sweep_report.AXES[axis] for axis in varied]
+    rows = [titles + [sweep_report.CURVES[key][0] for key in keys]]
     for setting, result in zip(settings, results):
-        found = result["metrics"]
-        print(
-            "".join(f"{setting[axis]:>16g}" for axis in varied)
-            + "".join(f"{format(found[key], form):>12}" for key, (_, form) in columns.items())
-        )
+        values = [sweep_report.formatted(key, result["metrics"][key]) for key in keys]
+        rows.append([f"{setting[axis]:g}" for axis in varied] + values)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))
     for text in dict.fromkeys(text for result in results for text in result["warnings"]):
         print(f"warning: {text}", file=sys.stderr)

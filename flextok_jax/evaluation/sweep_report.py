@@ -88,8 +88,8 @@ def _opening(results, best, generated) -> list[str]:
     if len(best) > 1:
         first, last = best[0], best[-1]
         changes = [
-            f"{CURVES[key][0]} {_number(key, first['metrics'][key])} to "
-            f"{_number(key, last['metrics'][key])}"
+            f"{CURVES[key][0]} {formatted(key, first['metrics'][key])} to "
+            f"{formatted(key, last['metrics'][key])}"
             for key in ("psnr", "fid", "accuracy", "seconds_per_image")
             if key in first["metrics"]
         ]
@@ -193,7 +193,7 @@ def _numbers(results) -> str:
     keys = [key for key in CURVES if key in results[0]["metrics"]]
     axes = [axis for axis in AXES if _at(results[0], axis) is not None]
     rows = [
-        [*(f"{_at(r, axis):g}" for axis in axes), *(_number(k, r["metrics"][k]) for k in keys)]
+        [*(f"{_at(r, axis):g}" for axis in axes), *(formatted(k, r["metrics"][k]) for k in keys)]
         for r in results
     ]
     return report.number_table([*(AXES[a] for a in axes), *(CURVES[k][0] for k in keys)], rows)
@@ -211,7 +211,8 @@ def _facts(metadata: dict, prefix: str = "") -> dict[str, str]:
     return facts
 
 
-def _number(key: str, value: float) -> str:
+def formatted(key: str, value: float) -> str:
+    """A metric of CURVES as text."""
     if CURVES[key][2]:
         return f"{100 * value:.1f}\u00a0%"
     return f"{value:.2f}" if key == "psnr" else f"{value:.3g}"
