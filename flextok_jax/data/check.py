@@ -65,14 +65,16 @@ def look(source: Source, index: int) -> Look:
         return Look(key, decode.reason(error))
     size = image.size
     image.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
-    embedding = source.skipped.usable(source.embedding, index, key)
-    shape = None if embedding is None else embedding.shape
+    try:
+        shape = None if (embedding := source.embedding(index)) is None else embedding.shape
+    except Exception as error:  # Files break in any way there is.
+        shape, _ = None, source.skipped.add(str(error).split(": ", 1)[-1], key)
     label, caption = example.label, example.caption
     return Look(key, None, kind, mode, size, tuple(notes), label, caption, shape, image)
 
 
 def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:
-    """(what, about it) of the examples that were opened."""
+    """(title, text) of the examples that were opened."""
     good = [look for look in found if look.error is None]
     lines = [("opened", f"{len(found)} images, of which {len(found) - len(good)} unreadable")]
     if not good:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from flextok_jax.data import source
-from flextok_jax.data.source import ALL, IMAGE_SUFFIXES, TRAIN, VALIDATION, Example
+from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
@@ -23,7 +23,7 @@ class FolderSource(source.Source):
 
     Where `path/train` and one of `path/validation`, `val` and `test` exist, they are the splits and
     the classes are their subfolders. Otherwise about 5 % are the validation split ("test"), see
-    `source.hold_out`; where all images lie in one such folder, its subfolders are the classes.
+    `source.select`; where all images lie in one such folder, its subfolders are the classes.
     Hidden files are left out; linked folders are followed.
 
     Beside NAME.jpg may lie its caption, NAME.txt, and the caption's embedding, NAME.npy. Or
@@ -53,9 +53,6 @@ class FolderSource(source.Source):
             )
         self._beside: dict[str, str] = {}  # Captions and embeddings: asking for each image whether
         images = self._walk()  # it has one would be a request each on a mounted bucket.
-        present = [name for name in (TRAIN, *VALIDATION) if (root / name).is_dir()]
-        if TRAIN not in present or len(present) == 1:
-            present = []
         listed = self._listed(images)
         everything = sorted(images | listed.keys())
         if not everything:
@@ -63,29 +60,17 @@ class FolderSource(source.Source):
                 f"the folder {str(root)!r} holds no images. Images end in "
                 f"{' '.join(IMAGE_SUFFIXES)}; subfolders are searched too"
             )
-        parts = np.array([key.split("/")[0] for key in everything])
-        inside = present or (set(parts) <= {TRAIN, *VALIDATION})  # Classes lie below the split.
-        if present:
-            chosen = source.resolve_split(split, present, str(root))
-            used = np.isin(parts, present if chosen == ALL else [chosen])
-            for i in np.flatnonzero(~np.isin(parts, present)):
-                self.skipped.add(f"outside of {', '.join(present)}", everything[i])
-        else:
-            wanted = source.resolve_split(split, (TRAIN, "test"), str(root))
-            used = source.hold_out(everything) == (wanted != TRAIN) if wanted != ALL else parts > ""
+        parts = [key.split("/")[0] for key in everything]
+        used, named = source.select(everything, parts, split, str(root), self.skipped)
         self._keys = [key for key, use in zip(everything, used) if use]
-        if not self._keys:
-            raise ValueError(
-                f"the folder {str(root)!r} has no images for split {split!r} ({len(everything)} in "
-                "all); give at least two images, or put images into both train/ and test/"
-            )
         self._captions = {key: caption for key, (_, caption) in listed.items() if caption}
         texts = {key: label for key, (label, _) in listed.items() if label is not None}
         if texts:
             self.classes = source.label_classes(texts, f"the list in {root}")
         else:
-            folders = ((key, key.split("/")[bool(inside) : -1]) for key in everything)
-            texts = {key: below[0] for key, below in folders if below}
+            below = named or set(parts) <= {TRAIN, *VALIDATION}  # Classes lie below the split.
+            folders = ((key, key.split("/")[bool(below) : -1]) for key in everything)
+            texts = {key: inside[0] for key, inside in folders if inside}
             self.classes = source.sorted_classes(texts.values())
         self.labels = source.label_numbers(map(texts.get, self._keys), self.classes)
 

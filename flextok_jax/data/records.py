@@ -7,7 +7,7 @@ A record is a safetensors blob (no code, no pickle) with
     caption     uint8 [n], UTF-8, where there is one
     embedding   float16 [T, E], of the caption, where the data set has text
 
-and what it is about, either `image`, uint8 [n], the bytes of an image file, or some of
+and its content, either `image`, uint8 [n], the bytes of an image file, or some of
 
     tokens      uint16 or uint32 [crops, k]
     moments     float16 [crops, h, w, 2C], mean and log variance of the VAE's posterior
@@ -32,7 +32,7 @@ class Record:
 
     Attributes:
         key: its name, unique in the data set.
-        arrays: what it is about, see above.
+        arrays: its content, see above.
         label: the class, -1 unknown.
         caption: None where there is none.
         embedding: float [T, E], of the caption, without padding; None where there is none.

@@ -121,7 +121,7 @@ class Source:
     def fingerprint(self) -> str:
         """A hash of all keys in order: 16 hexadecimal digits, the identity of the data.
 
-        The folder's own place is no part of it, and neither are the pixels.
+        Neither the folder's own path nor the pixels are part of it.
         """
         return keys_sha256(self, len(self))[:16]
 
@@ -169,16 +169,48 @@ def resolve_split(split: str, present: Collection[str], what: str) -> str:
     raise ValueError(f"split {split!r}: {what} has {', '.join([*present, ALL])}")
 
 
-def hold_out(keys: Sequence[str]) -> np.ndarray:
-    """bool [N]: which examples are for validation: about 5 %, at least one and never all.
+def select(
+    keys: Sequence[str], parts: Sequence[str], split: str, what: str, skipped: Skipped
+) -> tuple[np.ndarray, bool]:
+    """Which examples a split of a data set has.
 
-    By a hash of the key: the same on every machine, and others do not move when some are added.
+    The paths name the splits where "train" and one of VALIDATION are among them. Otherwise "test"
+    is about 5 % of the examples, at least one and never all, by a hash of the key: the same on
+    every machine, and others do not move when some are added.
+
+    Args:
+        keys, parts: of each example, and the split that its path names or some other word.
+        split, what: as in `resolve_split`.
+        skipped: gets the examples outside of the splits.
+
+    Returns:
+        (bool [N], whether the paths name the splits).
+
+    Raises:
+        ValueError: there is no such split, or no example in it.
     """
-    ranks = [zlib.crc32(key.encode("utf-8", "surrogateescape")) % 100 for key in keys]
-    count = sum(rank < VALIDATION_PERCENT for rank in ranks)
-    count = min(max(count, 1), max(len(keys) - 1, 0))
-    first = sorted(range(len(keys)), key=lambda i: (ranks[i], keys[i]))[:count]
-    return np.isin(np.arange(len(keys)), first)
+    parts = np.array(parts)
+    present = [name for name in (TRAIN, *VALIDATION) if (parts == name).any()]
+    named = TRAIN in present and len(present) > 1
+    wanted = resolve_split(split, present if named else [TRAIN, "test"], what)
+    if named:
+        for index in np.flatnonzero(~np.isin(parts, present)):
+            skipped.add(f"outside of {', '.join(present)}", keys[index])
+        mask = np.isin(parts, present if wanted == ALL else [wanted])
+    elif wanted == ALL:
+        mask = np.ones(len(keys), bool)
+    else:
+        ranks = [zlib.crc32(key.encode("utf-8", "surrogateescape")) % 100 for key in keys]
+        count = sum(rank < VALIDATION_PERCENT for rank in ranks)
+        count = min(max(count, 1), max(len(keys) - 1, 0))
+        first = sorted(range(len(keys)), key=lambda i: (ranks[i], keys[i]))[:count]
+        mask = np.isin(np.arange(len(keys)), first) == (wanted != TRAIN)
+    if not mask.any():
+        raise ValueError(
+            f"{what} has no images for split {split!r} ({len(keys)} in all)"
+            + "".join(f"\n  {line}" for line in skipped.lines())
+        )
+    return mask, named
 
 
 # Labels, captions and embeddings. What is not usable raises a ValueError whose text is the reason.

@@ -39,7 +39,7 @@ def parse(text: str) -> Data:
 
     Args:
         text: KIND:PATH with a kind of SOURCES, "tfds:NAME@DIR" (NAME may be
-            NAME/CONFIG:VERSION), or PATH alone, whose kind is seen from what lies there: shards
+            NAME/CONFIG:VERSION), or PATH alone, whose kind is detected: shards
             with a manifest, tar files, or else image files.
 
     Raises:
@@ -132,5 +132,5 @@ def check_images(data: Data) -> None:
     if data.source in ENCODED:
         raise ValueError(
             f"{data.path} holds what `flextok encode` made of images, and the images no more: name "
-            "the data set that it was made of (`flextok data check` tells which)"
+            "the data set that it was made of (`flextok data check` names it)"
         )

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flextok_jax.data import source
-from flextok_jax.data.source import ALL, IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, Skipped, log
+from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, Skipped, log
 from flextok_jax.io import storage
 
 FIELDS = ("image", "txt", "json", "npy")  # That are read when an example is wanted.
@@ -50,8 +50,8 @@ class WebDatasetSource(source.Source):
     """The examples of all tar files below a folder, or of one tar file, in their order.
 
     The splits are the subfolders train/ and validation/ (or val/, test/) or the files whose name
-    has such a word ("imagenet-train-0001.tar"), where there are both; otherwise examples are held
-    out as in an image folder, by a hash of their key, "SHARD.tar/NAME".
+    has such a word ("imagenet-train-0001.tar"), where there are both; otherwise as in an image
+    folder, by a hash of the key, "SHARD.tar/NAME", see `source.select`.
 
     Reading SHARD.tar the first time writes .SHARD.tar.index.npz beside it (in ~/.cache/flextok_jax
     where the folder is read-only); it is made again when the shard's size or time has changed.
@@ -87,10 +87,6 @@ class WebDatasetSource(source.Source):
         for name, index in indices.items():
             for reason, member in index.skipped:
                 self.skipped.add(_text(reason), f"{name}/{_text(member)}")
-        parts = [_part(name) for name in names]
-        present = [name for name in (TRAIN, *VALIDATION) if name in parts]
-        by_name = TRAIN in present and len(present) > 1
-        wanted = source.resolve_split(split, present if by_name else (TRAIN, "test"), str(root))
         labels = {
             f"{name}/{_text(index.keys[i])}": _text(index.labels[i])
             for name, index in indices.items()
@@ -98,28 +94,15 @@ class WebDatasetSource(source.Source):
             if index.labels[i]
         }
         self.classes = source.label_classes(labels, f"the tar files in {root}")
-        if by_name:
-            for name, part in zip(names, parts):
-                if not part:
-                    self.skipped.add(f"tar files that name none of {', '.join(present)}", name)
-                if not part or wanted not in (ALL, part):
-                    del indices[name]
-        self._files = [base / name for name in indices]
         keys = [f"{name}/{_text(key)}" for name, index in indices.items() for key in index.keys]
         shard = np.repeat(np.arange(len(indices)), [len(i.keys) for i in indices.values()])
-        places = np.concatenate([index.places for index in indices.values()])
-        texts = (_text(text) or None for index in indices.values() for text in index.labels)
-        numbers = source.label_numbers(texts, self.classes)
-        if not by_name and wanted != ALL and keys:
-            chosen = source.hold_out(keys) == (wanted != TRAIN)
-            keys = [key for key, use in zip(keys, chosen) if use]
-            shard, places, numbers = shard[chosen], places[chosen], numbers[chosen]
-        if not keys:
-            raise ValueError(
-                f"the tar files in {str(root)!r} hold no images for split {split!r}"
-                + "".join(f"\n  {line}" for line in self.skipped.lines())
-            )
-        self._keys, self._shard, self._places, self.labels = keys, shard, places, numbers
+        parts = np.array([_part(name) for name in names])[shard]
+        used, _ = source.select(keys, parts, split, str(root), self.skipped)
+        self._files, self._shard = files, shard[used]
+        self._keys = [key for key, use in zip(keys, used) if use]
+        self._places = np.concatenate([index.places for index in indices.values()])[used]
+        texts = np.concatenate([index.labels for index in indices.values()])[used]
+        self.labels = source.label_numbers((_text(text) or None for text in texts), self.classes)
 
     def __len__(self) -> int:
         return len(self._keys)
