@@ -158,10 +158,13 @@ def test_center_crop_halves_then_cuts_the_middle():
 def test_center_crop_is_that_of_adm_pixel_for_pixel():
     """Halved by 2x2 averages while possible, bicubic to the short side, the middle cut out."""
     image = noise(71, 110, 3)  # 110 x 71 -> 55 x 35 -> 28 x 18 by bicubic, and the middle of that.
-    halved = Image.fromarray(image).resize((55, 35), Image.Resampling.BOX)
-    resized = np.asarray(halved.resize((28, 18), Image.Resampling.BICUBIC))
-    cropped = transforms.center_crop(Image.fromarray(image), 18)
-    np.testing.assert_array_equal(cropped, resized[:, 5:23])
+    for axes in ((0, 1, 2), (1, 0, 2)):  # Wide and tall.
+        turned = Image.fromarray(np.ascontiguousarray(image.transpose(axes)))
+        halved = turned.resize([side // 2 for side in turned.size], Image.Resampling.BOX)
+        small = (28, 18) if turned.width > turned.height else (18, 28)
+        resized = np.asarray(halved.resize(small, Image.Resampling.BICUBIC))
+        middle = resized[:, 5:23] if axes[0] == 0 else resized[5:23]
+        np.testing.assert_array_equal(transforms.center_crop(turned, 18), middle)
     even = np.asarray(Image.fromarray(image[:70]).resize((55, 35), Image.Resampling.BOX))
     means = image[:70].reshape(35, 2, 55, 2, 3).mean((1, 3))
     assert np.abs(even - means).max() <= 1  # Rounded twice.

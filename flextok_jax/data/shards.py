@@ -260,7 +260,7 @@ def _open(files: list[pathlib.Path]):
 
 
 class ShardSource(Source):
-    """What models made of images, in the order in which it was written.
+    """Packed images, or what models made of images, in the order in which they were written.
 
     Attributes:
         manifest: see `write_split`; of "all" without a folder of that name: of the first split.
@@ -325,7 +325,13 @@ class ShardSource(Source):
         return from_bytes(self._records[index])
 
     def read(self, index: int) -> Example:
-        raise ValueError("these shards hold no images")
+        """A packed image (`flextok data pack`)."""
+        record = self.record(index)
+        image = record.arrays["image"].tobytes()
+        return Example(image, record.label, record.caption, record.key)
+
+    def embedding(self, index: int) -> np.ndarray | None:
+        return self.record(index).embedding
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
@@ -336,19 +342,6 @@ class ShardSource(Source):
 @functools.lru_cache(maxsize=4)
 def _info(shard: pathlib.Path) -> dict:
     return storage.read_json(shard.with_suffix(".json"))
-
-
-class ImageSource(ShardSource):
-    """Packed images (`flextok data pack`)."""
-
-    def read(self, index: int) -> Example:
-        record = self.record(index)
-        image = record.arrays["image"].tobytes()
-        return Example(image, record.label, record.caption, record.key)
-
-    def embedding(self, index: int) -> np.ndarray | None:
-        """float16 [T, E] of the caption, None where there is none."""
-        return self.record(index).embedding
 
 
 def null_text(path) -> np.ndarray | None:

@@ -110,11 +110,9 @@ def make_source(cfg, split: str) -> Source:
         from flextok_jax.data.tfds_source import TfdsSource
 
         return TfdsSource(cfg.name, split, cfg.path)
-    from flextok_jax.data import shards
+    from flextok_jax.data.shards import ShardSource
 
-    if cfg.source == "array_record":
-        return shards.ImageSource(cfg.path, split)
-    return shards.ShardSource(cfg.path, split)
+    return ShardSource(cfg.path, split)
 
 
 def make_image_source(data: Data, split: str) -> Source:

@@ -6,10 +6,12 @@ global batch at once and each process applies its own rows. Nothing here leaves 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
+BICUBIC = Image.Resampling.BICUBIC
 CROPS = ("random", "window", "center", "none")
 CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -85,7 +87,7 @@ class Transform:
         return 4 if most >= 4 else 2 if most >= 2 else 1
 
     def fit(self, image: Image.Image, draws: np.ndarray, factor: int = 1) -> np.ndarray:
-        """Brings one image to the common size, mirrored where the draw says so.
+        """Brings one image to the common size, half of the images mirrored if `flip`.
 
         Args:
             image: RGB, any size.
@@ -118,15 +120,7 @@ class Transform:
         return cut
 
     def augment(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Turns, rotation, zoom, shift and colour, each where it is on.
-
-        Args:
-            images: uint8 [B, S, S, 3].
-            draws: float [B, NUM_DRAWS] in [0, 1).
-
-        Returns:
-            uint8 [B, S, S, 3].
-        """
+        """Turns, rotation, zoom, shift and colour of uint8 [B, S, S, 3]; draws: [B, NUM_DRAWS]."""
         if self.quarter_turns:
             turns = (4 * draws[:, ANGLE]).astype(int)
             images = np.stack([np.rot90(image, turn) for image, turn in zip(images, turns)])
@@ -146,15 +140,10 @@ class Transform:
 
 
 def random_window(image: Image.Image, size: int, draws: np.ndarray) -> np.ndarray:
-    """A square of `size` pixels, as they are, at a place that is uniform over the image.
-
-    Args:
-        image: RGB, no side smaller than `size`.
-        size: side of the result.
-        draws: two or more in [0, 1).
+    """A square of `size` pixels, as they are, uniform over the image; draws: float [2 or more].
 
     Raises:
-        ValueError: a smaller image.
+        ValueError: the image is smaller.
     """
     width, height = image.size
     if min(image.size) < size:
@@ -173,22 +162,15 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     factor: int = 1,
 ) -> np.ndarray:
-    """Cuts a rectangle of random area, shape and place (`crop_box`), and resizes it to a square.
-
-    Resized by Pillow's bicubic filter, which widens when shrinking (antialiased).
+    """A random rectangle (`crop_box`) as uint8 [size, size, 3], bicubic and antialiased.
 
     Args:
-        image: RGB, any size.
-        size: side of the result.
         draws: float [4 * CROP_TRIES] in [0, 1).
         factor: how many times smaller than the original the image is (see `Transform.shrink`): the
             rectangle is the same part of the picture, to fractions of a pixel.
-
-    Returns:
-        uint8 [size, size, 3].
     """
     box = [side / factor for side in crop_box([factor * s for s in image.size], draws, scale)]
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    return np.asarray(image.resize((size, size), BICUBIC, box))
 
 
 def crop_box(
@@ -211,8 +193,7 @@ def crop_box(
             return x, y, x + w, y + h
     w = min(width, max(1, round(height * CROP_RATIO[1])))
     h = min(height, max(1, round(width / CROP_RATIO[0])))
-    x, y = (width - w) // 2, (height - h) // 2
-    return x, y, x + w, y + h
+    return _middle(size, (w, h))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -220,24 +201,22 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
     The image is halved by 2 x 2 averages while its short side is at least twice `size`, then
     resized by a bicubic filter until the short side is `size`, and the middle is cut out.
-
-    Args:
-        image: RGB, any size; a smaller one is enlarged.
-        size: side of the result.
-
-    Returns:
-        uint8 [size, size, 3].
+    A smaller image is enlarged. Returns uint8 [size, size, 3].
     """
+    short = min(image.size)
+    if max(image.size) > 16 * short:  # The ends cannot be seen, and would cost memory without end.
+        image = image.crop(_middle(image.size, [min(side, 16 * short) for side in image.size]))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale, box = size / min(image.size), []
-    for side in image.size:  # Only the middle is resized: memory depends on `size` alone.
-        whole = max(size, round(side * scale))
-        start = (whole - size) // 2
-        box.append((start * side / whole, (start + size) * side / whole))
-    (left, right), (upper, lower) = box
-    box = left, upper, right, lower
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    scale = size / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], BICUBIC)
+    return np.asarray(image.crop(_middle(image.size, (size, size))))
+
+
+def _middle(size: Sequence[int], inner: Sequence[int]) -> tuple[int, int, int, int]:
+    """The box in the middle: (left, upper, right, lower)."""
+    x, y = ((a - b) // 2 for a, b in zip(size, inner))
+    return x, y, x + inner[0], y + inner[1]
 
 
 def affine(
@@ -252,9 +231,6 @@ def affine(
         degrees: float [B], counter-clockwise.
         zoom: float [B], above 1 enlarges.
         shift: float [B, 2], pixels to the right and down.
-
-    Returns:
-        uint8 [B, H, W, 3].
     """
     height, width = images.shape[1:3]
     out = np.empty_like(images)
