@@ -1,4 +1,4 @@
-"""The tokenizer stage: encoder, quantiser and flow decoder.
+"""The tokenizer stage: encoder, bottleneck and decoder.
 
     python -m flextok_jax.main --config=configs/tokenizer.py:digits --workdir=runs/digits
     python -m flextok_jax.main --config=configs/tokenizer.py:folder --workdir=runs/mine \
@@ -18,107 +18,66 @@ Sources of the numbers: [paper] arXiv 2502.13967; [released] the released infere
 checkpoints; [assumed] recollected or not published, chosen by us.
 """
 
+import dataclasses
+import functools
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs.base import base, choose, imagenet
 from examples import digits, photos
+from flextok_jax.nn.config import TokenizerConfig
 
-VARIANTS = ("digits", "photos", "folder", "d12_d12", "d18_d18", "d18_d28")
+IMAGENET = ((12, 12), (18, 18), (18, 28))  # Depths of encoder and decoder.
 
 
 def get_config(arg: str = "digits") -> ConfigDict:
     """The configuration of a variant; see VARIANTS."""
-    variant, *overrides = arg.split(",")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r}: allowed are {', '.join(VARIANTS)}")
-    small = {"digits": _digits, "photos": _photos, "folder": _folder}
-    config = small.get(variant, lambda: _imagenet(variant))()
-    for item in overrides:
-        name, _, value = item.partition("=")
-        _override(config, name, int(value))
-    return config
+    return choose(arg, VARIANTS, SIZES)
 
 
-def _base() -> ConfigDict:
+def tokenizer() -> ConfigDict:
     """What every variant shares, and every key there is."""
-    return ConfigDict(
-        dict(
-            stage="tokenizer",
-            seed=0,
-            total_steps=0,
-            batch_size=0,
-            log_every=100,
-            eval_every=0,
-            init_from="",  # a released model or a workdir: fine-tuning
-            freeze=(),  # regexes over whole parameter paths, such as "encoder/.*"
-            ema_decay=0.9998,
-            time_shift=1.0,  # moves the sampled times towards noise; see flow.path.shift_time
-            mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the devices that are left
-            checkpoint=dict(every=1000, keep=2),
-            max_skipped_in_row=20,  # steps without a finite gradient, then the run stops
-            profile="",  # "A:B": steps A to B, recorded in DIR/profile
-            compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
-            evaluation=dict(
-                num_images=256,
-                batch_size=128,
-                steps=20,
-                data="",  # other images, as `flextok data check` names them, than those of `data`
-            ),
-            vae=dict(source="identity", scaling_factor=placeholder(float)),
-            repa=dict(
-                weight=0.0,  # 0: off, because it needs files; 1 in the full-size runs [assumed]
-                source="",  # facebook/dinov2-large or a folder of it; "": features in the data
-                image_size=518,  # pixels that images are resized to for it [assumed]
-                width=1024,  # channels of its features: 384, 768, 1024 for S, B, L
-            ),
-            data=dict(
-                source="folder",
-                path="",
-                name="",
-                split="train",
-                eval_split="test",
-                image_size=16,
-                crop="none",
-                crop_scale=(0.08, 1.0),
-                flip=False,
-                quarter_turns=False,
-                shift=0,
-                rotate=0.0,
-                zoom=0.0,
-                color=0.0,
-                max_unreadable=0.1,  # share of the images; a larger one stops the run
-            ),
-            model=dict(
-                patch_size=2,
-                num_tokens=256,
-                levels=(8, 8, 8, 5, 5, 5),  # 64 000 ids [paper]
-                enc_width=768,
-                enc_depth=12,
-                dec_width=768,
-                dec_depth=12,
-                head_dim=64,  # [released]
-                mlp_ratio=4.0,  # [released]
-                max_timestep=1000.0,  # [assumed]
-                mode_scale=0.25,  # [paper]
-                keep_mode="pow2",  # [paper]: ImageNet models
-                null_prob=0.2,  # [assumed]
-                guidance_scale=7.5,  # [released]
-            ),
-            optim=dict(
-                lr=5.62e-4,  # [assumed]
-                warmup_steps=1000,
-                final_lr_fraction=0.0,
-                b1=0.9,  # [assumed]
-                b2=0.99,  # [assumed]
-                eps=1e-8,
-                weight_decay=0.05,  # [assumed]
-                grad_clip=1.0,  # [assumed]
-                accumulate=1,
-                mup_base_width=placeholder(int),
-                mu_dtype=placeholder(str),
-            ),
-        )
+    c = base(
+        "tokenizer",
+        ema_decay=0.9998,  # [assumed]
+        compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
+        time_shift=1.0,  # moves the sampled times towards noise; see flow.path.shift_time
+        vae=dict(source="identity", scaling_factor=placeholder(float)),
+        repa=dict(
+            weight=0.0,  # 0: off, because it needs files; 1 in the full-size runs [assumed]
+            source="",  # facebook/dinov2-large or a folder of it; "": features in the data
+            image_size=518,  # pixels that images are resized to for it [assumed]
+            width=1024,  # channels of its features: 384, 768, 1024 for S, B, L
+        ),
+        loss=dict(
+            bottleneck_weight=1.0,  # of the bottleneck's own loss, for "vq" and "kl"
+            # Of the target "values"; the last three need pixels (vae.source="identity").
+            reconstruction="l2",
+            lpips_weight=0.0,
+            gan_weight=0.0,
+            gan_start=0,
+        ),
+        discriminator=dict(width=64, layers=3),
+        lpips=dict(vgg="", heads=""),
+        model=model(),
     )
+    # Other images to evaluate on, as `flextok data check` names them, than those of `data`.
+    c.evaluation.data = ""
+    c.optim.update(lr=5.62e-4)  # [assumed], as are the betas, weight decay and clipping
+    return c
+
+
+def model() -> ConfigDict:
+    """Every field of `TokenizerConfig` at its default, without the VAE and the grid of patches.
+
+    [paper]: 64 000 ids by levels of 8, 8, 8, 5, 5, 5; mode_scale 0.25; keep "pow2" for the ImageNet
+    models. [released]: heads of 64, MLPs of 8/3 the width, guidance 7.5. [assumed]: max_timestep
+    1000, null_prob 0.2.
+    """
+    fields = dataclasses.asdict(TokenizerConfig())
+    del fields["vae"], fields["sites"]["grid"]
+    return ConfigDict(fields)
 
 
 def _digits() -> ConfigDict:
@@ -127,7 +86,7 @@ def _digits() -> ConfigDict:
     The shipped model `demo-digits` was made by this variant at full length; its numbers lie beside
     its weights. JAX_NUM_CPU_DEVICES=2 makes two devices of one CPU, which is a third faster.
     """
-    c = _base()
+    c = tokenizer()
     c.total_steps, c.batch_size = 25_000, 32
     c.log_every, c.eval_every, c.checkpoint.every = 100, 5000, 1000
     c.ema_decay = 0.999
@@ -137,18 +96,13 @@ def _digits() -> ConfigDict:
     # not begin to use its tokens for thousands of steps. 6 began at some 600 steps, 12 at 750.
     c.time_shift = 6.0
     c.data.path = digits.folder()
-    c.model.update(
-        patch_size=4,
-        num_tokens=16,
-        levels=(8, 5, 5, 5),  # 1 000 ids: few enough for a small AR model's head
-        enc_width=64,
-        enc_depth=2,
-        dec_width=64,
-        dec_depth=4,
-        head_dim=16,  # a single head of 64 learns where to look more slowly
-        null_prob=0.1,
-        guidance_scale=3.0,
-    )
+    c.model.sites.patch_size, c.model.tokens.count = 4, 16
+    c.model.bottleneck.levels = (8, 5, 5, 5)  # 1 000 ids: few enough for a small AR model's head
+    # A single head of 64 learns where to look more slowly.
+    c.model.encoder.update(width=64, depth=2, head_dim=16)
+    c.model.decoder.update(width=64, depth=4, head_dim=16)
+    c.model.target.flow.null_prob = 0.1
+    c.model.target.flow.sampler.guidance_scale = 3.0
     c.optim.update(lr=3e-3, warmup_steps=200, final_lr_fraction=0.01)
     c.compute.scan = False  # a small model on a CPU runs faster unrolled
     return c
@@ -160,7 +114,7 @@ def _photos() -> ConfigDict:
     --config.vae.source=runs/vae_photos: that VAE is trained first. Half an hour on a CPU core;
     eight photographs teach colours and edges, not objects.
     """
-    c = _base()
+    c = tokenizer()
     c.total_steps, c.batch_size = 3000, 16
     c.log_every, c.eval_every, c.checkpoint.every = 100, 1000, 500
     c.ema_decay = 0.999
@@ -169,18 +123,12 @@ def _photos() -> ConfigDict:
     c.data.update(path=photos.folder(), image_size=64, crop="window")
     c.data.update(flip=True, quarter_turns=True)
     c.data.color = 0.14  # as its VAE
-    c.model.update(
-        patch_size=1,
-        num_tokens=32,
-        levels=(8, 5, 5, 5),
-        enc_width=96,
-        enc_depth=3,
-        dec_width=128,
-        dec_depth=4,
-        head_dim=32,
-        null_prob=0.1,
-        guidance_scale=1.5,
-    )
+    c.model.sites.patch_size, c.model.tokens.count = 1, 32
+    c.model.bottleneck.levels = (8, 5, 5, 5)
+    c.model.encoder.update(width=96, depth=3, head_dim=32)
+    c.model.decoder.update(width=128, depth=4, head_dim=32)
+    c.model.target.flow.null_prob = 0.1
+    c.model.target.flow.sampler.guidance_scale = 1.5
     c.optim.update(lr=2e-3, warmup_steps=200, final_lr_fraction=0.01)
     c.compute.scan = False
     return c
@@ -190,51 +138,40 @@ def _folder() -> ConfigDict:
     """A person's own images, 64x64 pixels without a VAE, on one GPU.
 
     For larger images name a VAE: --config.vae.source=EPFL-VILAB/flextok_vae_c16
-    --config.data.image_size=256 --config.model.patch_size=2.
+    --config.data.image_size=256 --config.model.sites.patch_size=2.
     """
-    c = _base()
+    c = tokenizer()
     c.total_steps, c.batch_size = 100_000, 128
     c.log_every, c.eval_every = 100, 5000
     c.ema_decay = 0.9995
     c.data.update(image_size=64, crop="random", crop_scale=(0.5, 1.0), flip=True)
-    c.model.update(
-        patch_size=4,
-        num_tokens=64,
-        enc_width=384,
-        enc_depth=6,
-        dec_width=512,
-        dec_depth=8,
-        guidance_scale=2.0,
-    )
+    c.model.sites.patch_size, c.model.tokens.count = 4, 64
+    c.model.encoder.update(width=384, depth=6)
+    c.model.decoder.update(width=512, depth=8)
+    c.model.target.flow.sampler.guidance_scale = 2.0
     c.optim.update(lr=4e-4)
     return c
 
 
-def _imagenet(variant: str) -> ConfigDict:
+def _imagenet(enc: int, dec: int) -> ConfigDict:
     """The full-size models on ImageNet 256x256, batch 2048 [authors].
 
     200 B "tokens" (16x16-pixel regions, 256 per image) for the ImageNet models and 250 B for the
     DFN one [authors]: 381 470 steps and 476 837 steps of 2048 images.
     """
-    enc, dec = (int(part[1:]) for part in variant.split("_"))
-    c = _base()
+    c = tokenizer()
     c.total_steps, c.batch_size = 381_470, 2048
     c.log_every, c.eval_every = 100, 10_000
     c.checkpoint.every = 5000
     c.compute.update(dtype="bfloat16", remat="full")  # bfloat16 [assumed]
-    c.evaluation.update(num_images=256, batch_size=256, steps=25)
+    c.evaluation.update(num_images=256, batch_size=256)
     c.vae.source = "EPFL-VILAB/flextok_vae_c16"  # frozen; its posterior is sampled [assumed]
-    c.data.update(
-        source="tfds",
-        name="imagenet2012",
-        split="train",
-        eval_split="validation",
-        image_size=256,
-        crop="random",  # [assumed]
-        flip=True,  # [assumed]
-    )
-    c.model.update(enc_width=64 * enc, enc_depth=enc, dec_width=64 * dec, dec_depth=dec)  # [paper]
-    c.model.guidance_scale = 15.0 if variant == "d12_d12" else 7.5  # [paper], [released]
+    imagenet(c)
+    c.model.encoder.update(width=64 * enc, depth=enc)  # [paper]
+    c.model.decoder.update(width=64 * dec, depth=dec)  # [paper]
+    sampler = c.model.target.flow.sampler
+    sampler.guidance_scale = 15.0 if enc == dec == 12 else 7.5  # [paper], [released]
+    sampler.steps = 25
     c.optim.update(
         warmup_steps=5000,  # [assumed]
         mup_base_width=256,  # [assumed]
@@ -242,18 +179,21 @@ def _imagenet(variant: str) -> ConfigDict:
     return c
 
 
-def _override(config: ConfigDict, name: str, value: int):
-    """One size of a variant's argument."""
-    if name == "width":
-        config.model.enc_width = config.model.dec_width = value
-    elif name == "batch":
-        config.batch_size = value
-    elif name == "image":
-        config.data.image_size = value
-    elif name in ("enc_depth", "dec_depth", "num_tokens"):
-        config.model[name] = value
-    else:
-        raise ValueError(
-            f"{name!r} cannot be set after the variant: allowed are width, batch, image, "
-            "enc_depth, dec_depth, num_tokens; anything else by --config.KEY=VALUE"
-        )
+def _set_width(config: ConfigDict, value: int) -> None:
+    config.model.encoder.width = config.model.decoder.width = value
+
+
+VARIANTS = {
+    "digits": _digits,
+    "photos": _photos,
+    "folder": _folder,
+    **{f"d{enc}_d{dec}": functools.partial(_imagenet, enc, dec) for enc, dec in IMAGENET},
+}
+SIZES = {
+    "width": _set_width,
+    "batch": lambda c, value: c.update(batch_size=value),
+    "image": lambda c, value: c.data.update(image_size=value),
+    "enc_depth": lambda c, value: c.model.encoder.update(depth=value),
+    "dec_depth": lambda c, value: c.model.decoder.update(depth=value),
+    "num_tokens": lambda c, value: c.model.tokens.update(count=value),
+}

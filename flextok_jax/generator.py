@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,7 +18,7 @@ from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.rng import named
-from flextok_jax.parallel.sharding import param_shardings, spread_batch
+from flextok_jax.parallel.sharding import place, spread_batch
 from flextok_jax.tokenizer import FlexTok, Key
 
 Guidance = float | Callable[[int], float] | np.ndarray | None
@@ -60,7 +59,8 @@ class ImageGenerator:
     def _warn_of_another_tokenizer(self):
         about = self._file.about if self._file else {}
         made_by = (about.get("tokenizer") or {}).get("fingerprint")
-        if made_by not in (None, self.tokenizer.fingerprint):
+        # A fingerprint reads all parameters: only where there is one to compare with.
+        if made_by is not None and made_by != self.tokenizer.fingerprint:
             warnings.warn(
                 f"{self.origin} learned tokens of a tokenizer with the sha256 {made_by[:16]}…, not "
                 f"of {self.tokenizer.origin} ({self.tokenizer.fingerprint[:16]}…): where their "
@@ -96,10 +96,7 @@ class ImageGenerator:
         compute = Compute(dtype=dtype, attention=attention)
         compute.check_platform(platform(mesh))
         file = flexar.load(source)
-        if mesh is None:
-            params = jax.tree.map(jnp.asarray, file.params)
-        else:
-            params = jax.device_put(file.params, param_shardings(mesh, file.params))
+        params = place(mesh, file.params, ar.shapes(file.config))
         file = dataclasses.replace(file, params={})  # the arrays on the devices are the ones
         return cls(file.config, params, tokenizer, compute, mesh, file.origin, file)
 
@@ -253,9 +250,10 @@ class ImageGenerator:
     def generate(
         self,
         labels=None,
-        steps: int = 20,
+        steps: int | None = None,
         image_guidance_scale: float | Callable[[float], float] | None = None,
-        norm_guidance: bool = True,
+        norm_guidance: bool | None = None,
+        solver: str | None = None,
         key: Key = None,
         **sampling,
     ) -> jax.Array:
@@ -263,9 +261,8 @@ class ImageGenerator:
 
         Args:
             labels, key, sampling: see `generate_tokens`. A sample's noise comes from its own key.
-            steps: number of Euler steps of the tokenizer's decoder.
-            image_guidance_scale: of the decoder, None for the tokenizer's own.
-            norm_guidance: adaptive projected guidance in the decoder.
+            steps, image_guidance_scale, norm_guidance, solver: of the tokenizer's decoder, see
+                `FlexTok.detokenize`; None for its own.
 
         Returns:
             float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
@@ -275,14 +272,19 @@ class ImageGenerator:
             raise ValueError("no tokenizer: images need from_pretrained(source, tokenizer=...)")
         tokens = self.generate_tokens(labels, key=key, **sampling)
         keys = generation.sample_keys(key, len(tokens))
-        side = tuple(s * tok.config.patch_size for s in tok.config.grid)
-        shape = (*side, tok.config.vae.latent_channels)
+        if not tok.config.is_flow:
+            return tok.detokenize(
+                tokens, steps=steps, guidance_scale=image_guidance_scale,
+                norm_guidance=norm_guidance, solver=solver,
+            )  # fmt: skip
+        shape = tok.config.latent_shape
         noise = jax.vmap(lambda k: jax.random.normal(named(k, "noise"), shape))(keys)
         return tok.detokenize(
             tokens,
             steps=steps,
             guidance_scale=image_guidance_scale,
             norm_guidance=norm_guidance,
+            solver=solver,
             noise=noise,
         )
 
@@ -296,8 +298,7 @@ class ImageGenerator:
         about = dict(file.about)
         if about.get("tokenizer") is None and self.tokenizer is not None:
             tok = self.tokenizer
-            levels = list(tok.config.levels)
-            about["tokenizer"] = {"fingerprint": tok.fingerprint, "levels": levels}
+            about["tokenizer"] = {"fingerprint": tok.fingerprint}
         params = jax.tree.map(np.asarray, self.params)
         flexar.save(folder, dataclasses.replace(file, params=params, about=about))
 

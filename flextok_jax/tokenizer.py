@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -10,39 +11,51 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flextok_jax.flow import sampler
+from flextok_jax.flow import sampler as flow_sampler
 from flextok_jax.io import models, storage
-from flextok_jax.nn import flextok, fsq, vae
-from flextok_jax.nn.config import Compute, FlexTokConfig
+from flextok_jax.nn import flextok, vae
+from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.mesh import platform
-from flextok_jax.parallel.sharding import param_shardings, spread_batch
+from flextok_jax.parallel.sharding import place, spread_batch
 
 Key = jax.Array | int | None
+MOST = 2.0  # What a float image may reach, as decoded ones do; it is clipped to [-1, 1].
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "count"))
-def _encode(params, images, noise, cfg: FlexTokConfig, compute: Compute, count: int):
-    """uint8 or float images -> (registers [B, count, F], ids [B, count]); N + count positions."""
+def _encode(params, images, noise, cfg: TokenizerConfig, compute: Compute, count: int):
+    """uint8 or float images -> (registers [B, count, …], tokens [B, count, …])."""
     if images.dtype == jnp.uint8:
         images = to_float(images)
-    dtype = jnp.dtype(compute.dtype)
-    latents = vae.images_to_latents(params["vae"], cfg.vae, images, dtype, noise)
-    registers = flextok.encode(params, cfg, compute, latents, count)
-    return registers, flextok.quantize(registers, cfg)[1]
+    return flextok.tokens_of(params, cfg, compute, images, count, noise)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "compute", "guided", "normalized"))
-def _decode(params, tokens, keep, noise, scales, cfg, compute, guided, normalized):
-    """ids [B, K], of which the first keep [B] count -> images [B, H, W, 3]."""
-    codes = fsq.indices_to_codes(tokens, cfg.levels)
-    latents = flextok.decode(params, cfg, compute, codes, keep, noise, scales, guided, normalized)
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "guided", "normalized", "solver"))
+def _flow(params, tokens, keep, state, schedule, first, stop, cfg, compute, **how):
+    """Steps first .. stop - 1 of the flow from the first keep [B] of the tokens [B, K, …]."""
+    codes = flextok.codes_of(params, cfg, tokens)
+    return flextok.flow_steps(
+        params, cfg, compute, codes, keep, state, schedule, first, stop, **how
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "grid"))
+def _values(params, tokens, keep, cfg, compute, grid):
+    """Tokens [B, K, …], of which the first keep [B] count -> latents [B, h, w, C], in one pass."""
+    codes = flextok.codes_of(params, cfg, tokens)
+    return flextok.values(params, cfg, compute, codes, keep, grid)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "compute"))
+def _to_images(params, latents, cfg, compute):
+    """Scaled latents [B, h, w, C] -> images [B, H, W, 3]."""
     return vae.latents_to_images(params["vae"], cfg.vae, latents, jnp.dtype(compute.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlexTok:
-    """A FlexTok tokenizer with its parameters. Make one with `FlexTok.from_pretrained`.
+    """A tokenizer with its parameters. Make one with `FlexTok.from_pretrained`.
 
     The cost follows the number of tokens: encoding k tokens runs N + K positions and decoding them
     N + K + 1 (N + 1 for the null pass of guidance), where K is k rounded up to a power of two, at
@@ -50,13 +63,14 @@ class FlexTok:
 
     Attributes:
         config: the model.
-        params: nested dictionaries {"vae", "encoder", "decoder"} of float32 arrays.
+        params: nested dictionaries {"vae", "encoder", "decoder"} of float32 arrays, and
+            {"bottleneck"} where that has parameters.
         compute: how it is run (dtype, attention).
         mesh: the devices it is spread over, None for the default device.
         origin: where it came from, in words.
     """
 
-    config: FlexTokConfig
+    config: TokenizerConfig
     params: dict
     compute: Compute = Compute()
     mesh: Mesh | None = None
@@ -85,10 +99,7 @@ class FlexTok:
         compute = Compute(dtype=dtype, attention=attention)
         compute.check_platform(platform(mesh))
         file = models.load(source)
-        if mesh is None:
-            params = jax.tree.map(jnp.asarray, file.params)
-        else:
-            params = jax.device_put(file.params, param_shardings(mesh, file.params))
+        params = place(mesh, file.params, flextok.shapes(file.config))
         file = dataclasses.replace(file, params={})  # the arrays on the devices are the ones
         return cls(file.config, params, compute, mesh, file.origin, file)
 
@@ -96,6 +107,23 @@ class FlexTok:
     def num_tokens(self) -> int:
         """R, the most tokens an image can have."""
         return self.config.num_tokens
+
+    @property
+    def discrete(self) -> bool:
+        """Whether tokens are ids, int32 [B, k]; else they are codes, float32 [B, k, F]."""
+        return self.config.discrete
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The numbers of tokens that stand for an image: 1..R for ordered tokens, else R alone."""
+        return self.config.prefixes
+
+    def __repr__(self) -> str:
+        cfg, (height, width) = self.config, self.config.image_size
+        kind = f"{cfg.vocab_size} ids" if cfg.discrete else f"{cfg.code_dim} channels"
+        return (
+            f"FlexTok({self.origin!r}: {height}x{width} pixels, {self.num_tokens} tokens of {kind})"
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -113,7 +141,7 @@ class FlexTok:
             key: None uses the mean of the VAE's posterior; a key or an int seed samples it.
 
         Returns:
-            int32 [B, k].
+            int32 [B, k]; of a continuous bottleneck float32 [B, k, F].
 
         Raises:
             ValueError: a wrong shape, type, range, or number of tokens.
@@ -121,7 +149,7 @@ class FlexTok:
         return self._run_encoder(images, num_tokens, key)[1]
 
     def registers(self, images, num_tokens: int | None = None) -> jax.Array:
-        """The registers before quantisation, for probing: float32 [B, k, F]."""
+        """The registers before quantisation, for probing: float32 [B, k, F] (2 F of "kl")."""
         return self._run_encoder(images, num_tokens, None)[0]
 
     def detokenize(
@@ -129,59 +157,85 @@ class FlexTok:
         tokens,
         num_tokens=None,
         image_size: int | tuple[int, int] | None = None,
-        steps: int = 20,
+        steps: int | None = None,
         guidance_scale: float | Callable[[float], float] | None = None,
-        norm_guidance: bool = True,
+        norm_guidance: bool | None = None,
+        solver: str | None = None,
         key: Key = None,
         noise=None,
+        on_step: Callable[[int, jax.Array], None] | None = None,
     ) -> jax.Array:
-        """Tokens to images, by `steps` Euler steps of the flow.
+        """Tokens to images.
 
         Args:
-            tokens: int [B, k], 1 <= k <= R.
+            tokens: int [B, k], 1 <= k <= R; of a continuous bottleneck float [B, k, F].
             num_tokens: keep only the first of them: an int, or int [B], one number per image.
             image_size: side or (H, W) in pixels; the training size by default.
-            steps: number of Euler steps.
-            guidance_scale: a float, a callable of t (1 is noise, 0 is data), or None for the
-                model's own default. 1 turns guidance off and halves the cost.
-            norm_guidance: adaptive projected guidance (APG) instead of plain guidance.
+            steps: number of steps of the flow; None, here and below: the model's own default.
+            guidance_scale: a float, or a callable of t (1 is noise, 0 is data). 1 turns guidance
+                off and halves the cost.
+            norm_guidance: adaptive projected guidance (APG) in place of plain guidance.
+            solver: "euler" or "midpoint".
             key: a key or an int seed for the noise; None means seed 0.
             noise: [B, h, w, C] latents of noise, in place of `key`.
+            on_step: called after each step with its number, from 1, and the images (as returned)
+                that the flow then points to.
 
         Returns:
             float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
 
         Raises:
-            ValueError: ids out of range, a wrong shape, or a number of tokens outside 1..k.
+            ValueError: ids out of range, a wrong shape, a number of tokens outside 1..k, or
+                arguments of a flow for a model that decodes in one pass.
         """
         cfg = self.config
         tokens = self._check_tokens(tokens)
-        batch, given = tokens.shape
+        batch, given = tokens.shape[:2]
         keep = _check_keep(num_tokens, batch, given)
+        self._check_count(int(keep.min()))
         count = flextok.bucket(int(keep.max()), cfg.num_tokens)
-        padding = max(0, count - given)
-        tokens = np.pad(tokens[:, :count], ((0, 0), (0, padding)))
-        noise = self._noise(noise, key, batch, image_size)
-        if not _is_int(steps) or steps < 1:
-            raise ValueError(f"steps={steps!r}: must be an int, at least 1")
-        scale = cfg.guidance_scale if guidance_scale is None else guidance_scale
-        if not callable(scale) and (np.ndim(scale) or np.asarray(scale).dtype.kind not in "iuf"):
-            raise ValueError(f"guidance_scale={scale!r}: must be a number or a callable of t")
-        scales = sampler.guidance_schedule(scale, int(steps))
-        if not np.isfinite(scales).all():
-            raise ValueError(f"guidance_scale={scale!r} gives {scales}: must be finite")
-        guided = callable(scale) or scale != 1
+        tokens = tokens[:, :count]
+        fill = [(0, 0), (0, max(0, count - given))] + [(0, 0)] * (tokens.ndim - 2)
+        tokens = np.pad(tokens, fill)
+        how = dict(
+            steps=steps, guidance_scale=guidance_scale, norm_guidance=norm_guidance, solver=solver
+        )
+        how = {name: value for name, value in how.items() if value is not None}
+        if not cfg.is_flow:
+            flow_only = sorted(how) + [
+                n for n, v in (("key", key), ("noise", noise)) if v is not None
+            ]
+            if flow_only or on_step:
+                raise ValueError(
+                    f"{', '.join(flow_only) or 'on_step'}: this model decodes in one pass, without "
+                    "noise, steps or guidance"
+                )
+            size = self._size(image_size)
+            grid = tuple(side // cfg.patch_pixels for side in size)
+            with self._on_mesh():
+                tokens, keep = spread_batch(self.mesh, (tokens, keep))
+                latents = _values(self.params, tokens, keep, cfg, self.compute, grid)
+                return self._images(latents, batch)
+        sampler = dataclasses.replace(cfg.sampler, **how)
+        schedule, noise = sampler.schedule(), self._noise(noise, key, batch, image_size)
+        flags = dict(guided=sampler.guided, normalized=sampler.normalized, solver=sampler.solver)
+        # One program for any number of steps: all of them, or one at a time to look at.
+        each = 1 if on_step else sampler.steps
         with self._on_mesh():
-            images = _decode(
-                self.params,
-                *spread_batch(self.mesh, (tokens.astype(np.int32), keep, noise)),
-                jnp.asarray(scales),
-                cfg=cfg,
-                compute=self.compute,
-                guided=guided,
-                normalized=bool(norm_guidance) and guided,
-            )
-        return images[:batch]
+            tokens, keep, noise = spread_batch(self.mesh, (tokens, keep, noise))
+            state = flow_sampler.start(noise)
+            for first in range(0, sampler.steps, each):
+                state = _flow(
+                    self.params, tokens, keep, state, schedule, np.int32(first),
+                    np.int32(first + each), cfg=cfg, compute=self.compute, **flags,
+                )  # fmt: skip
+                if on_step:
+                    on_step(first + 1, self._images(state.clean, batch))
+            return self._images(state.x, batch)
+
+    def _images(self, latents, batch: int) -> jax.Array:
+        images = _to_images(self.params, latents, self.config, self.compute)
+        return images if len(images) == batch else images[:batch]
 
     def save_pretrained(self, folder) -> None:
         """Writes `model.safetensors` in the released format into `folder`.
@@ -199,21 +253,30 @@ class FlexTok:
         k = cfg.num_tokens if num_tokens is None else num_tokens
         if not _is_int(k) or not 1 <= k <= cfg.num_tokens:
             raise ValueError(f"num_tokens={k!r}: must be an int in 1..{cfg.num_tokens}")
+        self._check_count(int(k))
         batch, height, width, _ = images.shape
         noise = None
         if key is not None and cfg.vae.kind != "identity":
             down = cfg.vae.downsample
             shape = (batch, height // down, width // down, cfg.vae.latent_channels)
             noise = jax.random.normal(_key(key), shape)
+        count = flextok.bucket(int(k), cfg.num_tokens)
         with self._on_mesh():
-            registers, ids = _encode(
-                self.params,
-                *spread_batch(self.mesh, (images, noise)),
-                cfg=cfg,
-                compute=self.compute,
-                count=flextok.bucket(int(k), cfg.num_tokens),
+            images, noise = spread_batch(self.mesh, (images, noise))
+            found = _encode(self.params, images, noise, cfg, self.compute, count)
+
+        def cut(x):
+            # On the host: a device would compile a program for every k.
+            return x if x.shape[:2] == (batch, k) else jnp.asarray(np.asarray(x)[:batch, :k])
+
+        return tuple(map(cut, found))
+
+    def _check_count(self, k: int):
+        if k not in self.prefixes:
+            raise ValueError(
+                f"num_tokens={k}: the tokens of {self.origin} are not ordered, only all "
+                f"{self.num_tokens} of them stand for an image"
             )
-        return registers[:batch, :k], ids[:batch, :k]
 
     def _check_images(self, images):
         images = images if isinstance(images, jax.Array) else np.asarray(images)
@@ -230,12 +293,18 @@ class FlexTok:
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images are {images.dtype}: must be uint8, or float in [-1, 1]")
         low, high = float(images.min()), float(images.max())
-        if not (-1 - 1e-5 <= low and high <= 1 + 1e-5):
+        if not -MOST <= low <= high <= MOST:
             raise ValueError(
                 f"float images range from {low:g} to {high:g}: must be finite and in [-1, 1] "
                 "(x / 127.5 - 1 for values in 0..255; or pass uint8)"
             )
-        return images.astype(np.float32)
+        if low >= 0 and 0 < high <= 1:
+            warnings.warn(
+                f"float images range from {low:g} to {high:g}, as if their range were 0..1: it is "
+                "-1..1 here (2 x - 1)",
+                stacklevel=4,
+            )
+        return images.astype(np.float32).clip(-1, 1)
 
     def _check_size(self, height: int, width: int):
         most, step = self.config.image_size, self.config.patch_pixels
@@ -248,34 +317,43 @@ class FlexTok:
 
     def _check_tokens(self, tokens) -> np.ndarray:
         tokens, cfg = np.asarray(tokens), self.config
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        kind, shape = (
+            ("integers", "[B, k]") if cfg.discrete else ("floats", f"[B, k, {cfg.code_dim}]")
+        )
+        fits = tokens.ndim == 2 if cfg.discrete else tokens.shape[2:] == (cfg.code_dim,)
+        fits = fits and tokens.shape[0] and 1 <= tokens.shape[1] <= cfg.num_tokens
+        if not fits or not np.issubdtype(tokens.dtype, np.integer if cfg.discrete else np.floating):
             raise ValueError(
-                f"tokens are {tokens.dtype} of shape {tokens.shape}: must be integers [B, k]"
+                f"tokens are {tokens.dtype} of shape {tokens.shape}: must be {kind} {shape} with "
+                f"B >= 1 and k in 1..{cfg.num_tokens}"
             )
-        if not (1 <= tokens.shape[1] <= cfg.num_tokens and tokens.shape[0]):
-            raise ValueError(
-                f"tokens have shape {tokens.shape}: must be [B, k] with B >= 1 and k in "
-                f"1..{cfg.num_tokens}"
-            )
+        if not cfg.discrete:
+            if not np.isfinite(tokens).all():
+                raise ValueError("tokens are not finite")
+            return tokens.astype(np.float32)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= cfg.vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(f"token id {wrong}: must be in 0..{cfg.vocab_size - 1}")
-        return tokens
+        return tokens.astype(np.int32)
+
+    def _size(self, image_size) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        if image_size is None:
+            return self.config.image_size
+        size = (image_size,) * 2 if np.ndim(image_size) == 0 else tuple(image_size)
+        if len(size) != 2:
+            raise ValueError(f"image_size={image_size!r}: must be a side or (H, W) in pixels")
+        self._check_size(*size)
+        return size
 
     def _noise(self, noise, key, batch: int, image_size):
         cfg = self.config
         down, channels = cfg.vae.downsample, cfg.vae.latent_channels
         noise = None if noise is None else jnp.asarray(noise, jnp.float32)
-        if image_size is not None:
-            size = (image_size,) * 2 if np.ndim(image_size) == 0 else tuple(image_size)
-            if len(size) != 2:
-                raise ValueError(f"image_size={image_size!r}: must be a side or (H, W) in pixels")
-        elif noise is not None and noise.ndim == 4:
-            size = tuple(s * down for s in noise.shape[1:3])
-        else:
-            size = cfg.image_size
-        self._check_size(*size)
+        if image_size is None and noise is not None and noise.ndim == 4:
+            image_size = tuple(s * down for s in noise.shape[1:3])
+        size = self._size(image_size)
         shape = (batch, size[0] // down, size[1] // down, channels)
         if noise is None:
             return jax.random.normal(_key(0 if key is None else key), shape)

@@ -1,6 +1,8 @@
 """What several tests share."""
 
+import dataclasses
 import functools
+import importlib.util
 import pathlib
 import tempfile
 
@@ -11,23 +13,34 @@ from safetensors.numpy import load_file
 
 from examples.digits import arrays
 from flextok_jax import FlexTok, ImageGenerator
-from flextok_jax.nn import ar, flextok
-from flextok_jax.nn.config import ARConfig, FlexTokConfig, VAEConfig, identity_vae
+from flextok_jax.data.records import Record
+from flextok_jax.data.shards import write_split
+from flextok_jax.nn import ar, flextok, layout
+from flextok_jax.nn.config import (
+    ARConfig,
+    Blocks,
+    Bottleneck,
+    Sites,
+    TokenizerConfig,
+    Tokens,
+    VAEConfig,
+    from_dict,
+    identity_vae,
+)
+from flextok_jax.training.ar_stage import ARStage
+from flextok_jax.training.tokenizer_stage import TokenizerStage
+from flextok_jax.training.vae_stage import VAEStage
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 ROOT = GOLDEN.parent.parent
 
-TINY = FlexTokConfig(
+TINY = TokenizerConfig(
     vae=identity_vae(),
-    grid=(4, 4),
-    patch_size=2,
-    num_tokens=16,
-    levels=(8, 5, 5),
-    enc_width=64,
-    enc_depth=2,
-    dec_width=64,
-    dec_depth=3,
-    head_dim=32,
+    sites=Sites(grid=(4, 4), patch_size=2),
+    tokens=Tokens(16),
+    bottleneck=Bottleneck(levels=(8, 5, 5)),
+    encoder=Blocks(width=64, depth=2, head_dim=32),
+    decoder=Blocks(width=64, depth=3, head_dim=32),
 )
 
 
@@ -46,6 +59,15 @@ def digits_folder() -> str:
         lines = [f"{i:04d}.png,{label}\n" for i, label in enumerate(labels)]
         (root / split / "metadata.csv").write_text("file_name,label\n" + "".join(lines))
     return str(root)
+
+
+def changed(cfg: TokenizerConfig, **fields) -> TokenizerConfig:
+    """A configuration with other values of some fields: encoder__depth=1 and so on."""
+    tree = dataclasses.asdict(cfg)
+    for path, value in fields.items():
+        *parents, name = path.split("__")
+        functools.reduce(dict.__getitem__, parents, tree)[name] = value
+    return from_dict(TokenizerConfig, tree)
 
 
 def last(channels_first):
@@ -71,9 +93,9 @@ def golden_io() -> dict:
 
 
 @functools.cache
-def random_params(cfg: FlexTokConfig, seed: int = 0) -> dict:
+def random_params(cfg: TokenizerConfig, seed: int = 0) -> dict:
     """Parameters without the zeros that a fresh model's heads and gates have."""
-    shapes = jax.eval_shape(lambda key: flextok.init(cfg, key), jax.random.key(0))
+    shapes = layout.unbox(flextok.shapes(cfg))
     rng = np.random.default_rng(seed)
 
     def draw(shape):
@@ -83,7 +105,7 @@ def random_params(cfg: FlexTokConfig, seed: int = 0) -> dict:
     return jax.tree.map(draw, shapes)
 
 
-def tiny_tokenizer(cfg: FlexTokConfig = TINY) -> FlexTok:
+def tiny_tokenizer(cfg: TokenizerConfig = TINY) -> FlexTok:
     return FlexTok(cfg, random_params(cfg))
 
 
@@ -91,9 +113,44 @@ def small_vae(channels: int = 4) -> VAEConfig:
     return VAEConfig(latent_channels=channels, block_out=(32, 32), layers_per_block=1)
 
 
-def tiny_generator(cfg: FlexTokConfig) -> ImageGenerator:
+def tiny_generator(cfg: TokenizerConfig) -> ImageGenerator:
     """A class-conditional AR model of random weights over the tokens of a tiny tokenizer."""
     tok = tiny_tokenizer(cfg)
     sizes = dict(width=32, depth=1, head_dim=16, mlp_hidden=64, num_classes=10)
     ar_cfg = ARConfig(vocab_size=cfg.vocab_size, num_tokens=cfg.num_tokens, **sizes)
-    return ImageGenerator(ar_cfg, ar.init(ar_cfg, jax.random.key(0)), tok)
+    return ImageGenerator(ar_cfg, layout.unbox(ar.init(ar_cfg, jax.random.key(0))), tok)
+
+
+def config_file(name: str):
+    """configs/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / f"configs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CONFIGS = {name: config_file(name) for name in ("vae", "tokenizer", "ar")}
+
+
+def shipped(name: str, variant: str, folder: pathlib.Path):
+    """(stage, configuration) of a shipped variant, with the smallest data that it accepts."""
+    config = CONFIGS[name].get_config(variant)
+    if name == "tokenizer":
+        cfg = None if config.vae.source == "identity" else VAEConfig(latent_channels=16)
+        return TokenizerStage(config, vae_config=cfg), config
+    if name == "vae":
+        return VAEStage(config), config
+    if config.data.source == "tokens":
+        model, text = config.model, config.model.text_dim
+        metadata = dict(
+            tokenizer={"fingerprint": "0"}, vocab_size=model.vocab_size, num_images=1, num_shards=1,
+            num_tokens=model.num_tokens, arrays={"tokens": [model.num_tokens]},
+            **({"text_dim": text} if text else {}),
+        )  # fmt: skip
+        embedding = np.zeros((1, text)) if text else None
+        tokens = {"tokens": np.zeros((1, model.num_tokens), np.uint16)}
+        record = Record("0", tokens, 0, embedding=embedding)
+        for split in ("train", "test"):
+            write_split(folder / split, metadata, lambda _: [record], embedding)
+        config.data.path = str(folder)
+    return ARStage(config), config

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas
 
-from flextok_jax.nn import attention, decoder, layers
-from flextok_jax.nn.encoder import causal_last
+from flextok_jax.nn import attention, block, layout, order
+from flextok_jax.nn.config import Blocks
 
 B, T, H, D = 2, 256, 2, 64
 SCALE = 8.0 / D
@@ -46,23 +46,33 @@ def registers_last(n):
     return mask
 
 
+STEPS = order.Sequence(("a", "b"), (100, T - 100), ranks=(3,) * 100 + (1,) * 100 + (4,) * (T - 200))
+steps = np.ones((T, T), bool)  # b's first 100 positions have the lowest rank.
+steps[:200, 200:] = steps[100:200, :100] = False
 CASES = {
-    "full": (
-        lambda *qkv: attention.attend(*qkv, "pallas", SCALE),
-        np.ones((T, T), bool),
-    ),
-    "causal": (
-        lambda *qkv: attention.attend(*qkv, "pallas", SCALE, causal=True),
-        np.tri(T, dtype=bool),
-    ),
-    "encoder": (causal_last(128, "pallas", SCALE), registers_last(128)),
-    "encoder by xla": (causal_last(128, "xla", SCALE), registers_last(128)),
+    "full": (order.full(x=T), "pallas", np.ones((T, T), bool)),
+    "causal": (order.causal(x=T), "pallas", np.tri(T, dtype=bool)),
+    "causal by xla": (order.causal(x=T), "xla", np.tri(T, dtype=bool)),
+    "encoder": (order.causal_last(x=128, y=T - 128), "pallas", registers_last(128)),
+    "encoder by xla": (order.causal_last(x=128, y=T - 128), "xla", registers_last(128)),
+    "any ranks": (STEPS, "xla", steps),
 }
+
+
+def attend(sequence, how):
+    """`attention.attend` of [B, T, H, D]."""
+
+    def core(*qkv):
+        flat = (x.reshape(*x.shape[:2], -1) for x in qkv)
+        return attention.attend(*flat, D, sequence, how, SCALE).reshape(qkv[0].shape)
+
+    return core
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_implementation_is_the_definition_with_its_gradient(case, interpreted):
-    core, mask = CASES[case]
+    sequence, how, mask = CASES[case]
+    core = attend(sequence, how)
     *qkv, weight = inputs()
 
     def value(core):
@@ -81,14 +91,14 @@ def test_every_implementation_is_the_definition_with_its_gradient(case, interpre
 
 def test_the_tpu_kernel_is_called_only_where_it_can_compute():
     q, k, v, _ = inputs()
-    bias = np.zeros((1, 1, 1, T), np.float32)
+    folded = order.Sequence(("x",), (T,), folded=3)
     called = {
         name: "pallas_call" in str(jax.make_jaxpr(f)(q, k, v))
         for name, f in {
-            "alone": lambda q, k, v: attention.attend(q, k, v, "pallas", SCALE),
-            "bias": lambda q, k, v: attention.attend(q, k, v, "pallas", SCALE, bias=bias),
-            "odd": lambda q, k, v: attention.attend(
-                q[:, :100], k[:, :100], v[:, :100], "pallas", SCALE
+            "alone": attend(order.full(x=T), "pallas"),
+            "bias": attend(folded, "pallas"),
+            "odd": lambda q, k, v: attend(order.full(x=100), "pallas")(
+                q[:, :100], k[:, :100], v[:, :100]
             ),
         }.items()
     }
@@ -97,9 +107,10 @@ def test_the_tpu_kernel_is_called_only_where_it_can_compute():
 
 def test_a_padded_hidden_width_changes_nothing():
     width, hidden, computed = 96, 250, 256
-    mlp = layers.SwiGLU(width=width, ratio=1.5 * hidden / width + 1e-3, dtype=jnp.float32)
+    cfg = Blocks(width=width, head_dim=32, mlp_hidden=hidden)
+    mlp = block.MLP(cfg, jnp.float32)
     x = jax.random.normal(jax.random.key(0), (2, 3, width))
-    params = mlp.init(jax.random.key(1), x)
+    params = layout.unbox(mlp.init(jax.random.key(1), x))
     fc = {name: leaf["kernel"] for name, leaf in params["params"].items()}
     assert fc["fc1"].shape == fc["fc3"].shape == (width, hidden) == fc["fc2"].shape[::-1]
 
@@ -111,14 +122,14 @@ def test_a_padded_hidden_width_changes_nothing():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
                      f(mlp.apply), f(plain))  # fmt: skip
     assert f"{computed}]" in str(jax.make_jaxpr(mlp.apply)(params, x))
-    small = layers.SwiGLU(width=64, ratio=4.0, dtype=jnp.float32)  # 170 would cost half more
-    params = small.init(jax.random.key(1), x[..., :64])
+    small = block.MLP(Blocks(width=64), jnp.float32)  # 170 would cost half more
+    params = layout.unbox(small.init(jax.random.key(1), x[..., :64]))
     assert "256]" not in str(jax.make_jaxpr(small.apply)(params, x[..., :64]))
 
 
 def test_modulation_of_equal_halves_is_that_of_any_segments():
     modulation = jax.random.normal(jax.random.key(0), (2, 2, 8))
-    equal, more = (decoder._segments(modulation, 4, count) for count in (4, 5))
+    equal, more = (block.spread(modulation, (4, count)) for count in (4, 5))
     np.testing.assert_array_equal(equal, more[:, :8])
     np.testing.assert_array_equal(equal[:, 3], modulation[:, 0])
     np.testing.assert_array_equal(equal[:, 4], modulation[:, 1])

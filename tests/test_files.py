@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from common import GOLDEN, TINY, last, random_params, small_vae, tiny_tokenizer
+from common import GOLDEN, TINY, changed, last, random_params, small_vae, tiny_tokenizer
 from huggingface_hub import constants as hub_constants
 from safetensors import safe_open
 
@@ -390,10 +390,27 @@ def test_the_scaling_factor_of_a_vae_workdir(tmp_path, monkeypatch):
     "cfg",
     [
         TINY,
-        dataclasses.replace(TINY, guidance_scale=1.5, max_timestep=1.0, null_prob=0.1),
-        dataclasses.replace(TINY, keep_mode="uniform_pow2", num_tokens=12, log_normal_time=True),
-        dataclasses.replace(TINY, mlp_ratio=3.0, mode_scale=0.0, time_frequencies=64),
-        dataclasses.replace(TINY, grid=(2, 4), patch_size=1, levels=(4, 4), enc_depth=1),
+        WITH_VAE,
+        changed(
+            TINY,
+            target__flow__max_timestep=1.0,
+            target__flow__null_prob=0.1,
+            target__flow__sampler=dict(steps=7, guidance_scale=1.5, solver="midpoint"),
+        ),
+        changed(
+            TINY, tokens=dict(count=12, keep="uniform_pow2"), target__flow__log_normal_time=True
+        ),
+        changed(
+            TINY, encoder__mlp_hidden=131, decoder__mlp_hidden=64, target__flow__mode_scale=0.0
+        ),
+        changed(
+            TINY,
+            sites=dict(grid=(2, 4), patch_size=1),
+            bottleneck__levels=(4, 4),
+            encoder__depth=1,
+            target__flow__time_frequencies=64,
+            decoder__head_dim=16,
+        ),
         dataclasses.replace(WITH_VAE, vae=VAEConfig(latent_channels=8, scaling_factor=0.88)),
         dataclasses.replace(
             WITH_VAE, vae=dataclasses.replace(small_vae(), norm_groups=8, sample_posterior=False)
@@ -422,7 +439,9 @@ def test_the_golden_configuration_is_written_as_it_was_read(file):
     assert written == config
 
 
-@pytest.mark.parametrize("cfg", [TINY, dataclasses.replace(WITH_VAE, guidance_scale=2.0)])
+@pytest.mark.parametrize(
+    "cfg", [TINY, changed(WITH_VAE, target__flow__sampler__guidance_scale=2.0)]
+)
 def test_a_new_model_saved_and_loaded_is_the_same_model(cfg, tmp_path):
     tok = tiny_tokenizer(cfg)
     tok.save_pretrained(tmp_path / "new" / "folder")

@@ -12,8 +12,8 @@ from test_ar import CLASS, PLAIN, TEXT, condition, logits, random_params
 
 from flextok_jax import ImageGenerator
 from flextok_jax.generator import _generate
-from flextok_jax.nn import ar, generation
-from flextok_jax.nn.ar import BlockCache
+from flextok_jax.nn import ar, generation, order
+from flextok_jax.nn.block import Block, Cache
 from flextok_jax.nn.config import Compute
 
 L, V = CLASS.num_tokens, CLASS.vocab_size
@@ -71,17 +71,20 @@ def test_features_through_the_cache_are_those_of_a_whole_pass():
     x = rng.standard_normal((3, 6, cfg.width)).astype(np.float32)
     text = rng.standard_normal((3, 4, cfg.width)).astype(np.float32)
     context = text, np.ones((3, 4), bool)
-    block = ar.Block(cfg, Compute())
+    whole_block = Block(cfg.blocks, Compute(), (order.causal(tokens=6),), cross=True)
+    block = Block(cfg.blocks, Compute(), cross=True)
 
-    @jax.jit
-    def run(x, shared):
-        return block.apply({"params": layer}, x, shared)
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(block, x, context, cache):
+        carry = ((x,), None, jnp.int32(0))
+        ((x,), *_), cache = block.apply({"params": layer}, carry, (None, context, cache))
+        return x, cache
 
-    whole, _ = run(x, (context, None))
+    whole, _ = run(whole_block, x, context, None)
     junk = 1e3 * jnp.ones((3, cfg.num_heads, 9, cfg.head_dim))
-    parts, cache = [], BlockCache(junk, junk, None, jnp.int32(0))
+    parts, cache = [], Cache(junk, junk, None, jnp.int32(0))
     for part in (x[:, :3], x[:, 3:4], x[:, 4:]):
-        y, cache = run(part, (context, cache))
+        y, cache = run(block, part, context, cache)
         context = None, context[1]  # The cache has the text's keys and values now.
         parts.append(y)
     assert relative(np.concatenate(parts, axis=1), whole) < 1e-5
@@ -90,14 +93,14 @@ def test_features_through_the_cache_are_those_of_a_whole_pass():
 
 def test_the_cache_grows_without_an_effect(monkeypatch):
     expected = generator().generate_tokens([0, 1, 2], key=3)
-    rooms = []
+    lengths = []
     grow = generation._grow
-    monkeypatch.setattr(generation, "FIRST_ROOM", 4)
-    monkeypatch.setattr(generation, "_grow", lambda c, room: rooms.append(room) or grow(c, room))
+    monkeypatch.setattr(generation, "FIRST_LENGTH", 4)
+    monkeypatch.setattr(generation, "_grow", lambda c, n: lengths.append(n) or grow(c, n))
     anew = jax.jit(lambda *a, **k: generation.generate(*a, **k), static_argnames=("cfg", "compute"))
     monkeypatch.setattr("flextok_jax.generator._generate", anew)
     np.testing.assert_array_equal(generator().generate_tokens([0, 1, 2], key=3), expected)
-    assert sorted(set(rooms)) == [4, 8, 12]
+    assert sorted(set(lengths)) == [4, 8, 12]
 
 
 def test_top_k_1_equals_greedy():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from common import golden_io, golden_tokenizer, last, relative
 
-from flextok_jax.flow import path, sampler
+from flextok_jax.flow import path
+from flextok_jax.flow.sampler import Sampler
 from flextok_jax.io import models
 from flextok_jax.io.formats import names
 from flextok_jax.nn import flextok, fsq, vae
-from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig
+from flextok_jax.nn.config import Blocks, Compute, TokenizerConfig
 from flextok_jax.nn.decoder import Condition, unconditional
 
 COMPUTE = Compute()
@@ -34,7 +35,7 @@ def kept(io):
 def test_registers_codes_and_tokens_agree(tok, io):
     registers = flextok.encode(tok.params, tok.config, COMPUTE, last(io["vae_latents"]))
     assert relative(registers, io["registers"]) < 1e-5
-    codes, ids = flextok.quantize(registers, tok.config)
+    codes, ids, _ = flextok.quantize(tok.params, tok.config, registers)
     assert relative(codes, io["quants"]) < 1e-5
     np.testing.assert_array_equal(ids, io["tokens"])
 
@@ -66,11 +67,9 @@ def test_velocities_and_repa_features_agree(tok, io):
     "name, scale, normalized", [("nocfg", 1.0, False), ("cfg", 3.0, False), ("apg", 7.5, True)]
 )
 def test_samples_agree(tok, io, name, scale, normalized):
-    noise, scales = last(io["noise"]), sampler.guidance_schedule(scale, 4)
-    latents = flextok.decode(
-        tok.params, tok.config, COMPUTE, kept(io).codes, kept(io).keep, noise, scales,
-        guided=scale != 1, normalized=normalized,
-    )  # fmt: skip
+    noise, how = last(io["noise"]), Sampler(4, scale, normalized)
+    codes, keep = kept(io).codes, kept(io).keep
+    latents = flextok.decode(tok.params, tok.config, COMPUTE, codes, keep, noise, how)
     assert relative(latents, last(io[f"sample_{name}_latents"])) < 1e-4
     images = tok.detokenize(
         io["tokens"], io["keep_k"], steps=4, guidance_scale=scale, norm_guidance=normalized,
@@ -87,7 +86,8 @@ def test_training_loss_and_every_gradient_norm_agree(tok, io):
     x0, noise, t = last(io["vae_latents"]), last(io["train_noise"]), io["train_sigma"]
 
     def loss(params):
-        codes, _ = flextok.quantize(flextok.encode(params, tok.config, COMPUTE, x0), tok.config)
+        registers = flextok.encode(params, tok.config, COMPUTE, x0)
+        codes = flextok.quantize(params, tok.config, registers).codes
         condition = Condition(codes, kept(io).keep, jnp.asarray(io["train_null"]))
         x_t = path.interpolate(x0, noise, t)
         (v,) = flextok.velocities(params, tok.config, COMPUTE, x_t, t, (condition,))
@@ -113,10 +113,8 @@ def test_training_loss_and_every_gradient_norm_agree(tok, io):
     ],
 )
 def test_parameter_counts_are_those_of_the_released_models(enc, dec, counts):
-    cfg = FlexTokConfig(
-        vae=VAEConfig(latent_channels=16),
-        enc_width=64 * enc, enc_depth=enc, dec_width=64 * dec, dec_depth=dec,
-    )  # fmt: skip
+    encoder, decoder = (Blocks(width=64 * depth, depth=depth) for depth in (enc, dec))
+    cfg = TokenizerConfig(encoder=encoder, decoder=decoder)
 
     def count(tree):
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -10,10 +10,10 @@ import pytest
 from common import TINY, random_params
 from jax.experimental import pallas
 
-from flextok_jax.nn import flextok, kernels, layers
-from flextok_jax.nn.config import Compute
+from flextok_jax.nn import flextok, kernels, order
+from flextok_jax.nn.attention import layer_norm
+from flextok_jax.nn.config import Blocks, Compute, Sites, Tokens
 from flextok_jax.nn.decoder import Condition
-from flextok_jax.nn.encoder import causal_last_mask
 from flextok_jax.parallel.mesh import AXES, make_mesh
 
 B, T, H, D = 2, 256, 2, 64
@@ -50,8 +50,10 @@ def agree(f, plain, *args):
 
 LONG = 384  # Queries in three spans, with 128, 256 and 384 keys where the mask allows no more.
 MASKS = {
-    "all": None, "causal": np.tri(LONG, dtype=bool), "encoder": causal_last_mask(128, LONG)
-}  # fmt: skip
+    "all": None,
+    "causal": np.tri(LONG, dtype=bool),
+    "encoder": order.causal_last(x=128, y=LONG - 128).mask(),
+}
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -60,7 +62,7 @@ def test_attention_with_its_norms_is_the_definition_with_its_gradient(name, inte
 
     def plain(q, k, v):
         q, k, v = (x.reshape(B, LONG, H, D) for x in (q, k, v))
-        logits = jnp.einsum("bthd,bshd->bhts", layers.layer_norm(q), layers.layer_norm(k)) * 8 / D
+        logits = jnp.einsum("bthd,bshd->bhts", layer_norm(q), layer_norm(k)) * 8 / D
         if mask is not None:
             logits = jnp.where(mask[None, None], logits, -jnp.inf)
         out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
@@ -78,23 +80,23 @@ def test_norm_and_gate_are_their_formulas_with_their_gradients(interpreted):
     x, y, a, b = arrays((B, T, W), (B, T, W), (B, 1, W), (B, 2, W))
 
     def modulated(x, shift, scale):
-        return x, layers.layer_norm(x) * (1 + spread(scale)) + spread(shift)
+        return x, layer_norm(x) * (1 + spread(scale)) + spread(shift)
 
     for shift in (a, b):
         agree(kernels.normalize, modulated, x + 5, shift, shift / 3)
-    agree(kernels.normalize, lambda x: (x, layers.layer_norm(x)), x + 5)
+    agree(kernels.normalize, lambda x: (x, layer_norm(x)), x + 5)
     agree(kernels.add_gated, lambda x, y, gate: x + spread(gate) * y, x, y, b)
 
 
+BLOCKS = Blocks(width=W, depth=1, head_dim=D)
 CFG = dataclasses.replace(
-    TINY, grid=(16, 8), patch_size=1, num_tokens=128, enc_width=W, enc_depth=1, dec_width=W,
-    dec_depth=1, head_dim=D,
-)  # fmt: skip
+    TINY, sites=Sites((16, 8), 1), tokens=Tokens(128), encoder=BLOCKS, decoder=BLOCKS
+)
 
 
 def test_both_networks_train_the_same_with_the_kernels(interpreted):
     params = random_params(CFG)
-    x, codes = arrays((B, 16, 8, CFG.vae.latent_channels), (B, 128, len(CFG.levels)))
+    x, codes = arrays((B, 16, 8, CFG.vae.latent_channels), (B, 128, CFG.code_dim))
     t, keep, null = jnp.array([0.3, 0.8]), jnp.array([5, 128]), jnp.array([False, False])
 
     def loss(params, compute):
@@ -128,7 +130,7 @@ def test_other_sizes_are_computed_without_them():
     compute = Compute(attention="pallas")
 
     def kernels_of(count, t):
-        codes = jnp.zeros((B, count, len(CFG.levels)))
+        codes = jnp.zeros((B, count, CFG.code_dim))
         condition = Condition(codes, jnp.zeros((B,), int), jnp.zeros((B,), bool))
         f = functools.partial(flextok.velocities, cfg=CFG, compute=compute)
         text = str(jax.make_jaxpr(lambda p: f(p, x_t=x, t=t, conditions=(condition,)))(params))
@@ -137,5 +139,7 @@ def test_other_sizes_are_computed_without_them():
     assert kernels_of(few, jnp.zeros((B,))) == 0
     assert kernels_of(CFG.num_tokens, jnp.zeros((1,))) == 5  # One time for all images.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 2), AXES)):
-        assert kernels.can_attend(T, 2 * W, D)
-        assert not kernels.can_attend(T, W, D)  # Both heads lie in the lanes of one device.
+        assert kernels.can_attend("pallas", T, 2 * W, D)
+        assert not kernels.can_attend(
+            "pallas", T, W, D
+        )  # Both heads lie in the lanes of one device.

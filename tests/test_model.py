@@ -9,8 +9,16 @@ import pytest
 from common import TINY, golden_io, golden_tokenizer, last, random_params, relative
 
 from flextok_jax.flow import path, sampler
+from flextok_jax.flow.sampler import Sampler
 from flextok_jax.nn import flextok, fsq, layers
-from flextok_jax.nn.config import Compute, FlexTokConfig
+from flextok_jax.nn.config import (
+    Blocks,
+    Bottleneck,
+    Compute,
+    TokenizerConfig,
+    Tokens,
+    from_dict,
+)
 from flextok_jax.nn.decoder import Condition, unconditional
 
 
@@ -22,7 +30,7 @@ def outputs(compute, key=3):
 
     def loss(params):
         registers = flextok.encode(params, TINY, compute, x0)
-        codes, _ = flextok.quantize(registers, TINY)
+        codes = flextok.quantize(params, TINY, registers).codes
         (v,) = flextok.velocities(
             params, TINY, compute, x0, jnp.array([0.2, 0.7]), (Condition(codes, keep, null),)
         )
@@ -120,11 +128,43 @@ def test_shifted_times_divide_the_ratio_of_signal_to_noise_by_the_shift():
     np.testing.assert_array_equal(path.shift_time(t, 1.0), t)
 
 
-def test_euler_is_exact_for_a_constant_velocity_and_calls_guidance_by_time():
+def integrated(velocities, noise, how):
+    """The end of a flow without guidance."""
+    steps = how.schedule()
+    state = sampler.start(noise)
+    return sampler.integrate(
+        velocities, state, steps, 0, how.steps, False, False, how.solver
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", sampler.SOLVERS)
+def test_solvers_are_exact_for_a_constant_velocity(solver):
     noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
-    x = sampler.euler(lambda x, t: (jnp.ones_like(x),), noise, jnp.ones(7), False, False)
-    np.testing.assert_allclose(x, noise - 1, atol=1e-5)
-    np.testing.assert_allclose(sampler.guidance_schedule(lambda t: 2 * t, 4), [2, 1.5, 1, 0.5])
+    how = Sampler(7, 1.0, solver=solver)
+    found = integrated(lambda x, t: (jnp.ones_like(x),), noise, how)
+    np.testing.assert_allclose(found.x, noise - 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2)])
+def test_the_error_of_a_solver_falls_with_its_order(solver, order):
+    """dx/dt = x from t = 1 to 0 takes 1 to 1/e."""
+    x, errors = jnp.ones((1, 1, 1, 1)), []
+    for steps in (8, 16):
+        end = integrated(lambda x, t: (x,), x, Sampler(steps, 1.0, solver=solver)).x
+        errors.append(abs(float(end[0, 0, 0, 0]) - np.exp(-1)))
+    assert 0.8 * 2**order < errors[0] / errors[1] < 1.25 * 2**order
+
+
+def test_a_schedule_calls_guidance_by_time_and_its_steps_do_not_compile_anew():
+    schedule = Sampler(4, lambda t: 2 * t).schedule()
+    np.testing.assert_allclose(schedule.scales[:4], [2, 1.5, 1, 0.5])
+    np.testing.assert_allclose(schedule.times[:4], [1, 0.75, 0.5, 0.25])
+    assert {len(Sampler(steps).schedule().times) for steps in (1, 20, 64)} == {64}
+    for wrong in (dict(steps=0), dict(steps=True), dict(solver="rk9"), dict(guidance_scale="x")):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            Sampler(**wrong)
+    with pytest.raises(ValueError, match="finite"):
+        Sampler(2, lambda t: float("nan")).schedule()
 
 
 def apg_in_float64(v_cond, v_null, scale, momentum):
@@ -162,9 +202,13 @@ def test_sincos_table_follows_its_closed_form():
 
 def test_configurations_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="pow2.*12"):
-        FlexTokConfig(num_tokens=12)
-    with pytest.raises(ValueError, match="enc_width=100"):
-        FlexTokConfig(enc_width=100)
+        Tokens(12)
+    with pytest.raises(ValueError, match="width=100"):
+        Blocks(width=100)
+    with pytest.raises(ValueError, match="levels.*size"):  # Every fault in one error.
+        Bottleneck("kl", dim=4, size=8)
+    with pytest.raises(ValueError, match="widht"):
+        from_dict(TokenizerConfig, {"encoder": {"widht": 64}})
     with pytest.raises(ValueError, match="float16"):
         Compute(dtype="float16")
 

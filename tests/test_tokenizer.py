@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import GOLDEN, ROOT, TINY, relative, small_vae, tiny_tokenizer
+from common import GOLDEN, ROOT, TINY, changed, relative, small_vae, tiny_tokenizer
 
 from flextok_jax import FlexTok
 
@@ -202,7 +202,7 @@ def test_a_callable_that_is_constant_equals_the_constant(tok, normalized):
 
 
 def test_the_guidance_that_is_not_given_is_that_of_the_model(tok):
-    own = dataclasses.replace(tok, config=dataclasses.replace(TINY, guidance_scale=2.5))
+    own = dataclasses.replace(tok, config=changed(TINY, target__flow__sampler__guidance_scale=2.5))
     given = tok.detokenize(tokens(), steps=2, guidance_scale=2.5)
     assert relative(own.detokenize(tokens(), steps=2), given) < 1e-6
 

@@ -14,13 +14,14 @@ from common import GOLDEN, ROOT
 from examples.digits import arrays
 from flextok_jax import FlexTok
 from flextok_jax.io import models
-from flextok_jax.nn.config import FlexTokConfig, VAEConfig
+from flextok_jax.nn.config import TokenizerConfig, from_dict
 from flextok_jax.training.loop import train
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 SPEC = importlib.util.spec_from_file_location("tokenizer_config", ROOT / "configs/tokenizer.py")
 CONFIGS = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(CONFIGS)
+STEPS = {"model__target__flow__sampler__steps": 2}
 IMAGENET = ("d12_d12", "d18_d18", "d18_d28")
 
 
@@ -31,8 +32,7 @@ def config(variant="digits,width=64,enc_depth=1,dec_depth=1,batch=8", **changes)
     c.evaluation.num_images = 0
     c.mesh.data = 1
     for key, value in changes.items():
-        owner, _, name = key.rpartition("__")
-        (c[owner] if owner else c)[name] = value
+        c.update_from_flattened_dict({key.replace("__", "."): value})
     return c
 
 
@@ -45,7 +45,9 @@ def digits(count=8):
 def trained(tmp_path_factory):
     """A run of four steps with its last evaluation: (workdir, outcome)."""
     workdir = tmp_path_factory.mktemp("run")
-    c = config(evaluation__num_images=20, evaluation__batch_size=10, evaluation__steps=2)
+    c = config(
+        evaluation__num_images=20, evaluation__batch_size=10, model__target__flow__sampler__steps=2
+    )
     return workdir, train(TokenizerStage(c), c, workdir)
 
 
@@ -69,7 +71,9 @@ def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, tmp_path):
     workdir, outcome = trained
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    c = config(evaluation__num_images=20, evaluation__batch_size=10, evaluation__steps=2)
+    c = config(
+        evaluation__num_images=20, evaluation__batch_size=10, model__target__flow__sampler__steps=2
+    )
     again = train(TokenizerStage(c), c, tmp_path / "run")
     for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(outcome.state), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -120,8 +124,7 @@ def test_full_recipes_take_a_real_step_when_cut_down(variant, tiny_tfds, tmp_pat
 @pytest.mark.parametrize("variant", CONFIGS.VARIANTS)
 def test_full_size_configs_describe_the_paper_models(variant):
     c = CONFIGS.get_config(variant)
-    fields = {k: tuple(v) if k == "levels" else v for k, v in c.model.items()}
-    cfg = FlexTokConfig(vae=VAEConfig(latent_channels=16), **fields)
+    cfg = from_dict(TokenizerConfig, c.model.to_dict())
     shapes = models.shapes(cfg)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
     if variant in IMAGENET:
@@ -141,7 +144,7 @@ def test_the_time_shift_moves_the_images_of_a_batch_towards_noise():
 
 
 def test_loss_is_the_mean_of_its_bins_and_null_images_teach_the_encoder_nothing():
-    stage = TokenizerStage(config(model__null_prob=0.5))
+    stage = TokenizerStage(config(model__target__flow__null_prob=0.5))
     params = jax.tree.map(
         lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape),
         stage.init(jax.random.key(0)),

@@ -25,7 +25,7 @@ from flextok_jax.nn import repa, vae
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.mesh import platform
-from flextok_jax.parallel.sharding import param_shardings, spread_batch
+from flextok_jax.parallel.sharding import place, spread_batch
 
 IMAGE_SIZE = 256  # Where no model has another.
 # Options that decide what is in the records, beside the models and the data.
@@ -174,7 +174,7 @@ def _moments(args, size: int) -> Encoder:
             vae.encode_moments(params, cfg, to_float(images), jnp.dtype(args.dtype)), -1
         )
 
-    shape, run = (h, h, 2 * cfg.latent_channels), _on_devices(moments, "vae", params)
+    shape, run = (h, h, 2 * cfg.latent_channels), _on_devices(moments, params, params)
     return Encoder("moments", f"{h}x{h} latents", settings, shape, run)
 
 
@@ -191,18 +191,18 @@ def _features(args) -> Encoder:
     def features(params, images):
         return repa.targets(params, cfg, compute, images, size)
 
-    shape, run = (h**2, cfg.width), _on_devices(features, "dinov2", params)
+    shape, run = (h**2, cfg.width), _on_devices(features, params, dinov2.shapes(cfg))
     return Encoder("repa", f"{h}x{h} features", {"dinov2": model | {"size": size}}, shape, run)
 
 
-def _on_devices(function, name: str, params):
+def _on_devices(function, params, like):
     """uint8 [B, S, S, 3] -> float16 [B, ...]: `function(params, images)` over all devices.
 
     `name` is the model's in the table of shardings.
     """
     mesh = common.all_devices()
     if mesh is not None:
-        params = jax.device_put(params, param_shardings(mesh, {name: params})[name])
+        params = place(mesh, params, like)
     compiled = jax.jit(function)
 
     def run(images):

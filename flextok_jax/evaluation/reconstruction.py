@@ -9,24 +9,16 @@ import numpy as np
 
 from flextok_jax.evaluation import metrics
 from flextok_jax.evaluation.pictures import Batch, Pictures
+from flextok_jax.flow.sampler import Sampler
 from flextok_jax.nn import flextok
 from flextok_jax.nn.images import to_float
 from flextok_jax.tokenizer import FlexTok
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """How images are sampled from tokens; see `FlexTok.detokenize`."""
-
-    steps: int = 20
-    guidance_scale: float = 7.5
-    norm_guidance: bool = True
-
-
 def default_sampler(tok: FlexTok, **changes) -> Sampler:
     """The model's own sampler, with those of `changes` that are not None."""
     changes = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(Sampler(guidance_scale=tok.config.guidance_scale), **changes)
+    return dataclasses.replace(tok.config.sampler, **changes)
 
 
 def sampler_metadata(sampler: Sampler, seed: int) -> dict:
@@ -35,7 +27,8 @@ def sampler_metadata(sampler: Sampler, seed: int) -> dict:
     return {
         "steps": sampler.steps,
         "guidance": scale,
-        "norm_guidance": sampler.norm_guidance and scale != 1,
+        "norm_guidance": sampler.normalized,
+        "solver": sampler.solver,
         "seed": seed,
     }
 

@@ -1,6 +1,8 @@
-"""Sampling: Euler's method on a uniform grid, guidance, and adaptive projected guidance (APG)."""
+"""Sampling a flow: a sampler is a value; times, solvers, guidance, adaptive projected guidance."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +10,102 @@ import numpy as np
 
 APG_MOMENTUM = -0.5  # Sadat et al., arXiv 2410.02416, applied to velocities
 APG_NORM = 2.5
+SOLVERS = {"euler": 1, "midpoint": 2}  # evaluations of the velocity per step
+LENGTH = 64  # Schedules are padded to a multiple of it, so that steps do not compile anew.
 
 
-def guidance_schedule(scale, steps: int) -> np.ndarray:
-    """The guidance scale at each step, float32 [steps].
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a flow is sampled.
 
-    Args:
-        scale: a number, or a callable of t (a float, from 1 down to 1/steps).
-        steps: number of Euler steps.
+    Attributes:
+        steps: number of steps from noise (t = 1) to data (t = 0), on a uniform grid of times.
+        guidance_scale: g, a number, or a callable of t; 1 is no guidance, at half the cost.
+        norm_guidance: adaptive projected guidance (APG) in place of plain guidance.
+        solver: "euler", or "midpoint" (second order, two evaluations per step).
     """
-    if callable(scale):
-        return np.asarray([float(scale(1.0 - i / steps)) for i in range(steps)], np.float32)
-    return np.full((steps,), scale, np.float32)
+
+    steps: int = 20
+    guidance_scale: float | Callable[[float], float] = 7.5
+    norm_guidance: bool = True
+    solver: str = "euler"
+
+    def __post_init__(self):
+        steps, scale = self.steps, self.guidance_scale
+        if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"steps={steps!r}: must be an int, at least 1")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r}: allowed are {', '.join(SOLVERS)}")
+        if not callable(scale) and (np.ndim(scale) or np.asarray(scale).dtype.kind not in "iuf"):
+            raise ValueError(f"guidance_scale={scale!r}: must be a number or a callable of t")
+        if not callable(scale) and not np.isfinite(scale):
+            raise ValueError(f"guidance_scale={scale!r}: must be finite")
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a null pass: unless the scale is the constant 1."""
+        return callable(self.guidance_scale) or self.guidance_scale != 1
+
+    @property
+    def normalized(self) -> bool:
+        """Whether guidance is APG."""
+        return bool(self.norm_guidance) and self.guided
+
+    def times(self) -> np.ndarray:
+        """float64 [steps + 1], falling from 1 to 0."""
+        return 1.0 - np.arange(self.steps + 1) / self.steps
+
+    def schedule(self) -> "Schedule":
+        """Times and scales as arrays.
+
+        Raises:
+            ValueError: a callable scale gives something that is not finite.
+        """
+        times, scale = self.times(), self.guidance_scale
+        every = [scale(float(t)) if callable(scale) else scale for t in times[:-1]]
+        scales = np.asarray(every, np.float32)
+        if not np.isfinite(scales).all():
+            raise ValueError(f"guidance_scale={scale!r} gives {scales}: must be finite")
+        fill = -self.steps % LENGTH
+
+        def padded(x):
+            return np.pad(x.astype(np.float32), (0, fill))
+
+        return Schedule(padded(times[:-1]), padded(times[:-1] - times[1:]), padded(scales))
+
+
+class Schedule(NamedTuple):
+    """What each step needs, padded beyond the last one.
+
+    Attributes:
+        times: float32 [S], where a step begins.
+        lengths: float32 [S], how far it goes.
+        scales: float32 [S], guidance scale.
+    """
+
+    times: jax.Array
+    lengths: jax.Array
+    scales: jax.Array
+
+
+class State(NamedTuple):
+    """Between two steps.
+
+    Attributes:
+        x: float32 [B, h, w, C].
+        momentum: of APG, like x.
+        clean: the data that the last velocity points to, like x.
+    """
+
+    x: jax.Array
+    momentum: jax.Array
+    clean: jax.Array
+
+
+def start(noise: jax.Array) -> State:
+    """The state before the first step."""
+    x = jnp.asarray(noise, jnp.float32)
+    return State(x, jnp.zeros_like(x), jnp.zeros_like(x))
 
 
 def classifier_free(v_cond, v_null, scale):
@@ -31,14 +117,14 @@ def adaptive_projected(v_cond, v_null, scale, momentum):
     """APG: momentum, norm limit, and only the part of the difference orthogonal to v_cond.
 
     Args:
-        v_cond, v_null: [B, h, w, C].
+        v_cond, v_null: [B, ...].
         scale: g, a scalar.
-        momentum: [B, h, w, C], zero at the first step; carried before the norm limit.
+        momentum: like v_cond, zero at the first step; carried before the norm limit.
 
     Returns:
         (guided velocity, new momentum).
     """
-    axes = (1, 2, 3)
+    axes = tuple(range(1, v_cond.ndim))
 
     def norm(x):
         return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
@@ -50,39 +136,42 @@ def adaptive_projected(v_cond, v_null, scale, momentum):
     return v_cond + (scale - 1.0) * update, momentum
 
 
-def euler(
+def integrate(
     velocities: Callable,
-    noise: jax.Array,
-    scales: jax.Array,
+    state: State,
+    schedule: Schedule,
+    first,
+    stop,
     guided: bool,
     normalized: bool,
-) -> jax.Array:
-    """Integrate from noise (t = 1) to data (t = 0): x <- x - v / steps, in float32.
+    solver: str = "euler",
+) -> State:
+    """Steps `first` .. `stop` - 1, in float32.
 
     Args:
-        velocities: (x [B, h, w, C], t [1]) -> (v_cond, v_null) if guided, else (v_cond,).
-        noise: [B, h, w, C].
-        scales: guidance scale at each step, [steps]; their number is the number of steps.
+        velocities: (x [B, ...], t [1]) -> (v_cond, v_null) if guided, else (v_cond,).
+        state: before step `first`.
+        schedule: see `Sampler.schedule`.
+        first, stop: int32 []; traced, so that their number does not compile anew.
         guided: whether there is a null pass.
-        normalized: APG instead of plain guidance.
-
-    Returns:
-        float32 [B, h, w, C].
+        normalized: APG in place of plain guidance.
+        solver: one of SOLVERS.
     """
-    steps = scales.shape[0]
-    x = noise.astype(jnp.float32)
 
-    def step(carry, inputs):
-        x, momentum = carry
-        index, scale = inputs
-        t = (1.0 - index.astype(jnp.float32) / steps).reshape(1)
-        v, *null = (v.astype(jnp.float32) for v in velocities(x, t))
+    def velocity(x, t, scale, momentum):
+        v, *null = (v.astype(jnp.float32) for v in velocities(x, t.reshape(1)))
         if guided and normalized:
-            v, momentum = adaptive_projected(v, null[0], scale, momentum)
-        elif guided:
-            v = classifier_free(v, null[0], scale)
-        return (x - v / steps, momentum), None
+            return adaptive_projected(v, null[0], scale, momentum)
+        return (classifier_free(v, null[0], scale) if guided else v), momentum
 
-    momentum = jnp.zeros_like(x) if guided and normalized else None
-    (x, _), _ = jax.lax.scan(step, (x, momentum), (jnp.arange(steps), scales))
-    return x
+    def step(i, state):
+        x, momentum, _ = state
+        t, length, scale = (a[i] for a in schedule)
+        v, momentum = velocity(x, t, scale, momentum)
+        clean = x - t * v
+        if solver == "midpoint":
+            v, momentum = velocity(x - 0.5 * length * v, t - 0.5 * length, scale, momentum)
+        return State(x - length * v, momentum, clean)
+
+    schedule = Schedule(*(jnp.asarray(a) for a in schedule))
+    return jax.lax.fori_loop(first, stop, step, state)

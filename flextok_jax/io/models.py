@@ -5,16 +5,16 @@ import functools
 import json
 from typing import Any
 
-import jax
-
 from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flextok_config, names, vae_files
 from flextok_jax.io.formats.flextok_config import config_from_dict
 from flextok_jax.io.paths import as_folder
-from flextok_jax.nn import flextok
-from flextok_jax.nn.config import FlexTokConfig, VAEConfig, identity_vae
+from flextok_jax.nn import flextok, layout
+from flextok_jax.nn.config import TokenizerConfig, VAEConfig, from_dict, identity_vae
 
 IDENTITY = "identity"
+TRAINED = ("encoder", "bottleneck", "decoder")  # The parts of a tokenizer beside its VAE.
+OWN_TARGET = "flextok_jax.Tokenizer"  # Of models that the released format cannot hold.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Loaded:
         step: of training, None but for a workdir.
     """
 
-    config: FlexTokConfig
+    config: TokenizerConfig
     params: dict[str, Any]
     metadata: dict[str, str] | None = None
     config_json: str | None = None
@@ -58,6 +58,8 @@ def load(source, revision: str | None = None) -> Loaded:
 
 def _load_file(path) -> Loaded:
     tensors, metadata = storage.read(path)
+    if metadata.get("_target_") == OWN_TARGET:
+        return _load_own(path, tensors, metadata)
     tensors, renamed = names.modern(tensors)
     config, config_json = flextok_config.parse_metadata(metadata), None
     if "encoder" not in config:
@@ -87,7 +89,7 @@ def _load_file(path) -> Loaded:
 def _load_workdir(path) -> Loaded:
     found = workdirs.load(path)
     cfg = config_from_dict(found.config)
-    params = {name: found.params[name] for name in ("encoder", "decoder")}  # No projection of REPA.
+    params = {n: x for n, x in found.params.items() if n in TRAINED}  # No projection of REPA.
     source, wanted = found.info["vae_source"], found.info.get("vae_fingerprint")
     params["vae"] = vae_params(source, cfg.vae)
     fingerprint = storage.fingerprint(params["vae"])
@@ -100,20 +102,43 @@ def _load_workdir(path) -> Loaded:
     return Loaded(cfg, params, origin=f"{path}, step {found.step}", step=found.step)
 
 
-def _entries(cfg: FlexTokConfig) -> list[names.Entry]:
+def _entries(cfg: TokenizerConfig) -> list[names.Entry]:
     """The table of the tensors of a model's file."""
     return names.entries(shapes(cfg), names.flextok_name)
 
 
 @functools.lru_cache(maxsize=8)
-def shapes(cfg: FlexTokConfig):
+def shapes(cfg: TokenizerConfig):
     """The shapes of a model's parameters, without making them."""
-    return jax.eval_shape(lambda key: flextok.init(cfg, key), jax.random.key(0))
+    return layout.unbox(flextok.shapes(cfg))
+
+
+def _load_own(path, tensors, metadata) -> Loaded:
+    try:
+        cfg = config_from_dict(json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its header's configuration is damaged: {error}") from error
+    params = {"vae": {}} | names.to_params(_own_entries(cfg), tensors, path)
+    return Loaded(cfg, params, origin=str(path))
+
+
+def _own_entries(cfg: TokenizerConfig) -> list[names.Entry]:
+    """Tensors under the names of our parameters."""
+    return names.entries(shapes(cfg), lambda path: path)
 
 
 def save(folder, model: Loaded):
-    """Writes `model.safetensors` in the released format; returns its path."""
+    """Writes `model.safetensors`, in the released format where that can hold the model.
+
+    Returns:
+        Its path.
+    """
     path = as_folder(folder) / sources.WEIGHTS
+    if not flextok_config.is_released(model.config):
+        config = json.dumps(dataclasses.asdict(model.config))
+        tensors = names.to_tensors(_own_entries(model.config), model.params)
+        storage.write(path, tensors, {"_target_": OWN_TARGET, "config": config})
+        return path
     tensors = names.to_tensors(_entries(model.config), model.params)
     tensors = {model.renamed.get(name, name): tensor for name, tensor in tensors.items()}
     metadata = model.metadata
@@ -164,7 +189,7 @@ def load_vae(
     if not sources.is_workdir(path):
         return vae_files.load_folder(path, scaling_factor)
     found = workdirs.load(path)
-    cfg = VAEConfig(**flextok_config.tuples(found.config))
+    cfg = from_dict(VAEConfig, found.config)
     if scaling_factor is None:
         scaling_factor = found.extra.get("scaling_factor") or _measured(path, found.step)
     return dataclasses.replace(cfg, scaling_factor=scaling_factor), found.params["vae"]

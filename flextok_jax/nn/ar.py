@@ -1,6 +1,6 @@
-"""The autoregressive Transformer over ordered tokens (REFERENCE section 9).
+"""The autoregressive Transformer over ordered tokens (docs/reference.md, AR models).
 
-RMSNorm before attention and SwiGLU, learned positions, a learned start (SOS) to which the class is
+Norm before attention and MLP, learned positions, a learned start (SOS) to which the class is
 added; text enters by cross-attention in every block. Output position i predicts token i.
 
 B batch, T positions of a call, L positions of the model, V ids, D width, H heads.
@@ -12,10 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flextok_jax.nn import attention, layers, layout
+from flextok_jax.nn import layout, order
+from flextok_jax.nn.block import Norm, normal, stack, xavier
 from flextok_jax.nn.config import ARConfig, Compute
 
 SOS = -1  # The "token" before the first one.
+HEAD = ("embed", "vocab")  # Axes of the head's kernel.
 
 
 class ARCondition(NamedTuple):
@@ -32,167 +34,65 @@ class ARCondition(NamedTuple):
     text_mask: jax.Array | None = None
 
 
-class BlockCache(NamedTuple):
-    """What one block remembers between calls. Heads lie outside of positions: products with one
-    query then read it as it is.
+def init(cfg: ARConfig, key: jax.Array) -> dict:
+    """Random parameters {"ar": {...}}, float32, in boxes with their axes (see nn/layout.py)."""
+    names = ("embed", "pos", "sos", "classes", "head", "blocks", "text", "norm")
+    keys = dict(zip(names, jax.random.split(key, len(names))))
 
-    Attributes:
-        k, v: [B, H, S, head_dim], keys and values of the positions below `index`; what lies at
-            later positions is never read. S is the room, at most L.
-        cross: keys and values of the text, two times [B, H, T, head_dim]; None where they are to
-            be computed from the text, and without text.
-        index: int32 [], position of the next input.
-    """
+    def made(init, name, axes, *shape):
+        return layout.Axes(init(keys[name], shape), axes)
 
-    k: jax.Array
-    v: jax.Array
-    cross: tuple[jax.Array, jax.Array] | None
-    index: jax.Array
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x), computed in float32 and cast back, times a learned scale."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
-        return rms_norm(x, scale, self.eps)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis; scale: [D]. Keeps the type of x."""
-    y = x.astype(jnp.float32)
-    y = (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
-    return y * jnp.broadcast_to(scale.astype(x.dtype), y.shape)
+    width = cfg.width
+    params = {
+        "embed": made(normal, "embed", ("vocab", "embed"), cfg.vocab_size, width),
+        "pos": made(normal, "pos", (None, "embed"), cfg.num_tokens, width),
+        "sos": made(normal, "sos", (None,), width),
+        "norm": _final_norm(cfg).init(keys["norm"], jnp.zeros((1, width)))["params"],
+        "head": {"kernel": made(xavier, "head", HEAD, width, cfg.vocab_size)},
+    }
+    if cfg.num_classes:
+        params["classes"] = made(normal, "classes", (None, "embed"), cfg.num_classes, width)
+    if cfg.text_dim:
+        first, second = ("embed", "hidden"), ("hidden", "embed")
+        params["text_fc1"] = {"kernel": made(xavier, "text", first, cfg.text_dim, cfg.text_hidden)}
+        params["text_fc2"] = {"kernel": made(xavier, "head", second, cfg.text_hidden, width)}
+    x, context = jnp.zeros((1, 1, width)), None
+    if cfg.text_dim:
+        context = x, jnp.ones((1, 1), bool)
+    trunk = Trunk(cfg, Compute())
+    return {"ar": params | trunk.init(keys["blocks"], x, context)["params"]}
 
 
-class Attention(nn.Module):
-    """Multi-head attention without biases; logits scaled by 1/sqrt(head_dim)."""
-
-    cfg: ARConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, source, core):
-        """Queries from x [B, T, D], keys and values from `source`.
-
-        Args:
-            x: [B, T, D].
-            source: [B, S, D], or keys and values that were computed before.
-            core: (q, k, v) -> ([B, T, H, head_dim], anything).
-
-        Returns:
-            ([B, T, D], what `core` returned beside).
-        """
-        cfg = self.cfg
-
-        def dense(name):
-            return nn.Dense(
-                cfg.width, use_bias=False, dtype=self.dtype, kernel_init=layers.xavier, name=name
-            )
-
-        def heads(name, y, norm):
-            y = dense(name)(y).reshape(*y.shape[:-1], cfg.num_heads, cfg.head_dim)
-            return RMSNorm(cfg.norm_eps, name=norm)(y) if cfg.qk_norm and norm else y
-
-        q = heads("wq", x, "q_norm")
-        if not isinstance(source, tuple):
-            source = heads("wk", source, "k_norm"), heads("wv", source, None)
-        y, kept = core(q, *source)
-        return dense("proj")(y.reshape(x.shape)), kept
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: causal self-attention, cross-attention to text if any, SwiGLU."""
+class Trunk(nn.Module):
+    """The blocks over a whole sequence that begins at the first position."""
 
     cfg: ARConfig
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array, shared):
-        """One block.
-
-        Args:
-            x: [B, T, D].
-            shared: (context, cache). The context is None or (text features [B, S, D], mask bool
-                [B, S]); the cache is None for a whole sequence that begins at the first position.
-
-        Returns:
-            ([B, T, D], the cache with these positions, None for a whole sequence).
-        """
-        cfg, dtype, (context, cache) = self.cfg, jnp.dtype(self.compute.dtype), shared
-
-        def norm(i):
-            return RMSNorm(cfg.norm_eps, name=f"norm_{i}")
-
-        def whole(q, k, v):
-            how, scale = self.compute.attention, cfg.head_dim**-0.5
-            return attention.attend(q, k, v, how, scale, causal=True), None
-
-        def continued(q, k, v):
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, _heads_first(new), cache.index, axis=2)
-                for old, new in ((cache.k, k), (cache.v, v))
-            )
-            position = cache.index + jnp.arange(q.shape[1])
-            mask = jnp.arange(k.shape[2])[None, :] <= position[:, None]
-            keys, values = _heads_first(k), _heads_first(v)
-            return jax.nn.dot_product_attention(q, keys, values, mask=mask[None, None]), (k, v)
-
-        def across(q, k, v):
-            y = jax.nn.dot_product_attention(q, k, v, mask=context[1][:, None, None, :])
-            return y, (_heads_first(k), _heads_first(v))
-
-        y = norm(1)(x)
-        core = whole if cache is None else continued
-        y, kept = Attention(cfg, dtype, name="attn")(y, y, core)
-        x, cross = x + y, None
-        if context is not None:
-            known = cache is not None and cache.cross is not None
-            source = tuple(map(_heads_first, cache.cross)) if known else context[0]
-            y, cross = Attention(cfg, dtype, name="cross")(norm(2)(x), source, across)
-            x = x + y
-        # The ratio at which SwiGLU's own rounding down gives this hidden width.
-        ratio = 1.5 * (cfg.mlp_hidden + 0.5) / cfg.width
-        mlp = layers.SwiGLU(cfg.width, ratio, dtype, name="mlp")
-        x = x + mlp(norm(3 if cfg.text_dim else 2)(x))
-        x = layout.batch_first(x)
-        return x, None if cache is None else BlockCache(*kept, cross, cache.index + x.shape[1])
+    def __call__(self, x: jax.Array, context=None) -> jax.Array:
+        """x: [B, T, D]; context: see `context` -> [B, T, D]."""
+        carry, options = ((x,), None, jnp.int32(0)), dict(cross=bool(self.cfg.text_dim))
+        sequences = (order.causal(tokens=x.shape[1]),)
+        shared = (None, context, None)
+        (x,), *_ = stack(
+            self.cfg.blocks, self.compute, carry, shared, sequences=sequences, **options
+        )
+        return x
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
-    """[B, S, H, head_dim] <-> [B, H, S, head_dim]."""
-    return x.swapaxes(1, 2)
+def shapes(cfg: ARConfig) -> dict:
+    """The shapes of `init`'s parameters, without making them, in their boxes."""
+    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
 
 
-def init(cfg: ARConfig, key: jax.Array) -> dict:
-    """Random parameters {"ar": {...}}, float32; blocks are stacked on a leading axis."""
-    keys = dict(zip(("embed", "pos", "sos", "classes", "head", "blocks", "text"),
-                    jax.random.split(key, 7)))  # fmt: skip
+def _final_norm(cfg: ARConfig) -> Norm:
+    return Norm(cfg.norm, cfg.norm_eps)
 
-    def normal(name, *shape):
-        return layers.normal(keys[name], shape)
 
-    x, context = jnp.zeros((1, 1, cfg.width)), None
-    params = {
-        "embed": normal("embed", cfg.vocab_size, cfg.width),
-        "pos": normal("pos", cfg.num_tokens, cfg.width),
-        "sos": normal("sos", cfg.width),
-        "norm": {"scale": jnp.ones((cfg.width,))},
-        "head": {"kernel": layers.xavier(keys["head"], (cfg.width, cfg.vocab_size))},
-    }
-    if cfg.num_classes:
-        params["classes"] = normal("classes", cfg.num_classes, cfg.width)
-    if cfg.text_dim:
-        first, second = jax.random.split(keys["text"])
-        params["text_fc1"] = {"kernel": layers.xavier(first, (cfg.text_dim, cfg.text_hidden))}
-        params["text_fc2"] = {"kernel": layers.xavier(second, (cfg.text_hidden, cfg.width))}
-        context = x, jnp.ones((1, 1), bool)
-    blocks = layers.stack(Block, cfg, Compute(), cfg.depth, "ar/blocks")
-    params["blocks"] = blocks.init(keys["blocks"], x, (context, None))["params"]
-    return {"ar": params}
+def final_norm(params, cfg: ARConfig, x: jax.Array) -> jax.Array:
+    """The norm between the last block and the head: [..., D]."""
+    return _final_norm(cfg).apply({"params": params["ar"]["norm"]}, x)
 
 
 def embed(params, cfg: ARConfig, dtype, previous, start, labels=None) -> jax.Array:
@@ -252,15 +152,15 @@ def hidden(
     dtype = jnp.dtype(compute.dtype)
     previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=SOS)
     x = embed(params, cfg, dtype, previous, 0, condition.labels)
-    shared = (context(params, cfg, dtype, condition), None)
-    blocks = layers.stack(Block, cfg, compute, cfg.depth, "ar/blocks")
-    x, _ = blocks.apply({"params": params["ar"]["blocks"]}, x, shared)
-    return rms_norm(x, params["ar"]["norm"]["scale"], cfg.norm_eps)
+    blocks = {"params": {"blocks": params["ar"]["blocks"]}}
+    x = Trunk(cfg, compute).apply(blocks, x, context(params, cfg, dtype, condition))
+    return final_norm(params, cfg, x)
 
 
 def head_weights(params, dtype) -> jax.Array:
     """The matrix of the head in the compute type, whole along `fsdp`: [D, V]."""
-    return layout.gather(params["ar"]["head"], "ar/head", dtype)["kernel"]
+    kernel = params["ar"]["head"]["kernel"]
+    return layout.gather(kernel, layout.Axes(kernel, HEAD), dtype)
 
 
 def head(weights: jax.Array, hidden: jax.Array) -> jax.Array:

@@ -1,68 +1,123 @@
-"""Softmax attention by XLA, by cuDNN on a CUDA GPU, or by Pallas kernels on a TPU.
+"""Softmax attention: one call that hides XLA, cuDNN (CUDA GPUs) and Pallas kernels (TPUs).
 
-B batch, T queries, S keys, H heads.
+B batch, T queries, S keys, D width, H heads.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from flextok_jax.nn import kernels
+from flextok_jax.nn.order import Sequence
 
 # What the TPU kernels leave for the backward pass, by name, for a remat policy.
 RESIDUALS = "attention"
 
 
+def layer_norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:
+    """LayerNorm over the last axis without scale and bias, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
 def attend(
-    q, k, v, implementation: str, scale: float, mask=None, bias=None, causal: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    head_dim: int,
+    sequence: Sequence,
+    implementation: str = "xla",
+    scale: float | None = None,
+    normalize: bool = False,
 ) -> jax.Array:
-    """softmax(scale q k^T + bias) v, computed in float32 inside.
+    """softmax(scale n(q) n(k)^T + bias) v within a sequence, computed in float32 inside.
 
     Args:
-        q: [B, T, H, head_dim]. k, v: [B, S, H, head_dim].
-        implementation: "xla" makes the logits in memory, "cudnn" and "pallas" do not. "pallas" is
-            for TPUs, without a bias and for sizes that `kernels.can_attend`: elsewhere it is "xla".
-        scale: of the logits.
-        mask: a NumPy bool [T, S], True where attention is allowed; None is everywhere.
-        bias: [1, 1, 1, S] added to the logits, or None.
-        causal: query i sees the keys 0 .. i only; in place of a mask.
+        q, k, v: [B, T, D], heads side by side.
+        head_dim: channels of a head.
+        sequence: who attends to whom, and the bias of keys.
+        implementation: "xla" makes the logits in memory, "cudnn" and "pallas" do not. Where a
+            kernel does not take the sizes, "pallas" is "xla".
+        scale: of the logits; 1 / sqrt(head_dim) by default.
+        normalize: whether n is LayerNorm over a head's channels (QK-norm); else it is nothing.
 
     Returns:
-        [B, T, H, head_dim].
+        [B, T, D].
     """
-    (batch, length, heads, size), keys = q.shape, k.shape[1]
-    if implementation == "pallas":
-        if bias is None and length == keys and kernels.can_attend(length, heads * size, size):
-            flat = (x.reshape(batch, length, heads * size) for x in (q, k, v))
-            mask = np.tri(length, dtype=bool) if causal else mask
-            out = checkpoint_name(kernels.attend(*flat, size, scale, mask), RESIDUALS)
-            return out.reshape(q.shape)
-        implementation = "xla"
+    (batch, length, width), bias = q.shape, sequence.key_bias()
+    scale = head_dim**-0.5 if scale is None else scale
+    if bias is None and kernels.can_attend(implementation, length, width, head_dim):
+        out = kernels.attend(q, k, v, head_dim, scale, sequence.mask(), norm=normalize)
+        return checkpoint_name(out, RESIDUALS)
+    q, k, v = (x.reshape(batch, length, -1, head_dim) for x in (q, k, v))
+    if normalize:
+        q, k = layer_norm(q), layer_norm(k)
     if bias is not None:
-        bias = jnp.broadcast_to(bias, (1, 1, length, keys)).astype(q.dtype)
-    if mask is not None:
-        mask = mask[None, None]
-    return jax.nn.dot_product_attention(
-        q, k, v, bias, mask, scale=scale, is_causal=causal, implementation=implementation
-    )
+        bias = jnp.broadcast_to(bias[None, None, None], (1, 1, length, length)).astype(q.dtype)
+
+    def softmax(q, k, v, mask=None, bias=None, causal=False):
+        mask = None if mask is None else mask[None, None]
+        how = "xla" if implementation == "pallas" else implementation
+        return jax.nn.dot_product_attention(
+            q, k, v, bias, mask, scale=scale, is_causal=causal, implementation=how
+        )
+
+    if sequence.is_causal:
+        out = softmax(q, k, v, bias=bias, causal=True)
+    elif (n := sequence.head) and bias is None:
+        head = softmax(q[:, :n], k[:, :n], v[:, :n])
+        tail = softmax(q[:, n:], k, v, sequence.mask()[n:])
+        out = jnp.concatenate([head, tail], axis=1)
+    else:
+        out = softmax(q, k, v, sequence.mask(), bias)
+    return out.reshape(batch, length, width)
 
 
-def with_norms(
-    implementation: str, length: int, width: int, head_dim: int, scale: float, mask=None
-):
-    """QK-norm and attention as one TPU kernel, or None where there is none for that.
+def attend_cached(q, k, v, keys, values, index, head_dim: int):
+    """Attention of new positions to themselves and to those in a cache.
 
     Args:
-        implementation: "pallas" asks for it.
-        length, width: of the queries, which are as many as the keys.
-        scale, mask: see `kernels.attend`.
+        q, k, v: [B, T, D] of the positions index, index + 1, ….
+        keys, values: the cache, [B, H, S, head_dim]: heads lie outside of positions, so that
+            products with one query read it as it is.
+        index: int32 [], how many positions are filled.
 
     Returns:
-        (q, k, v) -> a result, all [B, T, D]; the result is kept by RESIDUALS.
+        ([B, T, D], the keys and the values with the new positions).
     """
-    if implementation != "pallas" or not kernels.can_attend(length, width, head_dim):
-        return None
-    return lambda q, k, v: checkpoint_name(
-        kernels.attend(q, k, v, head_dim, scale, mask, norm=True), RESIDUALS
+    q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, heads_first(new), index, axis=2)
+        for old, new in ((keys, k), (values, v))
     )
+    position = index + jnp.arange(q.shape[1])
+    mask = jnp.arange(keys.shape[2])[None, :] <= position[:, None]
+    out = jax.nn.dot_product_attention(
+        q, heads_first(keys), heads_first(values), mask=mask[None, None]
+    )
+    return out.reshape(*q.shape[:2], -1), keys, values
+
+
+def attend_across(q, keys, values, mask, head_dim: int) -> jax.Array:
+    """Attention to another sequence.
+
+    Args:
+        q: [B, T, D].
+        keys, values: [B, H, S, head_dim].
+        mask: bool [B, S], True where there is something to attend to.
+
+    Returns:
+        [B, T, D].
+    """
+    heads = q.reshape(*q.shape[:2], -1, head_dim)
+    out = jax.nn.dot_product_attention(
+        heads, heads_first(keys), heads_first(values), mask=mask[:, None, None, :]
+    )
+    return out.reshape(q.shape)
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+    """[B, S, H, head_dim] <-> [B, H, S, head_dim]."""
+    return x.swapaxes(1, 2)

@@ -3,7 +3,73 @@
 import dataclasses
 import math
 
-SAMPLING_MODES = ("pow2", "uniform", "uniform_pow2", "fixed")
+from flextok_jax.flow.sampler import Sampler
+
+KEEP_MODES = ("pow2", "uniform", "uniform_pow2", "fixed")
+
+
+def _check(config, faults: list[str]) -> None:
+    """Raises one ValueError that lists every fault of a configuration."""
+    if faults:
+        raise ValueError(f"{type(config).__name__}: " + "; ".join(faults))
+
+
+def _choices(config, **allowed) -> list[str]:
+    return [
+        f"{name}={getattr(config, name)!r}, allowed: {', '.join(values)}"
+        for name, values in allowed.items()
+        if getattr(config, name) not in values
+    ]
+
+
+def _at_least(config, least: int, *names: str) -> list[str]:
+    values = {name: getattr(config, name) for name in names}
+    return [f"{n}={v}, must be at least {least}" for n, v in values.items() if not v >= least]
+
+
+def from_dict(cls, values):
+    """A configuration from nested dictionaries: the inverse of `dataclasses.asdict`.
+
+    Args:
+        cls: one of the dataclasses of this file.
+        values: a mapping of some or all of its fields; lists become tuples.
+
+    Raises:
+        ValueError: unknown fields, all of them named, or values that are not allowed.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no {unknown}; allowed: {sorted(fields)}")
+
+    def value(name, x):
+        default = fields[name].default
+        if dataclasses.is_dataclass(default):
+            return from_dict(type(default), x)
+        return tuple(x) if isinstance(x, list) else x
+
+    return cls(**{name: value(name, x) for name, x in values.items()})
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    out = {}
+    for key, value in tree.items():
+        inside = isinstance(value, dict)
+        out |= flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+    return out
+
+
+def nested(fields: dict) -> dict:
+    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    tree = {}
+    for path, value in fields.items():
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,95 +123,288 @@ def identity_vae(channels: int = 3) -> VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlexTokConfig:
-    """A FlexTok model: VAE, encoder, quantiser, decoder (REFERENCE names in brackets).
+class Blocks:
+    """A stack of Transformer blocks; the defaults are FlexTok's.
 
     Attributes:
-        vae: the autoencoder.
-        grid: patches (rows, columns) of a full-size image; N is their product.
-        patch_size: latent positions per patch side.
-        num_tokens: R, the number of registers.
-        levels: FSQ levels; F = len(levels).
-        enc_width, enc_depth, dec_width, dec_depth: D and depth of the two Transformers.
+        width: D.
+        depth: number of blocks.
         head_dim: channels per attention head.
-        mlp_ratio: the SwiGLU hidden width is int(2/3 * mlp_ratio * D).
-        max_timestep: scale of the time embedding's frequencies (1000 or 1).
-        time_frequencies: size of the sinusoidal time embedding (cosines and sines together).
-        mode_scale: s of the "mode" time sampling.
-        log_normal_time: time is sampled logit-normally instead.
-        keep_mode: how nested dropout samples the number of kept tokens, one of SAMPLING_MODES.
-        null_prob: probability per image of the null condition in training.
-        guidance_scale: what `detokenize` uses when it is not told.
+        mlp_hidden: hidden width of the MLPs; 0: int(8 D / 3) for SwiGLU, 4 D for GELU.
+        norm: "layer" (LayerNorm without parameters), "affine" (with scale and bias), or "rms".
+        norm_eps: epsilon of every norm.
+        qk_norm: what normalises queries and keys per head: "layer" (without parameters; logits are
+            then scaled by 8 / head_dim, the muP form), "rms", or "none".
+        mlp: "swiglu", "gelu" (exact), or "gelu_tanh".
+        bias: whether projections and MLPs have biases.
+        layer_scale: whether each branch is multiplied by a learned vector.
     """
 
-    vae: VAEConfig = VAEConfig()
-    grid: tuple[int, int] = (16, 16)
-    patch_size: int = 2
-    num_tokens: int = 256
-    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
-    enc_width: int = 768
-    enc_depth: int = 12
-    dec_width: int = 768
-    dec_depth: int = 12
+    width: int = 768
+    depth: int = 12
     head_dim: int = 64
-    mlp_ratio: float = 4.0
-    max_timestep: float = 1000.0
-    time_frequencies: int = 256
-    mode_scale: float = 0.25
-    log_normal_time: bool = False
-    keep_mode: str = "pow2"
-    null_prob: float = 0.2
-    guidance_scale: float = 7.5
+    mlp_hidden: int = 0
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    qk_norm: str = "layer"
+    mlp: str = "swiglu"
+    bias: bool = False
+    layer_scale: bool = False
 
     def __post_init__(self):
-        for name in ("enc_width", "dec_width"):
-            width = getattr(self, name)
-            if width % self.head_dim or width % 4:
-                raise ValueError(
-                    f"{name}={width}: must be a multiple of head_dim={self.head_dim} and of 4"
-                )
-        if self.keep_mode not in SAMPLING_MODES:
-            raise ValueError(f"keep_mode={self.keep_mode!r}: allowed are {SAMPLING_MODES}")
-        if self.keep_mode == "pow2" and self.num_tokens & (self.num_tokens - 1):
-            raise ValueError(
-                f"keep_mode='pow2' needs a power of two of tokens, not {self.num_tokens}; "
-                "use 'uniform_pow2' or 'uniform'"
+        faults = _at_least(self, 1, "width", "depth", "head_dim") + _at_least(self, 0, "mlp_hidden")
+        faults += _choices(
+            self,
+            norm=("layer", "affine", "rms"),
+            qk_norm=("layer", "rms", "none"),
+            mlp=("swiglu", "gelu", "gelu_tanh"),
+        )
+        if not faults and self.width % self.head_dim:
+            faults.append(f"width={self.width}, must be a multiple of head_dim={self.head_dim}")
+        if not self.norm_eps > 0:
+            faults.append(f"norm_eps={self.norm_eps}, must be positive")
+        _check(self, faults)
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.width // self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLPs."""
+        default = 8 * self.width // 3 if self.mlp == "swiglu" else 4 * self.width
+        return self.mlp_hidden or default
+
+
+@dataclasses.dataclass(frozen=True)
+class Sites:
+    """How an image is cut.
+
+    Attributes:
+        grid: patches (rows, columns) of a full-size image; N is their product.
+        patch_size: latent positions per patch side.
+    """
+
+    grid: tuple[int, int] = (16, 16)
+    patch_size: int = 2
+
+    def __post_init__(self):
+        faults = _at_least(self, 1, "patch_size")
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            faults.append(f"grid={self.grid}, must be two positive numbers")
+        _check(self, faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The registers that become tokens.
+
+    Attributes:
+        count: R, the number of registers.
+        order: "causal": token i does not depend on later ones, so that every prefix is exact;
+            "full": every token depends on all.
+        keep: how nested dropout samples the number of kept tokens, one of KEEP_MODES.
+    """
+
+    count: int = 256
+    order: str = "causal"
+    keep: str = "pow2"
+
+    def __post_init__(self):
+        faults = _at_least(self, 1, "count")
+        faults += _choices(self, order=("causal", "full"), keep=KEEP_MODES)
+        if self.keep == "pow2" and self.count & (self.count - 1):
+            faults.append(
+                f"keep='pow2' needs a power of two of tokens, not {self.count}; use 'uniform_pow2' "
+                "or 'uniform'"
             )
-        if min(self.levels, default=0) < 2:
-            raise ValueError(f"levels={self.levels}: every FSQ level must be at least 2")
+        if self.order == "full" and self.keep != "fixed":
+            faults.append(f"order='full' has no prefixes: keep={self.keep!r} must be 'fixed'")
+        _check(self, faults)
 
-    @property
-    def num_patches(self) -> int:
-        """N, for a full-size image."""
-        return self.grid[0] * self.grid[1]
 
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels per patch side."""
-        return self.patch_size * self.vae.downsample
+@dataclasses.dataclass(frozen=True)
+class Bottleneck:
+    """What turns features into codes (nn/bottleneck.py).
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) of a full-size image in pixels."""
-        return self.grid[0] * self.patch_pixels, self.grid[1] * self.patch_pixels
+    Attributes:
+        kind: "fsq", "vq", "kl" (continuous, regularised), or "none" (continuous).
+        levels: of "fsq"; their number is F.
+        dim: F of the other kinds; 0 for "fsq".
+        size: number of codes of "vq", 0 for the others.
+        normalize: of "vq": whether features and codes are compared and used at length 1.
+        commitment: of "vq": weight of the loss that moves features towards their codes.
+    """
 
-    @property
-    def patch_dim(self) -> int:
-        """Channels of a flattened patch."""
-        return self.patch_size**2 * self.vae.latent_channels
+    kind: str = "fsq"
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+    dim: int = 0
+    size: int = 0
+    normalize: bool = True
+    commitment: float = 0.25
+
+    def __post_init__(self):
+        faults = _choices(self, kind=("fsq", "vq", "kl", "none"))
+        if self.kind == "fsq":
+            if min(self.levels, default=0) < 3:
+                faults.append(f"levels={self.levels}, every FSQ level must be at least 3")
+            if math.prod(self.levels) >= 2**31:
+                faults.append(f"levels={self.levels} give {math.prod(self.levels)} ids: too many")
+        elif self.levels:
+            faults.append(f"levels={self.levels} are of 'fsq', not of {self.kind!r}: must be ()")
+        if (self.kind == "fsq") != (self.dim == 0):
+            faults.append(f"dim={self.dim}, must be 0 for 'fsq' and positive for the other kinds")
+        if (self.kind == "vq") != (self.size > 1):
+            faults.append(f"size={self.size}, must be at least 2 for 'vq' and 0 for other kinds")
+        if not self.commitment >= 0:
+            faults.append(f"commitment={self.commitment}, must not be negative")
+        _check(self, faults)
 
     @property
     def code_dim(self) -> int:
         """F, channels of a code."""
-        return len(self.levels)
+        return self.dim or len(self.levels)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether codes have ids."""
+        return self.kind in ("fsq", "vq")
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
-        size = 1
-        for level in self.levels:
-            size *= level
-        return size
+        """Number of ids; 0 where there are none."""
+        return math.prod(self.levels) if self.kind == "fsq" else self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Rectified flow, for the target "flow".
+
+    Attributes:
+        max_timestep: scale of the time embedding's frequencies (1000 or 1).
+        time_frequencies: size of the sinusoidal time embedding (cosines and sines together).
+        mode_scale: s of the "mode" time sampling.
+        log_normal_time: time is sampled logit-normally instead.
+        null_prob: probability per image of the null condition in training.
+        sampler: how images are sampled when it is not said otherwise.
+    """
+
+    max_timestep: float = 1000.0
+    time_frequencies: int = 256
+    mode_scale: float = 0.25
+    log_normal_time: bool = False
+    null_prob: float = 0.2
+    sampler: Sampler = Sampler()
+
+    def __post_init__(self):
+        faults = (
+            [] if 0 <= self.null_prob < 1 else [f"null_prob={self.null_prob}, must be in [0, 1)"]
+        )
+        for name in ("max_timestep", "time_frequencies"):
+            if not getattr(self, name) > 0:
+                faults.append(f"{name}={getattr(self, name)}, must be positive")
+        _check(self, faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What the decoder writes.
+
+    Attributes:
+        kind: "flow": a velocity, of noised latents and a time; "values": the latents, in one pass.
+        flow: of the kind "flow".
+    """
+
+    kind: str = "flow"
+    flow: Flow = Flow()
+
+    def __post_init__(self):
+        _check(self, _choices(self, kind=("flow", "values")))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """A tokenizer: VAE, encoder, bottleneck, decoder. The defaults are FlexTok d12-d12's."""
+
+    vae: VAEConfig = VAEConfig()
+    sites: Sites = Sites()
+    tokens: Tokens = Tokens()
+    bottleneck: Bottleneck = Bottleneck()
+    encoder: Blocks = Blocks()
+    decoder: Blocks = Blocks()
+    target: Target = Target()
+
+    def __post_init__(self):
+        blocks = {"encoder": self.encoder, "decoder": self.decoder}
+        faults = [
+            f"{name}.width={part.width}, must be a multiple of 4 (sine-cosine positions)"
+            for name, part in blocks.items()
+            if part.width % 4
+        ]
+        _check(self, faults)
+
+    @property
+    def num_tokens(self) -> int:
+        """R, the most tokens an image can have."""
+        return self.tokens.count
+
+    @property
+    def discrete(self) -> bool:
+        """Whether tokens are ids; else they are float codes."""
+        return self.bottleneck.discrete
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; 0 where codes are continuous."""
+        return self.bottleneck.vocab_size
+
+    @property
+    def code_dim(self) -> int:
+        """F, channels of a code."""
+        return self.bottleneck.code_dim
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The numbers of tokens that stand for an image: all, or R alone."""
+        count = self.num_tokens
+        return tuple(range(1, count + 1)) if self.tokens.order == "causal" else (count,)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether decoding samples a flow, with steps and guidance."""
+        return self.target.kind == "flow"
+
+    @property
+    def sampler(self) -> Sampler:
+        """The model's own way to sample."""
+        return self.target.flow.sampler
+
+    @property
+    def num_patches(self) -> int:
+        """N, for a full-size image."""
+        return self.sites.grid[0] * self.sites.grid[1]
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels per patch side."""
+        return self.sites.patch_size * self.vae.downsample
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of a full-size image in pixels."""
+        return self.sites.grid[0] * self.patch_pixels, self.sites.grid[1] * self.patch_pixels
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of a full-size image."""
+        rows, columns = (side * self.sites.patch_size for side in self.sites.grid)
+        return rows, columns, self.vae.latent_channels
+
+    @property
+    def patch_dim(self) -> int:
+        """Channels of a flattened patch."""
+        return self.sites.patch_size**2 * self.vae.latent_channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +414,13 @@ class ARConfig:
     Attributes:
         vocab_size: V, number of token ids.
         num_tokens: L, number of positions.
-        width, depth: D and the number of blocks.
-        head_dim: channels per attention head.
-        mlp_hidden: hidden width of the SwiGLU.
+        width, depth, head_dim, norm, norm_eps, mlp: see `Blocks`; norm is "rms" or "affine".
+        mlp_hidden: hidden width of the MLPs.
         num_classes: number of class embeddings, 0: not conditioned on a class.
         text_dim: E, channels of the text embeddings that blocks attend to, 0: no text.
         text_hidden: hidden width of the two layers from E to D, 0 without text.
         text_gelu_tanh: whether their GELU is the tanh approximation.
-        qk_norm: whether queries and keys are normalised per head.
-        norm_eps: epsilon of every RMSNorm.
+        qk_norm: whether queries and keys are normalised per head, by RMSNorm.
         guidance_scale: what generation uses when it is not told.
     """
 
@@ -180,30 +437,41 @@ class ARConfig:
     qk_norm: bool = False
     norm_eps: float = 1e-6
     guidance_scale: float = 1.5
+    norm: str = "rms"
+    mlp: str = "swiglu"
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_tokens", "width", "depth", "head_dim", "mlp_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("num_classes", "text_dim", "text_hidden"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 0 (none) or more")
-        if self.width % self.head_dim:
-            raise ValueError(f"width={self.width}: must be a multiple of head_dim={self.head_dim}")
+        faults = _at_least(self, 1, "vocab_size", "num_tokens", "mlp_hidden")
+        faults += _at_least(self, 0, "num_classes", "text_dim", "text_hidden")
+        faults += _choices(self, norm=("rms", "affine"))
         if self.num_classes and self.text_dim:
-            raise ValueError(
+            faults.append(
                 f"num_classes={self.num_classes} and text_dim={self.text_dim}: a model is "
                 "conditioned on a class or on text; set one of them to 0"
             )
         if (self.text_dim > 0) != (self.text_hidden > 0):
-            raise ValueError(
+            faults.append(
                 f"text_dim={self.text_dim} and text_hidden={self.text_hidden}: both must be "
                 "positive (a text model) or both 0"
             )
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps={self.norm_eps}: must be positive")
         if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale={self.guidance_scale}: must be finite")
+            faults.append(f"guidance_scale={self.guidance_scale}, must be finite")
+        _check(self, faults)
+        _ = self.blocks  # checks the rest
+
+    @property
+    def blocks(self) -> Blocks:
+        """The Transformer's blocks."""
+        return Blocks(
+            self.width,
+            self.depth,
+            self.head_dim,
+            self.mlp_hidden,
+            self.norm,
+            self.norm_eps,
+            "rms" if self.qk_norm else "none",
+            self.mlp,
+        )
 
     @property
     def num_heads(self) -> int:

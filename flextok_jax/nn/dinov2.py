@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.nn import attention, layers, layout
-from flextok_jax.nn.config import Compute
+from flextok_jax.nn import layout, order
+from flextok_jax.nn.block import Norm, normal, stack, xavier
+from flextok_jax.nn.config import Blocks, Compute
 
 # Of the colours in 0..1 that it was trained on (ImageNet's).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,32 +42,21 @@ class DINOv2Config:
     grid: int = 37
     norm_eps: float = 1e-6
 
-
-class _Block(nn.Module):
-    """Pre-norm block with learned scales of both branches."""
-
-    cfg: DINOv2Config
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x, _):
-        cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
-
-        def dense(features, name):
-            return nn.Dense(features, dtype=dtype, name=name)
-
-        def scaled(x, name):
-            scale = self.param(name, nn.initializers.ones_init(), (cfg.width,))
-            return x * scale.astype(dtype)[None, None]
-
-        y = _norm(cfg, dtype, "norm1")(x)
-        heads = (*x.shape[:2], cfg.num_heads, cfg.width // cfg.num_heads)
-        q, k, v = (dense(cfg.width, name)(y).reshape(heads) for name in ("query", "key", "value"))
-        y = attention.attend(q, k, v, self.compute.attention, heads[-1] ** -0.5).reshape(x.shape)
-        x = x + scaled(dense(cfg.width, "proj")(y), "scale1")
-        y = dense(cfg.mlp_hidden, "fc1")(_norm(cfg, dtype, "norm2")(x))
-        y = dense(cfg.width, "fc2")(nn.gelu(y, approximate=False))
-        return layout.batch_first(x + scaled(y, "scale2")), None
+    @property
+    def blocks(self) -> Blocks:
+        """The Transformer's blocks."""
+        return Blocks(
+            width=self.width,
+            depth=self.depth,
+            head_dim=self.width // self.num_heads,
+            mlp_hidden=self.mlp_hidden,
+            norm="affine",
+            norm_eps=self.norm_eps,
+            qk_norm="none",
+            mlp="gelu",
+            bias=True,
+            layer_scale=True,
+        )
 
 
 class DINOv2(nn.Module):
@@ -82,21 +72,22 @@ class DINOv2(nn.Module):
     def __call__(self, images):
         cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
         size = (cfg.patch_size, cfg.patch_size)
-        options = dict(padding="VALID", dtype=dtype, name="patch_emb")
-        x = nn.Conv(cfg.width, size, size, **options)(images)
+        embed = nn.Conv(
+            cfg.width, size, size, padding="VALID", dtype=dtype, name="patch_emb",
+            kernel_init=layout.axes(xavier, None, None, None, "embed"),
+        )  # fmt: skip
+        x = embed(images)
         batch, rows, columns, _ = x.shape
-        first = self.param("cls", layers.normal, (1, 1, cfg.width))
-        positions = self.param("pos", layers.normal, (1, 1 + cfg.grid**2, cfg.width))
+        first = self.param("cls", layout.axes(normal, None, None, None), (1, 1, cfg.width))
+        axes = layout.axes(normal, None, None, "embed")
+        positions = self.param("pos", axes, (1, 1 + cfg.grid**2, cfg.width))
         first = jnp.broadcast_to(first.astype(dtype), (batch, 1, cfg.width))
         x = jnp.concatenate([first, x.reshape(batch, -1, cfg.width)], axis=1)
         x = x + interpolate(positions, rows, columns).astype(dtype)
         compute = dataclasses.replace(self.compute, remat="none")  # It has no backward pass.
-        x, _ = layers.stack(_Block, cfg, compute, cfg.depth, "dinov2/blocks")(x, None)
-        return _norm(cfg, jnp.float32, "norm")(x)
-
-
-def _norm(cfg, dtype, name):
-    return nn.LayerNorm(cfg.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+        carry, sequence = ((x,), None, jnp.int32(0)), order.full(patches=x.shape[1])
+        (x,), *_ = stack(cfg.blocks, compute, carry, (None,) * 3, sequences=(sequence,))
+        return Norm("affine", cfg.norm_eps, name="norm")(x.astype(jnp.float32))
 
 
 def interpolate(positions, rows: int, columns: int):
@@ -148,6 +139,6 @@ def patch_features(params, cfg: DINOv2Config, compute: Compute, images) -> jax.A
 
 
 def shapes(cfg: DINOv2Config):
-    """The shapes of the parameters."""
+    """The shapes of the parameters, in boxes with their axes."""
     images = jax.ShapeDtypeStruct((1, cfg.patch_size, cfg.patch_size, 3), jnp.float32)
     return jax.eval_shape(DINOv2(cfg).init, jax.random.key(0), images)["params"]

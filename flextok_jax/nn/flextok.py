@@ -1,26 +1,42 @@
-"""The whole FlexTok model as pure functions of (params, configs, arrays)."""
+"""The whole tokenizer as pure functions of (params, configs, arrays)."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
 
 from flextok_jax.flow import sampler
-from flextok_jax.nn import fsq, vae
-from flextok_jax.nn.config import Compute, FlexTokConfig
+from flextok_jax.nn import bottleneck, vae
+from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.decoder import Condition, Decoder, unconditional
 from flextok_jax.nn.encoder import Encoder
 
 
-def init(cfg: FlexTokConfig, key: jax.Array) -> dict:
-    """Random parameters {"vae", "encoder", "decoder"}, float32."""
-    key_vae, key_enc, key_dec = jax.random.split(key, 3)
-    rows, cols = (s * cfg.patch_size for s in cfg.grid)
-    latents = jnp.zeros((1, rows, cols, cfg.vae.latent_channels))
-    null = unconditional(1, len(cfg.levels))
-    return {
+def init(cfg: TokenizerConfig, key: jax.Array) -> dict:
+    """Random parameters, float32, in boxes with their axes (see nn/layout.py).
+
+    {"vae", "encoder", "decoder"}, and {"bottleneck"} where that has any.
+    """
+    key_vae, key_enc, key_dec, key_book = jax.random.split(key, 4)
+    latents = jnp.zeros((1, *cfg.latent_shape))
+    condition = Condition(
+        jnp.zeros((1, cfg.num_tokens, cfg.code_dim)),
+        jnp.full((1,), cfg.num_tokens),
+        jnp.zeros((1,), bool),
+    )
+    flow = (latents, jnp.zeros((1,))) if cfg.is_flow else ()
+    params = {
         "vae": vae.init_vae(cfg.vae, key_vae),
         "encoder": Encoder(cfg).init(key_enc, latents)["params"],
-        "decoder": Decoder(cfg).init(key_dec, latents, jnp.zeros((1,)), (null,))["params"],
+        "decoder": Decoder(cfg).init(key_dec, (condition,), *flow)["params"],
     }
+    book = bottleneck.init(cfg.bottleneck, key_book)
+    return params | ({"bottleneck": book} if book else {})
+
+
+def shapes(cfg: TokenizerConfig) -> dict:
+    """The shapes of `init`'s parameters, without making them, in their boxes."""
+    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
 
 
 def lengths(num_tokens: int) -> tuple[int, ...]:
@@ -33,51 +49,90 @@ def bucket(k: int, num_tokens: int) -> int:
     return next(length for length in lengths(num_tokens) if length >= k)
 
 
-def encode(params, cfg: FlexTokConfig, compute: Compute, latents, num_registers=None):
-    """Scaled latents [B, h, w, C] -> registers before quantisation, float32 [B, K, F]."""
+def encode(params, cfg: TokenizerConfig, compute: Compute, latents, num_registers=None):
+    """Scaled latents [B, h, w, C] -> registers before the bottleneck, float32 [B, K, channels]."""
     return Encoder(cfg, compute).apply({"params": params["encoder"]}, latents, num_registers)
 
 
-def velocities(params, cfg: FlexTokConfig, compute: Compute, x_t, t, conditions, capture=None):
-    """The decoder's velocities, one per condition; see `Decoder.__call__`."""
+def quantize(params, cfg: TokenizerConfig, registers, noise=None) -> bottleneck.Quantized:
+    """Registers [B, K, channels] -> codes, ids and loss; see `bottleneck.quantize`."""
+    return bottleneck.quantize(params.get("bottleneck", {}), cfg.bottleneck, registers, noise)
+
+
+def codes_of(params, cfg: TokenizerConfig, tokens) -> jax.Array:
+    """Tokens (ids, or float codes) -> float32 [B, K, F]."""
+    return bottleneck.codes_of(params.get("bottleneck", {}), cfg.bottleneck, tokens)
+
+
+def tokens_of(params, cfg: TokenizerConfig, compute: Compute, images, count=None, noise=None):
+    """Images to tokens: the way of `FlexTok.tokenize` and of training on tokens alike.
+
+    Where ids are decided, float32 means products of the highest precision: TF32 and bfloat16
+    products would turn some ids into their neighbours.
+
+    Args:
+        images: float32 [B, H, W, 3] in [-1, 1].
+        count: K, how many tokens; all by default.
+        noise: [B, h, w, C], for a sample of the VAE's posterior; None: its mean.
+
+    Returns:
+        (registers float32 [B, K, channels], tokens: ids int32 [B, K] or codes float32 [B, K, F]).
+    """
+    dtype, exact = jnp.dtype(compute.dtype), compute.dtype == "float32"
+    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+        latents = vae.images_to_latents(params["vae"], cfg.vae, images, dtype, noise)
+        registers = encode(params, cfg, compute, latents, count)
+        found = quantize(params, cfg, registers)
+    return registers, found.codes if found.ids is None else found.ids
+
+
+def velocities(params, cfg: TokenizerConfig, compute: Compute, x_t, t, conditions, capture=None):
+    """The velocities of a flow, one per condition; see `Decoder.__call__`."""
     decoder = Decoder(cfg, compute)
-    return decoder.apply({"params": params["decoder"]}, x_t, t, conditions, capture)
+    return decoder.apply({"params": params["decoder"]}, conditions, x_t, t, capture)
 
 
-def decode(
-    params,
-    cfg: FlexTokConfig,
-    compute: Compute,
-    codes: jax.Array,
-    keep: jax.Array,
-    noise: jax.Array,
-    scales: jax.Array,
-    guided: bool,
-    normalized: bool,
-) -> jax.Array:
-    """Codes to scaled latents by the flow.
+def values(params, cfg: TokenizerConfig, compute: Compute, codes, keep, grid=None) -> jax.Array:
+    """Codes [B, K, F] to scaled latents float32 [B, h, w, C] in one pass; see `Decoder`."""
+    condition = Condition(codes, keep, jnp.zeros(keep.shape, bool))
+    decoder = Decoder(cfg, compute)
+    (made,) = decoder.apply({"params": params["decoder"]}, (condition,), grid=grid)
+    return made
+
+
+def flow_steps(
+    params, cfg: TokenizerConfig, compute: Compute, codes, keep, state, schedule, first, stop, **how
+) -> sampler.State:
+    """Steps of the flow from codes to scaled latents.
 
     Args:
         codes: float32 [B, K, F], K <= R: positions beyond K are folded into one.
         keep: int32 [B], tokens kept of each image, at most K.
-        noise: [B, h, w, C].
-        scales, guided, normalized: see `sampler.euler`.
-
-    Returns:
-        float32 [B, h, w, C].
+        state, schedule, first, stop, how: see `sampler.integrate`.
     """
     batch = codes.shape[0]
     conditions = (Condition(codes, keep, jnp.zeros((batch,), bool)),)
-    if guided:
-        conditions += (unconditional(batch, len(cfg.levels)),)
+    if how["guided"]:
+        conditions += (unconditional(batch, cfg.code_dim),)
 
     def step(x, t):
         return velocities(params, cfg, compute, x, t, conditions)
 
-    return sampler.euler(step, noise, scales, guided, normalized)
+    return sampler.integrate(step, state, schedule, first, stop, **how)
 
 
-def quantize(registers: jax.Array, cfg: FlexTokConfig) -> tuple[jax.Array, jax.Array]:
-    """Registers [..., F] -> (codes float32 [..., F] with straight-through gradient, ids int32)."""
-    codes = fsq.quantize(registers, cfg.levels)
-    return codes, fsq.codes_to_indices(codes, cfg.levels)
+def decode(params, cfg: TokenizerConfig, compute: Compute, codes, keep, noise, how=None):
+    """Codes to scaled latents, float32 [B, h, w, C], by either target.
+
+    Args:
+        codes, keep: see `flow_steps`.
+        noise: [B, h, w, C]; of the target "values" its shape alone counts.
+        how: a `Sampler`, None for the model's own; not for the target "values".
+    """
+    if not cfg.is_flow:
+        grid = tuple(side // cfg.sites.patch_size for side in noise.shape[1:3])
+        return values(params, cfg, compute, codes, keep, grid)
+    how = cfg.sampler if how is None else how
+    flags = dict(guided=how.guided, normalized=how.normalized, solver=how.solver)
+    state, steps = sampler.start(noise), how.schedule()
+    return flow_steps(params, cfg, compute, codes, keep, state, steps, 0, how.steps, **flags).x

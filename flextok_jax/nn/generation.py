@@ -1,4 +1,4 @@
-"""Generation: tokens one after the other, with a cache of keys and values (REFERENCE section 9).
+"""Generation: tokens one after the other, with a cache (docs/reference.md, AR models).
 
 Each position costs one pass of the blocks over one token per sequence, and the head on that one.
 The cache grows by doubling, so attention costs in proportion to the positions that are filled.
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.nn import ar
-from flextok_jax.nn.ar import ARCondition, BlockCache
+from flextok_jax.nn.ar import ARCondition
+from flextok_jax.nn.block import Block, Cache
 from flextok_jax.nn.config import ARConfig, Compute
 
-FIRST_ROOM = 64  # Positions of the smallest cache.
+FIRST_LENGTH = 64  # Positions of the smallest cache.
 
 
 class Sampling(NamedTuple):
@@ -73,14 +74,16 @@ def generate(
         previous = jnp.repeat(previous, branches, axis=0)
         x = ar.embed(params, cfg, dtype, previous, index, both.labels)
         kept = []
+        block = Block(cfg.blocks, compute, cross=bool(cfg.text_dim))
         for layer, cache in zip(layers, caches):
-            x, cache = ar.Block(cfg, compute).apply({"params": layer}, x, (context, cache))
+            carry = ((x,), None, jnp.int32(0))
+            ((x,), *_), cache = block.apply({"params": layer}, carry, (None, context, cache))
             kept.append(cache)
         return x, tuple(kept)
 
-    shape = (batch * branches, cfg.num_heads, max(given, min(FIRST_ROOM, cfg.num_tokens)))
+    shape = (batch * branches, cfg.num_heads, max(given, min(FIRST_LENGTH, cfg.num_tokens)))
     empty = jnp.zeros((*shape, cfg.head_dim), dtype)
-    caches = (BlockCache(empty, empty, None, jnp.int32(0)),) * cfg.depth
+    caches = (Cache(empty, empty, None, jnp.int32(0)),) * cfg.depth
     tokens = jnp.pad(prefix, ((0, 0), (0, cfg.num_tokens - given)))
     if given or cfg.text_dim:  # The text's keys and values are computed here, once.
         previous = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=ar.SOS)[:, : max(given, 1)]
@@ -92,7 +95,7 @@ def generate(
         tokens, caches = state
         before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(i - 1, 0), 1, axis=1)
         x, caches = blocks(jnp.where(i == 0, ar.SOS, before), i, context, caches)
-        x = ar.rms_norm(x[:, 0], params["ar"]["norm"]["scale"], cfg.norm_eps)
+        x = ar.final_norm(params, cfg, x[:, 0])
         if null is not None:
             # The head is linear: guiding the features is guiding the logits, at half the cost.
             x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(batch, 2, -1), 1, 0)
@@ -101,10 +104,10 @@ def generate(
         token = sample(ar.head(weights, x), draws, sampling)
         return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), caches
 
-    for room in _rooms(shape[2], cfg.num_tokens):
-        caches = tuple(_grow(cache, room) for cache in caches)
-        first = jnp.minimum(start, room)
-        last = jnp.minimum(stop, room)
+    for length in _lengths(shape[2], cfg.num_tokens):
+        caches = tuple(_grow(cache, length) for cache in caches)
+        first = jnp.minimum(start, length)
+        last = jnp.minimum(stop, length)
         tokens, caches = jax.lax.fori_loop(first, last, step, (tokens, caches))
         start = jnp.maximum(first, last)
     return tokens
@@ -231,7 +234,7 @@ def _interleave(a, b):
     return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
 
-def _rooms(first: int, most: int):
+def _lengths(first: int, most: int):
     """Sizes of the cache, doubling from `first` to `most`."""
     while first < most:
         yield first
@@ -239,7 +242,7 @@ def _rooms(first: int, most: int):
     yield most
 
 
-def _grow(cache: BlockCache, room: int) -> BlockCache:
-    """The cache with room for that many positions."""
-    padding = ((0, 0), (0, 0), (0, room - cache.k.shape[2]), (0, 0))
+def _grow(cache: Cache, length: int) -> Cache:
+    """The cache at that length."""
+    padding = ((0, 0), (0, 0), (0, length - cache.k.shape[2]), (0, 0))
     return cache._replace(k=jnp.pad(cache.k, padding), v=jnp.pad(cache.v, padding))

@@ -31,17 +31,21 @@ NEVER = -1e30  # A logit whose exp is 0, and that stays finite with another one 
 f32 = jnp.float32
 
 
-def can_attend(length: int, width: int, head_dim: int) -> bool:
-    """Whether `attend` takes these sizes on the mesh that is set."""
+def can_attend(implementation: str, length: int, width: int, head_dim: int) -> bool:
+    """Whether `attend` is asked for, and takes these sizes on the mesh that is set."""
+    if implementation != "pallas":
+        return False
     mesh = jax.sharding.get_abstract_mesh()
     groups = LANES * (1 if mesh.empty else mesh.shape["tensor"])  # whole ones on each device
     fits = length % LANES == 0 and length <= MAX_LENGTH and width % groups == 0
     return fits and LANES % head_dim == 0
 
 
-def can_normalize(length: int, segments: int, width: int) -> bool:
-    """Whether `normalize` and `add_gated` take these sizes."""
-    return length % (segments * LANES) == 0 and width % LANES == 0
+def can_normalize(implementation: str, lengths: tuple[int, ...], width: int) -> bool:
+    """Whether `normalize` and `add_gated` are asked for, and take segments of these lengths."""
+    equal = all(length == lengths[0] for length in lengths)
+    fits = equal and lengths[0] % LANES == 0 and width % LANES == 0
+    return implementation == "pallas" and fits
 
 
 # --- attention ---

@@ -1,21 +1,25 @@
-"""Where arrays lie on a mesh: two tables, parameter path -> logical axes -> mesh axes.
+"""Where arrays lie on a mesh. A parameter's axes are said beside its initialiser.
 
-A parameter is stored sharded over `fsdp` and `tensor`; a batch over `data` and `fsdp`. The last
-dimensions of a kernel are (in, out); stacked blocks have a leading depth axis that is never cut. A
-frozen tokenizer ("tokenizer/encoder/...") lies as one that is trained.
+    self.param("kernel", layout.axes(xavier, "embed", "hidden"), (width, hidden))
 
-Networks use the second half while they are traced: it does nothing where no mesh is set.
+`init` functions return each such parameter in a box, `Axes`, with the names of its dimensions; an
+array without a box is replicated. `MESH_AXES` maps the names to the axes of a mesh. Parameters are
+stored sharded over `fsdp` and `tensor`, a batch over `data` and `fsdp`.
+
+The last two functions are for networks while they are traced: they do nothing where no mesh is set.
 """
 
 import functools
-import re
+from collections.abc import Callable
 
+import flax
 import jax
+from flax.core import meta
 from jax.sharding import PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
 
-# Logical axis -> mesh axis. None is replicated.
+# Name of a dimension -> mesh axis. None is replicated.
 MESH_AXES = {
     "embed": "fsdp",
     "hidden": "tensor",
@@ -24,41 +28,51 @@ MESH_AXES = {
     None: None,
 }
 
-# (pattern over the whole path, logical axes of the LAST dimensions). Exactly one pattern matches
-# each parameter; leading dimensions that are not named are replicated.
-PARAMETER_RULES = (
-    (r"(encoder|decoder)/blocks/attn/w[qkv]/kernel", ("embed", "heads")),
-    (r"(encoder|decoder)/blocks/attn/proj/kernel", ("heads", "embed")),
-    (r"(encoder|decoder)/blocks/mlp/fc[13]/kernel", ("embed", "hidden")),
-    (r"(encoder|decoder)/blocks/mlp/fc2/kernel", ("hidden", "embed")),
-    (r"decoder/blocks/adaln/kernel", ("embed", "hidden")),
-    (r"decoder/blocks/adaln/bias", ("hidden",)),
-    (r"decoder/head_adaln/kernel", ("embed", "hidden")),
-    (r"decoder/head_adaln/bias", ("hidden",)),
-    (r"decoder/time_mlp_[01]/kernel", (None, "embed")),
-    (r"(encoder|decoder)/(patch_emb|register_proj)/kernel", (None, "embed")),
-    (r"(encoder|decoder)/head/kernel", ("embed", None)),
-    (r"(encoder|decoder)/(patch_emb|head|register_proj|time_mlp_[01])/bias", ()),
-    (r"(encoder|decoder)/(sincos|registers|register_pos)", ()),
-    (r"decoder/(mask|null)", ()),
-    (r"ar/blocks/(attn|cross)/w[qkv]/kernel", ("embed", "heads")),
-    (r"ar/blocks/(attn|cross)/proj/kernel", ("heads", "embed")),
-    (r"ar/blocks/mlp/fc[13]/kernel", ("embed", "hidden")),
-    (r"ar/blocks/mlp/fc2/kernel", ("hidden", "embed")),
-    (r"ar/(blocks/norm_[123]|blocks/(attn|cross)/[qk]_norm|norm)/scale", ()),
-    (r"ar/embed", ("vocab", "embed")),
-    (r"ar/head/kernel", ("embed", "vocab")),
-    (r"ar/(pos|classes)", (None, "embed")),
-    (r"ar/sos", ()),
-    (r"ar/text_fc1/kernel", ("embed", "hidden")),
-    (r"ar/text_fc2/kernel", ("hidden", "embed")),
-    (r"(repa/fc[13]|dinov2/blocks/(query|key|value|fc1))/kernel", ("embed", "hidden")),
-    (r"(repa/fc2|dinov2/blocks/(proj|fc2))/kernel", ("hidden", "embed")),
-    (r"dinov2/(patch_emb/kernel|pos)", (None, "embed")),
-    (r"(repa|dinov2)/(.*/bias|.*/scale|blocks/scale[12]|cls)", ()),
-    (r"(vae|discriminator|lpips)/.*", ()),
-    (r"null_text/.*", ()),  # the embedding of the empty caption
-)
+
+class Axes(flax.struct.PyTreeNode, meta.AxisMetadata):
+    """An array and the names of its dimensions, one of MESH_AXES for each.
+
+    Attributes:
+        value: the array, or its shape.
+        names: as many as `value` has dimensions.
+    """
+
+    value: jax.Array
+    names: tuple = flax.struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, val):
+        return self.replace(value=val)
+
+    def add_axis(self, index, params):
+        return self.replace(names=(*self.names[:index], None, *self.names[index:]))
+
+    def remove_axis(self, index, params):
+        return self.replace(names=(*self.names[:index], *self.names[index + 1 :]))
+
+
+def axes(initializer: Callable, *names: str | None) -> Callable:
+    """The initialiser of a parameter whose dimensions have these names."""
+    return lambda *args, **kwargs: Axes(initializer(*args, **kwargs), names)
+
+
+def is_box(x) -> bool:
+    """Whether `x` is an array with its axes: the leaves of a tree of parameters."""
+    return isinstance(x, Axes)
+
+
+def unbox(tree):
+    """The arrays (or shapes) alone."""
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def box(params, like):
+    """`params` (arrays) in the boxes of a tree `like` it."""
+    return jax.tree.map(
+        lambda b, x: b.replace(value=x) if is_box(b) else x, like, params, is_leaf=is_box
+    )
 
 
 def path_string(path) -> str:
@@ -66,29 +80,27 @@ def path_string(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def logical_axes(path: str) -> tuple:
-    """The logical axes of the parameter at `path` (its last dimensions).
+def spec(x, mesh) -> PartitionSpec:
+    """The partition of one parameter, a box or an array.
 
-    Raises:
-        ValueError: no rule, or more than one, matches.
+    A dimension that the mesh axis does not divide stays whole.
     """
-    path = path.removeprefix("tokenizer/")
-    hits = [axes for pattern, axes in PARAMETER_RULES if re.fullmatch(pattern, path)]
-    if len(hits) != 1:
-        raise ValueError(f"{len(hits)} sharding rules match the parameter {path!r}; need exactly 1")
-    return hits[0]
+    if not is_box(x):
+        return PartitionSpec()
+    return named_spec(x.names, x.value.shape, mesh)
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
-    """The partition of one parameter; an axis that does not divide evenly stays whole."""
-    axes = logical_axes(path)
-    axes = (None,) * (len(shape) - len(axes)) + axes
-    spec = []
-    for size, axis in zip(shape, axes):
-        mesh_axis = MESH_AXES[axis]
-        fits = mesh_axis is not None and size % mesh.shape[mesh_axis] == 0
-        spec.append(mesh_axis if fits else None)
-    return PartitionSpec(*spec)
+def named_spec(names: tuple, shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """The partition of an array of this shape whose dimensions have these names."""
+    if len(names) != len(shape):
+        raise ValueError(f"axes {names} of a parameter of shape {shape}: one name per dimension")
+    mesh_axes = (MESH_AXES[name] for name in names)
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(shape, mesh_axes)
+        )
+    )
 
 
 def batch_first(x: jax.Array) -> jax.Array:
@@ -102,7 +114,7 @@ def batch_first(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def gather(params, prefix: str, dtype):
+def gather(params, like, dtype):
     """The parameters of one block as it computes with them: in `dtype`, whole along `fsdp`.
 
     They travel between devices in `dtype`, and the sums of their gradients are scattered as they
@@ -110,19 +122,19 @@ def gather(params, prefix: str, dtype):
     vectors, only the type changes.
 
     Args:
-        params: a block's tree, one layer of the stack.
-        prefix: its path, such as "decoder/blocks".
+        params: a tree of arrays, of one layer of a stack.
+        like: the same tree with boxes, which say the axes.
         dtype: the compute type.
     """
     mesh = jax.sharding.get_abstract_mesh()
 
-    def one(path, x):
+    def one(box, x):
         x = x.astype(dtype)
-        if mesh.empty or x.ndim < 2:
+        if mesh.empty or x.ndim < 2 or not is_box(box):
             return x
-        return _gather(param_spec(f"{prefix}/{path_string(path)}", x.shape, mesh), x)
+        return _gather(named_spec(box.names, x.shape, mesh), x)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree.map(one, like, params, is_leaf=is_box)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import dinov2, layers, layout
+from flextok_jax.nn.attention import layer_norm
+from flextok_jax.nn.block import zeros
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.dinov2 import DINOv2Config
 from flextok_jax.nn.images import to_float
@@ -31,15 +33,15 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x):
         hidden = 4 * x.shape[-1]
-        x = layers.layer_norm(x)
+        x = layer_norm(x)
         for name in ("fc1", "fc2"):
-            dense = nn.Dense(hidden, dtype=self.dtype, kernel_init=layers.xavier, name=name)
-            x = nn.silu(dense(x))
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=layers.zeros, name="fc3")(x)
+            axes = ("embed", "hidden") if name == "fc1" else ("hidden", "embed")
+            x = nn.silu(layers.dense(hidden, self.dtype, name, names=axes)(x))
+        return layers.dense(self.width, self.dtype, "fc3", zeros, ("embed", "hidden"))(x)
 
 
 def init(features: int, width: int, key: jax.Array) -> dict:
-    """Parameters of the projection from D=`features` to E=`width`, float32."""
+    """Parameters of the projection from D=`features` to E=`width`, float32, in their boxes."""
     return Projection(width, jnp.float32).init(key, jnp.zeros((1, 1, features)))["params"]
 
 
@@ -82,7 +84,8 @@ def similarity(params, features, targets, dtype) -> jax.Array:
             f"REPA: targets {targets.shape} for features {features.shape}: both grids must be "
             f"square, and the projection makes {expected} channels (repa.width)"
         )
-    params = layout.gather(params, "repa", dtype)
+    like = jax.eval_shape(Projection(width, dtype).init, jax.random.key(0), features)["params"]
+    params = layout.gather(params, like, dtype)
     x = Projection(width, dtype).apply({"params": params}, features)
     x = x.astype(jnp.float32).reshape(batch, ours, ours, width)
     x = jax.image.resize(x, (batch, theirs, theirs, width), "linear").reshape(targets.shape)

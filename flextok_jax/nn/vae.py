@@ -164,8 +164,7 @@ class AutoencoderKL(_Layers):
         moments = self.encoder(images)
         if self.cfg.quant_conv:
             moments = self.quant_conv(moments)
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(logvar, MIN_LOGVAR, MAX_LOGVAR)
+        return split_moments(moments)
 
     def decode(self, latents):
         """Unscaled latents [B, h, w, C] -> images [B, H, W, in_channels], not clipped."""
@@ -232,14 +231,21 @@ def decode_latents(params, cfg: VAEConfig, latents, dtype=jnp.float32):
     return AutoencoderKL(cfg, dtype).apply({"params": params}, latents, method="decode")
 
 
+def split_moments(moments):
+    """[..., 2C] -> (mean, log variance within [-30, 20]) of a Gaussian, float32 [..., C] each."""
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, MIN_LOGVAR, MAX_LOGVAR)
+
+
 def sample_posterior(mean, logvar, noise):
     """mean + std * noise, with standard normal noise of the same shape [B, h, w, C]."""
     return mean + jnp.exp(0.5 * logvar) * noise
 
 
 def kl(mean, logvar):
-    """KL divergence to the standard normal in nats, summed per image: [B, h, w, C] -> [B]."""
-    return 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
+    """KL divergence to the standard normal in nats, summed per image: [B, ...] -> [B]."""
+    terms = mean**2 + jnp.exp(logvar) - 1.0 - logvar
+    return 0.5 * jnp.sum(terms, axis=range(1, terms.ndim))
 
 
 def images_to_latents(params, cfg: VAEConfig, images, dtype=jnp.float32, noise=None):

@@ -1,19 +1,36 @@
-"""The tables of `nn.layout` applied: trees of shardings, and batches put on a mesh."""
+"""Trees of shardings from the axes that parameters carry, and batches put on a mesh."""
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flextok_jax.nn.layout import BATCH_AXES, param_spec, path_string
+from flextok_jax.nn import layout
+from flextok_jax.nn.layout import BATCH_AXES
 
 
 def param_shardings(mesh: Mesh, params):
-    """A tree of NamedSharding like `params` (arrays or shapes)."""
+    """A tree of NamedSharding, one for each parameter.
 
-    def of(path, leaf):
-        return NamedSharding(mesh, param_spec(path_string(path), leaf.shape, mesh))
+    Args:
+        params: boxes with axes (see `nn.layout`), of arrays or shapes; what is in no box is
+            replicated.
+    """
+    return jax.tree.map(
+        lambda x: NamedSharding(mesh, layout.spec(x, mesh)), params, is_leaf=layout.is_box
+    )
 
-    return jax.tree_util.tree_map_with_path(of, params)
+
+def place(mesh: Mesh | None, params, like):
+    """Parameters on the devices.
+
+    Args:
+        mesh: None: the default device.
+        params: a tree of arrays.
+        like: the same tree with boxes, which say the axes.
+    """
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, params)
+    return jax.device_put(params, param_shardings(mesh, like))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -15,7 +15,7 @@ from flextok_jax.data.source import check_labels
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar
 from flextok_jax.io.paths import as_path
-from flextok_jax.nn import ar, flextok, vae
+from flextok_jax.nn import ar, flextok, layout
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
@@ -138,8 +138,9 @@ class ARStage:
     def load_frozen(self):
         """{"tokenizer"}: VAE and encoder, where images are tokenised in the step; {"null_text"}."""
         if self._source:
-            params = _tokenizer(self._source)[0].params
-            return {"tokenizer": {name: params[name] for name in ("vae", "encoder")}}
+            params, like = _tokenizer(self._source)[0].params, flextok.shapes(self._tokenizer)
+            parts = {n: params[n] for n in ("vae", "encoder", "bottleneck") if n in params}
+            return {"tokenizer": layout.box(parts, {n: like[n] for n in parts})}
         if not self.model.text_dim:
             return {}
         source = shards.ShardSource(self._data.path, self._data.split)
@@ -187,9 +188,7 @@ class ARStage:
         # neighbours.
         cfg, params = self._tokenizer, frozen["tokenizer"]
         images = to_float(batch["image"])
-        latents = vae.images_to_latents(params["vae"], cfg.vae, images, jnp.float32)
-        registers = flextok.encode(params, cfg, Compute(), latents, count)
-        return flextok.quantize(registers, cfg)[1]
+        return flextok.tokens_of(params, cfg, Compute(), images, count)[1]
 
     def _condition(self, frozen, batch, null) -> ar.ARCondition:
         """The batch's condition, null where `null` (bool [B]) or where an image has none."""

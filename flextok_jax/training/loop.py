@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.io.checkpoint import Checkpoints, WorkdirError, json_config
+from flextok_jax.nn import layout
 from flextok_jax.parallel.mesh import compiler_options, describe, make_mesh
 from flextok_jax.parallel.sharding import param_shardings
 from flextok_jax.training import logs, workdirs
@@ -86,7 +87,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
             workdirs.check_data(workdir, checkpoints.extra, pipeline.source)
             workdirs.describe(workdir, plain, stage, program, continued=int(state.step) > 0)
             frozen = stage.load_frozen()
-        frozen = jax.device_put(frozen, param_shardings(mesh, frozen))
+        frozen = jax.device_put(layout.unbox(frozen), param_shardings(mesh, frozen))
         start = done = int(state.step)
 
         extra = checkpoints.extra | {"data": pipeline.source.fingerprint()}

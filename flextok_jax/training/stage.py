@@ -15,10 +15,13 @@ class Stage(Protocol):
     """Pure functions over parameter trees; a stage holds its configuration and no arrays."""
 
     def init(self, key: jax.Array) -> Params:
-        """The float32 parameters at the start. Pure: it is traced and compiled with shardings."""
+        """The float32 parameters at the start. Pure: it is traced and compiled with shardings.
+
+        A parameter may lie in a box that says its axes (nn/layout.py); others are replicated.
+        """
 
     def init_from(self, source: str) -> Params:
-        """The same tree as `init`, read from `source` (what `config.init_from` names)."""
+        """The same tree as `init`, without boxes, from what `config.init_from` names."""
 
     def load_frozen(self) -> Params:
         """Networks that are used but not trained, {} if none.

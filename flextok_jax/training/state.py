@@ -11,6 +11,7 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flextok_jax.nn import layout
 from flextok_jax.nn.layout import path_string
 from flextok_jax.parallel.rng import named, step_key
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
@@ -74,7 +75,8 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
     def first():
         return stage.init(named(jax.random.key(config.seed), "init"))
 
-    param_shapes = jax.eval_shape(first)
+    boxed = jax.eval_shape(first)
+    param_shapes = layout.unbox(boxed)
     trained = trainable_paths(param_shapes, stage.trainable, config.freeze)
 
     def start(params) -> TrainState:
@@ -87,7 +89,7 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
         )
 
     shapes = jax.eval_shape(start, param_shapes)
-    by_param, everywhere = param_shardings(mesh, param_shapes), replicated(mesh)
+    by_param, everywhere = param_shardings(mesh, boxed), replicated(mesh)
     shardings = TrainState(
         step=everywhere,
         params=by_param,
@@ -116,7 +118,7 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
-    init = jax.jit(lambda: start(first()), out_shardings=shardings)
+    init = jax.jit(lambda: start(layout.unbox(first())), out_shardings=shardings)
     return Program(shapes, init, init_from, step)
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer stage: encoder, quantiser and flow decoder, trained end to end on VAE latents."""
+"""The tokenizer stage: encoder, bottleneck and decoder, trained end to end on VAE latents."""
 
 import dataclasses
 import functools
@@ -13,29 +13,29 @@ from flextok_jax.data import shards
 from flextok_jax.data import sources as image_sources
 from flextok_jax.evaluation import metrics
 from flextok_jax.flow import path as flow
-from flextok_jax.flow import sampler
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import networks
-from flextok_jax.nn import dinov2, flextok, repa, vae
-from flextok_jax.nn.config import Compute, FlexTokConfig, VAEConfig, identity_vae
+from flextok_jax.nn import dinov2, flextok, layout, repa, vae
+from flextok_jax.nn.config import Compute, TokenizerConfig, VAEConfig, from_dict, identity_vae
 from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.layers import is_fixed
 from flextok_jax.parallel.rng import named
 from flextok_jax.training.batches import Validation
 from flextok_jax.training.code_usage import CodeUsage
+from flextok_jax.training.pixel_losses import PixelLosses
 
 TIME_BINS = 4
 
 
 class TokenizerStage:
-    """Rectified flow on latents, conditioned on a random prefix of the image's tokens.
+    """Latents from a random prefix of the image's tokens: by rectified flow, or in one pass.
 
     With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2.
     """
 
     def __init__(self, config, vae_config: VAEConfig | None = None):
-        """Reads `model`, `vae`, `repa`, `compute`, `evaluation`, `data` and `time_shift`.
+        """Reads `model`, `vae`, `loss`, `repa`, `compute`, `evaluation`, `data` and `time_shift`.
 
         `vae.source` names the frozen VAE: "identity", a hub id, or a folder in the diffusers
         layout; `vae.scaling_factor` overrides the factor that its own config has. With
@@ -46,20 +46,27 @@ class TokenizerStage:
             vae_config = models.vae_config(source, config.vae.scaling_factor)
         if source != models.IDENTITY and pathlib.Path(source).exists():
             source = str(pathlib.Path(source).resolve())
-        fields = {f.name for f in dataclasses.fields(FlexTokConfig)} - {"vae", "grid"}
-        unknown = sorted(set(config.model) - fields)
-        if unknown:
-            raise ValueError(f"config.model has unknown keys {unknown}; allowed: {sorted(fields)}")
-        patch_pixels = config.model.patch_size * vae_config.downsample
+        patch_pixels = config.model.sites.patch_size * vae_config.downsample
         side, rest = divmod(config.data.image_size, patch_pixels)
         if rest:
             raise ValueError(
                 f"data.image_size={config.data.image_size}: must be a multiple of {patch_pixels}, "
-                f"the patch size {config.model.patch_size} times the VAE's reduction "
+                f"the patch size {config.model.sites.patch_size} times the VAE's reduction "
                 f"{vae_config.downsample}"
             )
-        model = {k: tuple(v) if k == "levels" else v for k, v in config.model.items()}
-        self.model = FlexTokConfig(vae=vae_config, grid=(side, side), **model)
+        model = config.model.to_dict() | {"vae": dataclasses.asdict(vae_config)}
+        model["sites"] = model["sites"] | {"grid": (side, side)}
+        self.model = cfg = from_dict(TokenizerConfig, model)
+        self._bottleneck_weight = config.loss.bottleneck_weight
+        self._pixels = PixelLosses(
+            config.loss, config.discriminator, config.lpips, config.compute.dtype
+        )
+        of_pixels = {name: config.loss[name] for name in ("lpips_weight", "gan_weight")}
+        if any(of_pixels.values()) and (cfg.is_flow or cfg.vae.kind != models.IDENTITY):
+            raise ValueError(
+                f"loss: {of_pixels} are for model.target.kind='values' of pixels "
+                "(vae.source='identity'); set them to 0"
+            )
         self.compute = Compute(**config.compute)
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
         self._time_shift, self._repa = config.time_shift, config.repa
@@ -100,13 +107,15 @@ class TokenizerStage:
 
     def _check_repa(self) -> dinov2.DINOv2Config | None:
         """What features are computed by; None: they come with the data."""
-        options, depth = self._repa, self.model.dec_depth
+        options, depth = self._repa, self.model.decoder.depth
         if options.weight < 0:
             raise ValueError(f"repa.weight={options.weight}: must not be negative; 0 is off")
+        if not self.model.is_flow:
+            raise ValueError(f"repa.weight={options.weight} is for model.target.kind='flow'")
         if depth <= repa.BLOCK:
             raise ValueError(
                 f"repa.weight={options.weight} needs {repa.BLOCK + 1} blocks of the decoder at "
-                f"least, model.dec_depth={depth}"
+                f"least, model.decoder.depth={depth}"
             )
         if not options.source:
             return None
@@ -120,72 +129,117 @@ class TokenizerStage:
         return cfg
 
     def init(self, key):
-        """{"encoder", "decoder"}, with REPA also {"repa"}; float32."""
+        """{"encoder", "decoder"}, float32, in boxes with their axes.
+
+        {"bottleneck"} where that has parameters, with REPA {"repa"}.
+        """
         channels = self.model.vae.latent_channels
         without_vae = dataclasses.replace(self.model, vae=identity_vae(channels))
-        return _own(flextok.init(without_vae, key)) | self._projection(key)
+        own = _own(flextok.init(without_vae, key)) | self._projection(key)
+        return own | self._pixels.init(named(key, "discriminator"))
 
     def init_from(self, source: str):
         """Encoder and decoder of a released FlexTok, or of a workdir of ours.
 
         No model keeps its projection for REPA: it starts new.
         """
-        return _own(models.load(source).params) | self._projection(jax.random.key(0))
+        new = layout.unbox(self._projection(jax.random.key(0)))
+        new |= self._pixels.init(jax.random.key(0))
+        return _own(models.load(source).params) | new
 
     def _projection(self, key):
         if not self._repa.weight:
             return {}
-        return {"repa": repa.init(self.model.dec_width, self._repa.width, named(key, "repa"))}
+        return {"repa": repa.init(self.model.decoder.width, self._repa.width, named(key, "repa"))}
 
     def load_frozen(self):
         """{"vae"}, not for the identity; {"dinov2"}, where it computes the features for REPA."""
         frozen = {"vae": models.vae_params(self._vae_source, self.model.vae)}
         if self._dinov2:
-            frozen["dinov2"] = networks.load_dinov2(self._repa.source)[1]
+            params = networks.load_dinov2(self._repa.source)[1]
+            frozen["dinov2"] = layout.box(params, dinov2.shapes(self._dinov2))
+        frozen |= self._pixels.load_frozen()
         return {name: params for name, params in frozen.items() if params}
 
     def trainable(self, path: str) -> bool:
         return not is_fixed(path)
 
     def loss(self, params, frozen, batch, key, step):
-        """REFERENCE §5: per image one time, one number of kept tokens, perhaps the null condition.
+        """The target's loss, plus `loss.bottleneck_weight` times the bottleneck's.
 
         Args:
             batch: "image": uint8 [B, H, W, 3]; or "moments": [B, h, w, 2C], mean and log variance
                 of the VAE's posterior, made before. For REPA without a `repa.source` also "repa":
                 [B, P, E], features of DINOv2, made before.
         """
-        cfg, compute = self.model, self.compute
+        cfg = self.model
         x0 = self._latents(frozen, batch, named(key, "posterior"))
-        batch_size = x0.shape[0]
-        registers = flextok.encode(params, cfg, compute, x0)
-        codes, ids = flextok.quantize(registers, cfg)
-        if cfg.log_normal_time:
-            t = flow.logit_normal_time(named(key, "time"), batch_size)
+        size = x0.shape[0]
+        registers = flextok.encode(params, cfg, self.compute, x0)
+        shape = (*registers.shape[:2], cfg.code_dim)
+        noise = (
+            jax.random.normal(named(key, "code"), shape) if cfg.bottleneck.kind == "kl" else None
+        )
+        found = flextok.quantize(params, cfg, registers, noise)
+        keep = flow.sample_keep(named(key, "keep"), size, cfg.num_tokens, cfg.tokens.keep)
+        target = self._flow if cfg.is_flow else self._values
+        loss, per_image, null, logged = target(
+            params, frozen, batch, key, x0, found.codes, keep, step
+        )
+        logged |= self._by_tokens(per_image, keep, null)
+        if cfg.discrete:
+            logged["codebook"] = CodeUsage.from_ids(found.ids, cfg.vocab_size)
+        if cfg.bottleneck.kind in ("vq", "kl"):
+            loss += self._bottleneck_weight * jnp.mean(found.loss)
+            logged["loss_bottleneck"] = Average.from_model_output(found.loss)
+        return loss, logged
+
+    def _flow(self, params, frozen, batch, key, x0, codes, keep, step):
+        """Per image one time, one noise, and perhaps the null condition (docs/reference.md).
+
+        Returns:
+            (the loss; the flow's loss of each image [B]; which of them had the null condition,
+            bool [B]; metrics).
+        """
+        cfg, flow_cfg, size = self.model, self.model.target.flow, x0.shape[0]
+        if flow_cfg.log_normal_time:
+            t = flow.logit_normal_time(named(key, "time"), size)
         else:
-            u = jax.random.uniform(named(key, "time"), (batch_size,))
-            t = flow.mode_time(u, cfg.mode_scale)
+            u = jax.random.uniform(named(key, "time"), (size,))
+            t = flow.mode_time(u, flow_cfg.mode_scale)
         t = flow.shift_time(t, self._time_shift)
-        keep = flow.sample_keep(named(key, "keep"), batch_size, cfg.num_tokens, cfg.keep_mode)
-        null = jax.random.bernoulli(named(key, "null"), cfg.null_prob, (batch_size,))
+        null = jax.random.bernoulli(named(key, "null"), flow_cfg.null_prob, (size,))
         noise = jax.random.normal(named(key, "noise"), x0.shape)
         x_t = flow.interpolate(x0, noise, t)
-        run = functools.partial(
-            flextok.velocities, params, cfg, compute, x_t, t, (Condition(codes, keep, null),)
+        capture = repa.BLOCK if self._repa.weight else None
+        made = flextok.velocities(
+            params, cfg, self.compute, x_t, t, (Condition(codes, keep, null),), capture
         )
-        if not self._repa.weight:
-            (velocity,) = run()
-            per_image = flow.flow_loss(velocity, x0, noise)
-            return jnp.mean(per_image), self._metrics(per_image, t, keep, null, ids)
-        (velocity,), features = run(capture=repa.BLOCK)
+        (velocity,), features = made if self._repa.weight else (made, None)
         per_image = flow.flow_loss(velocity, x0, noise)
-        logged = self._metrics(per_image, t, keep, null, ids)
-        apart = -repa.similarity(
-            params["repa"], features, self._targets(frozen, batch), jnp.dtype(compute.dtype)
-        )
-        for name, values in (("loss_flow", per_image), ("loss_repa", apart)):
-            logged[name] = Average.from_model_output(values)
-        return jnp.mean(per_image) + self._repa.weight * jnp.mean(apart), logged
+        loss, logged = jnp.mean(per_image), self._by_time(per_image, t)
+        if self._repa.weight:
+            targets, dtype = self._targets(frozen, batch), jnp.dtype(self.compute.dtype)
+            apart = -repa.similarity(params["repa"], features, targets, dtype)
+            for name, values in (("loss_flow", per_image), ("loss_repa", apart)):
+                logged[name] = Average.from_model_output(values)
+            loss += self._repa.weight * jnp.mean(apart)
+        return loss, per_image, null, logged
+
+    def _values(self, params, frozen, batch, key, x0, codes, keep, step):
+        """The losses of the latents that the decoder writes in one pass. Returns as `_flow`."""
+        cfg, decoder = self.model, params["decoder"]
+        grid = tuple(side // cfg.sites.patch_size for side in x0.shape[1:3])
+
+        def decode(last_kernel):
+            head = decoder["head"] | {"kernel": last_kernel}
+            tree = params | {"decoder": decoder | {"head": head}}
+            return flextok.values(tree, cfg, self.compute, codes, keep, grid)
+
+        made, to_last = jax.vjp(decode, decoder["head"]["kernel"])
+        loss, logged = self._pixels.loss(params, frozen, x0, made, to_last, step)
+        per_image = jnp.mean(jnp.square(made - x0), axis=(1, 2, 3))
+        return loss, per_image, jnp.zeros(len(x0), bool), logged
 
     def _targets(self, frozen, batch):
         """Features [B, P, E] of the images of a batch, computed or as they come."""
@@ -214,23 +268,25 @@ class TokenizerStage:
             mean = vae.sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
         return jax.lax.stop_gradient(mean * cfg.scaling_factor)
 
-    def _metrics(self, per_image, t, keep, null, ids):
-        cfg = self.model
-
-        def mean(mask):
-            return Average.from_model_output(per_image, mask=mask)
-
-        out = {}
-        edges = np.linspace(0.0, 1.0, TIME_BINS + 1)
+    def _by_time(self, per_image, t):
+        """The loss of images whose time lies in each of TIME_BINS."""
+        edges, out = np.linspace(0.0, 1.0, TIME_BINS + 1), {}
         for low, high in zip(edges, edges[1:]):
-            out[f"loss_by_time/{low:.2f}-{high:.2f}"] = mean((t >= low) & (t < high + (high == 1)))
-        low = 0
-        for high in flextok.lengths(cfg.num_tokens):
+            mask = (t >= low) & (t < high + (high == 1))
+            name = f"loss_by_time/{low:.2f}-{high:.2f}"
+            out[name] = Average.from_model_output(per_image, mask=mask)
+        return out
+
+    def _by_tokens(self, per_image, keep, null):
+        """The loss of images that kept 1, 2, 3-4, 5-8, ... tokens, and of the null condition."""
+        out, low = {}, 0
+        for high in flextok.lengths(self.model.num_tokens) if len(self.model.prefixes) > 1 else ():
             name = f"{low + 1}-{high}" if high > low + 1 else f"{high}"
-            out[f"loss_by_tokens/{name}"] = mean((keep > low) & (keep <= high) & ~null)
+            mask = (keep > low) & (keep <= high) & ~null
+            out[f"loss_by_tokens/{name}"] = Average.from_model_output(per_image, mask=mask)
             low = high
-        out["loss_null"] = mean(null)
-        out["codebook"] = CodeUsage.from_ids(ids, cfg.vocab_size)
+        if self.model.is_flow:
+            out["loss_null"] = Average.from_model_output(per_image, mask=null)
         return out
 
     def measure(self, params, frozen, mesh):
@@ -247,6 +303,7 @@ class TokenizerStage:
             return {}
         images = Validation(self._images(), self._evaluation)
         lengths = flextok.lengths(self.model.num_tokens)
+        lengths = [k for k in lengths if k in self.model.prefixes]
 
         def stream(params, frozen, mesh):
             for i, batch in enumerate(images.batches(mesh, f", {len(lengths)} lengths")):
@@ -275,13 +332,9 @@ class TokenizerStage:
         images = to_float(images)
         dtype = jnp.dtype(compute.dtype)
         x0 = vae.images_to_latents(params["vae"], cfg.vae, images, dtype)
-        codes, _ = flextok.quantize(flextok.encode(params, cfg, compute, x0), cfg)
+        codes = flextok.quantize(params, cfg, flextok.encode(params, cfg, compute, x0)).codes
         keep = jnp.full(x0.shape[:1], k)
-        noise = jax.random.normal(key, x0.shape)
-        scale = cfg.guidance_scale
-        scales = jnp.asarray(sampler.guidance_schedule(scale, self._evaluation.steps))
-        guided = scale != 1
-        x = flextok.decode(params, cfg, compute, codes, keep, noise, scales, guided, guided)
+        x = flextok.decode(params, cfg, compute, codes, keep, jax.random.normal(key, x0.shape))
         return vae.latents_to_images(params["vae"], cfg.vae, x, dtype)
 
     def export_config(self):
@@ -300,4 +353,4 @@ class TokenizerStage:
 
 def _own(params):
     """The trained part of a model's parameters."""
-    return {name: params[name] for name in ("encoder", "decoder")}
+    return {name: params[name] for name in models.TRAINED if name in params}

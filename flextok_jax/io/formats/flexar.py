@@ -12,12 +12,10 @@ import json
 import re
 from typing import Any
 
-import jax
-
 from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flexar_config, names
 from flextok_jax.io.paths import as_folder
-from flextok_jax.nn import ar
+from flextok_jax.nn import ar, layout
 from flextok_jax.nn.config import ARConfig
 
 CONFIG = "config.yaml"
@@ -189,7 +187,7 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
 @functools.lru_cache(maxsize=8)
 def shapes(cfg: ARConfig):
     """The shapes of a model's parameters, without making them."""
-    return jax.eval_shape(lambda key: ar.init(cfg, key), jax.random.key(0))
+    return layout.unbox(ar.shapes(cfg))
 
 
 def _entries(cfg: ARConfig) -> list[names.Entry]:

@@ -21,7 +21,15 @@ from flextok_jax.io.formats.flextok_template import (
     Field,
     Free,
 )
-from flextok_jax.nn.config import SAMPLING_MODES, FlexTokConfig, VAEConfig, identity_vae
+from flextok_jax.nn.config import (
+    KEEP_MODES,
+    Blocks,
+    TokenizerConfig,
+    flat,
+    from_dict,
+    identity_vae,
+    nested,
+)
 
 # Arguments without effect on results, accepted with any value and anywhere.
 _NO_EFFECT = re.compile(
@@ -62,34 +70,76 @@ def parse_metadata(metadata: dict[str, str]) -> dict:
     return {key: value(text) for key, text in metadata.items()}
 
 
-def to_fields(cfg: FlexTokConfig) -> dict:
-    """Our configuration as the template names its fields: flat, the VAE's as "vae.x"."""
-    fields = dataclasses.asdict(cfg)
-    vae = {f"vae.{name}": value for name, value in fields.pop("vae").items()}
-    return fields | vae
+PARTS = ("encoder", "decoder")
+# Where the fields of earlier, flat configurations are now.
+_FLAT = {
+    "vae": "vae",
+    "grid": "sites.grid",
+    "patch_size": "sites.patch_size",
+    "num_tokens": "tokens.count",
+    "keep_mode": "tokens.keep",
+    "levels": "bottleneck.levels",
+    "enc_width": "encoder.width",
+    "enc_depth": "encoder.depth",
+    "dec_width": "decoder.width",
+    "dec_depth": "decoder.depth",
+    "max_timestep": "target.flow.max_timestep",
+    "time_frequencies": "target.flow.time_frequencies",
+    "mode_scale": "target.flow.mode_scale",
+    "log_normal_time": "target.flow.log_normal_time",
+    "null_prob": "target.flow.null_prob",
+    "guidance_scale": "target.flow.sampler.guidance_scale",
+}
 
 
-def from_fields(fields: dict) -> FlexTokConfig:
+def to_fields(cfg: TokenizerConfig) -> dict:
+    """Our configuration as the template names its fields: {"sites.grid": ...}.
+
+    "encoder.mlp_ratio" and "decoder.mlp_ratio" stand for the hidden widths,
+    int(2 / 3 mlp_ratio width).
+    """
+    fields = flat(dataclasses.asdict(cfg))
+    for part in PARTS:
+        hidden, width = fields.pop(f"{part}.mlp_hidden"), fields[f"{part}.width"]
+        fields[f"{part}.mlp_ratio"] = 1.5 * (hidden + 0.5) / width if hidden else 4.0
+    return fields
+
+
+def from_fields(fields: dict) -> TokenizerConfig:
     """The inverse of `to_fields`; what is absent has its default."""
-    vae = {k.removeprefix("vae."): v for k, v in fields.items() if k.startswith("vae.")}
-    own = {k: v for k, v in fields.items() if not k.startswith("vae.")}
-    return FlexTokConfig(vae=VAEConfig(**vae), **own)
+    fields = dict(fields)
+    for part in PARTS:
+        ratio, width = fields.pop(f"{part}.mlp_ratio"), fields[f"{part}.width"]
+        fields[f"{part}.mlp_hidden"] = 0 if ratio == 4 else int(2 * ratio * width / 3)
+    return from_dict(TokenizerConfig, nested(fields))
 
 
-def config_from_dict(fields: dict) -> FlexTokConfig:
-    """The configuration in the `config.json` of a workdir: `dataclasses.asdict` through JSON."""
-    return FlexTokConfig(**tuples(fields) | {"vae": VAEConfig(**tuples(fields["vae"]))})
+def config_from_dict(fields: dict) -> TokenizerConfig:
+    """The configuration in the `config.json` of a workdir: `dataclasses.asdict` through JSON.
+
+    Flat ones, of earlier versions, are read as well.
+    """
+    if "levels" not in fields:
+        return from_dict(TokenizerConfig, fields)
+    found = {_FLAT[name]: value for name, value in fields.items() if name in _FLAT}
+    for part in PARTS:
+        for name in ("head_dim", "mlp_ratio"):
+            found[f"{part}.{name}"] = fields[name]
+    return from_fields(found)
 
 
-def tuples(fields: dict) -> dict:
-    """Lists of JSON as tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def is_released(cfg: TokenizerConfig) -> bool:
+    """Whether the released format can hold a model of this configuration."""
+    sizes = dict(width=64, depth=1, head_dim=64, mlp_hidden=0)
+    kinds = {dataclasses.replace(blocks, **sizes) for blocks in (cfg.encoder, cfg.decoder)}
+    flextok = cfg.bottleneck.kind == "fsq" and cfg.tokens.order == "causal" and cfg.is_flow
+    return flextok and kinds == {Blocks(**sizes)}
 
 
-_KINDS = {name: type(value) for name, value in to_fields(FlexTokConfig()).items()}
+_KINDS = {name: type(value) for name, value in to_fields(TokenizerConfig()).items()}
 
 
-def read_config(released: dict) -> tuple[FlexTokConfig | None, list[str]]:
+def read_config(released: dict) -> tuple[TokenizerConfig | None, list[str]]:
     """A released configuration -> ours.
 
     Returns:
@@ -118,11 +168,12 @@ def read_config(released: dict) -> tuple[FlexTokConfig | None, list[str]]:
             held = ", ".join(f"{place}={value}" for _, place, value in places)
             problems.append(f"these must be equal: {held}")
         fields[name] = next(iter(values), None)
-    for field, place, value in found.get("levels", []):
-        if field.form == "len" and fields["levels"] and value != len(fields["levels"]):
-            problems.append(f"{place} is {value}; the quantiser has {len(fields['levels'])} levels")
-    if fields.get("keep_mode") not in (*SAMPLING_MODES, None):
-        problems.append(f"size_sampling_mode {fields['keep_mode']!r}; known: {SAMPLING_MODES}")
+    levels = fields.get("bottleneck.levels")
+    for field, place, value in found.get("bottleneck.levels", []):
+        if field.form == "len" and levels and value != len(levels):
+            problems.append(f"{place} is {value}; the quantiser has {len(levels)} levels")
+    if fields.get("tokens.keep") not in (*KEEP_MODES, None):
+        problems.append(f"size_sampling_mode {fields['tokens.keep']!r}; known: {KEEP_MODES}")
     if problems:
         return None, problems
     if target == IDENTITY_VAE:
@@ -134,15 +185,15 @@ def read_config(released: dict) -> tuple[FlexTokConfig | None, list[str]]:
         return None, [str(error)]
 
 
-def write_config(cfg: FlexTokConfig) -> dict:
+def write_config(cfg: TokenizerConfig) -> dict:
     """Our configuration as a released one (the inverse of `read_config`)."""
-    fields, plain = to_fields(cfg), to_fields(FlexTokConfig())
+    fields, plain = to_fields(cfg), to_fields(TokenizerConfig())
     said = ("vae.latent_channels", "vae.scaling_factor", "vae.sample_posterior")  # By all VAEs.
     standard = all(fields[k] == plain[k] for k in fields if k.startswith("vae.") and k not in said)
     target = RELEASED_VAE if standard else OWN_VAE
     target = IDENTITY_VAE if cfg.vae.kind == "identity" else target
     template = TEMPLATE | {"vae": {"_target_": target, **VAES[target]}}
-    if fields["guidance_scale"] != plain["guidance_scale"]:
+    if cfg.sampler != TokenizerConfig().sampler:
         template[OWN_KEY] = OWN
     return _fill(template, fields)
 

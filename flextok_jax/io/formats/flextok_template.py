@@ -83,7 +83,7 @@ def _patches(read: str, write: str, count: str, width: str):
         n_patches_write_key=count,
         channels_in=Field("vae.latent_channels"),
         dim=Field(width),
-        patch_sizes=Field("patch_size", "pair"),
+        patch_sizes=Field("sites.patch_size", "pair"),
         flatten_patches=False,
     )
 
@@ -125,14 +125,15 @@ def _unpacker(prefix: str, sequence: str, outputs: list[str]):
 
 
 def _transformer(prefix: str, **more):
+    part = {"enc": "encoder", "dec": "decoder"}[prefix]
     return _module(
         "model.trunks.transformers.FlexTransformer",
         input_seq_read_key=f"{prefix}_packed_seq",
         output_seq_write_key=f"{prefix}_packed_seq",
-        dim=Field(f"{prefix}_width"),
-        depth=Field(f"{prefix}_depth"),
-        head_dim=Field("head_dim", default=64),
-        mlp_ratio=Field("mlp_ratio", default=4.0),
+        dim=Field(f"{part}.width"),
+        depth=Field(f"{part}.depth"),
+        head_dim=Field(f"{part}.head_dim", default=64),
+        mlp_ratio=Field(f"{part}.mlp_ratio", default=4.0),
         block_mask_read_key=f"{prefix}_block_mask",
         qk_norm=True,
         gated_mlp=True,
@@ -145,10 +146,10 @@ SEQUENTIAL = "model.utils.wrappers.SequentialModuleDictWrapper"
 ENCODER = {
     "enc_channels_to_last": _channels("first_to_last", "vae_latents", "vae_latents_bhwc"),
     "enc_patch_emb": _patches(
-        "vae_latents_bhwc", "enc_vae_latents_patched", "enc_n_patches", "enc_width"
+        "vae_latents_bhwc", "enc_vae_latents_patched", "enc_n_patches", "encoder.width"
     ),
     "enc_posemb_module": _positions(
-        "enc_vae_latents_patched", "enc_vae_latents_patched", "enc_width", Field("grid", "list"),
+        "enc_vae_latents_patched", "enc_vae_latents_patched", "encoder.width", Field("sites.grid", "list"),
         "sincos",
     ),
     "enc_register_module": _module(
@@ -156,9 +157,9 @@ ENCODER = {
         input_tensor_list_read_key="enc_vae_latents_patched",
         register_sizes_read_write_key="register_sizes",
         registers_write_key="enc_registers",
-        dim=Field("enc_width"),
-        n_min=Field("num_tokens"),
-        n_max=Field("num_tokens"),
+        dim=Field("encoder.width"),
+        n_min=Field("tokens.count"),
+        n_max=Field("tokens.count"),
         size_sampling_mode=Free("uniform"),  # n_min = n_max: there is nothing to sample
         ordering_mode="nested",
     ),
@@ -171,8 +172,8 @@ ENCODER = {
         "model.postprocessors.heads.LinearHead",
         read_key="enc_registers",
         write_key="enc_registers",
-        dim=Field("enc_width"),
-        dim_out=Field("levels", "len"),
+        dim=Field("encoder.width"),
+        dim_out=Field("bottleneck.levels", "len"),
         use_mup_readout=False,
         weight_init_style="zero",
         dtype_override=None,
@@ -184,35 +185,35 @@ DECODER = {
         "model.preprocessors.linear.LinearLayer",
         read_key="enc_registers_quant",
         write_key="dec_registers_proj",
-        dim_in=Field("levels", "len"),
-        dim=Field("dec_width"),
+        dim_in=Field("bottleneck.levels", "len"),
+        dim=Field("decoder.width"),
     ),
     "dec_registers_posemb_module": _positions(
-        "dec_registers_proj", "dec_registers_proj", "dec_width", Field("num_tokens", "one"),
+        "dec_registers_proj", "dec_registers_proj", "decoder.width", Field("tokens.count", "one"),
         "learnable_sum",
     ),
     "dec_nested_dropout": _module(
         "model.preprocessors.token_dropout.MaskedNestedDropout",
         read_write_key="dec_registers_proj",
-        dim=Field("dec_width"),
+        dim=Field("decoder.width"),
         eval_keep_k_read_key="eval_keep_k",
         train_keep_k_write_key="train_keep_k",
-        size_sampling_mode=Field("keep_mode"),
+        size_sampling_mode=Field("tokens.keep"),
     ),
     "dec_latent_dropout": _module(
         "model.preprocessors.nullcond.LearnedNullCond",
         read_write_key="dec_registers_proj",
-        dim=Field("dec_width"),
-        dropout_prob=Field("null_prob"),
+        dim=Field("decoder.width"),
+        dropout_prob=Field("target.flow.null_prob"),
     ),
     "dec_noise_channels_to_last": _channels(
         "first_to_last", "vae_latents_noised", "vae_latents_noised_bhwc"
     ),
     "dec_noise_patch_emb": _patches(
-        "vae_latents_noised_bhwc", "vae_latents_noised_patched", "dec_n_patches", "dec_width"
+        "vae_latents_noised_bhwc", "vae_latents_noised_patched", "dec_n_patches", "decoder.width"
     ),
     "dec_patches_posemb_module": _positions(
-        "vae_latents_noised_patched", "dec_patches", "dec_width", Field("grid", "list"), "sincos"
+        "vae_latents_noised_patched", "dec_patches", "decoder.width", Field("sites.grid", "list"), "sincos"
     ),
     "dec_seq_packer": _packer(
         "dec", ["dec_patches", "dec_registers_proj"], "full",
@@ -222,9 +223,9 @@ DECODER = {
         "model.preprocessors.time_embedding.TimestepEmbedder",
         timesteps_read_key="timesteps",
         time_embedding_write_key="dec_temb",
-        dim=Field("dec_width"),
-        frequency_embedding_size=Field("time_frequencies", default=256),
-        max_timestep=Field("max_timestep"),
+        dim=Field("decoder.width"),
+        frequency_embedding_size=Field("target.flow.time_frequencies", default=256),
+        max_timestep=Field("target.flow.max_timestep"),
     ),
     "dec_transformer": _transformer(
         "dec",
@@ -242,9 +243,9 @@ DECODER = {
         "model.postprocessors.heads.ToPatchesLinearHead",
         read_key="dec_patches",
         write_key="dec_patches",
-        dim=Field("dec_width"),
+        dim=Field("decoder.width"),
         channels_out=Field("vae.latent_channels"),
-        patch_sizes=Field("patch_size", "pair"),
+        patch_sizes=Field("sites.patch_size", "pair"),
         use_mup_readout=False,
         adaLN_emb_read_key="dec_temb",
     ),
@@ -282,7 +283,7 @@ TEMPLATE = {
         latents_read_key="enc_registers",
         quants_write_key="enc_registers_quant",
         tokens_write_key="tokens",
-        levels=Field("levels", "list"),
+        levels=Field("bottleneck.levels", "list"),
     ),
     "flow_matching_noise_module": _module(
         "flow_matching.noise_modules.MinRFNoiseModule",
@@ -290,8 +291,8 @@ TEMPLATE = {
         noised_images_write_key="vae_latents_noised",
         timesteps_write_key="timesteps",
         sigmas_write_key="sigmas",
-        ln=Field("log_normal_time", default=False),
-        mode_scale=Field("mode_scale", default=0.25),
+        ln=Field("target.flow.log_normal_time", default=False),
+        mode_scale=Field("target.flow.mode_scale", default=0.25),
     ),
     "pipeline": _module(
         "flow_matching.pipelines.MinRFPipeline",
@@ -306,4 +307,10 @@ TEMPLATE = {
     ),
 }
 OWN_KEY = "flextok_jax"  # Our own top-level entry, written only where a default of ours differs.
-OWN = {"guidance_scale": Field("guidance_scale")}
+_SAMPLER = "target.flow.sampler."
+OWN = {
+    "guidance_scale": Field(_SAMPLER + "guidance_scale"),
+    "steps": Field(_SAMPLER + "steps", default=20),
+    "norm_guidance": Field(_SAMPLER + "norm_guidance", default=True),
+    "solver": Field(_SAMPLER + "solver", default="euler"),
+}

@@ -17,17 +17,20 @@ import numpy as np
 from flextok_jax.io import sources, storage
 from flextok_jax.io.formats import names, torch_pickle
 from flextok_jax.io.paths import as_path, local_copy
-from flextok_jax.nn import dinov2, inception, lpips
+from flextok_jax.nn import dinov2, inception, layout, lpips
 
 _DINOV2 = (
     ("cls", "embeddings.cls_token"),
     ("pos", "embeddings.position_embeddings"),
     ("patch_emb", "embeddings.patch_embeddings.projection"),
-    ("blocks/(query|key|value)", r"encoder.layer.{i}.attention.attention.\1"),
-    ("blocks/proj", "encoder.layer.{i}.attention.output.dense"),
-    ("blocks/scale([12])", r"encoder.layer.{i}.layer_scale\1.lambda1"),
-    ("blocks/(norm[12])", r"encoder.layer.{i}.\1"),
-    ("blocks/(fc[12])", r"encoder.layer.{i}.mlp.\1"),
+    ("blocks/attn/wq", "encoder.layer.{i}.attention.attention.query"),
+    ("blocks/attn/wk", "encoder.layer.{i}.attention.attention.key"),
+    ("blocks/attn/wv", "encoder.layer.{i}.attention.attention.value"),
+    ("blocks/attn/proj", "encoder.layer.{i}.attention.output.dense"),
+    ("blocks/scale_attn", "encoder.layer.{i}.layer_scale1.lambda1"),
+    ("blocks/scale_mlp", "encoder.layer.{i}.layer_scale2.lambda1"),
+    ("blocks/norm_([12])", r"encoder.layer.{i}.norm\1"),
+    ("blocks/mlp/(fc[12])", r"encoder.layer.{i}.mlp.\1"),
     ("norm", "layernorm"),
 )
 _DINOV2_ALLOWED = {
@@ -90,7 +93,7 @@ def load_dinov2(source) -> tuple[dinov2.DINOv2Config, dict]:
     """
     cfg, path = dinov2_config(source), _dinov2_folder(source) / sources.WEIGHTS
     name, unused = names.by_table(_DINOV2), r"embeddings\.mask_token"
-    return cfg, _load(path, storage.read(path)[0], unused, dinov2.shapes(cfg), name)
+    return cfg, _load(path, storage.read(path)[0], unused, layout.unbox(dinov2.shapes(cfg)), name)
 
 
 def dinov2_config(source) -> dinov2.DINOv2Config:

@@ -1,0 +1,45 @@
+"""The laboratory: other tokenizers on the parts of FlexTok, on 16x16 digits.
+
+    python -m flextok_jax.main --config=configs/lab.py:one_pass --workdir=runs/one_pass
+
+Each variant is the base with a few fields changed; minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import choose
+from configs.tokenizer import SIZES
+from configs.tokenizer import VARIANTS as TOKENIZERS
+
+
+def get_config(arg: str = "one_pass") -> ConfigDict:
+    """The configuration of a variant; see VARIANTS."""
+    return choose(arg, VARIANTS, SIZES)
+
+
+def _base() -> ConfigDict:
+    """The digits of configs/tokenizer.py for a tenth of its steps."""
+    c = TOKENIZERS["digits"]()
+    c.total_steps, c.eval_every, c.optim.warmup_steps = 2500, 2500, 100
+    return c
+
+
+def _one_pass() -> ConfigDict:
+    """TiTok-like: all tokens attend to each other, VQ, and pixels in one pass with an L2 loss."""
+    c = _base()
+    c.model.tokens.update(order="full", keep="fixed")
+    c.model.bottleneck.update(kind="vq", levels=(), dim=8, size=512)
+    c.model.target.kind = "values"
+    c.model.decoder.depth = 2
+    return c
+
+
+def _continuous() -> ConfigDict:
+    """FlexTok with a KL bottleneck: ordered tokens of four numbers."""
+    c = _base()
+    c.model.bottleneck.update(kind="kl", levels=(), dim=4)
+    c.loss.bottleneck_weight = 1e-4  # of nats per image
+    return c
+
+
+VARIANTS = {"one_pass": _one_pass, "continuous": _continuous}
