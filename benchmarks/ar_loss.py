@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import ar as ar_config
-from flextok_jax.nn import ar
+from flextok_jax.nn import ar, layout
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.training.ar_stage import PAPER, ARStage
@@ -62,7 +62,7 @@ def main():
     def arguments():
         shape = options.batch, cfg.num_tokens
         tokens = jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab_size)
-        return ar.init(cfg, jax.random.key(0)), tokens, jnp.arange(options.batch)
+        return layout.unbox(ar.init(cfg, jax.random.key(0))), tokens, jnp.arange(options.batch)
 
     args = jax.jit(arguments)() if options.rounds else jax.eval_shape(arguments)
     plain = cfg.num_tokens

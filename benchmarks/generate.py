@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.tokens import random_params, weights
-from flextok_jax.nn import ar, generation
+from flextok_jax.nn import ar, generation, layout
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
 
@@ -102,7 +102,7 @@ def over_sequence(prefixes, times, num_tokens: int) -> float:
 
 def bytes_per_run(cfg: ARConfig, compute: Compute, batch: int) -> float:
     """Weights, once per token, and the filled keys and values of both branches."""
-    shapes = jax.eval_shape(lambda key: ar.init(cfg, key), jax.random.key(0))
+    shapes = layout.unbox(ar.shapes(cfg))
     matrices = weights(shapes, "ar/blocks") + weights(shapes, "ar/head")
     filled = cfg.num_tokens * (cfg.num_tokens + 1) / 2
     cache = 2 * cfg.depth * cfg.width * 2 * batch * filled
@@ -111,7 +111,7 @@ def bytes_per_run(cfg: ARConfig, compute: Compute, batch: int) -> float:
 
 def measure(cfg, compute, batch, repeats, baseline):
     """Rows of one model and batch size."""
-    shapes = jax.eval_shape(lambda key: ar.init(cfg, key), jax.random.key(0))
+    shapes = layout.unbox(ar.shapes(cfg))
     params = random_params(shapes)
     how, keys = sampling(cfg), generation.sample_keys(0, batch)
     prefixes = [n for n in PREFIXES if n < cfg.num_tokens]

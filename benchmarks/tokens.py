@@ -14,6 +14,7 @@ reference's time in the same round, so that other load on the machine falls on b
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -26,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.flow import sampler
-from flextok_jax.nn import flextok
-from flextok_jax.nn.config import Compute, FlexTokConfig
+from flextok_jax.nn import flextok, layout
+from flextok_jax.nn.config import Blocks, Compute, TokenizerConfig
 from flextok_jax.nn.decoder import Condition
 
 KS = (1, 16, 64, 256)
@@ -35,13 +36,14 @@ STEPS = 20  # Euler steps of an image, end to end.
 MIN_SECONDS = 0.2  # A measurement repeats short calls until it lasts about this long.
 
 
-def model_config(name: str) -> FlexTokConfig:
+def model_config(name: str) -> TokenizerConfig:
     """The configuration of "dE_dD": depths E and D, widths 64 per layer."""
     found = re.fullmatch(r"d(\d+)_d(\d+)", name)
     if not found:
         raise argparse.ArgumentTypeError(f"{name!r}: must be dE_dD, such as d12_d12 or d18_d28")
     enc, dec = map(int, found.groups())
-    return FlexTokConfig(enc_width=64 * enc, enc_depth=enc, dec_width=64 * dec, dec_depth=dec)
+    encoder, decoder = (Blocks(width=64 * depth, depth=depth) for depth in (enc, dec))
+    return TokenizerConfig(encoder=encoder, decoder=decoder)
 
 
 def random_params(shapes):
@@ -63,15 +65,15 @@ def weights(shapes, path: str) -> int:
     return sum(leaf.size for at, leaf in found if jax.tree_util.keystr(at).endswith("'kernel']"))
 
 
-def encode_flops(shapes, cfg: FlexTokConfig, count: int) -> int:
+def encode_flops(shapes, cfg: TokenizerConfig, count: int) -> int:
     """One image: 2 per weight and position, 4 T S D per layer for T queries and S keys."""
     n, of = cfg.num_patches, lambda part: weights(shapes, f"encoder/{part}")
     matrices = n * of("patch_emb") + (n + count) * of("blocks") + count * of("head")
-    attention = cfg.enc_depth * cfg.enc_width * (n * n + count * (n + count))
+    attention = cfg.encoder.depth * cfg.encoder.width * (n * n + count * (n + count))
     return 2 * matrices + 4 * attention
 
 
-def step_flops(shapes, cfg: FlexTokConfig, counts: tuple[int, ...]) -> int:
+def step_flops(shapes, cfg: TokenizerConfig, counts: tuple[int, ...]) -> int:
     """One image through one pass per count of codes; the modulation of the time is shared."""
     n, of = cfg.num_patches, lambda part: weights(shapes, f"decoder/{part}")
     once = n * of("patch_emb") + of("blocks/adaln") + of("head_adaln")
@@ -81,11 +83,11 @@ def step_flops(shapes, cfg: FlexTokConfig, counts: tuple[int, ...]) -> int:
         length = n + registers(cfg, count)
         matrices = length * (of("blocks/attn") + of("blocks/mlp"))
         matrices += count * of("register_proj") + n * of("head")
-        flops += 2 * matrices + 4 * cfg.dec_depth * cfg.dec_width * length**2
+        flops += 2 * matrices + 4 * cfg.decoder.depth * cfg.decoder.width * length**2
     return flops
 
 
-def registers(cfg: FlexTokConfig, count: int) -> int:
+def registers(cfg: TokenizerConfig, count: int) -> int:
     """Positions behind the patches in a pass with `count` codes: the dropped ones are one."""
     return count + (count < cfg.num_tokens)
 
@@ -111,8 +113,7 @@ def time_in_turn(variants: dict, repeats: int) -> dict:
 
 def encode_table(params, shapes, cfg, compute, batch, repeats):
     """Rows of the encoder's Transformer for each k."""
-    side = [s * cfg.patch_size for s in cfg.grid]
-    latents = jax.random.normal(jax.random.key(1), (batch, *side, cfg.vae.latent_channels))
+    latents = jax.random.normal(jax.random.key(1), (batch, *cfg.latent_shape))
 
     @functools.partial(jax.jit, static_argnums=1)
     def encode(params, count):
@@ -127,17 +128,16 @@ def encode_table(params, shapes, cfg, compute, batch, repeats):
 
 def step_table(params, shapes, cfg, compute, batch, repeats):
     """Rows of one guided Euler step for each k, and of the plain one."""
-    side = [s * cfg.patch_size for s in cfg.grid]
-    noise = jax.random.normal(jax.random.key(2), (batch, *side, cfg.vae.latent_channels))
-    scales = jnp.full((1,), cfg.guidance_scale)
+    noise = jax.random.normal(jax.random.key(2), (batch, *cfg.latent_shape))
+    how = dataclasses.replace(cfg.sampler, steps=1)
     codes = jax.random.uniform(
-        jax.random.key(3), (batch, cfg.num_tokens, len(cfg.levels)), minval=-1.0
+        jax.random.key(3), (batch, cfg.num_tokens, cfg.code_dim), minval=-1.0
     )
     keep = jnp.full((batch,), cfg.num_tokens, jnp.int32)
 
     @jax.jit
     def short(params, codes, keep):
-        return flextok.decode(params, cfg, compute, codes, keep, noise, scales, True, True)
+        return flextok.decode(params, cfg, compute, codes, keep, noise, how)
 
     @jax.jit
     def plain(params, codes, keep):
@@ -147,7 +147,8 @@ def step_table(params, shapes, cfg, compute, batch, repeats):
         def velocities(x, t):
             return flextok.velocities(params, cfg, compute, x, t, conditions)
 
-        return sampler.euler(velocities, noise, scales, True, True)
+        start = sampler.start(noise)
+        return sampler.integrate(velocities, start, how.schedule(), 0, 1, True, True).x
 
     n, most = cfg.num_patches, cfg.num_tokens
     variants = {"plain": lambda: plain(params, codes, keep)}
@@ -232,7 +233,7 @@ def main():
         "image_size": cfg.image_size,
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    shapes = jax.eval_shape(lambda key: flextok.init(cfg, key), jax.random.key(0))
+    shapes = layout.unbox(flextok.shapes(cfg))
     if not args.end_to_end:
         shapes["vae"] = {}
     params = random_params(shapes)

@@ -29,6 +29,7 @@ from absl import app, flags
 from jax.sharding import Mesh
 
 from flextok_jax import config_flag
+from flextok_jax.nn.layout import unbox
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 
@@ -367,7 +368,7 @@ def model_flops(config) -> int:
     one = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     key, step = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     gradient = jax.grad(lambda *args: stage.loss(*args)[0])
-    return count_flops(gradient, jax.eval_shape(stage.init, key), frozen, one, key, step)
+    return count_flops(gradient, unbox(jax.eval_shape(stage.init, key)), frozen, one, key, step)
 
 
 def placed(tree, shardings):

@@ -14,7 +14,6 @@ from flextok_jax.nn.config import TokenizerConfig, VAEConfig, from_dict, identit
 
 IDENTITY = "identity"
 TRAINED = ("encoder", "bottleneck", "decoder")  # The parts of a tokenizer beside its VAE.
-OWN_TARGET = "flextok_jax.Tokenizer"  # Of models that the released format cannot hold.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ def load(source, revision: str | None = None) -> Loaded:
 
 def _load_file(path) -> Loaded:
     tensors, metadata = storage.read(path)
-    if metadata.get("_target_") == OWN_TARGET:
+    if metadata.get("_target_") == sources.OWN_TARGET:
         return _load_own(path, tensors, metadata)
     tensors, renamed = names.modern(tensors)
     config, config_json = flextok_config.parse_metadata(metadata), None
@@ -137,7 +136,7 @@ def save(folder, model: Loaded):
     if not flextok_config.is_released(model.config):
         config = json.dumps(dataclasses.asdict(model.config))
         tensors = names.to_tensors(_own_entries(model.config), model.params)
-        storage.write(path, tensors, {"_target_": OWN_TARGET, "config": config})
+        storage.write(path, tensors, {"_target_": sources.OWN_TARGET, "config": config})
         return path
     tensors = names.to_tensors(_entries(model.config), model.params)
     tensors = {model.renamed.get(name, name): tensor for name, tensor in tensors.items()}

@@ -8,6 +8,7 @@ from flextok_jax.io.paths import as_path, is_remote
 
 WEIGHTS = "model.safetensors"
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+OWN_TARGET = "flextok_jax.Tokenizer"  # Of tokenizers that the released format cannot hold.
 AR_PREFIX = "models.ar_image_model."  # Of tensors in released AR files.
 DEMOS = {"demo-digits": "digits", "demo-digits-ar": "digits_ar"}
 DEMO_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "demos"
@@ -83,7 +84,8 @@ def kind_of(source, revision: str | None = None) -> str | None:
     tensors, metadata = storage.read_header(path)
     if any(name.startswith(AR_PREFIX) for name in tensors):
         return "ar"
-    return "tokenizer" if any("module_dict." in name for name in tensors) else None
+    own = metadata.get("_target_") == OWN_TARGET
+    return "tokenizer" if own or any("module_dict." in name for name in tensors) else None
 
 
 def check_kind(path, kind: str) -> None:

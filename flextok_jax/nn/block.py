@@ -359,14 +359,15 @@ def stack(cfg: Blocks, compute: Compute, carry, shared, **options):
     dtype = jnp.dtype(compute.dtype)
     one = Block(cfg, compute, **options, parent=None)
     like = jax.eval_shape(one.init, jax.random.key(0), carry, shared)["params"]
-    block = nn.map_variables(
-        Block,
-        "params",
-        trans_in_fn=lambda tree: {
-            "params": layout.gather(layout.unbox(tree["params"]), like, dtype)
-        },
-        init=True,
-    )
+
+    def gathered(tree):
+        return {"params": layout.gather(layout.unbox(tree["params"]), like, dtype)}
+
+    def boxed(tree):  # What initialisation keeps.
+        params = tree.get("params")
+        return {"params": layout.box(layout.unbox(params), like)} if params else tree
+
+    block = nn.map_variables(Block, "params", gathered, boxed, init=True)
     if compute.remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=_KEPT[compute.remat])
     loop = nn.scan(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.nn import layout, order
-from flextok_jax.nn.block import Norm, normal, stack, xavier
+from flextok_jax.nn.block import Norm, normal, stack, xavier, zeros
 from flextok_jax.nn.config import Blocks, Compute
 
 # Of the colours in 0..1 that it was trained on (ImageNet's).
@@ -75,6 +75,7 @@ class DINOv2(nn.Module):
         embed = nn.Conv(
             cfg.width, size, size, padding="VALID", dtype=dtype, name="patch_emb",
             kernel_init=layout.axes(xavier, None, None, None, "embed"),
+            bias_init=layout.axes(zeros, None),
         )  # fmt: skip
         x = embed(images)
         batch, rows, columns, _ = x.shape

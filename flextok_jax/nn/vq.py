@@ -30,7 +30,9 @@ def quantize(codebook: jax.Array, cfg: Bottleneck, z: jax.Array):
         commitment |sg(q) - z^|^2 + |q - sg(z^)|^2, where sg stops the gradient).
     """
     book, z = _unit(codebook, cfg), _unit(z, cfg)
-    distance = jnp.sum(jnp.square(book), axis=1) - 2 * jnp.matmul(z, book.T, precision="highest")
+    distance = jnp.sum(jnp.square(book), axis=1)[None, None] - 2 * jnp.matmul(
+        z, book.T, precision="highest"
+    )
     ids = jnp.argmin(distance, axis=-1).astype(jnp.int32)
     q, stop = book[ids], jax.lax.stop_gradient
     loss = cfg.commitment * jnp.square(stop(q) - z) + jnp.square(q - stop(z))

@@ -149,8 +149,8 @@ ENCODER = {
         "vae_latents_bhwc", "enc_vae_latents_patched", "enc_n_patches", "encoder.width"
     ),
     "enc_posemb_module": _positions(
-        "enc_vae_latents_patched", "enc_vae_latents_patched", "encoder.width", Field("sites.grid", "list"),
-        "sincos",
+        "enc_vae_latents_patched", "enc_vae_latents_patched", "encoder.width",
+        Field("sites.grid", "list"), "sincos",
     ),
     "enc_register_module": _module(
         "model.preprocessors.registers.Registers1D",
@@ -213,7 +213,8 @@ DECODER = {
         "vae_latents_noised_bhwc", "vae_latents_noised_patched", "dec_n_patches", "decoder.width"
     ),
     "dec_patches_posemb_module": _positions(
-        "vae_latents_noised_patched", "dec_patches", "decoder.width", Field("sites.grid", "list"), "sincos"
+        "vae_latents_noised_patched", "dec_patches", "decoder.width",
+        Field("sites.grid", "list"), "sincos",
     ),
     "dec_seq_packer": _packer(
         "dec", ["dec_patches", "dec_registers_proj"], "full",
