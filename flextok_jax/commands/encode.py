@@ -21,7 +21,7 @@ from flextok_jax.evaluation.reconstruction import check_counts, identity, padded
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import networks
 from flextok_jax.io.paths import as_path
-from flextok_jax.nn import repa, vae
+from flextok_jax.nn import dinov2, repa, vae
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.mesh import platform
@@ -198,11 +198,10 @@ def _features(args) -> Encoder:
 def _on_devices(function, params, like):
     """uint8 [B, S, S, 3] -> float16 [B, ...]: `function(params, images)` over all devices.
 
-    `name` is the model's in the table of shardings.
+    `like` are the parameters in boxes with their axes.
     """
     mesh = common.all_devices()
-    if mesh is not None:
-        params = place(mesh, params, like)
+    params = place(mesh, params, like)
     compiled = jax.jit(function)
 
     def run(images):
