@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from flextok_jax.nn import bottleneck, layers, layout, order
 from flextok_jax.nn.attention import layer_norm
-from flextok_jax.nn.block import normal, stack, zeros
+from flextok_jax.nn.block import normal, stack, xavier, zeros
 from flextok_jax.nn.config import Compute, TokenizerConfig
 
 
@@ -43,4 +43,6 @@ class Encoder(nn.Module):
         carry = ((sequence.join(patches, registers),), None, jnp.int32(0))
         (x,), *_ = stack(cfg.encoder, self.compute, carry, (None,) * 3, sequences=(sequence,))
         x = layer_norm(sequence.part(x, "registers")).astype(jnp.float32)
-        return layers.dense(bottleneck.features(cfg.bottleneck), jnp.float32, "head", zeros)(x)
+        # Codes of length 1 have no gradient at 0.
+        init = xavier if cfg.bottleneck.kind == "vq" else zeros
+        return layers.dense(bottleneck.features(cfg.bottleneck), jnp.float32, "head", init)(x)
