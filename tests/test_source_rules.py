@@ -120,6 +120,18 @@ def test_side_files_of_a_tar_that_cannot_be_used_are_counted_by_name(tmp_path):
     assert {name.rpartition("/")[2] for name in skipped(source)} == {"0.json", "1.json", "2.txt"}
 
 
+def test_the_reader_keeps_the_order_and_tells_files_from_faults_of_the_caller(tmp_path):
+    folder_of(tmp_path, [f"{i:02}.png" for i in range(90)])
+    (tmp_path / "40.png").write_bytes(b"broken")
+    source = opened(tmp_path)
+    found = list(read_ahead(source, reversed(range(90)), lambda picture: picture.key))
+    keys = [f"{i:02}.png" for i in reversed(range(90))]
+    assert [getattr(item, "key", item) for item in found] == keys
+    assert [item.key for item in found if isinstance(item, Unreadable)] == ["40.png"]
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(source, range(90), lambda picture: 1 // 0))
+
+
 # Names that are clear are found, all others counted.
 
 
@@ -206,6 +218,17 @@ def test_splits_have_the_same_classes(tmp_path, caplog):
     folder_of(tmp_path / "other", ["a/0.png", "z/1.png"])
     with pytest.raises(ValueError, match="'b', 'c', 'z'"):
         check_labels(opened(tmp_path / "other"), train)
+
+
+def test_packed_splits_of_other_classes_are_not_read_as_one(tmp_path):
+    for split, name in (("train", "a"), ("test", "b")):
+        folder_of(tmp_path / split, [f"{name}/0.png", "c/1.png"])
+        assert pack(tmp_path / split, tmp_path / name, "--split", "all") == 0
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / name / "all").rename(tmp_path / "out" / split)
+    assert len(opened(tmp_path / "out", "train")) == 2
+    with pytest.raises(ValueError, match="test.*train"):
+        opened(tmp_path / "out")
 
 
 def test_packed_data_know_their_labels(tmp_path):

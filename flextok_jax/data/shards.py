@@ -73,14 +73,12 @@ def write_split(
     if null_text is not None:
         with storage.atomic(folder.parent / NULL_TEXT) as temporary:
             np.save(temporary, null_text)
-    unreadable = UnreadableCount(settings["num_images"])
+    count = UnreadableCount(settings["num_images"])
     for index in range(part[0], settings["num_shards"], part[1]):
         shard = _shard(folder, settings, index)
-        if _is_whole(shard):
-            unreadable.update(storage.read_json(shard.with_suffix(".json"))["unreadable"])
-        else:
+        if not _is_whole(shard):
             channels = None if null_text is None else null_text.shape[1]
-            _write_shard(shard, make_shard(index), unreadable, channels)
+            _write_shard(shard, make_shard(index), count, channels)
     shards, unreadable = {}, UnreadableCount(settings["num_images"])
     for index in range(settings["num_shards"]):
         shard = _shard(folder, settings, index)
@@ -282,6 +280,9 @@ class ShardSource(Source):
         names = names if split == source.ALL and split not in names and names else [split]
         found = {(file := _finished(root, name)).parent: open_manifest(file) for name in names}
         self.manifest = next(iter(found.values()))
+        self.classes = self.manifest.get("classes") or []
+        if any((manifest.get("classes") or []) != self.classes for manifest in found.values()):
+            raise ValueError(f"{root}: its splits have different classes; name one of {names}")
         self._files, longest = [], 0
         for folder, manifest in found.items():
             for key, reason in manifest["unreadable"].items():
@@ -306,7 +307,6 @@ class ShardSource(Source):
             )
         self._ends = np.cumsum([count for _, count in self._files])
         self._records = _open([file for file, _ in self._files])
-        self.classes = self.manifest.get("classes") or []
         self.text, self.null_text = None, null_text(root)
         if self.null_text is not None:
             longest = max(longest, len(self.null_text))
