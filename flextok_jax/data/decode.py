@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 try:
     import pillow_heif
@@ -48,7 +48,12 @@ def opened(data: bytes) -> Image.Image:
     """
     if not data:
         raise ValueError("the file is empty")
-    return Image.open(io.BytesIO(data))
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1"):
+            raise ValueError("HEIC images need: pip install pillow-heif") from None
+        raise
 
 
 def orientation(image: Image.Image) -> int:
