@@ -430,6 +430,28 @@ def test_configurations_survive_writing_and_reading(cfg):
     assert flextok_config.config_from_dict(through_json) == cfg
 
 
+def test_flat_configurations_of_older_workdirs_are_read():
+    vae = dataclasses.asdict(small_vae()) | {"block_out": [32, 32]}
+    old = {
+        "vae": vae, "grid": [2, 4], "patch_size": 1, "num_tokens": 12, "levels": [8, 5, 5],
+        "enc_width": 64, "enc_depth": 1, "dec_width": 96, "dec_depth": 3, "head_dim": 32,
+        "mlp_ratio": 3.0, "max_timestep": 1.0, "time_frequencies": 64, "mode_scale": 0.5,
+        "log_normal_time": True, "keep_mode": "uniform", "null_prob": 0.1, "guidance_scale": 2.0,
+    }  # fmt: skip
+    cfg = flextok_config.config_from_dict(old)
+    found = storage.dotted(dataclasses.asdict(cfg))
+    expected = {
+        "sites.grid": (2, 4), "sites.patch_size": 1, "tokens.count": 12, "tokens.keep": "uniform",
+        "bottleneck.levels": (8, 5, 5), "encoder.width": 64, "decoder.width": 96,
+        "encoder.depth": 1, "decoder.depth": 3, "encoder.head_dim": 32, "decoder.head_dim": 32,
+        "encoder.mlp_hidden": 128, "decoder.mlp_hidden": 192, "target.flow.max_timestep": 1.0,
+        "target.flow.time_frequencies": 64, "target.flow.mode_scale": 0.5,
+        "target.flow.log_normal_time": True, "target.flow.null_prob": 0.1,
+        "target.flow.sampler.guidance_scale": 2.0, "vae.block_out": (32, 32),
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+
+
 def test_the_golden_configuration_is_written_as_it_was_read(file):
     config = configuration(file[1])
     written = flextok_config.write_config(flextok_config.read_config(config)[0])

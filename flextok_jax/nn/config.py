@@ -51,15 +51,6 @@ def from_dict(cls, values):
     return cls(**{name: value(name, x) for name, x in values.items()})
 
 
-def flat(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    out = {}
-    for key, value in tree.items():
-        inside = isinstance(value, dict)
-        out |= flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
-    return out
-
-
 def nested(fields: dict) -> dict:
     """{"a.b": 1} -> {"a": {"b": 1}}."""
     tree = {}

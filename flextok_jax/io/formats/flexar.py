@@ -172,12 +172,9 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
     for name, value in facts.items():
         if fields.setdefault(name, value) != value:
             problems.append(f"{CONFIG} says {name}={value!r}, the tensors say {fields[name]!r}")
-    for name, plain in (("norm", "rms"), ("mlp", "swiglu")):
-        if fields[name] == plain:
-            del fields[name]
     try:
         cfg = ARConfig(**fields)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         return None, [*problems, str(error)]
     if scale is not None and abs(scale - cfg.head_dim**-0.5) > 1e-6:
         problems.append(f"{CONFIG} says qk_scale={scale}; implemented is 1 / sqrt(head size)")

@@ -9,6 +9,7 @@ import dataclasses
 import re
 import reprlib
 
+from flextok_jax.io import storage
 from flextok_jax.io.formats.flextok_template import (
     IDENTITY_VAE,
     MISSING,
@@ -25,7 +26,6 @@ from flextok_jax.nn.config import (
     KEEP_MODES,
     Blocks,
     TokenizerConfig,
-    flat,
     from_dict,
     identity_vae,
     nested,
@@ -98,7 +98,7 @@ def to_fields(cfg: TokenizerConfig) -> dict:
     "encoder.mlp_ratio" and "decoder.mlp_ratio" stand for the hidden widths,
     int(2 / 3 mlp_ratio width).
     """
-    fields = flat(dataclasses.asdict(cfg))
+    fields = storage.dotted(dataclasses.asdict(cfg))
     for part in PARTS:
         hidden, width = fields.pop(f"{part}.mlp_hidden"), fields[f"{part}.width"]
         fields[f"{part}.mlp_ratio"] = 1.5 * (hidden + 0.5) / width if hidden else 4.0

@@ -64,207 +64,154 @@ class Free:
     value: Any
 
 
+# The fields that several modules hold: widths, channels, sizes.
+_ENC, _DEC, _C = Field("encoder.width"), Field("decoder.width"), Field("vae.latent_channels")
+_GRID, _PATCH = Field("sites.grid", "list"), Field("sites.patch_size", "pair")
+_R, _F, _MODEL = Field("tokens.count"), Field("bottleneck.levels", "len"), "model."
+
+
 def _module(target: str, **arguments):
     return {"_target_": "flextok." + target, **arguments}
 
 
 def _channels(order: str, read: str, write: str):
-    operation = _module(f"model.utils.dict_ops.channels_{order}", _partial_=True)
+    ops = _MODEL + "utils.dict_ops."
+    operation = _module(f"{ops}channels_{order}", _partial_=True)
+    return _module(ops + "PerSampleOp", read_key=read, write_key=write, per_sample_op=operation)
+
+
+def _patches(read: str, write: str, count: str, width: Field):
     return _module(
-        "model.utils.dict_ops.PerSampleOp", read_key=read, write_key=write, per_sample_op=operation
-    )
+        _MODEL + "preprocessors.patching.PatchEmbedder", input_tensor_list_read_key=read,
+        patches_list_write_key=write, n_patches_write_key=count, channels_in=_C, dim=width,
+        patch_sizes=_PATCH, flatten_patches=False,
+    )  # fmt: skip
 
 
-def _patches(read: str, write: str, count: str, width: str):
+def _positions(read: str, write: str, width: Field, sizes: Field, kind: str):
     return _module(
-        "model.preprocessors.patching.PatchEmbedder",
-        input_tensor_list_read_key=read,
-        patches_list_write_key=write,
-        n_patches_write_key=count,
-        channels_in=Field("vae.latent_channels"),
-        dim=Field(width),
-        patch_sizes=Field("sites.patch_size", "pair"),
-        flatten_patches=False,
-    )
-
-
-def _positions(read: str, write: str, width: str, sizes: Field, kind: str):
-    return _module(
-        "model.utils.posembs.PositionalEmbeddingAdder",
-        read_key=read,
-        write_key=write,
-        dim=Field(width),
-        max_sizes=sizes,
-        posemb_type=kind,
-        posemb_scaling="absolute",
-    )
+        _MODEL + "utils.posembs.PositionalEmbeddingAdder", read_key=read, write_key=write,
+        dim=width, max_sizes=sizes, posemb_type=kind, posemb_scaling="absolute",
+    )  # fmt: skip
 
 
 def _packer(prefix: str, inputs: list[str], mode: str, **more):
     return _module(
-        "model.preprocessors.flex_seq_packing.BlockWiseSequencePacker",
-        input_list_read_keys=inputs,
-        packed_seq_write_key=f"{prefix}_packed_seq",
-        block_mask_write_key=f"{prefix}_block_mask",
+        _MODEL + "preprocessors.flex_seq_packing.BlockWiseSequencePacker",
+        input_list_read_keys=inputs, packed_seq_write_key=f"{prefix}_packed_seq",
+        block_mask_write_key=f"{prefix}_block_mask", mask_mode=mode, pad_to_multiple=128,
         inner_packed_shapes_write_key=f"{prefix}_ps_inner",
-        outer_packed_shapes_write_key=f"{prefix}_ps_outer",
-        mask_mode=mode,
-        pad_to_multiple=128,
-        **more,
-    )
+        outer_packed_shapes_write_key=f"{prefix}_ps_outer", **more,
+    )  # fmt: skip
 
 
 def _unpacker(prefix: str, sequence: str, outputs: list[str]):
     return _module(
-        "model.postprocessors.seq_unpacking.SequenceUnpacker",
-        packed_seq_read_key=sequence,
-        inner_seq_write_keys=outputs,
-        inner_packed_shapes_read_key=f"{prefix}_ps_inner",
+        _MODEL + "postprocessors.seq_unpacking.SequenceUnpacker", packed_seq_read_key=sequence,
+        inner_seq_write_keys=outputs, inner_packed_shapes_read_key=f"{prefix}_ps_inner",
         outer_packed_shapes_read_key=f"{prefix}_ps_outer",
-    )
+    )  # fmt: skip
 
 
-def _transformer(prefix: str, **more):
-    part = {"enc": "encoder", "dec": "decoder"}[prefix]
+def _transformer(prefix: str, part: str, **more):
     return _module(
-        "model.trunks.transformers.FlexTransformer",
-        input_seq_read_key=f"{prefix}_packed_seq",
-        output_seq_write_key=f"{prefix}_packed_seq",
-        dim=Field(f"{part}.width"),
-        depth=Field(f"{part}.depth"),
-        head_dim=Field(f"{part}.head_dim", default=64),
-        mlp_ratio=Field(f"{part}.mlp_ratio", default=4.0),
-        block_mask_read_key=f"{prefix}_block_mask",
-        qk_norm=True,
-        gated_mlp=True,
-        **more,
-    )
+        _MODEL + "trunks.transformers.FlexTransformer", input_seq_read_key=f"{prefix}_packed_seq",
+        output_seq_write_key=f"{prefix}_packed_seq", dim=Field(f"{part}.width"),
+        depth=Field(f"{part}.depth"), head_dim=Field(f"{part}.head_dim", default=64),
+        mlp_ratio=Field(f"{part}.mlp_ratio", default=4.0), qk_norm=True, gated_mlp=True,
+        block_mask_read_key=f"{prefix}_block_mask", **more,
+    )  # fmt: skip
 
 
-SEQUENTIAL = "model.utils.wrappers.SequentialModuleDictWrapper"
+def _sequence(modules: dict):
+    return _module(_MODEL + "utils.wrappers.SequentialModuleDictWrapper", module_dict=modules)
+
 
 ENCODER = {
     "enc_channels_to_last": _channels("first_to_last", "vae_latents", "vae_latents_bhwc"),
-    "enc_patch_emb": _patches(
-        "vae_latents_bhwc", "enc_vae_latents_patched", "enc_n_patches", "encoder.width"
-    ),
+    "enc_patch_emb": _patches("vae_latents_bhwc", "enc_vae_latents_patched", "enc_n_patches", _ENC),
     "enc_posemb_module": _positions(
-        "enc_vae_latents_patched", "enc_vae_latents_patched", "encoder.width",
-        Field("sites.grid", "list"), "sincos",
+        "enc_vae_latents_patched", "enc_vae_latents_patched", _ENC, _GRID, "sincos"
     ),
     "enc_register_module": _module(
-        "model.preprocessors.registers.Registers1D",
-        input_tensor_list_read_key="enc_vae_latents_patched",
-        register_sizes_read_write_key="register_sizes",
-        registers_write_key="enc_registers",
-        dim=Field("encoder.width"),
-        n_min=Field("tokens.count"),
-        n_max=Field("tokens.count"),
+        _MODEL + "preprocessors.registers.Registers1D", dim=_ENC, n_min=_R, n_max=_R,
+        input_tensor_list_read_key="enc_vae_latents_patched", ordering_mode="nested",
+        register_sizes_read_write_key="register_sizes", registers_write_key="enc_registers",
         size_sampling_mode=Free("uniform"),  # n_min = n_max: there is nothing to sample
-        ordering_mode="nested",
     ),
     "enc_seq_packer": _packer("enc", ["enc_vae_latents_patched", "enc_registers"], "causal_last"),
-    "enc_transformer": _transformer("enc"),
+    "enc_transformer": _transformer("enc", "encoder"),
     "enc_unpacker": _unpacker(
         "enc", "enc_packed_seq", ["enc_vae_latents_patched", "enc_registers"]
     ),
     "enc_to_latents": _module(
-        "model.postprocessors.heads.LinearHead",
-        read_key="enc_registers",
-        write_key="enc_registers",
-        dim=Field("encoder.width"),
-        dim_out=Field("bottleneck.levels", "len"),
-        use_mup_readout=False,
-        weight_init_style="zero",
-        dtype_override=None,
+        _MODEL + "postprocessors.heads.LinearHead", read_key="enc_registers",
+        write_key="enc_registers", dim=_ENC, dim_out=_F, use_mup_readout=False,
+        weight_init_style="zero", dtype_override=None,
     ),
 }  # fmt: skip
 
 DECODER = {
     "dec_from_latents": _module(
-        "model.preprocessors.linear.LinearLayer",
-        read_key="enc_registers_quant",
-        write_key="dec_registers_proj",
-        dim_in=Field("bottleneck.levels", "len"),
-        dim=Field("decoder.width"),
+        _MODEL + "preprocessors.linear.LinearLayer", read_key="enc_registers_quant",
+        write_key="dec_registers_proj", dim_in=_F, dim=_DEC,
     ),
     "dec_registers_posemb_module": _positions(
-        "dec_registers_proj", "dec_registers_proj", "decoder.width", Field("tokens.count", "one"),
+        "dec_registers_proj", "dec_registers_proj", _DEC, Field("tokens.count", "one"),
         "learnable_sum",
     ),
     "dec_nested_dropout": _module(
-        "model.preprocessors.token_dropout.MaskedNestedDropout",
-        read_write_key="dec_registers_proj",
-        dim=Field("decoder.width"),
-        eval_keep_k_read_key="eval_keep_k",
-        train_keep_k_write_key="train_keep_k",
-        size_sampling_mode=Field("tokens.keep"),
+        _MODEL + "preprocessors.token_dropout.MaskedNestedDropout", dim=_DEC,
+        read_write_key="dec_registers_proj", eval_keep_k_read_key="eval_keep_k",
+        train_keep_k_write_key="train_keep_k", size_sampling_mode=Field("tokens.keep"),
     ),
     "dec_latent_dropout": _module(
-        "model.preprocessors.nullcond.LearnedNullCond",
-        read_write_key="dec_registers_proj",
-        dim=Field("decoder.width"),
-        dropout_prob=Field("target.flow.null_prob"),
+        _MODEL + "preprocessors.nullcond.LearnedNullCond", read_write_key="dec_registers_proj",
+        dim=_DEC, dropout_prob=Field("target.flow.null_prob"),
     ),
     "dec_noise_channels_to_last": _channels(
         "first_to_last", "vae_latents_noised", "vae_latents_noised_bhwc"
     ),
     "dec_noise_patch_emb": _patches(
-        "vae_latents_noised_bhwc", "vae_latents_noised_patched", "dec_n_patches", "decoder.width"
+        "vae_latents_noised_bhwc", "vae_latents_noised_patched", "dec_n_patches", _DEC
     ),
     "dec_patches_posemb_module": _positions(
-        "vae_latents_noised_patched", "dec_patches", "decoder.width",
-        Field("sites.grid", "list"), "sincos",
+        "vae_latents_noised_patched", "dec_patches", _DEC, _GRID, "sincos"
     ),
     "dec_seq_packer": _packer(
         "dec", ["dec_patches", "dec_registers_proj"], "full",
         emb_packing_fn_write_key="emb_packing_fn", per_subseq_embs=True,
     ),
     "dec_time_embedder": _module(
-        "model.preprocessors.time_embedding.TimestepEmbedder",
-        timesteps_read_key="timesteps",
-        time_embedding_write_key="dec_temb",
-        dim=Field("decoder.width"),
+        _MODEL + "preprocessors.time_embedding.TimestepEmbedder", dim=_DEC,
+        timesteps_read_key="timesteps", time_embedding_write_key="dec_temb",
         frequency_embedding_size=Field("target.flow.time_frequencies", default=256),
         max_timestep=Field("target.flow.max_timestep"),
     ),
     "dec_transformer": _transformer(
-        "dec",
-        adaLN_emb_read_key="dec_temb",
-        adaLN_packing_fn_read_key="emb_packing_fn",
-        adaLN_expansion=2,
+        "dec", "decoder", adaLN_emb_read_key="dec_temb", adaLN_expansion=2,
+        adaLN_packing_fn_read_key="emb_packing_fn", intermediate_layers=[1],
         intermediate_layer_write_key="dec_packed_seq_repa_layer",
-        intermediate_layers=[1],
     ),
     "dec_unpacker": _unpacker("dec", "dec_packed_seq", ["dec_patches", "dec_registers_proj"]),
     "dec_repa_unpacker": _unpacker(
         "dec", "dec_packed_seq_repa_layer", ["dec_patches_repa_layer", "dec_registers_repa_layer"]
     ),
     "dec_to_patches": _module(
-        "model.postprocessors.heads.ToPatchesLinearHead",
-        read_key="dec_patches",
-        write_key="dec_patches",
-        dim=Field("decoder.width"),
-        channels_out=Field("vae.latent_channels"),
-        patch_sizes=Field("sites.patch_size", "pair"),
-        use_mup_readout=False,
-        adaLN_emb_read_key="dec_temb",
+        _MODEL + "postprocessors.heads.ToPatchesLinearHead", read_key="dec_patches",
+        write_key="dec_patches", dim=_DEC, channels_out=_C, patch_sizes=_PATCH,
+        use_mup_readout=False, adaLN_emb_read_key="dec_temb",
     ),
     "dec_channels_to_first": _channels("last_to_first", "dec_patches", "vae_latents_reconst"),
 }  # fmt: skip
 
 VAE = {
-    "images_read_key": "rgb",
-    "vae_latents_read_key": "vae_latents_reconst",
-    "vae_latents_write_key": "vae_latents",
-    "images_reconst_write_key": "rgb_reconst",
-    "vae_kl_loss_write_key": "kl_loss",
-    "latent_channels": Field("vae.latent_channels"),
-    "scaling_factor": Field("vae.scaling_factor"),
-    "dtype_override": "fp32",
-    "sample_posterior": Field("vae.sample_posterior", default=True),
-    "frozen": True,
-}
+    "images_read_key": "rgb", "vae_latents_read_key": "vae_latents_reconst",
+    "vae_latents_write_key": "vae_latents", "images_reconst_write_key": "rgb_reconst",
+    "vae_kl_loss_write_key": "kl_loss", "latent_channels": _C,
+    "scaling_factor": Field("vae.scaling_factor"), "dtype_override": "fp32",
+    "sample_posterior": Field("vae.sample_posterior", default=True), "frozen": True,
+}  # fmt: skip
 RELEASED_VAE = "flextok.vae_wrapper.StableDiffusionVAE"
 # Ours only: the reference does not read these.
 OWN_VAE = "flextok_jax.AutoencoderKL"
@@ -272,41 +219,31 @@ IDENTITY_VAE = "flextok_jax.IdentityVAE"
 VAES = {
     RELEASED_VAE: VAE,
     OWN_VAE: VAE | {"norm_groups": Field("vae.norm_groups")},
-    IDENTITY_VAE: {"latent_channels": Field("vae.latent_channels")},
+    IDENTITY_VAE: {"latent_channels": _C},
 }
 
 TEMPLATE = {
     "_target_": "flextok.flextok_wrapper.FlexTok",
-    "encoder": _module(SEQUENTIAL, module_dict=ENCODER),
-    "decoder": _module(SEQUENTIAL, module_dict=DECODER),
+    "encoder": _sequence(ENCODER),
+    "decoder": _sequence(DECODER),
     "regularizer": _module(
-        "regularizers.quantize_fsq.FSQ",
-        latents_read_key="enc_registers",
-        quants_write_key="enc_registers_quant",
-        tokens_write_key="tokens",
+        "regularizers.quantize_fsq.FSQ", latents_read_key="enc_registers",
+        quants_write_key="enc_registers_quant", tokens_write_key="tokens",
         levels=Field("bottleneck.levels", "list"),
     ),
     "flow_matching_noise_module": _module(
-        "flow_matching.noise_modules.MinRFNoiseModule",
-        clean_images_read_key="vae_latents",
-        noised_images_write_key="vae_latents_noised",
-        timesteps_write_key="timesteps",
-        sigmas_write_key="sigmas",
-        ln=Field("target.flow.log_normal_time", default=False),
+        "flow_matching.noise_modules.MinRFNoiseModule", clean_images_read_key="vae_latents",
+        noised_images_write_key="vae_latents_noised", timesteps_write_key="timesteps",
+        sigmas_write_key="sigmas", ln=Field("target.flow.log_normal_time", default=False),
         mode_scale=Field("target.flow.mode_scale", default=0.25),
     ),
     "pipeline": _module(
-        "flow_matching.pipelines.MinRFPipeline",
-        _partial_=True,
-        noise_read_key=None,
-        target_sizes_read_key=None,
-        latents_read_key="enc_registers_quant",
-        timesteps_read_key="timesteps",
-        noised_images_read_key="vae_latents_noised",
-        reconst_write_key="vae_latents_reconst",
-        out_channels=Field("vae.latent_channels"),
+        "flow_matching.pipelines.MinRFPipeline", _partial_=True, noise_read_key=None,
+        target_sizes_read_key=None, latents_read_key="enc_registers_quant",
+        timesteps_read_key="timesteps", noised_images_read_key="vae_latents_noised",
+        reconst_write_key="vae_latents_reconst", out_channels=_C,
     ),
-}
+}  # fmt: skip
 OWN_KEY = "flextok_jax"  # Our own top-level entry, written only where a default of ours differs.
 _SAMPLER = "target.flow.sampler."
 OWN = {
