@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from common import GOLDEN, TINY, tiny_generator
+from common import GOLDEN, TINY, changed, tiny_generator
 from PIL import Image
 
 from examples import quickstart
@@ -19,7 +19,7 @@ QUICK = dict(steps=1, guidance_scale=1.0)
 
 @pytest.fixture(scope="module")
 def gen():
-    return tiny_generator(dataclasses.replace(TINY, patch_size=4))  # 16 x 16 pixels
+    return tiny_generator(changed(TINY, sites__patch_size=4, encoder__depth=1, decoder__depth=1))
 
 
 @pytest.fixture(scope="module")
