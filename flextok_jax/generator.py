@@ -76,6 +76,7 @@ class ImageGenerator:
         dtype: str = "float32",
         mesh: Mesh | None = None,
         attention: str = "xla",
+        revision: str | None = None,
     ) -> "ImageGenerator":
         """Loads an AR model.
 
@@ -87,6 +88,7 @@ class ImageGenerator:
             mesh: spread batches and parameters over these devices. Axes `data` and `tensor` suit
                 generation; what is cut over `fsdp` is gathered for every token.
             attention: of `logits`: "xla", "cudnn" (CUDA GPUs with bfloat16) or "pallas" (TPUs).
+            revision: branch, tag or commit of a hub id.
 
         Raises:
             FileNotFoundError: the source is not there; the message says how to get it.
@@ -95,7 +97,7 @@ class ImageGenerator:
         """
         compute = Compute(dtype=dtype, attention=attention)
         compute.check_platform(platform(mesh))
-        file = flexar.load(source)
+        file = flexar.load(source, revision)
         params = place(mesh, file.params, ar.shapes(file.config))
         file = dataclasses.replace(file, params={})  # the arrays on the devices are the ones
         return cls(file.config, params, tokenizer, compute, mesh, file.origin, file)

@@ -79,7 +79,12 @@ class FlexTok:
 
     @classmethod
     def from_pretrained(
-        cls, source, dtype: str = "float32", mesh: Mesh | None = None, attention: str = "xla"
+        cls,
+        source,
+        revision: str | None = None,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        attention: str = "xla",
     ) -> "FlexTok":
         """Loads a tokenizer.
 
@@ -87,6 +92,7 @@ class FlexTok:
             source: a hub id, a folder or `model.safetensors` in the released format, a workdir of
                 our own training (its averaged weights), or the name of a shipped demo model
                 ("demo-digits").
+            revision: branch, tag or commit of a hub id.
             dtype: "float32" or "bfloat16", of the computation; parameters stay float32.
             mesh: spread batches and parameters over these devices (see `parallel.mesh.make_mesh`).
             attention: "xla", or "cudnn" on CUDA GPUs with bfloat16, or "pallas" on TPUs.
@@ -98,7 +104,7 @@ class FlexTok:
         """
         compute = Compute(dtype=dtype, attention=attention)
         compute.check_platform(platform(mesh))
-        file = models.load(source)
+        file = models.load(source, revision)
         params = place(mesh, file.params, flextok.shapes(file.config))
         file = dataclasses.replace(file, params={})  # the arrays on the devices are the ones
         return cls(file.config, params, compute, mesh, file.origin, file)

@@ -16,7 +16,7 @@ from common import GOLDEN, TINY, changed, last, random_params, small_vae, tiny_t
 from huggingface_hub import constants as hub_constants
 from safetensors import safe_open
 
-from flextok_jax import FlexTok
+from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.io import models, sources, storage, workdirs
 from flextok_jax.io.formats import flexar, flextok_config, names, vae_files
 from flextok_jax.nn import vae
@@ -292,8 +292,9 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch):
     for text in ("a/b/c", "./x", "../x/y", "/nowhere/x", "runs/typo", "name", "~/nowhere/x"):
         with pytest.raises(FileNotFoundError, match="demo-digits"):
             models.load(text)
-    with pytest.raises(ValueError, match="revision='v1'"):
-        models.load(GOLDEN / "tokenizer", revision="v1")
+    for load in (FlexTok.from_pretrained, ImageGenerator.from_pretrained):
+        with pytest.raises(ValueError, match="revision='v1'"):
+            load(GOLDEN / "tokenizer", revision="v1")
 
 
 @pytest.mark.parametrize(
