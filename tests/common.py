@@ -129,13 +129,13 @@ def config_file(name: str):
     return module
 
 
-CONFIGS = {name: config_file(name) for name in ("vae", "tokenizer", "ar")}
+CONFIGS = {name: config_file(name) for name in ("vae", "tokenizer", "ar", "lab")}
 
 
 def shipped(name: str, variant: str, folder: pathlib.Path):
     """(stage, configuration) of a shipped variant, with the smallest data that it accepts."""
     config = CONFIGS[name].get_config(variant)
-    if name == "tokenizer":
+    if name in ("tokenizer", "lab"):
         cfg = None if config.vae.source == "identity" else VAEConfig(latent_channels=16)
         return TokenizerStage(config, vae_config=cfg), config
     if name == "vae":

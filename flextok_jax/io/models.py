@@ -123,7 +123,7 @@ def _load_own(path, tensors, metadata) -> Loaded:
 
 def _own_entries(cfg: TokenizerConfig) -> list[names.Entry]:
     """Tensors under the names of our parameters."""
-    return names.entries(shapes(cfg), lambda path: path)
+    return names.entries(shapes(cfg), lambda path: path.replace("/blocks/", "/blocks/{i}/"))
 
 
 def save(folder, model: Loaded):

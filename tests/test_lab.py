@@ -1,0 +1,111 @@
+"""Every variant of the laboratory: gradients, files, prefixes, and what its decoder can do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import CONFIGS, relative
+
+from examples.digits import arrays
+from flextok_jax import FlexTok
+from flextok_jax.nn import layout
+from flextok_jax.training.tokenizer_stage import TokenizerStage
+
+LAB = CONFIGS["lab"]
+
+
+def config(variant):
+    c = LAB.get_config(variant)
+    c.model.encoder.depth = c.model.decoder.depth = 1
+    return c
+
+
+@pytest.fixture(scope="module", params=LAB.VARIANTS)
+def model(request):
+    """(configuration, stage, parameters without the zeros of a new model, a tokenizer of them)."""
+    c = config(request.param)
+    stage = TokenizerStage(c)
+    params = layout.unbox(stage.init(jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise)])
+    return c, stage, params, FlexTok(stage.model, params | {"vae": {}})
+
+
+def images(count=6):
+    return arrays("train")[0][:count]
+
+
+def test_a_gradient_reaches_every_parameter(model):
+    _, stage, params, _ = model
+    batch = {"image": jnp.asarray(images(32))}
+
+    def loss(params):
+        return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        path = layout.path_string(path)
+        assert np.isfinite(gradient).all(), path
+        assert np.abs(gradient).max() > 0 or not stage.trainable(path), path
+
+
+def test_a_saved_model_is_the_same_model(model, tmp_path):
+    _, _, _, tok = model
+    tok.save_pretrained(tmp_path)
+    again = FlexTok.from_pretrained(tmp_path)
+    assert again.config == tok.config and again.fingerprint == tok.fingerprint
+    np.testing.assert_array_equal(again.tokenize(images()), tok.tokenize(images()))
+
+
+def test_tokens_are_what_the_model_says_of_itself(model):
+    c, _, _, tok = model
+    tokens = np.asarray(tok.tokenize(images()))
+    if tok.discrete:
+        assert tokens.dtype == np.int32 and tokens.shape == (6, 16)
+        assert 0 <= tokens.min() and tokens.max() < c.model.bottleneck.size
+    else:
+        assert tokens.dtype == np.float32 and tokens.shape == (6, 16, c.model.bottleneck.dim)
+    for k in (1, 5, 16):
+        if k in tok.prefixes:
+            assert relative(tok.tokenize(images(), k), tokens[:, :k]) < 1e-5
+            assert np.isfinite(tok.detokenize(tokens, k)).all()
+        else:
+            with pytest.raises(ValueError, match=f"num_tokens={k}"):
+                tok.tokenize(images(), k)
+            with pytest.raises(ValueError, match=f"num_tokens={k}"):
+                tok.detokenize(tokens, k)
+
+
+def test_a_decoder_of_one_pass_takes_no_arguments_of_a_flow(model):
+    _, _, _, tok = model
+    tokens = tok.tokenize(images())
+    if tok.config.is_flow:
+        seen = []
+        found = tok.detokenize(tokens, steps=3, on_step=lambda i, x: seen.append((i, x.shape)))
+        assert seen == [(i, (6, 16, 16, 3)) for i in (1, 2, 3)]
+        assert relative(tok.detokenize(tokens, steps=3), found) < 1e-5
+    else:
+        for name, value in (("steps", 3), ("guidance_scale", 2.0), ("key", 1)):
+            with pytest.raises(ValueError, match=name):
+                tok.detokenize(tokens, **{name: value})
+
+
+def test_losses_of_pixels_are_refused_where_there_are_none():
+    c = config("continuous")
+    c.loss.gan_weight = 0.1
+    with pytest.raises(ValueError, match="gan_weight"):
+        TokenizerStage(c)
+
+
+def test_a_discriminator_trains_beside_a_decoder_of_pixels():
+    c = config("one_pass")
+    c.loss.update(gan_weight=0.1, gan_start=0)
+    c.discriminator.update(width=4, layers=1)
+    stage = TokenizerStage(c)
+    params = layout.unbox(stage.init(jax.random.key(0)))
+    assert set(params) == {"encoder", "decoder", "bottleneck", "discriminator"}
+    batch = {"image": jnp.asarray(images())}
+    _, metrics = jax.jit(stage.loss)(params, {}, batch, jax.random.key(1), jnp.int32(5))
+    assert np.isfinite(metrics["g_loss"].compute()) and metrics["d_loss"].compute() > 0
