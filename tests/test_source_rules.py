@@ -93,6 +93,7 @@ def test_captions_and_lists_that_cannot_be_used_are_counted_by_name(tmp_path):
     folder_of(tmp_path, ["a.png", "b.png", "c.png", "d.png", "e.png"])
     (tmp_path / "a.txt").write_bytes("Tür".encode("cp1252"))
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfplain")
+    (tmp_path / "d.txt").symlink_to(tmp_path / "nowhere")
     rows = [
         {"file_name": "c.png", "caption": ["no text"], "label": 1},
         {"file_name": "d.png", "label": 10**20},
@@ -105,9 +106,9 @@ def test_captions_and_lists_that_cannot_be_used_are_counted_by_name(tmp_path):
     assert {key: caption for key, _, caption in everything(source)} == captions
     assert source.labels.tolist() == [-1, -1, 1, -1, -1]
     assert {name.rpartition("/")[2] for name in skipped(source)} == {
-        "a.txt", "metadata.jsonl, line 1", "metadata.jsonl, line 2", "metadata.jsonl, line 3",
-        "metadata.jsonl, line 4",
-    }  # fmt: skip
+        *("a.txt", "d.txt"),
+        *(f"metadata.jsonl, line {i}" for i in (1, 2, 3, 4)),
+    }
     assert not any(isinstance(found, Unreadable) for found in read_ahead(source, range(5), len))
 
 
@@ -155,10 +156,10 @@ def test_class_folders_of_numbers_are_in_numeric_order(tmp_path):
 
 
 def test_files_that_are_no_images_are_counted_by_their_ending(tmp_path):
-    folder_of(tmp_path, ["train/a.jfif", "train/b.ppm", "test/c.png", "d.png"])
+    folder_of(tmp_path, ["train/a.jfif", "train/b.ppm", "test/c.png", "d/e/f.png"])
     (tmp_path / "train" / "e.psd").write_bytes(b"")
-    assert len(opened(tmp_path)) == 3
-    assert set(skipped(opened(tmp_path))) == {"train/e.psd", "d.png"}  # d lies outside the splits.
+    assert len(opened(tmp_path)) == 3 and opened(tmp_path).classes == []
+    assert set(skipped(opened(tmp_path))) == {"train/e.psd", "d/e/f.png"}  # Outside the splits.
     (line,) = [line for line in opened(tmp_path).skipped.lines() if "e.psd" in line]
     assert line.startswith("1: ")
 

@@ -64,11 +64,14 @@ class FolderSource(source.Source):
         used, named = source.select(everything, parts, split, str(root), self.skipped)
         self._keys = [key for key, use in zip(everything, used) if use]
         self._captions = {key: caption for key, (_, caption) in listed.items() if caption}
+        splits = {TRAIN, *VALIDATION}
+        if named:
+            everything = [key for key, part in zip(everything, parts) if part in splits]
         texts = {key: label for key, (label, _) in listed.items() if label is not None}
         if texts:
             self.classes = source.label_classes(texts, f"the list in {root}")
         else:
-            below = named or set(parts) <= {TRAIN, *VALIDATION}  # Classes lie below the split.
+            below = set(parts) <= splits or named  # Then the classes lie below the splits.
             folders = ((key, key.split("/")[bool(below) : -1]) for key in everything)
             texts = {key: inside[0] for key, inside in folders if inside}
             self.classes = source.sorted_classes(texts.values())
@@ -84,9 +87,14 @@ class FolderSource(source.Source):
         key = self._keys[index]
         image, caption = (self._root / key).read_bytes(), self._captions.get(key)
         if caption is None and (beside := self._besides(key, ".txt")):
-            data = (self._root / beside).read_bytes()
-            caption = self.skipped.usable(source.parse_caption, data, beside)
+            caption = self.skipped.usable(self._caption, beside, beside)
         return Example(image, int(self.labels[index]), caption, key)
+
+    def _caption(self, beside: str) -> str | None:
+        try:
+            return source.parse_caption((self._root / beside).read_bytes())
+        except OSError as error:
+            raise ValueError(f"the caption cannot be read: {error.strerror}") from None
 
     def embedding(self, index: int) -> np.ndarray | None:
         beside = self._besides(self._keys[index], ".npy")
