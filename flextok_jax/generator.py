@@ -57,8 +57,8 @@ class ImageGenerator:
             self._warn_of_another_tokenizer()
 
     def _warn_of_another_tokenizer(self):
-        about = self._file.about if self._file else {}
-        made_by = (about.get("tokenizer") or {}).get("fingerprint")
+        info = self._file.info if self._file else {}
+        made_by = (info.get("tokenizer") or {}).get("fingerprint")
         # A fingerprint reads all parameters: only where there is one to compare with.
         if made_by is not None and made_by != self.tokenizer.fingerprint:
             warnings.warn(
@@ -115,12 +115,12 @@ class ImageGenerator:
     @property
     def tokenizer_source(self) -> str | None:
         """The tokenizer whose tokens it learned, as training named it; None: the file is silent."""
-        return ((self._file and self._file.about.get("tokenizer")) or {}).get("source")
+        return ((self._file and self._file.info.get("tokenizer")) or {}).get("source")
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of class 0, 1, …; () where the file has none."""
-        return tuple((self._file and self._file.about.get("classes")) or ())
+        return tuple((self._file and self._file.info.get("classes")) or ())
 
     def generate_tokens(
         self,
@@ -297,12 +297,12 @@ class ImageGenerator:
         (guidance, whose tokens they are) lies in the file's header.
         """
         file = self._file or flexar.LoadedAR(self.config, {})
-        about = dict(file.about)
-        if about.get("tokenizer") is None and self.tokenizer is not None:
+        info = dict(file.info)
+        if info.get("tokenizer") is None and self.tokenizer is not None:
             tok = self.tokenizer
-            about["tokenizer"] = {"fingerprint": tok.fingerprint}
+            info["tokenizer"] = {"fingerprint": tok.fingerprint}
         params = jax.tree.map(np.asarray, self.params)
-        flexar.save(folder, dataclasses.replace(file, params=params, about=about))
+        flexar.save(folder, dataclasses.replace(file, params=params, info=info))
 
     def _check_tokens(self, tokens, name: str, least: int) -> np.ndarray:
         tokens, cfg = np.asarray(tokens), self.config

@@ -55,7 +55,7 @@ def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
         raise ValueError(f"--scaling-factor is for a VAE on its own; {source} is none")
     if kind == "ar":
         model, save = flexar.load(source), flexar.save
-        facts = {"kind": "ar", **model.about}
+        facts = {"kind": "ar", **model.info}
     else:
         model, save = models.load(source), models.save
         cfg = model.config

@@ -53,7 +53,7 @@ class LoadedAR:
     Attributes:
         config: the model.
         params: {"ar": …}, nested float32 NumPy arrays.
-        about: further facts in JSON terms: "tokenizer" (its "source" and "fingerprint"),
+        info: further facts in JSON terms: "tokenizer" (its "source" and "fingerprint"),
             "text_encoder" (the "source").
         config_yaml: the text of the released `config.yaml`, or None.
         origin: where it came from, in words.
@@ -62,7 +62,7 @@ class LoadedAR:
 
     config: ARConfig
     params: dict[str, Any]
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
     config_yaml: str | None = None
     origin: str = "memory"
     step: int | None = None
@@ -90,8 +90,8 @@ def save(folder, model: LoadedAR):
     """Writes `model.safetensors` under the released names, and the `config.yaml` it came with."""
     path = as_folder(folder) / sources.WEIGHTS
     tensors = names.to_tensors(_entries(model.config), model.params)
-    about = model.about | {"config": dataclasses.asdict(model.config)}
-    storage.write(path, tensors, {METADATA: json.dumps(about)})
+    info = model.info | {"config": dataclasses.asdict(model.config)}
+    storage.write(path, tensors, {METADATA: json.dumps(info)})
     if model.config_yaml is not None:
         storage.write_text(path.parent / CONFIG, model.config_yaml)
     return path
@@ -100,25 +100,25 @@ def save(folder, model: LoadedAR):
 def _load_file(path) -> LoadedAR:
     tensors, metadata = storage.read(path)
     tensors = {n: t for n, t in tensors.items() if not n.startswith(SKIPPED)}
-    beside, text, about, problems = path.parent / CONFIG, None, {}, []
+    beside, text, info, problems = path.parent / CONFIG, None, {}, []
     if beside.is_file():
         text = beside.read_text(encoding="utf-8")
     if METADATA in metadata:
         try:
-            about = json.loads(metadata[METADATA])
-            cfg = ARConfig(**about.pop("config"))
+            info = json.loads(metadata[METADATA])
+            cfg = ARConfig(**info.pop("config"))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: its header's {METADATA!r} is damaged: {error}") from error
     else:
         facts = {}
         if text is not None:
-            facts, about, problems = flexar_config.read(text, beside)
+            facts, info, problems = flexar_config.read(text, beside)
         cfg, more = _infer(tensors, facts)
         problems += more
     if cfg is None:
         raise ValueError(f"{path} is not understood:\n  " + "\n  ".join(problems))
     params = names.to_params(_entries(cfg), tensors, path, problems)
-    return LoadedAR(cfg, params, about, text, str(path))
+    return LoadedAR(cfg, params, info, text, str(path))
 
 
 def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
