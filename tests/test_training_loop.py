@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -401,6 +402,24 @@ def test_sigterm_ends_the_command_with_its_own_exit_code(tmp_path):
     assert restore_ema(tmp_path)[2] == last >= 5
     run(tmp_path, total_steps=last + 2)
     assert steps(tmp_path) == list(range(1, last + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["", "parameters:", "compiled the step"])
+def test_ctrl_c_ends_the_command_at_any_time(when, tmp_path):
+    config = f"--config={pathlib.Path(__file__).with_name('test_training_state.py')}"
+    process = command(config, f"--workdir={tmp_path}", "--config.total_steps=1000000")
+    if when:
+        next(line for line in process.stderr if when in line)
+    else:
+        time.sleep(1)  # It imports.
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[1]
+    # Before the first step at once; after it the step is saved.
+    assert process.returncode in (-signal.SIGINT, 130, 0), output
+    assert not (when and "Traceback" in output)
+    if process.returncode == 0:
+        assert restore_ema(tmp_path).step >= 1
 
 
 @pytest.mark.slow
