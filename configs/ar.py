@@ -74,7 +74,7 @@ def _base() -> ConfigDict:
     )
     c.data.update(source="tokens", image_size=256, crop_scale=(0.8, 1.0))
     c.optim.update(
-        lr=1.2e-3,  # [paper]: about
+        lr=1.2e-3,  # [paper]: approximately
         final_lr_fraction=0.01,  # [paper]: cosine to 1 %
         b2=0.95,  # [paper], as are b1 = 0.9, weight decay and clipping; eps [assumed]
     )  # mup_base_width: the paper's is not published
@@ -85,8 +85,8 @@ def _digits() -> ConfigDict:
     """The tokens of `demo-digits`: 16 per image, 1 000 ids, 10 classes; minutes on a CPU core.
 
     1 500 images are few: slightly turned and scaled copies, tokenised in every step, weight decay
-    and averaging hold overfitting back. The shipped model `demo-digits-ar` was made by this
-    variant; its numbers lie beside its weights.
+    and averaging hold overfitting back. This variant trained the shipped model
+    `demo-digits-ar`; the metrics lie beside its weights.
     """
     c = _base()
     c.total_steps, c.batch_size = 1500, 64

@@ -84,9 +84,9 @@ def _digits() -> ConfigDict:
 def _photos() -> ConfigDict:
     """Windows of photographs, 64x64, to 8x8 latents of 16 channels: 15 minutes on one CPU core.
 
-    Expected: PSNR 27.2 dB on held-out photographs (benchmarks/vae_photos.py), where thumbnails of
+    Expected: PSNR 27.2 dB on validation photographs (benchmarks/vae_photos.py), where thumbnails of
     as many numbers, 19x19 pixels enlarged, have 25.1. One run; the reduction to a third, the
-    windows and the colours were chosen by looking at the same held-out photographs.
+    windows and the colours were chosen by looking at the same validation photographs.
     """
     c = _base()
     c.total_steps, c.batch_size = 3000, 4
@@ -95,7 +95,7 @@ def _photos() -> ConfigDict:
     c.evaluation.update(num_images=14, num_latents=256, batch_size=14)
     c.data.update(path=photos.folder(), image_size=64, crop="window")
     c.data.update(flip=True, quarter_turns=True)
-    c.data.color = 0.14  # Eight photographs have few colours: held-out ones were off by a constant.
+    c.data.color = 0.14  # Eight photographs have few colours: others were off by a constant.
     c.model.update(
         latent_channels=16,
         block_out=(16, 32, 64, 64),

@@ -45,10 +45,10 @@ def write(folder, split, tokenizer=TOKENIZER, text=False, count=24, classes=()):
             found.append(Record(f"{i}", arrays, i % 10, embedding=embedding))
         return found
 
-    about = dict(tokenizer=tokenizer, vocab_size=VOCAB, num_tokens=LENGTH, num_shards=1)
-    about |= {"arrays": {"tokens": [LENGTH]}, "num_images": count, "classes": list(classes)}
+    info = dict(tokenizer=tokenizer, vocab_size=VOCAB, num_tokens=LENGTH, num_shards=1)
+    info |= {"arrays": {"tokens": [LENGTH]}, "num_images": count, "classes": list(classes)}
     null = np.zeros((2, TEXT)) if text else None
-    write_split(folder / split, about | ({"text_dim": TEXT} if text else {}), make, null)
+    write_split(folder / split, info | ({"text_dim": TEXT} if text else {}), make, null)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,9 @@ def test_a_run_logs_what_the_field_looks_at(trained):
     for name in ["loss", "accuracy", "perplexity", *names]:
         assert np.isfinite(last[f"eval/validation/{name}"]), name
     assert last["perplexity"] == pytest.approx(np.exp(last["loss"]), rel=1e-5)
-    about = json.loads((trained[0] / "config.json").read_text())["model"]
-    assert about["kind"] == "ar" and about["tokenizer"] == TOKENIZER
-    assert ARConfig(**about["config"]) == ARStage(config(trained_path(trained))).model
+    info = json.loads((trained[0] / "config.json").read_text())["model"]
+    assert info["kind"] == "ar" and info["tokenizer"] == TOKENIZER
+    assert ARConfig(**info["config"]) == ARStage(config(trained_path(trained))).model
 
 
 def trained_path(trained):
@@ -287,8 +287,8 @@ def test_images_tokenised_in_the_step_are_the_tokens_made_before(tokenizer, imag
         jax.jit(s.loss)(params, f, b, *rest)[0] for s, f, b in zip(stages, (frozen, {}), batches)
     ]
     assert losses[0] == losses[1]
-    abouts = [s.export_config()["tokenizer"]["fingerprint"] for s in stages]
-    assert abouts[0] == abouts[1] == fingerprint(random_params(TINY))
+    infos = [s.export_config()["tokenizer"]["fingerprint"] for s in stages]
+    assert infos[0] == infos[1] == fingerprint(random_params(TINY))
 
 
 def test_fine_tuning_starts_from_the_averaged_weights_of_a_workdir(trained, tmp_path):

@@ -231,10 +231,10 @@ def test_a_workdir_becomes_a_diffusers_folder(trained, tmp_path, capsys):
     for a, b in zip(vae_files.load_folder(out), models.load_vae(workdir), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b) if isinstance(a, dict) else None
         assert isinstance(a, dict) or a == b
-    about = [commands.describe(source) for source in (workdir, out)]
-    assert about[0]["sha256"] == about[1]["sha256"] and about[0]["config"] == about[1]["config"]
+    info = [commands.describe(source) for source in (workdir, out)]
+    assert info[0]["sha256"] == info[1]["sha256"] and info[0]["config"] == info[1]["config"]
     commands.info(options.Info(source=str(out)))
-    assert about[1]["sha256"] in capsys.readouterr().out
+    assert info[1]["sha256"] in capsys.readouterr().out
 
 
 def test_the_reference_folder_round_trips(tmp_path):

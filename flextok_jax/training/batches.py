@@ -57,5 +57,5 @@ class Validation:
         )  # fmt: skip
         for index, batch in zip(shown, self.pipeline.eval_batches(self._size)):
             mine = len(batch["mask"])
-            places = index * self._size + jax.process_index() * mine + np.arange(mine)
-            yield batch | {"mask": batch["mask"] & (places < self.count)}
+            rows = index * self._size + jax.process_index() * mine + np.arange(mine)
+            yield batch | {"mask": batch["mask"] & (rows < self.count)}

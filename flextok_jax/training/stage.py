@@ -1,4 +1,4 @@
-"""A stage: what is trained. The loop knows this interface and nothing else about a stage."""
+"""A stage: what is trained. The loop knows this interface and nothing else of a stage."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol

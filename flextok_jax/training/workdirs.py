@@ -45,7 +45,7 @@ def first_state(stage, config, program, checkpoints) -> TrainState:
 
 
 def check_data(workdir, extra: dict, source):
-    """Refuses to continue a run on other data than those it was begun with.
+    """Refuses to continue a run on other data than it was trained on.
 
     Raises:
         WorkdirError: the examples' keys are others, or in another order.
@@ -62,7 +62,7 @@ def describe(workdir, plain, stage, program, continued: bool):
     """Writes DIR/config.json, and the table of parameters into the log.
 
     Raises:
-        WorkdirError: a frozen network is not the one that the run was begun with.
+        WorkdirError: a frozen network is not the one that the run was trained with.
     """
     path, model = workdir / "config.json", stage.export_config()
     if continued and path.exists():
@@ -76,7 +76,7 @@ def describe(workdir, plain, stage, program, continued: bool):
             ) from error
         if changed:
             raise WorkdirError(
-                f"{workdir} was begun with another frozen network. Put that back, or use a new "
+                f"{workdir} was trained with another frozen network. Put that back, or use a new "
                 "workdir:\n  " + "\n  ".join(changed)
             )
     if jax.process_index() == 0:
