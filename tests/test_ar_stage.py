@@ -128,13 +128,13 @@ def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("variant", CONFIGS.VARIANTS)
-def test_every_config_takes_a_real_step_when_cut_down(variant, data):
+@pytest.mark.parametrize("variant", ["c2i_d12", pytest.param("t2i_d12", marks=pytest.mark.slow)])
+def test_a_config_takes_a_real_step_on_tokens_when_cut_down(variant, data):
     """The optimizer step of the very config, in its type and with its condition; sizes are cut."""
     kind = "t2i" if variant.startswith("t2i") else "c2i"
     c = config(data[kind], variant)
     stage, mesh = ARStage(c), make_mesh(devices=jax.devices()[:1])
-    assert stage.compute.dtype == ("float32" if variant == "digits" else "bfloat16")
+    assert stage.compute.dtype == "bfloat16"
     batch = make_pipeline(c.data, seed=0, batch_size=8, train=True)[0]
     frozen = stage.load_frozen()
     assert set(frozen) == ({"null_text"} if kind == "t2i" else set())
@@ -154,7 +154,7 @@ COUNTS = {  # Millions of weights in the blocks [paper] and released; 12 d w^2.
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", CONFIGS.VARIANTS)
+@pytest.mark.parametrize("variant", ["digits", *COUNTS, "t2i_d12", "t2i_d36"])
 def test_full_size_configs_describe_the_models_of_the_paper(variant):
     c = CONFIGS.get_config(variant)
     small = PAPER._replace(vocab_size=1000, num_tokens=16, num_classes=10)
@@ -358,10 +358,6 @@ def test_what_does_not_fit_is_refused_with_both_sides(data, tokenizer, images, t
     c = online(tokenizer, images)
     c.data.image_size = 16
     refused(c, "image_size=16.*8")
-    with pytest.raises(ValueError, match="'colour'.*width"):
-        CONFIGS.get_config("digits,colour=3")
-    with pytest.raises(ValueError, match="'d99'.*c2i_d10"):
-        CONFIGS.get_config("d99")
 
 
 def test_splits_of_two_tokenizers_are_refused(tmp_path):

@@ -210,12 +210,10 @@ def _check_params(params, expected):
         {path_string(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, expected)
     )
-    faults = [f"missing {path} {wanted[path]}" for path in sorted(wanted.keys() - given.keys())]
-    faults += [f"unexpected {path} {given[path]}" for path in sorted(given.keys() - wanted.keys())]
-    faults += [
-        f"{path} has shape {given[path]}, the configuration needs {wanted[path]}"
-        for path in sorted(given.keys() & wanted.keys())
-        if given[path] != wanted[path]
+    faults = [
+        f"{path} has shape {given.get(path, '(absent)')}, needed is {wanted.get(path, '(absent)')}"
+        for path in sorted(given.keys() | wanted.keys())
+        if given.get(path) != wanted.get(path)
     ]
     if faults:
         raise ValueError("init_from does not fit this configuration:\n  " + "\n  ".join(faults))
