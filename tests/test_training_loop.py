@@ -22,7 +22,7 @@ from test_training_state import ToyStage, equal, get_config, host
 from flextok_jax import main
 from flextok_jax.io.checkpoint import WorkdirError, restore_ema
 from flextok_jax.parallel.mesh import make_mesh
-from flextok_jax.training import checks, loop, signals, workdirs
+from flextok_jax.training import checks, loop, optimizer, signals, workdirs
 
 
 class Faulty(ToyStage):
@@ -253,6 +253,8 @@ def test_start_up_says_what_it_does_and_what_the_parameters_are(tmp_path, caplog
         run(tmp_path, total_steps=2)
     assert "starting from step 0" in caplog.text and "continuing from step 1" in caplog.text
     assert "encoder/patch_emb/kernel" in caplog.text and "Total: " in caplog.text
+    rates = [optimizer.lr_schedule(get_config(total_steps=total))(1) for total in (1, 2)]
+    assert all(f"{rate:.3g}" in caplog.text for rate in rates)  # They differ.
 
 
 # Steps without a finite loss.

@@ -85,7 +85,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
             program = build(stage, config, mesh)
             state = workdirs.first_state(stage, config, program, checkpoints)
             workdirs.check_data(workdir, checkpoints.extra, pipeline.source)
-            workdirs.describe(workdir, plain, stage, program, continued=int(state.step) > 0)
+            workdirs.describe(workdir, plain, stage, program, int(state.step))
             frozen = stage.load_frozen()
         frozen = jax.device_put(layout.unbox(frozen), param_shardings(mesh, frozen))
         start = done = int(state.step)

@@ -6,9 +6,11 @@ import pathlib
 
 import jax
 from clu import parameter_overview
+from ml_collections import ConfigDict
 
 from flextok_jax.io import storage
 from flextok_jax.io.checkpoint import WorkdirError
+from flextok_jax.training.optimizer import lr_schedule
 from flextok_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -58,18 +60,21 @@ def check_data(workdir, extra: dict, source):
         )
 
 
-def describe(workdir, plain, stage, program, continued: bool):
+def describe(workdir, plain, stage, program, step: int):
     """Writes DIR/config.json, and the table of parameters into the log.
+
+    Warns where a run that goes on after `step` has another length and thereby learning rate.
 
     Raises:
         WorkdirError: a frozen network is not the one that the run was trained with.
     """
     path, model = workdir / "config.json", stage.export_config()
-    if continued and path.exists():
+    if step and path.exists():
         try:
-            before = storage.read_json(path)["model"]
-            changed = storage.differences(before, model, ignore=r".*(source|origin)")
-        except (ValueError, KeyError, AttributeError) as error:
+            before = storage.read_json(path)
+            changed = storage.differences(before["model"], model, ignore=r".*(source|origin)")
+            old, new = ConfigDict(before["config"]), ConfigDict(plain)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WorkdirError(
                 f"{path} is damaged ({error}). It names the frozen networks of the run: if those "
                 "are still the same, remove it; it is written anew"
@@ -79,6 +84,11 @@ def describe(workdir, plain, stage, program, continued: bool):
                 f"{workdir} was trained with another frozen network. Put that back, or use a new "
                 "workdir:\n  " + "\n  ".join(changed)
             )
+        if old.total_steps != new.total_steps:
+            log.warning(
+                "total_steps=%d was %d: the learning rate of the next step is %.3g instead of %.3g",
+                new.total_steps, old.total_steps, lr_schedule(new)(step), lr_schedule(old)(step),
+            )  # fmt: skip
     if jax.process_index() == 0:
         storage.write_json(path, {"config": plain, "model": model})
         table = parameter_overview.get_parameter_overview(
