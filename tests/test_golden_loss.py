@@ -7,6 +7,7 @@ import pytest
 
 from configs import ar, tokenizer, vae
 from examples import digits
+from flextok_jax.nn.layout import unbox
 from flextok_jax.training.ar_stage import ARStage, Tokens
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 from flextok_jax.training.vae_stage import VAEStage
@@ -41,7 +42,7 @@ def loss_of(name: str, dtype: str) -> float:
     stage = stage_of(name, dtype)
     params = jax.tree.map(
         lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
-        stage.init(jax.random.key(0)),
+        unbox(stage.init(jax.random.key(0))),
     )
     batch = {"image": jnp.asarray(digits.arrays("train")[0][:8])}
     batch["label"] = jnp.asarray(digits.arrays("train")[1][:8], jnp.int32)

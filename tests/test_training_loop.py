@@ -310,10 +310,7 @@ def test_profile_records_the_steps_it_names_and_not_those_of_the_past(tmp_path):
         ("log_every", 0),
         ("max_skipped_in_row", 0),
         ("model.guidance_scale", math.inf),
-        ("model.levels", (8, 1)),
-        ("model.levels", (8,) * 11),
-        ("model.null_prob", 1.5),
-        ("model.num_tokens", 0),
+        ("model.block_out", (8, 0)),
         ("optim.accumulate", 3),
         ("optim.b1", 1.0),
         ("optim.final_lr_fraction", 5.0),
@@ -334,7 +331,7 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_made(name, valu
         dict(
             time_shift=1.0,
             evaluation=dict(num_images=8, num_latents=8, batch_size=8, steps=2),
-            model=dict(guidance_scale=1.0, levels=(8, 5), null_prob=0.1, num_tokens=4),
+            model=dict(guidance_scale=1.0, block_out=(8, 8)),
             vae=dict(scaling_factor=1.0),
         )
     )
