@@ -14,7 +14,6 @@ from flextok_jax.evaluation.pictures import Pictures
 from flextok_jax.evaluation.reconstruction import Sampler, default_sampler
 from flextok_jax.evaluation.results import writable
 from flextok_jax.io.paths import as_path, is_remote
-from flextok_jax.io.storage import write_json  # noqa: F401
 from flextok_jax.parallel import mesh
 from flextok_jax.tokenizer import FlexTok
 

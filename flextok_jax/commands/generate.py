@@ -42,6 +42,7 @@ def generate(args: options.Generate) -> None:
     info = {**metadata(tok, sampler, args.seed), **model, **how.metadata(gen)}
     settings = {**info, "labels": labels.tolist(), "num_tokens": counts}
     batch_size, tokens = min(args.batch_size, len(labels)), []
+    rest = (args.seed, batch_size)
     with results_folder(args.out, settings) as out:
 
         def path(i, k):
@@ -52,11 +53,10 @@ def generate(args: options.Generate) -> None:
             for first in range(0, len(names), batch_size):
                 rows = range(len(names))[first : first + batch_size]
                 seeds = pics.name_seeds([names[i] for i in rows])  # As `flextok detokenize` does.
-                options = (seeds, counts[-1], how, args.seed, batch_size)
-                tokens.append(sample_tokens(gen, wanted.take(rows), *options))
+                part = sample_tokens(gen, wanted.take(rows), seeds, counts[-1], how, *rest)
+                tokens.append(part)
                 for k in counts:
-                    options = (k, seeds, sampler, args.seed, batch_size)
-                    make = functools.partial(decode, tok, tokens[-1], *options)
+                    make = functools.partial(decode, tok, part, k, seeds, sampler, *rest)
                     text = common.png_metadata(info, k)
                     text = [{"label": labels[i], "class": wanted.names[i]} | text for i in rows]
                     pics.saved_pictures([path(i, k) for i in rows], text, make)
@@ -101,21 +101,17 @@ def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) ->
         first, _, last = part.partition("-")
         if part in class_names:
             first = last = str(class_names.index(part))
-        if not first.isdecimal() or not (last or first).isdecimal():
-            known = f"; its classes are {', '.join(class_names[:20])}" if class_names else ""
+        last = last or first
+        # Compared before a range is written out: it may be endless.
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < num_classes):
+            names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
             raise ValueError(
-                f"--labels {text!r}: {part!r} is no class of the model{known}. Pass all, numbers, "
-                "ranges and names such as 0-9,42,cat, or a file with one per line"
+                f"--labels {text!r}: {part!r} is no class of the model. Allowed are all, numbers "
+                f"and ranges from 0 to {num_classes - 1} such as 0-2{names}"
             )
-        first, last = int(first), int(last or first)
-        if max(first, last) >= num_classes:  # Before a range is written out: it may be endless.
-            raise ValueError(
-                f"--labels {text!r}: label {max(first, last)}; the model has the classes 0 to "
-                f"{num_classes - 1}"
-            )
-        labels += range(first, last + 1)
+        labels += range(int(first), int(last) + 1)
     if not labels:
-        raise ValueError(f"--labels {text!r}: no label; a range goes from less to more")
+        raise ValueError(f"--labels {text!r} names no class")
     return np.array(labels)
 
 

@@ -1,7 +1,7 @@
 """The options of every command: one frozen dataclass each, with the groups that several share.
 
-tyro makes the parser of a class from its fields, their types and the text below each. Nothing here
-imports more than that, so that `--help` is quick.
+tyro makes the parser of a class from its fields, their types and the comment beside each. Nothing
+here imports more than that, so that `--help` is quick.
 """
 
 import dataclasses
@@ -72,9 +72,11 @@ _MODEL = (
     "a hub id such as EPFL-VILAB/flextok_d12_d12_in1k, a folder or model.safetensors in the "
     "released format, a workdir of training (its averaged weights), or demo-digits"
 )
+_AR_MODEL = "a hub id, a folder of released files, a workdir of the AR stage, or demo-digits-ar"
+_LABELS = "classes: all, numbers, ranges and names such as 0-9,42,cat, or a file with one per line"
+_TASK = "reconstruct --data, generate images to compare with --data, or classify registers"
 _K = "tokens per image (all); the cost follows their number"
 
-Required = Annotated[str, *_option("SOURCE", hint=None)]
 Tokenizer = Annotated[str, *_option("SOURCE", str, _MODEL, None)]
 Data = Annotated[str, *_option("DATA", str, _DATA, None)]
 Folder = Annotated[str, *_option("DIR", str, "folder for the results", None)]
@@ -87,12 +89,14 @@ Counts = Annotated[tuple[int, ...] | None, *_option("K[,K...]", _several(_positi
 Whole = Annotated[int, *_option("N", _whole, None, None)]
 Positive = Annotated[int, *_option("N", _positive, None, None)]
 Seed = Annotated[int, *_option("N", _seed, None, None)]
+Share = Annotated[float, *_option("SHARE", _share, None, None)]
 Number = Annotated[float, *_option("X", _number, None, None)]
-Steps = Annotated[int | None, *_option("N", _positive)]
+Count = Annotated[int | None, *_option("N", _positive)]
 StepCounts = Annotated[tuple[int, ...] | None, *_option("N[,N...]", _several(_positive))]
 Scale = Annotated[float | None, *_option("SCALE", _number)]
 Scales = Annotated[tuple[float, ...] | None, *_option("SCALE[,SCALE...]", _several(_number))]
 Process = Annotated[tuple[int, int], *_option("I/N", _process, "process I, from 0, of N (0/1)")]
+Task = Literal["reconstruction", "generation", "probe"]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
 
 
@@ -109,42 +113,30 @@ def _options(cls):
 class Sampling:
     """How images are sampled from tokens."""
 
-    steps: Steps = None
-    """steps of the solver (the model's own default)"""
-    guidance: Scale = None
-    """guidance scale of the decoder; 1: none, at half the cost (the model's own default)"""
-    norm_guidance: Flag = True
-    """plain guidance instead of adaptive projected guidance"""
-    seed: Seed = 0
-    """of the noise"""
+    steps: Count = None  # steps of the solver (the model's own default)
+    guidance: Scale = None  # guidance scale; 1: none, at half the cost (the model's own default)
+    norm_guidance: Flag = True  # plain guidance instead of adaptive projected guidance
+    seed: Seed = 0  # of the noise
 
 
 @_options
 class TokenSampling:
     """How an AR model samples tokens."""
 
-    tokenizer: Source = None
-    """of the AR model (the one that its file names)"""
-    per_label: Positive = 1
-    """samples of each label"""
-    token_guidance: Scale = None
-    """guidance scale of the logits; 1: none, at half the cost (the model's own default)"""
-    temperature: Number = 1.0
-    """of the logits; 0 is greedy"""
-    top_k: Whole = 0
-    """sample from the N likeliest tokens; 0: off"""
-    top_p: Number = 0.0
-    """sample from the likeliest tokens up to a probability of X; 0: off"""
+    tokenizer: Source = None  # of the AR model (the one that its file names)
+    per_label: Positive = 1  # samples of each label
+    token_guidance: Scale = None  # of the logits; 1: none, at half the cost (the model's own)
+    temperature: Number = 1.0  # of the logits; 0 is greedy
+    top_k: Whole = 0  # sample from the N likeliest tokens; 0: off
+    top_p: Number = 0.0  # sample from the likeliest tokens up to a probability of X; 0: off
 
 
 @_options
 class Shards:
     """How a data set is written in shards."""
 
-    split: Split = "train"
-    """train, test or all; of TFDS any of its own (train)"""
-    shard_size: Positive = 4096
-    """images per file"""
+    split: Split = "train"  # train, test or all; of TFDS any of its own (train)
+    shard_size: Positive = 4096  # images per file
     process: Process = (0, 1)
 
 
@@ -152,28 +144,20 @@ class Shards:
 class Crops(Shards):
     """How shards of crops are written."""
 
-    crops: Positive = 1
-    """crops per image: the first is the centre crop, the others are random"""
-    crop_scale: Annotated[float, *_option("SHARE", _share, None, None)] = 0.8
-    """least share of an image that a random crop keeps; 1: the centre crop"""
-    flip: Flag = False
-    """mirror half of the random crops"""
-    shift: Whole = 0
-    """shift random crops by up to so many pixels"""
-    seed: Seed = 0
-    """of the random crops"""
+    crops: Positive = 1  # crops per image: the first is the centre crop, the others are random
+    crop_scale: Share = 0.8  # least share of an image that a random crop keeps; 1: the centre crop
+    flip: Flag = False  # mirror half of the random crops
+    shift: Whole = 0  # shift random crops by up to so many pixels
+    seed: Seed = 0  # of the random crops
 
 
 @_options
 class Compute:
     """How networks are run; commands with these options print the devices first."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the computation"""
-    attention: Literal["xla", "cudnn", "pallas"] = "xla"
-    """cudnn: GPUs with bfloat16; pallas: TPUs"""
-    batch_size: Positive = 32
-    """images at a time"""
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    attention: Literal["xla", "cudnn", "pallas"] = "xla"  # cudnn: GPUs with bfloat16; pallas: TPUs
+    batch_size: Positive = 32  # images at a time
 
 
 @_options
@@ -193,8 +177,7 @@ class Reconstruct(Compute, Sampling):
     model: Tokenizer
     images: Data
     limit: Limit = None
-    num_tokens: Counts = None
-    """numbers of tokens, several separated by commas (1, 2, 4, ... up to all)"""
+    num_tokens: Counts = None  # numbers of tokens, by commas (1, 2, 4, ... up to all)
     out: Folder
 
 
@@ -218,13 +201,11 @@ class Tokenize(Compute, Crops):
     """
 
     model: Tokenizer
-    images: Annotated[str | None, *_option("DATA"), _IMAGES_OR_DATA] = None
-    """images to a file of tokens; named as --data"""
+    images: Annotated[str | None, *_option("DATA", str, "as --data"), _IMAGES_OR_DATA] = None
     data: Annotated[str | None, *_option("DATA", str, _DATA), _IMAGES_OR_DATA] = None
     limit: Limit = None
     num_tokens: Tokens = None
-    out: Annotated[str, *_option("OUT", hint=None)]
-    """FILE.npz for --images, a folder for --data"""
+    out: Annotated[str, *_option("OUT", hint=None)]  # FILE.npz for --images, a folder for --data
 
 
 @_options
@@ -244,17 +225,12 @@ class Encode(Compute, Crops):
 
     data: Data
     limit: Limit = None
-    model: Source = None
-    """tokens: a tokenizer, as in flextok tokenize"""
+    model: Source = None  # tokens: a tokenizer, as in flextok tokenize
     num_tokens: Tokens = None
-    vae: Source = None
-    """moments: a workdir of the VAE stage, a folder in the diffusers layout, or a hub id"""
-    dinov2: Source = None
-    """features for REPA: facebook/dinov2-large or a folder"""
-    dinov2_size: Positive = 518
-    """side that crops are resized to for DINOv2 (large: 2.8 MB per crop; of 224: 0.5 MB)"""
-    image_size: Annotated[int | None, *_option("N", _positive)] = None
-    """side of the crops in pixels (the tokenizer's own; without one 256)"""
+    vae: Source = None  # moments: a workdir of the VAE stage, a diffusers folder, or a hub id
+    dinov2: Source = None  # features for REPA: facebook/dinov2-large or a folder
+    dinov2_size: Positive = 518  # pixels of a side for DINOv2 (large: 2.8 MB per crop; 224: 0.5 MB)
+    image_size: Count = None  # side of the crops in pixels (the tokenizer's own; without one 256)
     out: Folder
 
 
@@ -271,10 +247,8 @@ class Detokenize(Compute, Sampling):
     """
 
     model: Tokenizer
-    tokens: Annotated[str, *_option("FILE.npz", hint=None)]
-    """what flextok tokenize or generate wrote"""
-    num_tokens: Counts = None
-    """use only the first so many, several separated by commas (all there are)"""
+    tokens: Annotated[str, *_option("FILE.npz", str, "of flextok tokenize or generate", None)]
+    num_tokens: Counts = None  # use only the first so many, several by commas (all there are)
     out: Folder
 
 
@@ -291,12 +265,9 @@ class Generate(Compute, Sampling, TokenSampling):
           --out samples
     """
 
-    model: Required
-    """AR model: a hub id, a folder of released files, a workdir of training, or demo-digits-ar"""
-    labels: Annotated[str, *_option("LABELS", hint=None)] = "all"
-    """classes: all, numbers, ranges and names such as 0-9,42,cat, or a file with one per line"""
-    num_tokens: Counts = None
-    """sample images from the first so many tokens, several separated by commas (all)"""
+    model: Annotated[str, *_option("SOURCE", str, _AR_MODEL, None)]
+    labels: Annotated[str, *_option("LABELS", str, _LABELS, None)] = "all"
+    num_tokens: Counts = None  # images from the first so many tokens, several by commas (all)
     out: Folder
 
 
@@ -319,31 +290,20 @@ class Evaluate(Compute, TokenSampling, Sampling):
       flextok evaluate --task probe --model runs/mine --data FOLDER --out probe
     """
 
-    task: Literal["reconstruction", "generation", "probe"] = "reconstruction"
-    """of --data, of new images compared with --data, of registers"""
+    task: Annotated[Task, arg(help=_TASK)] = "reconstruction"
     model: Tokenizer
     data: Data
-    split: Split = None
-    """train, test or all; of TFDS any of its own (all; for the probe test)"""
+    split: Split = None  # train, test or all; of TFDS any of its own (all; for the probe test)
     limit: Limit = None
-    num_tokens: Counts = None
-    """numbers of tokens, several separated by commas (1, 2, 4, ... up to all; of generation all)"""
-    steps: StepCounts = None
-    """steps of the solver, several separated by commas (the model's own default)"""
-    guidance: Scales = None
-    """guidance scales of the decoder; 1: none, at half the cost (the model's own default)"""
-    token_guidance: Scales = None
-    """guidance scales of the logits; 1: none, at half the cost (the model's own default)"""
-    inception: File = None
-    """pt_inception-2015-12-05-6726825d.pth, or .safetensors: FID and its kin"""
-    lpips_vgg: File = None
-    """vgg16-397923af.pth or .safetensors"""
-    lpips_heads: File = None
-    """weights/v0.1/vgg.pth of lpips"""
-    reference: File = None
-    """.npz with mu and sigma for FID, such as DIR/reference.npz of an evaluation (of --data)"""
-    export: File = None
-    """write the images of one setting as the array arr_0 of an .npz file"""
+    num_tokens: Counts = None  # by commas (1, 2, 4, ... up to all; of generation all)
+    steps: StepCounts = None  # steps of the solver, several by commas (the model's own default)
+    guidance: Scales = None  # guidance scales, by commas (the model's own default)
+    token_guidance: Scales = None  # of the logits, by commas (the model's own default)
+    inception: File = None  # pt_inception-2015-12-05-6726825d.pth, or .safetensors: FID and its kin
+    lpips_vgg: File = None  # vgg16-397923af.pth or .safetensors
+    lpips_heads: File = None  # weights/v0.1/vgg.pth of lpips
+    reference: File = None  # .npz with mu and sigma for FID, such as DIR/reference.npz (of --data)
+    export: File = None  # write the images of one setting as the array arr_0 of an .npz file
     out: Folder
 
 
@@ -358,10 +318,8 @@ class Compare:
           b/points/k0016_steps20_guidance3.json
     """
 
-    first: Annotated[Positional[str], *_option("A.json", hint=None)]
-    """a result of flextok evaluate"""
-    second: Annotated[Positional[str], *_option("B.json", hint=None)]
-    """another"""
+    first: Annotated[Positional[str], *_option("A.json", hint=None)]  # a result of flextok evaluate
+    second: Annotated[Positional[str], *_option("B.json", hint=None)]  # another
 
 
 @_options
@@ -378,14 +336,10 @@ class Check:
     """
 
     source: Positional[Data]
-    split: Split = None
-    """train, test or all; of TFDS any of its own (all)"""
-    sample: Positive = 1000
-    """open so many, evenly chosen"""
-    all: Flag = False
-    """open every image"""
-    out: Annotated[str, *_option("FILE.png", hint=None)] = "data_check.png"
-    """the contact sheet"""
+    split: Split = None  # train, test or all; of TFDS any of its own (all)
+    sample: Positive = 1000  # open so many, evenly chosen
+    all: Flag = False  # open every image
+    out: Annotated[str, *_option("FILE.png", hint=None)] = "data_check.png"  # the contact sheet
 
 
 @_options
@@ -417,8 +371,7 @@ class Convert:
     """
 
     model: Tokenizer
-    scaling_factor: Scale = None
-    """of a VAE whose files have none"""
+    scaling_factor: Scale = None  # of a VAE whose files have none
     out: Folder
 
 
@@ -434,8 +387,7 @@ class Info:
     """
 
     source: Positional[Tokenizer]
-    json: Flag = False
-    """everything, as JSON"""
+    json: Flag = False  # everything, as JSON
 
 
 COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.

@@ -77,10 +77,10 @@ def detokenize(args: options.Detokenize) -> None:
     ):
         for first in range(0, len(tokens), batch_size):
             rows = slice(first, first + batch_size)
-            options = (pics.name_seeds(names[rows]), sampler, args.seed, batch_size)
+            how = (pics.name_seeds(names[rows]), sampler, args.seed, batch_size)
             for k in counts:
                 paths = [out / f"k{k:04d}" / name for name in png_names[rows]]
-                make = functools.partial(decode, tok, tokens[rows], k, *options)
+                make = functools.partial(decode, tok, tokens[rows], k, *how)
                 pics.saved_pictures(paths, [common.png_metadata(info, k)] * len(paths), make)
                 bar.update(len(paths))
     print(f"{len(tokens)} images from {', '.join(map(str, counts))} tokens in {args.out}")
