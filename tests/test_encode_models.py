@@ -104,7 +104,7 @@ def test_the_check_command_tells_by_whom_and_verifies(encoded, capsys):
 
 def config(folder, images="", **changes):
     small = "digits,width=32,enc_depth=1,dec_depth=2,batch=8"
-    c = tokenizer_config(small, vae__source=VAE, model__patch_size=2, **changes)
+    c = tokenizer_config(small, vae__source=VAE, model__sites__patch_size=2, **changes)
     c.data.update(source="encoded", path=str(folder), split="all", image_size=SIZE, crop="random")
     c.data.eval_split, c.evaluation.data = "all", str(images)
     return c
@@ -136,7 +136,7 @@ def test_the_latents_are_those_of_the_images(images, encoded):
     [
         (dict(data__image_size=32), "image_size: 16 there, 32 now"),
         (dict(repa__weight=1.0, repa__width=32), "repa.width: 24 there, 32 now"),
-        (dict(vae__source="identity", model__patch_size=4), "vae.latent_channels: 4 there, 3 now"),
+        (dict(vae__source="identity", model__sites__patch_size=4), "vae.latent_channels: 4 there, 3 now"),
         (dict(evaluation__num_images=5), "holds no images to evaluate on.*evaluation.data"),
     ],
 )
