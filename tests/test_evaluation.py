@@ -62,16 +62,19 @@ def test_the_evaluator_averages_the_images_that_count_as_files_would_have_them()
 
 
 def test_reconstructions_are_measured_by_number_of_tokens(tok, digits):
-    seen = []
-    result = reconstruction.evaluate(
-        tok, digits, (16, 1), QUICK, batch_size=8, visit=lambda *batch: seen.append(batch)
-    )
+    seen = {1: [], 16: []}
+
+    def save(batch, k, make):
+        seen[k].append(to_uint8(make()))
+        return seen[k][-1]
+
+    result = reconstruction.evaluate(tok, digits, (16, 1), QUICK, batch_size=8, save=save)
     assert result["num_tokens"] == [1, 16] and result["count"] == 20
-    assert [len(batch.names) for batch, _ in seen] == [8, 8, 4]
-    originals = to_float(np.concatenate([batch.images for batch, _ in seen]))
-    for k in (1, 16):
-        images = to_float(to_uint8(np.concatenate([part[k] for _, part in seen])))
-        assert result["psnr"][k] == pytest.approx(float(metrics.psnr(images, originals).mean()))
+    originals = to_float(arrays("test")[0][:20])
+    for k, images in seen.items():
+        assert [len(part) for part in images] == [8, 8, 4]
+        psnr = metrics.psnr(to_float(np.concatenate(images)), originals)
+        assert result["psnr"][k] == pytest.approx(float(psnr.mean()))
     ids = np.asarray(tok.tokenize(arrays("test")[0][:20]))
     assert result["codes"] == metrics.code_usage(ids)
     assert result["model"] == {"origin": "memory", "fingerprint": tok.fingerprint}

@@ -147,7 +147,7 @@ def test_what_cannot_be_computed_is_refused(features, tmp_path):
     with pytest.raises(ValueError, match="9 images in 10 parts"):
         statistics.inception_score(features["logits"][:9])
     with pytest.raises(ValueError, match="k=3"):
-        statistics.radii(features["real"][:3])
+        _ = feature_set(features["real"][:3]).radii
     with pytest.raises(FileNotFoundError):
         statistics.read_gaussian(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("mu")

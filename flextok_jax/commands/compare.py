@@ -6,25 +6,15 @@ from flextok_jax.io import storage
 def compare(args) -> None:
     """Prints the metrics that both have, then the differences of their metadata."""
     a, b = (_read(path) for path in (args.first, args.second))
-    first, second = _numbers(a["metrics"]), _numbers(b["metrics"])
+    first, second = storage.dotted(a["metrics"]), storage.dotted(b["metrics"])
     print(f"{'':<26}{'first':>14}{'second':>14}{'difference':>14}")
-    for name in (name for name in first if name in second):
-        x, y = first[name], second[name]
-        print(f"{name:<26}{x:>14.6g}{y:>14.6g}{y - x:>14.4g}")
+    for name, x in first.items():
+        y = second.get(name)
+        if isinstance(x, int | float) and isinstance(y, int | float):
+            print(f"{name:<26}{x:>14.6g}{y:>14.6g}{y - x:>14.4g}")
     found = storage.differences(a["metadata"], b["metadata"], words=("first", "second"))
     print("Their setups differ:" if found else "Their setups are the same.")
     print("".join(f"  {line}\n" for line in found), end="")
-
-
-def _numbers(metrics: dict, path: str = "") -> dict[str, float]:
-    """All numbers, those of an inner dictionary under "NAME KEY"."""
-    found = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{path}{name} ")
-        elif isinstance(value, (int, float)):
-            found[f"{path}{name}"] = value
-    return found
 
 
 def _read(path) -> dict:

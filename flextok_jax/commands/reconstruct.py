@@ -22,24 +22,25 @@ def reconstruct(args) -> None:
     info = reconstruction.metadata(tok, sampler, args.seed)
     settings = {**info, "images": str(args.images), "limit": args.limit, "num_tokens": counts}
     png_name = dict(zip(pictures.names, pics.png_names(pictures.names)))
-    rows, classes = [], []
-
-    def show(batch, images):
-        for i in range(min(len(batch.names), pics.GRID_ROWS - len(rows))):
-            rows.append([batch.images[i], *(pics.to_uint8(part[i]) for part in images.values())])
-            classes.append(pictures.class_name(batch.labels[i]))
-
+    rows, classes = {}, {}
     with results_folder(args.out, settings, [pictures.path]) as out:
 
         def save(batch, k, make):
             paths = [out / f"k{k:04d}" / png_name[name] for name in batch.names]
-            return pics.saved_pictures(paths, [common.png_metadata(info, k)] * len(paths), make)
+            text = [common.png_metadata(info, k)] * len(paths)
+            images = pics.saved_pictures(paths, text, make)
+            for name, label, original, image in zip(*batch[1:], images):
+                if name in rows or len(rows) < pics.GRID_ROWS:
+                    rows.setdefault(name, [original]).append(image)
+                    classes[name] = pictures.class_name(label)
+            return images
 
         start = time.perf_counter()
         options = (counts, sampler, args.seed, args.batch_size)
-        result = reconstruction.evaluate(tok, pictures, *options, visit=show, save=save)
+        result = reconstruction.evaluate(tok, pictures, *options, save=save)
         seconds = time.perf_counter() - start
-        sheet = pics.grid(rows, ["original", *(f"k = {k}" for k in counts)], classes)
+        titles = ["original", *(f"k = {k}" for k in counts)]
+        sheet = pics.grid(list(rows.values()), titles, list(classes.values()))
         pics.write_png(out / "grid.png", sheet, common.png_metadata(info, counts))
         storage.write_json(out / "metrics.json", result)
     common.report_unreadable(pictures)

@@ -26,14 +26,14 @@ class Batch(NamedTuple):
     Attributes:
         seeds: uint32 [n], see `name_seeds`.
         names: of each image, relative to its folder.
-        images: uint8 [n, S, S, 3].
         labels: int32 [n], -1 unknown.
+        images: uint8 [n, S, S, 3].
     """
 
     seeds: np.ndarray
     names: list[str]
-    images: np.ndarray
     labels: np.ndarray
+    images: np.ndarray
 
 
 class Pictures:
@@ -109,7 +109,7 @@ class Pictures:
 
 def _batch(found) -> Batch:
     names, images, labels = zip(*found)
-    return Batch(name_seeds(names), list(names), np.stack(images), np.asarray(labels, np.int32))
+    return Batch(name_seeds(names), list(names), np.asarray(labels, np.int32), np.stack(images))
 
 
 def name_seeds(names: Sequence[str]) -> np.ndarray:

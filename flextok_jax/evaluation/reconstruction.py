@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from flextok_jax.evaluation import metrics
 from flextok_jax.evaluation.pictures import Batch, Pictures
 from flextok_jax.flow.sampler import Sampler
 from flextok_jax.nn import flextok
-from flextok_jax.nn.images import to_float
+from flextok_jax.nn.images import to_uint8
 from flextok_jax.tokenizer import FlexTok
 
 
@@ -117,50 +117,20 @@ def decode(
     return np.clip(images, -1, 1)
 
 
-def reconstruct(
+def evaluate(
     tok: FlexTok,
     pictures: Pictures,
     counts: Sequence[int],
     sampler: Sampler,
     seed: int = 0,
     batch_size: int = 32,
-    save: Callable[[Batch, int, Callable], np.ndarray] | None = None,
-) -> Iterator[tuple[Batch, np.ndarray, dict[int, np.ndarray]]]:
+    save: Callable[[Batch, int, Callable], np.ndarray] = lambda batch, k, make: to_uint8(make()),
+) -> dict:
     """Reconstructs every picture from its first k tokens, for each k of `counts`.
 
     Args:
-        save: (batch, k, make) → uint8 [n, S, S, 3]: the images that `make()` decodes, or what an
-            earlier run made of them.
-
-    Yields:
-        (batch, tokens int32 [n, K], {k: images float32 [n, S, S, 3] in [-1, 1]}).
-    """
-    batch_size = min(batch_size, len(pictures))
-    for batch in pictures.batches(side(tok), batch_size):
-        tokens, images = encode(tok, batch.images, max(counts), batch_size), {}
-        for k in counts:
-            options = (k, batch.seeds, sampler, seed, batch_size)
-            make = functools.partial(decode, tok, tokens, *options)
-            images[k] = to_float(save(batch, k, make)) if save else make()
-        yield batch, tokens, images
-
-
-def evaluate(
-    tok: FlexTok,
-    pictures: Pictures,
-    counts: Sequence[int],
-    sampler: Sampler | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-    visit: Callable[[Batch, dict[int, np.ndarray]], None] | None = None,
-    **options,
-) -> dict:
-    """`reconstruct` with its metrics.
-
-    Args:
-        sampler: None: the model's own.
-        options: of `reconstruct`.
-        visit: is given each batch and {k: float32 [n, S, S, 3] in [-1, 1]}.
+        save: (batch, k, make) → uint8 [n, S, S, 3]: the images that `make()` decodes (float in
+            [-1, 1]), or what an earlier run made of them.
 
     Returns:
         `metadata`, "count", "unreadable", "num_tokens"; by k: "psnr" (dB, range 2), "mae" (of a
@@ -169,21 +139,21 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    counts = check_counts(tok, counts)
-    sampler = sampler or default_sampler(tok)
+    counts, size = check_counts(tok, counts), min(batch_size, len(pictures))
     found = []
 
     def stream():
         with tqdm(total=len(pictures), unit="image", disable=None) as bar:
-            how = (counts, sampler, seed, batch_size)
-            for batch, tokens, images in reconstruct(tok, pictures, *how, **options):
-                found.append(tokens)
-                if visit is not None:
-                    visit(batch, images)
-                size = min(batch_size, len(pictures))  # One program for every batch.
+            for batch in pictures.batches(side(tok), size):
+                tokens = encode(tok, batch.images, counts[-1], size)
                 mask = np.arange(size) < len(tokens)
                 for k in counts:
-                    yield f"/{k}", padded(images[k], size), padded(batch.images, size), mask
+                    make = functools.partial(
+                        decode, tok, tokens, k, batch.seeds, sampler, seed, size
+                    )
+                    images = padded(save(batch, k, make), size)  # One program for every batch.
+                    yield f"/{k}", images, padded(batch.images, size), mask
+                found.append(tokens)
                 bar.update(len(tokens))
 
     means: dict = {}

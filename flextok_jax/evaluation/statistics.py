@@ -50,8 +50,14 @@ class FeatureSet:
 
     @functools.cached_property
     def radii(self) -> np.ndarray:
-        """The squared distance of each image to its nearest neighbour number NEIGHBOURS: [n]."""
-        return radii(self.features)
+        """The squared distance of each image to its nearest neighbour number NEIGHBOURS: [n].
+
+        Raises ValueError where there are not so many.
+        """
+        if len(self) <= NEIGHBOURS:
+            raise ValueError(f"{len(self)} images: more than k={NEIGHBOURS} are needed")
+        rows = _squares(self.features, self.features)
+        return np.concatenate([np.partition(part, NEIGHBOURS, 1)[:, NEIGHBOURS] for part in rows])
 
     @property
     def accuracy(self) -> float:
@@ -173,14 +179,6 @@ def precision_recall(real: FeatureSet, made: FeatureSet) -> tuple[float, float]:
         ValueError: a set has too few images.
     """
     return _inside(made.features, real), _inside(real.features, made)
-
-
-def radii(features: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
-    """Squared distances to the k-th nearest neighbours: [n]."""
-    if len(features) <= k:
-        raise ValueError(f"{len(features)} images: more than k={k} are needed for neighbours")
-    squares = _squares(features, features)
-    return np.concatenate([np.partition(rows, k, 1)[:, k] for rows in squares])
 
 
 def _inside(points, manifold: FeatureSet) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from flextok_jax.evaluation import metrics as image_metrics
 from flextok_jax.evaluation import report
+from flextok_jax.io import storage
 
 # Title, remark, whether a share of 1; shown in this order where they are there.
 CURVES = {
@@ -199,16 +200,11 @@ def _numbers(results) -> str:
     return report.number_table([*(AXES[a] for a in axes), *(CURVES[k][0] for k in keys)], rows)
 
 
-def _facts(metadata: dict, prefix: str = "") -> dict[str, str]:
-    """The metadata, flat."""
-    facts = {}
-    for key, value in metadata.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            facts |= _facts(value, f"{name}: ") if key != "setting" else {}
-        else:
-            facts[name] = value if isinstance(value, str) else json.dumps(value)
-    return facts
+def _facts(metadata: dict) -> dict[str, str]:
+    """The metadata without the setting, flat."""
+    facts = storage.dotted({key: value for key, value in metadata.items() if key != "setting"})
+    facts = {key.replace("_", " ").replace(".", ": "): value for key, value in facts.items()}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
 
 def formatted(key: str, value: float) -> str:
