@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from common import TINY, digits_folder, tiny_tokenizer
+from common import TINY, changed, digits_folder, tiny_tokenizer
 from PIL import Image
 
 from examples.digits import arrays
@@ -15,7 +15,7 @@ from flextok_jax.evaluation import metrics, pictures, reconstruction, report
 from flextok_jax.evaluation.results import results_folder
 from flextok_jax.nn.images import to_float, to_uint8
 
-DIGITS = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
+DIGITS = changed(TINY, sites__patch_size=4)  # 16 x 16 pixels
 QUICK = reconstruction.Sampler(steps=1, guidance_scale=1.0)
 
 
@@ -41,8 +41,9 @@ def test_psnr_and_mae_follow_their_closed_form():
 
 
 def test_code_usage_counts_ids_and_takes_the_exponential_of_their_entropy():
-    usage = metrics.code_usage(np.array([[7, 0], [7, 1], [7, 2], [7, 2]]))
-    assert usage["distinct"] == [1, 3]
+    found = metrics.codes(np.array([[7, 0], [7, 1], [7, 2], [7, 2]]), 8, [1, 2])
+    usage = found["codes"]
+    assert usage["distinct"] == [1, 3] and found["codebook_usage"] == {1: 1 / 8, 2: 4 / 8}
     entropy = 2 * 0.25 * math.log(4) + 0.5 * math.log(2)
     assert usage["perplexity"] == pytest.approx([1, math.exp(entropy)])
 
@@ -76,7 +77,7 @@ def test_reconstructions_are_measured_by_number_of_tokens(tok, digits):
         psnr = metrics.psnr(to_float(np.concatenate(images)), originals)
         assert result["psnr"][k] == pytest.approx(float(psnr.mean()))
     ids = np.asarray(tok.tokenize(arrays("test")[0][:20]))
-    assert result["codes"] == metrics.code_usage(ids)
+    assert result["codes"] == metrics.codes(ids, DIGITS.vocab_size, [])["codes"]
     assert result["model"] == {"origin": "memory", "fingerprint": tok.fingerprint}
     json.dumps(result)
 

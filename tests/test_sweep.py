@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from common import TINY, digits_folder, tiny_generator, tiny_tokenizer
+from common import TINY, changed, digits_folder, tiny_generator, tiny_tokenizer
 from test_fidelity import weights  # noqa: F401, a fixture
 from test_lpips import files  # noqa: F401, a fixture
 
@@ -24,11 +24,17 @@ from flextok_jax.evaluation import (
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.networks import Networks
 from flextok_jax.evaluation.pictures import Pictures
-from flextok_jax.evaluation.reconstruction import Sampler, decode, encode
+from flextok_jax.evaluation.reconstruction import (
+    Sampler,
+    check_counts,
+    decode,
+    default_sampler,
+    encode,
+)
 from flextok_jax.io import storage
 from flextok_jax.nn.images import to_float, to_uint8
 
-CFG = dataclasses.replace(TINY, patch_size=4)  # 16 x 16 pixels
+CFG = changed(TINY, sites__patch_size=4)  # 16 x 16 pixels
 SETTINGS = sweep.grid([16, 1], [1.0], [1])
 LIMIT = 12
 SHARED = {
@@ -143,6 +149,21 @@ def test_exported_images_are_those_that_were_measured(tok, plain, tmp_path):
     assert images.dtype == np.uint8 and images.shape == (LIMIT, 16, 16, 3)
     psnr = metrics.psnr(to_float(images), to_float(arrays("test")[0][:LIMIT])).mean()
     assert float(psnr) == pytest.approx(result["metrics"]["psnr"], rel=1e-5)
+
+
+def test_a_model_without_prefixes_ids_or_sampling_is_measured(tmp_path):
+    fields = {"tokens__order": "full", "tokens__keep": "fixed", "target__kind": "values"}
+    fields |= {"bottleneck__kind": "kl", "bottleneck__levels": (), "bottleneck__dim": 4}
+    tok = tiny_tokenizer(changed(CFG, **fields))
+    assert check_counts(tok, None) == [16] and default_sampler(tok) is None
+    with pytest.raises(ValueError, match="num_tokens=4"):
+        check_counts(tok, [4])
+    with pytest.raises(ValueError, match="steps"):
+        default_sampler(tok, steps=5)
+    (result,) = sweep_of(tok, tmp_path, sampler=None).run([sweep.Setting(16)])
+    assert result["metrics"]["psnr"] > 0 and "codes" not in result["metrics"]
+    sweep_report.write(tmp_path / "report.html", *sweep.results(tmp_path))
+    assert (tmp_path / sweep.POINTS / "k0016.json").exists()
 
 
 def test_a_stopped_sweep_goes_on_and_measures_no_setting_twice(tok, plain, tmp_path, monkeypatch):

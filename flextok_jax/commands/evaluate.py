@@ -14,7 +14,13 @@ from flextok_jax.evaluation.environment import environment, product_precision
 from flextok_jax.evaluation.generation import TokenSampling
 from flextok_jax.evaluation.networks import Networks
 from flextok_jax.evaluation.pictures import Pictures
-from flextok_jax.evaluation.reconstruction import check_counts, default_sampler, identity, side
+from flextok_jax.evaluation.reconstruction import (
+    check_counts,
+    default_sampler,
+    identity,
+    sampler_metadata,
+    side,
+)
 from flextok_jax.evaluation.results import check_folder, results_folder
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
@@ -65,9 +71,11 @@ def _generation(args) -> None:
 
 def _sweep(args, tok, counts, info: dict, fields: dict, token_scales=(None,)) -> None:
     """What reconstruction and generation share."""
-    sampler = default_sampler(tok, norm_guidance=None if args.norm_guidance else False)
-    steps = sorted(set(args.steps or [sampler.steps]))
-    guidances = _scales(args.guidance, sampler.guidance_scale)
+    given = {"steps": args.steps, "guidance_scale": args.guidance}
+    given = {name: value[0] for name, value in given.items() if value}  # The others as well.
+    sampler = default_sampler(tok, norm_guidance=None if args.norm_guidance else False, **given)
+    steps = sorted(set(args.steps or [sampler and sampler.steps]))
+    guidances = _scales(args.guidance, sampler and sampler.guidance_scale)
     settings = sweep.grid(counts, guidances, steps, token_scales)
     if args.export and len(settings) > 1:
         raise ValueError(f"--export is for one setting; this is a sweep of {len(settings)}")
@@ -76,6 +84,8 @@ def _sweep(args, tok, counts, info: dict, fields: dict, token_scales=(None,)) ->
     reference, reference_metadata = _reference(args, found)
     count = len(fields["samples"].conditions) if "samples" in fields else len(pictures)
     batch_size = min(args.batch_size, count)
+    sampling = sampler_metadata(sampler, args.seed)
+    sampling = {k: v for k, v in sampling.items() if k not in ("steps", "guidance")}
     shared = {
         "format": 2,
         "task": args.task,
@@ -86,7 +96,7 @@ def _sweep(args, tok, counts, info: dict, fields: dict, token_scales=(None,)) ->
         "reference": reference_metadata,
         "networks": found.metadata,
         **info,
-        "sampling": {"seed": args.seed, "norm_guidance": sampler.norm_guidance},
+        "sampling": sampling,
         "dtype": tok.compute.dtype,
         "product_precision": product_precision(),
         "attention": tok.compute.attention,
@@ -180,7 +190,7 @@ def _data_metadata(pictures: Pictures) -> dict:
     return {"title": pictures.title, "images": len(pictures), "names_sha256": names}
 
 
-def _scales(given: list[float] | None, default: float) -> list[float]:
+def _scales(given: list[float] | None, default: float | None) -> list[float | None]:
     return sorted(set(given)) if given else [default]
 
 

@@ -156,20 +156,28 @@ def gather(tree):
     return jax.tree.map(whole, tree)
 
 
-def code_usage(tokens: np.ndarray) -> dict[str, list]:
-    """How many ids each position uses over a set of images.
+def codes(tokens: np.ndarray, vocab_size: int, counts: Sequence[int]) -> dict:
+    """How ids are used over a set of images.
 
     Args:
         tokens: int [n, k].
+        vocab_size: V, 0 where tokens have no ids: then nothing is returned.
+        counts: numbers of tokens.
 
     Returns:
-        "distinct": the number of different ids per position, at most min(n, V);
-        "perplexity": exp of the entropy of the ids per position.
+        "codebook_usage": by number of tokens, the share of all ids that occur among the first of
+        them; "codes": {"distinct": the number of different ids per position, at most min(n, V);
+        "perplexity": exp of the entropy of the ids per position}.
     """
+    if not vocab_size:
+        return {}
     distinct, perplexity = [], []
     for column in tokens.T:
-        counts = np.unique(column, return_counts=True)[1]
-        share = counts / counts.sum()
-        distinct.append(len(counts))
+        found = np.unique(column, return_counts=True)[1]
+        share = found / found.sum()
+        distinct.append(len(found))
         perplexity.append(float(np.exp(-np.sum(share * np.log(share)))))
-    return {"distinct": distinct, "perplexity": perplexity}
+    return {
+        "codebook_usage": {k: len(np.unique(tokens[:, :k])) / vocab_size for k in counts},
+        "codes": {"distinct": distinct, "perplexity": perplexity},
+    }

@@ -15,18 +15,32 @@ from flextok_jax.nn.images import to_uint8
 from flextok_jax.tokenizer import FlexTok
 
 
-def default_sampler(tok: FlexTok, **changes) -> Sampler:
-    """The model's own sampler, with those of `changes` that are not None."""
+def default_sampler(tok: FlexTok, **changes) -> Sampler | None:
+    """The model's own sampler, with those of `changes` that are not None.
+
+    Returns:
+        None for a model that decodes in one pass.
+
+    Raises:
+        ValueError: changes for such a model.
+    """
     changes = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(tok.config.sampler, **changes)
+    if tok.config.is_flow:
+        return dataclasses.replace(tok.config.sampler, **changes)
+    if changes:
+        raise ValueError(
+            f"{', '.join(changes)}: {tok.origin} decodes in one pass, without sampling"
+        )
+    return None
 
 
-def sampler_metadata(sampler: Sampler, seed: int) -> dict:
+def sampler_metadata(sampler: Sampler | None, seed: int) -> dict:
     """What images were sampled with, for files and settings."""
-    scale = sampler.guidance_scale
+    if sampler is None:
+        return {"solver": "one pass"}
     return {
         "steps": sampler.steps,
-        "guidance": scale,
+        "guidance": sampler.guidance_scale,
         "norm_guidance": sampler.normalized,
         "solver": sampler.solver,
         "seed": seed,
@@ -60,23 +74,21 @@ def check_counts(tok: FlexTok, counts: Sequence[int] | None, available: int | No
         available: how many there are, R by default.
 
     Raises:
-        ValueError: a number is not in 1..available.
+        ValueError: a number is not in 1..available, or the model's tokens have no prefixes.
     """
     most = tok.num_tokens if available is None else available
+    allowed = [k for k in tok.prefixes if k <= most]
     if counts is None:
-        return list(flextok.lengths(most))
-    wrong = [k for k in counts if not 1 <= k <= most]
+        return [k for k in flextok.lengths(most) if k in allowed]
+    wrong = [k for k in counts if k not in allowed]
     if wrong:
-        what = "the model has" if available is None else "there are"
-        raise ValueError(
-            f"num_tokens={','.join(map(str, wrong))}: {what} {most} tokens per image, allowed are "
-            f"1 to {most}"
-        )
+        which = f"{allowed[0]} to {most}" if len(allowed) > 1 else allowed
+        raise ValueError(f"num_tokens={','.join(map(str, wrong))}: allowed are {which}")
     return sorted(set(counts))
 
 
 def encode(tok: FlexTok, images: np.ndarray, num_tokens: int, batch_size: int) -> np.ndarray:
-    """uint8 [n, S, S, 3] → int32 [n, num_tokens]; run as `batch_size` images, n or more."""
+    """uint8 [n, S, S, 3] → tokens [n, num_tokens, ...]; run as `batch_size` images, n or more."""
     return np.asarray(tok.tokenize(padded(images, batch_size), num_tokens))[: len(images)]
 
 
@@ -85,13 +97,14 @@ def decode(
     tokens: np.ndarray,
     num_tokens: int,
     seeds: np.ndarray,
-    sampler: Sampler,
+    sampler: Sampler | None,
     seed: int,
     batch_size: int,
 ) -> np.ndarray:
-    """int32 [n, k] → float32 [n, S, S, 3], clipped to [-1, 1].
+    """Tokens [n, k, ...] → float32 [n, S, S, 3], clipped to [-1, 1].
 
     Args:
+        sampler: None for a model that decodes in one pass.
         num_tokens: how many of the tokens are used.
         seeds: uint32 [n], one per image, see `pictures.name_seeds`: an image's noise is a function
             of `seed` and of its own seed, so that the size of the batches changes nothing.
@@ -100,13 +113,12 @@ def decode(
     Raises:
         ValueError: the model makes values that are not finite.
     """
-    cfg = tok.config
-    latent = (*(s // cfg.vae.downsample for s in cfg.image_size), cfg.vae.latent_channels)
-    images = tok.detokenize(
-        padded(tokens[:, :num_tokens], batch_size),
-        noise=_noise(np.uint32(seed), padded(seeds, batch_size), latent),
-        **dataclasses.asdict(sampler),
-    )
+    cfg, how = tok.config, {}
+    if sampler is not None:
+        latent = (*(s // cfg.vae.downsample for s in cfg.image_size), cfg.vae.latent_channels)
+        how = dataclasses.asdict(sampler)
+        how["noise"] = _noise(np.uint32(seed), padded(seeds, batch_size), latent)
+    images = tok.detokenize(padded(tokens[:, :num_tokens], batch_size), **how)
     images = np.asarray(images)[: len(tokens)]
     finite = np.isfinite(images).all(axis=(1, 2, 3))
     if not finite.all():
@@ -121,7 +133,7 @@ def evaluate(
     tok: FlexTok,
     pictures: Pictures,
     counts: Sequence[int],
-    sampler: Sampler,
+    sampler: Sampler | None,
     seed: int = 0,
     batch_size: int = 32,
     save: Callable[[Batch, int, Callable], np.ndarray] = lambda batch, k, make: to_uint8(make()),
@@ -134,8 +146,7 @@ def evaluate(
 
     Returns:
         `metadata`, "count", "unreadable", "num_tokens"; by k: "psnr" (dB, range 2), "mae" (of a
-        range of 2) and, from 11 pixels on, "ssim", means over images, and "codebook_usage", the
-        share of all ids that occur among the first k tokens; "codes": `metrics.code_usage`.
+        range of 2) and, from 11 pixels on, "ssim", means over images; `metrics.codes`.
     """
     from tqdm import tqdm
 
@@ -168,14 +179,11 @@ def evaluate(
         "unreadable": dict(pictures.unreadable),
         "num_tokens": counts,
         **means,
-        "codebook_usage": {
-            k: len(np.unique(tokens[:, :k])) / tok.config.vocab_size for k in counts
-        },
-        "codes": metrics.code_usage(tokens),
+        **metrics.codes(tokens, tok.config.vocab_size, counts),
     }
 
 
-def metadata(tok: FlexTok, sampler: Sampler, seed: int) -> dict:
+def metadata(tok: FlexTok, sampler: Sampler | None, seed: int) -> dict:
     """ "model", "dtype" and what `sampler_metadata` says."""
     about = {"model": identity(tok), "dtype": tok.compute.dtype}
     return about | sampler_metadata(sampler, seed)

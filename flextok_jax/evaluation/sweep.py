@@ -41,29 +41,27 @@ class Setting:
 
     Attributes:
         num_tokens: k.
-        guidance: the scale of guidance.
-        steps: of the sampler.
+        guidance, steps: of the sampler; None for a model that decodes in one pass.
         token_guidance: the scale of guidance of the tokens, None: nothing is generated.
     """
 
     num_tokens: int
-    guidance: float
-    steps: int
+    guidance: float | None = None
+    steps: int | None = None
     token_guidance: float | None = None
 
     @property
     def name(self) -> str:
         """Of its files: "k0016_steps20_guidance3"."""
-        parts = [f"k{self.num_tokens:04d}", f"steps{self.steps}", f"guidance{self.guidance:g}"]
-        if self.token_guidance is not None:
-            parts.append(f"tokens{self.token_guidance:g}")
-        return "_".join(parts)
+        others = {"steps": self.steps, "guidance": self.guidance, "tokens": self.token_guidance}
+        parts = [f"{word}{value:g}" for word, value in others.items() if value is not None]
+        return "_".join([f"k{self.num_tokens:04d}", *parts])
 
 
 def grid(
     counts: Sequence[int],
-    guidances: Sequence[float],
-    steps: Sequence[int],
+    guidances: Sequence[float | None],
+    steps: Sequence[int | None],
     token_guidances: Sequence[float | None] = (None,),
 ) -> list[Setting]:
     """Every combination; the numbers of tokens change fastest, so that a curve is soon there."""
@@ -144,7 +142,7 @@ class Sweep:
         settings: what all settings share, in JSON terms, with "networks" and "reference".
         pictures: what is reconstructed, or what samples are compared with.
         samples: None: reconstructions.
-        sampler, seed: of the decoder; steps and scale are the settings'.
+        sampler, seed: of the decoder; steps and scale are the settings'. None: one pass.
         reference: what FID compares with, instead of the pictures.
         export: an .npz file for the images of the only setting as the array `arr_0`, uint8
             [n, S, S, 3], which the evaluator of ADM reads.
@@ -155,7 +153,7 @@ class Sweep:
     tok: FlexTok
     pictures: Pictures
     networks: Networks
-    sampler: Sampler
+    sampler: Sampler | None
     seed: int = 0
     batch_size: int = 32
     samples: Samples | None = None
@@ -246,9 +244,9 @@ class Sweep:
         """(metrics, the first images)."""
         size, seeds, features = side(self.tok), name_seeds(data.names), self.networks.features
         tokens = self._tokens(setting, data)
-        sampler = dataclasses.replace(
-            self.sampler, steps=setting.steps, guidance_scale=setting.guidance
-        )
+        sampler, scale = self.sampler, setting.guidance
+        if sampler is not None:
+            sampler = dataclasses.replace(sampler, steps=setting.steps, guidance_scale=scale)
         options = (sampler, self.seed, self.batch_size)
         looked, seconds, shown = [], [], np.zeros((0, size, size, 3), np.uint8)
 
@@ -289,8 +287,8 @@ class Sweep:
             made = FeatureSet(*map(np.concatenate, zip(*looked)), data.labels)
             found |= statistics.feature_metrics(made, data.real, features.classes, self.reference)
         tokens = tokens[:, : setting.num_tokens]
-        found["codebook_usage"] = len(np.unique(tokens)) / self.tok.config.vocab_size
-        found["codes"] = metrics.code_usage(tokens)
+        used = metrics.codes(tokens, self.tok.config.vocab_size, [setting.num_tokens])
+        found |= {name: v.get(setting.num_tokens, v) for name, v in used.items()}
         found["seconds_per_image"] = float(np.median(seconds))
         return found, shown
 

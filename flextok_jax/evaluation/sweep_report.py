@@ -108,8 +108,9 @@ def _pictures(results, pictures, best, generated) -> str:
     count = min(len(images) for _, images in columns)
     rows = [[images[i] for _, images in columns] for i in range(count)]
     labels = by_result[id(best[0])]["titles"].tolist()[:count]
-    guidance, steps = _at(best[0], "guidance"), _at(best[0], "steps")
-    remark = f"by number of tokens; guidance {guidance:g}, {steps} steps"
+    others = {AXES[a]: _at(best[0], a) for a in AXES if a != "num_tokens"}
+    others = [f"{name} {value:g}" for name, value in others.items() if value is not None]
+    remark = "; ".join(["by number of tokens", *others])
     titles = [title for title, _ in columns]
     return report.picture_table("", remark, titles, rows, labels if any(labels) else ())
 
