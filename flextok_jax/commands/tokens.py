@@ -92,7 +92,7 @@ def write_tokens(path, tok, tokens: np.ndarray, names: list[str]) -> None:
     with storage.atomic(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
-            tokens=tokens.astype(np.int32),
+            tokens=tokens,
             names=np.array(names, dtype=np.str_),
             **{key: np.array(value) for key, value in identity(tok).items()},
         )
@@ -114,7 +114,8 @@ def read_tokens(path) -> dict[str, np.ndarray]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             saved = {field: arrays[field] for field in FIELDS}
         tokens, names = saved["tokens"], saved["names"]
-        if not (tokens.ndim == 2 and tokens.size and np.issubdtype(tokens.dtype, np.integer)):
+        kind = {2: np.integer, 3: np.floating}.get(tokens.ndim, np.void)  # Ids, or codes.
+        if not (tokens.size and np.issubdtype(tokens.dtype, kind)):
             raise ValueError(f"its tokens are {tokens.dtype} of shape {tokens.shape}")
         if names.shape != tokens.shape[:1] or names.dtype.kind != "U":
             raise ValueError(f"its names are {names.dtype} of shape {names.shape}")
