@@ -1,7 +1,6 @@
 """The tokenizer stage: the shipped configs train, resume bitwise, fine-tune, and load again."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 
@@ -9,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import GOLDEN, ROOT
+from common import GOLDEN
 
+from configs import tokenizer as CONFIGS
 from examples.digits import arrays
 from flextok_jax import FlexTok
 from flextok_jax.io import models
@@ -18,9 +18,6 @@ from flextok_jax.nn.config import TokenizerConfig, from_dict
 from flextok_jax.training.loop import train
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
-SPEC = importlib.util.spec_from_file_location("tokenizer_config", ROOT / "configs/tokenizer.py")
-CONFIGS = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(CONFIGS)
 STEPS = {"model__target__flow__sampler__steps": 2}
 IMAGENET = ("d12_d12", "d18_d18", "d18_d28")
 
@@ -105,7 +102,8 @@ def test_fine_tuning_starts_from_the_source_and_leaves_frozen_parts_alone(traine
     assert 0 < np.abs(moved).max() < 0.1
 
 
-@pytest.mark.parametrize("variant", IMAGENET)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["d18_d28"])  # Cut down, the others are the same.
 def test_full_recipes_take_a_real_step_when_cut_down(variant, tiny_tfds, tmp_path):
     """TFDS images, a frozen VAE with a sampled posterior, bfloat16, remat, muP."""
     c = config(f"{variant},enc_depth=1,dec_depth=2,width=64,batch=4,num_tokens=8,image=32")

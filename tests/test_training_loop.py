@@ -320,6 +320,7 @@ def test_profile_records_the_steps_it_names_and_not_those_of_the_past(tmp_path):
         ("profile", "0:2"),
         ("profile", "2:7"),
         ("profile", "7"),
+        ("repa.weight", -1.0),
         ("seed", -1),
         ("time_shift", 0.0),
         ("vae.scaling_factor", -1.0),
@@ -332,6 +333,7 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_made(name, valu
             time_shift=1.0,
             evaluation=dict(num_images=8, num_latents=8, batch_size=8, steps=2),
             model=dict(guidance_scale=1.0, block_out=(8, 8)),
+            repa=dict(weight=0.0),
             vae=dict(scaling_factor=1.0),
         )
     )

@@ -41,6 +41,7 @@ RANGES = {
     "loss.gan_start": "[0, inf)",
     "loss.z_loss": "[0, inf)",
     "model.*": "(-inf, inf)",  # The dataclasses of nn/config.py check the rest, but for the VAE's:
+    "model.*patch_size": "[1, inf)",
     "model.block_out": "[1, inf)",
     "model.latent_channels": "[1, inf)",
     "model.layers_per_block": "[1, inf)",

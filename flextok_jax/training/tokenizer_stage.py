@@ -84,11 +84,11 @@ class TokenizerStage:
             "moments": [side, side, 2 * cfg.latent_channels],
             "vae": {name: getattr(cfg, name) for name in network},
         }
-        arrays, made_by = manifest["arrays"], manifest.get("vae", {})
+        arrays, encoder = manifest["arrays"], manifest.get("vae", {})
         theirs = {
             "image_size": manifest["image_size"],
             "moments": arrays.get("moments"),
-            "vae": {name: made_by.get(name) for name in network},
+            "vae": {name: encoder.get(name) for name in network},
         }
         if self._repa.weight and not self._repa.source:
             ours["repa.width"] = self._repa.width
@@ -96,7 +96,7 @@ class TokenizerStage:
         if self._vae_source != models.IDENTITY:
             params = models.vae_params(self._vae_source, cfg)
             ours["vae"]["fingerprint"] = storage.fingerprint(params)
-            theirs["vae"]["fingerprint"] = made_by.get("fingerprint")
+            theirs["vae"]["fingerprint"] = encoder.get("fingerprint")
         shards.check_same(theirs, ours, f"{data.path}/{data.split}")
         if self._evaluation.num_images and not self._evaluation.data:
             raise ValueError(
@@ -108,8 +108,6 @@ class TokenizerStage:
     def _check_repa(self) -> dinov2.DINOv2Config | None:
         """What features are computed by; None: they come with the data."""
         options, depth = self._repa, self.model.decoder.depth
-        if options.weight < 0:
-            raise ValueError(f"repa.weight={options.weight}: must not be negative; 0 is off")
         if not self.model.is_flow:
             raise ValueError(f"repa.weight={options.weight} is for model.target.kind='flow'")
         if depth <= repa.BLOCK:
