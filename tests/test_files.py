@@ -283,6 +283,9 @@ def test_one_question_is_asked_of_the_hub(hub, monkeypatch):
     ):
         models.load("owner/not_there")
     assert len(asked) == 1 and "owner/not_there" in asked[0]
+    with pytest.raises(FileNotFoundError, match="owner/not_there"):
+        sources.kind_of("owner/not_there")
+    assert len(asked) == 2
 
 
 def test_what_looks_like_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch):
@@ -327,6 +330,8 @@ def test_a_model_of_another_kind_is_named():
             load(GOLDEN / folder)
     kinds = {"ar_t2i": "ar", "tokenizer": "tokenizer", "vae": "vae", "dinov2": None}
     assert {name: sources.kind_of(GOLDEN / name) for name in kinds} == kinds
+    with pytest.raises(ValueError, match="'dinov2'"):
+        models.load(GOLDEN / "dinov2")
     with pytest.raises(ValueError, match="x.bin.*convert"):
         sources.weights_file(GOLDEN / "x.bin")
 

@@ -60,7 +60,7 @@ def weights_file(path):
     """
     path = path / WEIGHTS if path.is_dir() else path
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is no safetensors file: {_what([path.name])}")
+        raise ValueError(f"{path} is no safetensors file; convert a PyTorch file with PyTorch")
     return path
 
 
@@ -97,6 +97,13 @@ def check_kind(path, kind: str) -> None:
     found = kind_of(path)
     if found not in (kind, None):
         raise ValueError(f"{path} is {KINDS.get(found, repr(found))}")
+    file = path / "config.json"
+    if found is None and path.is_dir() and file.is_file():
+        other = storage.read_json(file).get("model_type")  # As transformers names its models.
+        if other is not None:
+            raise ValueError(
+                f"{path} is a model of the type {other!r}, not {KINDS[kind].split(':')[0]}"
+            )
 
 
 def _check_complete(where, there: list[str], files) -> None:
@@ -127,18 +134,24 @@ def _fetch(hub_id: str, files, optional, revision) -> pathlib.Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError
 
+    trouble = None  # Network, rights, absence: known after one question; then only the cache.
+
     def fetch(name):
-        address = hub.hf_hub_url(hub_id, name, revision=revision)
-        try:  # One question: a download without a network repeats it for a minute.
-            hub.get_hf_file_metadata(address, timeout=10)
-        except EntryNotFoundError:
-            raise
-        except Exception as error:  # network, rights, absence: then the cache
-            try:
-                return hub.hf_hub_download(hub_id, name, revision=revision, local_files_only=True)
-            except Exception:
-                raise error from None
-        return hub.hf_hub_download(hub_id, name, revision=revision)
+        nonlocal trouble
+        if trouble is None:
+            try:  # A download without a network would repeat this for a minute.
+                address = hub.hf_hub_url(hub_id, name, revision=revision)
+                hub.get_hf_file_metadata(address, timeout=10)
+            except EntryNotFoundError:
+                raise
+            except Exception as error:
+                trouble = error
+        if trouble is None:
+            return hub.hf_hub_download(hub_id, name, revision=revision)
+        try:
+            return hub.hf_hub_download(hub_id, name, revision=revision, local_files_only=True)
+        except Exception:
+            raise trouble from None
 
     found, problem = [], None
     for name in (*files, *optional):
@@ -153,9 +166,10 @@ def _fetch(hub_id: str, files, optional, revision) -> pathlib.Path:
                 break
     if found:
         return found[0].parent
+    wanted = " with ".join(files) or WEIGHTS
     reason = (str(problem).strip() or repr(problem)).splitlines()[0]
     raise FileNotFoundError(
-        f"{hub_id} is no local path, and {name} could not be fetched from the Hugging Face hub and "
-        f"is not in its cache ({type(problem).__name__}: {reason}). Download "
-        f"{' and '.join(files) or name} by hand into a folder, and pass that folder"
+        f"{hub_id} is no local path, and {wanted} could not be fetched from the Hugging Face hub "
+        f"and is not in its cache ({type(problem).__name__}: {reason}). Download it by hand into a "
+        "folder, and pass that folder"
     ) from problem
