@@ -20,6 +20,7 @@ from examples import photos
 from flextok_jax.evaluation import metrics
 from flextok_jax.io import models
 from flextok_jax.nn import vae
+from flextok_jax.nn.images import to_float
 from flextok_jax.training.vae_stage import downsampled
 
 
@@ -38,7 +39,7 @@ def main():
     args = parser.parse_args()
     cfg, params = models.load_vae(args.vae)
     tiles = photos.tiles()
-    images = np.stack([*tiles.values()]).astype(np.float32) / 127.5 - 1
+    images = to_float(np.stack([*tiles.values()]))
     ours, small = (np.asarray(x) for x in scores(params, cfg, images))
     values = (photos.TILE // cfg.downsample) ** 2 * cfg.latent_channels
     side = math.ceil(photos.TILE * math.sqrt(values / (3 * photos.TILE**2)) - 1e-6)
