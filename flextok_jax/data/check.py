@@ -111,8 +111,8 @@ def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:
         tokens, channels = (sorted(set(sides)) for sides in zip(*shapes))
         lines.append(
             (
-                "embeddings",
-                f"{len(shapes)} of these images, {tokens[0]} to {tokens[-1]} tokens of "
+                "text",
+                f"{len(shapes)} embeddings, {tokens[0]} to {tokens[-1]} tokens of "
                 f"{', '.join(map(str, channels))} channels",
             )
         )
