@@ -136,7 +136,10 @@ def test_the_latents_are_those_of_the_images(images, encoded):
     [
         (dict(data__image_size=32), "image_size: 16 there, 32 now"),
         (dict(repa__weight=1.0, repa__width=32), "repa.width: 24 there, 32 now"),
-        (dict(vae__source="identity", model__sites__patch_size=4), "vae.latent_channels: 4 there, 3 now"),
+        (
+            dict(vae__source="identity", model__sites__patch_size=4),
+            "vae.latent_channels: 4 there, 3 now",
+        ),
         (dict(evaluation__num_images=5), "holds no images to evaluate on.*evaluation.data"),
     ],
 )

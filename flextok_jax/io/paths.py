@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -72,8 +73,6 @@ def local_copy(path) -> Iterator[pathlib.Path]:
 
 def copy_file(source, target) -> None:
     """Copies the bytes of one file, where either may be an address."""
-    import shutil
-
     with source.open("rb") as reading, target.open("wb") as writing:
         shutil.copyfileobj(reading, writing)
 
