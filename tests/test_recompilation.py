@@ -1,0 +1,62 @@
+"""Inference compiles log2(R) + 1 programs for all numbers of tokens, and nothing beside them."""
+
+import contextlib
+import math
+
+import jax
+import numpy as np
+import pytest
+from common import TINY, tiny_generator, tiny_tokenizer
+
+from flextok_jax import FlexTok
+
+LENGTHS = range(1, TINY.num_tokens + 1)
+MOST = math.log2(TINY.num_tokens) + 1
+
+
+@contextlib.contextmanager
+def lowered():
+    """The names of all functions that are lowered inside, also where a cache has the program."""
+    names = []
+
+    def listen(event, duration, fun_name="", **_):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_tokenizer().save_pretrained(folder)
+    with lowered() as programs:
+        tok = FlexTok.from_pretrained(folder)
+    assert len(programs) <= 1, programs
+    return tok
+
+
+def test_tokenize_and_detokenize(tok):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    tokens = np.asarray(tok.tokenize(images))
+    tok.detokenize(tokens, steps=1, key=0)  # The noise's program.
+    for call in (lambda k: tok.tokenize(images, k), lambda k: tok.registers(images, k),
+                 lambda k: tok.detokenize(tokens, k, steps=1, key=0),
+                 lambda k: tok.detokenize(tokens[:, :k], steps=1, key=0)):  # fmt: skip
+        with lowered() as programs:
+            for k in LENGTHS:
+                np.asarray(call(k))
+        assert len(programs) <= MOST, programs
+
+
+def test_generate():
+    gen = tiny_generator(TINY)
+    gen.generate([0, 1], key=0, steps=1)
+    with lowered() as programs:
+        for k in LENGTHS:
+            np.asarray(gen.generate([0, 1], num_tokens=k, key=0, steps=1))
+    assert len(programs) <= MOST, programs
