@@ -213,7 +213,8 @@ class ImageGenerator:
                 start=np.int32(given),
                 stop=np.int32(count),
             )
-        return tokens[:batch, :count]
+        # Cut on the host: on the device each length would be a program of its own.
+        return jax.device_put(np.asarray(tokens)[:batch, :count])
 
     def logits(
         self,

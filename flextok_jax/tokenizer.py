@@ -273,7 +273,7 @@ class FlexTok:
 
         def cut(x):
             # On the host: a device would compile a program for every k.
-            return x if x.shape[:2] == (batch, k) else jnp.asarray(np.asarray(x)[:batch, :k])
+            return x if x.shape[:2] == (batch, k) else jax.device_put(np.asarray(x)[:batch, :k])
 
         return tuple(map(cut, found))
 

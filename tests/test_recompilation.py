@@ -6,12 +6,13 @@ import math
 import jax
 import numpy as np
 import pytest
-from common import TINY, tiny_generator, tiny_tokenizer
+from common import TINY, changed, tiny_generator, tiny_tokenizer
 
 from flextok_jax import FlexTok
 
-LENGTHS = range(1, TINY.num_tokens + 1)
-MOST = math.log2(TINY.num_tokens) + 1
+CFG = changed(TINY, encoder__depth=1, decoder__depth=1)
+LENGTHS = range(1, CFG.num_tokens + 1)
+MOST = math.log2(CFG.num_tokens) + 1
 
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def lowered():
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(CFG).save_pretrained(folder)
     with lowered() as programs:
         tok = FlexTok.from_pretrained(folder)
     assert len(programs) <= 1, programs
@@ -54,7 +55,7 @@ def test_tokenize_and_detokenize(tok):
 
 
 def test_generate():
-    gen = tiny_generator(TINY)
+    gen = tiny_generator(CFG)
     gen.generate([0, 1], key=0, steps=1)
     with lowered() as programs:
         for k in LENGTHS:

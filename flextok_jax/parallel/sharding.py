@@ -29,7 +29,7 @@ def place(mesh: Mesh | None, params, like):
         like: the same tree with boxes, which say the axes.
     """
     if mesh is None:
-        return jax.tree.map(jax.numpy.asarray, params)
+        return jax.device_put(params)
     return jax.device_put(params, param_shardings(mesh, like))
 
 
