@@ -10,7 +10,7 @@ from common import TINY, changed, tiny_generator, tiny_tokenizer
 
 from flextok_jax import FlexTok
 
-CFG = changed(TINY, encoder__depth=1, decoder__depth=1)
+CFG = changed(TINY, tokens__count=8, encoder__depth=1, decoder__depth=1)
 LENGTHS = range(1, CFG.num_tokens + 1)
 MOST = math.log2(CFG.num_tokens) + 1
 
