@@ -104,8 +104,13 @@ def test_the_check_command_tells_by_whom_and_verifies(encoded, capsys):
 
 def config(folder, images="", **changes):
     small = "digits,width=32,enc_depth=1,dec_depth=2,batch=8"
-    c = tokenizer_config(small, vae__source=VAE, model__sites__patch_size=2, **changes)
-    c.data.update(source="encoded", path=str(folder), split="all", image_size=SIZE, crop="random")
+    changes = {
+        "vae__source": VAE,
+        "model__sites__patch_size": 2,
+        "data__image_size": SIZE,
+    } | changes
+    c = tokenizer_config(small, **changes)
+    c.data.update(source="encoded", path=str(folder), split="all", crop="random")
     c.data.eval_split, c.evaluation.data = "all", str(images)
     return c
 
@@ -144,16 +149,14 @@ def test_the_latents_are_those_of_the_images(images, encoded):
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_sides(changes, words, encoded):
-    c = config(encoded)
-    for key, value in changes.items():
-        owner, _, name = key.partition("__")
-        c[owner][name] = value
     with pytest.raises(ValueError, match=words):
-        TokenizerStage(c)
-    c = config(encoded, encoded)
-    c.evaluation.num_images = 5
-    with pytest.raises(ValueError, match="holds what `flextok encode` made"):
-        TokenizerStage(c)
+        TokenizerStage(config(encoded, **changes))
+
+
+def test_an_evaluation_needs_images(encoded):
+    stage = TokenizerStage(config(encoded, encoded, evaluation__num_images=5))
+    with pytest.raises(ValueError, match="flextok encode"):
+        stage.evaluators()
 
 
 def test_moments_of_another_vae_are_refused_by_its_sha256(encoded, tmp_path, capsys):
