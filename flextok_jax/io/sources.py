@@ -74,7 +74,7 @@ def kind_of(source, revision: str | None = None) -> str | None:
     path = find(source, (), (WEIGHTS, "config.json", "config.yaml", VAE_WEIGHTS), revision)
     if is_workdir(path):
         file = path / "config.json"
-        kind = storage.read_json(file).get("model", {}).get("kind") if file.is_file() else None
+        kind = (storage.read_json(file).get("model") or {}).get("kind") if file.is_file() else None
         return "tokenizer" if kind == "flextok" else kind
     if (path / VAE_WEIGHTS).is_file():
         return "vae"
