@@ -103,6 +103,17 @@ def test_links_lead_to_files():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_files_that_the_design_names_exist():
+    names = set(re.findall(r"[\w/]+\.py\b", (ROOT / "docs" / "design.md").read_text()))
+    assert len(names) > 30
+    folders = ("flextok_jax", "configs", "tests")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    files = {path.relative_to(ROOT).as_posix() for path in found}
+    for name in names:
+        known = any(file.endswith(f"/{name}") for file in files)
+        assert known or name in files or "NAME" in name, name
+
+
 def test_docstrings_name_sections_of_the_reference():
     reference = (ROOT / "docs" / "reference.md").read_text()
     titles = set(re.findall(r"^## (.+)$", reference, re.M))
