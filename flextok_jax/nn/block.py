@@ -232,13 +232,10 @@ class Block(nn.Module):
             for name in (norms if cfg.layer_scale else ())
         }
 
-        def whole(sequence):
-            return lambda q, k, v: (
-                attention.attend(
-                    q, k, v, cfg.head_dim, sequence, how, scale, cfg.qk_norm == "layer"
-                ),
-                None,
-            )  # fmt: skip
+        def whole(sequence, q, k, v):
+            normalize = cfg.qk_norm == "layer"
+            y = attention.attend(q, k, v, cfg.head_dim, sequence, how, scale, normalize)
+            return y, None
 
         def continued(q, k, v):
             y, *kept = attention.attend_cached(q, k, v, cache.k, cache.v, cache.index, cfg.head_dim)
@@ -252,7 +249,7 @@ class Block(nn.Module):
         def one_pass(x, sequence):
             lengths = sequence.lengths if sequence else x.shape[1:2]
             branch = functools.partial(self._branch, modulation, lengths, norms, scales)
-            core = whole(sequence) if cache is None else continued
+            core = functools.partial(whole, sequence) if cache is None else continued
             x, kept = branch("attn", x, lambda y: self_attention(y, y, core))
             cross = None
             if self.cross:
@@ -295,37 +292,45 @@ class Block(nn.Module):
 
     def _branch(self, modulation, lengths, norms, scales, name, x, f):
         """x + gate · f(norm(x) modulated): ([B, T, D], what f returned beside)."""
-        cfg, how = self.cfg, self.compute.attention
-        parts = modulation.get(name)
+        cfg, parts = self.cfg, modulation.get(name)
         lengths = lengths if parts else (x.shape[1],)
-        fused = cfg.norm == "layer" and kernels.can_normalize(how, lengths, cfg.width)
-        if fused:
-            shift, scale, gate = (
-                (jnp.broadcast_to(part, (x.shape[0], *part.shape[1:])) for part in parts)
-                if parts
-                else (None, None, None)
-            )
-            x, y = kernels.normalize(x, shift, scale)
+        fused = kernels.can_normalize(self.compute.attention, lengths, cfg.width)
+        if fused and cfg.norm == "layer":
+            x, y, add = _fused(x, parts)
         else:
-            shift, scale, gate = (spread(part, lengths) for part in parts) if parts else (None,) * 3
-            y = norms[name](x)
-            y = y if shift is None else modulate(y, shift, scale)
+            x, y, add = _plain(x, norms[name], parts, lengths)
         y, kept = f(y)
         if name in scales:
             y = y * scales[name].astype(y.dtype)[None, None]
-        if gate is None:
-            return x + y, kept
-        return (kernels.add_gated(x, y, gate) if fused else x + gate * y), kept
+        return add(x, y), kept
+
+
+# The two ways into and out of a branch: (x, its normalised and modulated input, what adds its
+# result). `parts`: shift, scale and gate, [B', S, D] each, or None.
+
+
+def _plain(x, norm, parts, lengths):
+    y = norm(x)
+    if parts is None:
+        return x, y, jnp.add
+    shift, scale, gate = (spread(part, lengths) for part in parts)
+    return x, modulate(y, shift, scale), lambda x, y: x + gate * y
+
+
+def _fused(x, parts):
+    if parts is None:
+        return *kernels.normalize(x), jnp.add
+    shift, scale, gate = (jnp.broadcast_to(p, (x.shape[0], *p.shape[1:])) for p in parts)
+    return *kernels.normalize(x, shift, scale), lambda x, y: kernels.add_gated(x, y, gate)
 
 
 def spread(part: jax.Array, lengths: tuple[int, ...]) -> jax.Array:
-    """One vector per segment for each of its positions: [B', S, D] -> [B', T, D]."""
+    """One vector per segment for each of its positions: [B', S, D] -> [B', T, D], S 1 or 2."""
     if len(set(lengths)) == 1:  # A gradient that is one sum per segment.
         return jnp.repeat(part, lengths[0], axis=1)
-    if len(lengths) == 2:
-        is_first = jnp.arange(sum(lengths)) < lengths[0]
-        return jnp.where(is_first[None, :, None], part[:, :1], part[:, 1:])
-    return jnp.repeat(part, jnp.array(lengths), axis=1, total_repeat_length=sum(lengths))
+    first, second = lengths
+    is_first = jnp.arange(first + second) < first
+    return jnp.where(is_first[None, :, None], part[:, :1], part[:, 1:])
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
