@@ -121,7 +121,7 @@ def test_transforms_are_pure_and_keep_uint8_and_shape(shape, crop):
     assert shape == (1, 1, 3) or (results[0] != results[2]).any()
 
 
-def test_without_randomness_nothing_is_drawn():
+def test_without_randomness_random_numbers_have_no_effect():
     still = EVERYTHING.without_randomness()
     image = noise(40, 23, 3)
     np.testing.assert_array_equal(apply(still, image, 0), apply(still, image, 1))

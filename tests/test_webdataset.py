@@ -61,9 +61,9 @@ def test_the_index_of_a_read_only_folder_lies_in_the_cache(tmp_path, monkeypatch
         return atomic(file)
 
     monkeypatch.setattr(webdataset.storage, "atomic", refuses)
-    keys, places, *_ = read_index(path)
+    keys, offsets, *_ = read_index(path)
     monkeypatch.setattr(webdataset, "_scan", None)  # Not called again.
-    assert (read_index(path)[1] == places).all() and len(keys) == 4
+    assert (read_index(path)[1] == offsets).all() and len(keys) == 4
     assert len(list((tmp_path / "home").rglob("*.npz"))) == 1
 
 

@@ -3,7 +3,7 @@
     DIR/train/manifest.json                              models, settings, and all shards
     DIR/train/records-00000-of-00040.array_record        see records.py
     DIR/train/records-00000-of-00040.json                sha256, count, keys and labels of the shard
-    DIR/test/...                                         another split, made by the same models
+    DIR/test/...                                         another split, of the same models
     DIR/null_text.npy                                    where there are embeddings of captions
 
 A shard gets its name when it is whole, after its .json, so one that exists is not made again. Any

@@ -34,14 +34,14 @@ class Index(NamedTuple):
 
     Attributes:
         keys: bytes [N], UTF-8.
-        places: int64 [N, FIELDS, (start, size)], of each field's bytes, start -1 where the example
+        offsets: int64 [N, FIELDS, (start, size)], of each field's bytes, start -1 where the example
             has none.
         labels: bytes [N], UTF-8 (see `source.parse_label`), empty for an unknown one.
         skipped: bytes [M, (reason, name)], UTF-8.
     """
 
     keys: np.ndarray
-    places: np.ndarray
+    offsets: np.ndarray
     labels: np.ndarray
     skipped: np.ndarray
 
@@ -100,7 +100,7 @@ class WebDatasetSource(source.Source):
         used, _ = source.select(keys, parts, split, str(root), self.skipped)
         self._files, self._shard = files, shard[used]
         self._keys = [key for key, use in zip(keys, used) if use]
-        self._places = np.concatenate([index.places for index in indices.values()])[used]
+        self._offsets = np.concatenate([index.offsets for index in indices.values()])[used]
         texts = np.concatenate([index.labels for index in indices.values()])[used]
         self.labels = source.label_numbers((_text(text) or None for text in texts), self.classes)
 
@@ -130,7 +130,7 @@ class WebDatasetSource(source.Source):
         found = {}
         with open(self._files[self._shard[index]], "rb") as file:
             for field in fields:
-                start, size = self._places[index, FIELDS.index(field)]
+                start, size = self._offsets[index, FIELDS.index(field)]
                 if start < 0:
                     continue
                 file.seek(start)
@@ -205,10 +205,10 @@ def _scan(path: pathlib.Path) -> Index:
                         content = source.first_of(parsed, source.LABEL)
                     label = skipped.usable(source.parse_label, content, f"{key}.{field}")
             labels.append(label or "")
-    places = [[fields.get(name, (-1, 0)) for name in FIELDS] for fields in examples.values()]
-    places = np.array(places, np.int64).reshape(-1, len(FIELDS), 2)
+    offsets = [[fields.get(name, (-1, 0)) for name in FIELDS] for fields in examples.values()]
+    offsets = np.array(offsets, np.int64).reshape(-1, len(FIELDS), 2)
     pairs = [pair for reason, names in skipped.items() for name in names for pair in (reason, name)]
-    return Index(_bytes(examples), places, _bytes(labels), _bytes(pairs).reshape(-1, 2))
+    return Index(_bytes(examples), offsets, _bytes(labels), _bytes(pairs).reshape(-1, 2))
 
 
 def _examples(path: pathlib.Path, skipped: Skipped) -> dict[str, dict[str, tuple[int, int]]]:
