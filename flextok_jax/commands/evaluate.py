@@ -18,7 +18,6 @@ from flextok_jax.evaluation.reconstruction import (
     check_counts,
     default_sampler,
     identity,
-    sampler_metadata,
     side,
 )
 from flextok_jax.evaluation.results import check_folder, results_folder
@@ -84,8 +83,9 @@ def _sweep(args, tok, counts, info: dict, fields: dict, token_scales=(None,)) ->
     reference, reference_metadata = _reference(args, found)
     count = len(fields["samples"].conditions) if "samples" in fields else len(pictures)
     batch_size = min(args.batch_size, count)
-    sampling = sampler_metadata(sampler, args.seed)
-    sampling = {k: v for k, v in sampling.items() if k not in ("steps", "guidance")}
+    sampling = {"seed": args.seed, "norm_guidance": None, "solver": "one pass"}
+    if sampler:
+        sampling |= {"norm_guidance": sampler.norm_guidance, "solver": sampler.solver}
     shared = {
         "format": 2,
         "task": args.task,

@@ -110,7 +110,8 @@ def picture_table(
     lines = []
     for i, pictures in enumerate(rows):
         cells = [
-            f'<td><img alt="{_text(title)}" src="{_embedded(picture)}"></td>'
+            f'<td style="width:{90 / len(titles):.3g}%"><img alt="{_text(title)}" '
+            f'src="{_embedded(picture)}"></td>'
             for title, picture in zip(titles, pictures, strict=True)
         ]
         name = f"<th>{_text(labels[i])}</th>" if labels else ""
@@ -176,6 +177,8 @@ def chart(
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
+    else:
+        axes.locator_params(axis="x", nbins=5)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if level:

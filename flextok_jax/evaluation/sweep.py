@@ -1,9 +1,9 @@
 """A sweep: one set of reconstructions or samples, measured at many settings, in one folder.
 
 The folder holds `settings.json` (what all settings share), `pictures.json` (a hash over all pixels
-that were read), `points/NAME.json` (a result with its
-metadata), `points/NAME.npz` (its first images) and `reference.npz` (mean and covariance of the real
-images' features). A setting whose result is there is not measured again.
+that were read), `points/NAME.json` (a result with its metadata), `points/NAME.npz` (some of its
+images) and `reference.npz` (mean and covariance of the real images' features). A setting whose
+result is there is not measured again.
 """
 
 import contextlib
@@ -70,10 +70,11 @@ def grid(
 
 
 def results(out) -> tuple[list[dict], list[dict]]:
-    """All results in a folder, in order of their settings, and the first images of each.
+    """All results in a folder, in order of their settings, and some images of each.
 
     Returns:
-        (results, {"images", "originals": uint8 [n, S, S, 3], "titles": str [n]} of each).
+        (results, {"images": uint8 [n, S, S, 3], "titles": str [n]; of reconstructions also
+        "originals"} of each).
     """
     files = [path for path in (out / POINTS).glob("*.json") if not path.name.startswith(".")]
     found = [(storage.read_json(path), path) for path in files]
@@ -116,8 +117,7 @@ class _Data:
         tokens: int32 [n, K] by the scale of token guidance, filled when first needed.
         originals: uint8 [n, S, S, 3] to compare with; None for samples.
         real: features of the pictures, None without a network.
-        shown: the first pictures.
-        titles: names of the classes or conditions of the first images that are made; may be empty.
+        titles: names of their classes or conditions; may be empty.
         read: what was read, in JSON terms.
         num_tokens: K.
     """
@@ -127,10 +127,14 @@ class _Data:
     tokens: dict
     originals: np.ndarray | None
     real: FeatureSet | None
-    shown: np.ndarray
     titles: Sequence[str]
     read: dict
     num_tokens: int
+
+    @property
+    def shown(self) -> np.ndarray:
+        """Which images are kept for the report: int [SHOWN at most], over all of them."""
+        return np.unique(np.linspace(0, len(self.names) - 1, SHOWN).astype(int))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,13 +201,12 @@ class Sweep:
         """Reads all pictures once, and encodes them where they are reconstructed."""
         size, generated = side(self.tok), self.samples is not None
         names, labels, tokens, looked = [], [], [], []
-        shown, digest = np.zeros((0, size, size, 3), np.uint8), hashlib.sha256()
+        digest = hashlib.sha256()
         most = max(1, min(self.batch_size, len(self.pictures)))
         for batch in self.pictures.batches(size, most):
             names.extend(batch.names)
             labels.append(batch.labels)
             digest.update(batch.images.tobytes())
-            shown = np.concatenate([shown, batch.images])[:SHOWN]
             if self.networks.features:
                 looked.append(self.networks.features(batch.images, most))
             if not generated:
@@ -214,16 +217,16 @@ class Sweep:
         if (self.out / READ).exists():
             storage.same_or_refuse(self.out / READ, read, "results")
         labels, real, originals = np.concatenate(labels), None, None
-        titles = [self.pictures.class_name(label) for label in labels[:SHOWN]]
+        titles = [self.pictures.class_name(label) for label in labels]
         if looked:
             real = FeatureSet(*map(np.concatenate, zip(*looked)), labels)
         if generated:
             names, tokens, labels = self.samples.names, {}, self.samples.labels
-            titles = self.samples.conditions.names[:SHOWN]
+            titles = self.samples.conditions.names
             labels = np.full(len(names), -1) if labels is None else labels
         else:
             originals, tokens = _mapped(file, size), {None: np.concatenate(tokens)}
-        return _Data(names, labels, tokens, originals, real, shown, titles, read, num_tokens)
+        return _Data(names, labels, tokens, originals, real, titles, read, num_tokens)
 
     def _tokens(self, setting: Setting, data: _Data) -> np.ndarray:
         """int32 [n, K]."""
@@ -241,24 +244,24 @@ class Sweep:
         return [slice(i, i + self.batch_size) for i in range(0, len(data.names), self.batch_size)]
 
     def _measure(self, setting: Setting, data: _Data, bar) -> tuple[dict, np.ndarray]:
-        """(metrics, the first images)."""
-        size, seeds, features = side(self.tok), name_seeds(data.names), self.networks.features
+        """(metrics, the images of `data.shown`)."""
+        seeds, features = name_seeds(data.names), self.networks.features
         tokens = self._tokens(setting, data)
         sampler, scale = self.sampler, setting.guidance
         if sampler is not None:
             sampler = dataclasses.replace(sampler, steps=setting.steps, guidance_scale=scale)
         options = (sampler, self.seed, self.batch_size)
-        looked, seconds, shown = [], [], np.zeros((0, size, size, 3), np.uint8)
+        looked, seconds, shown = [], [], []
 
         def stream(file) -> Iterator[tuple]:
-            nonlocal shown
             decode(self.tok, tokens[:1], setting.num_tokens, seeds[:1], *options)  # Compiles.
             for rows in self._batches(data):
                 start = time.perf_counter()
                 images = decode(self.tok, tokens[rows], setting.num_tokens, seeds[rows], *options)
                 seconds.append((time.perf_counter() - start) / self.batch_size)
                 images = to_uint8(images)
-                shown = np.concatenate([shown, images])[:SHOWN]
+                inside = data.shown[(data.shown >= rows.start) & (data.shown < rows.stop)]
+                shown.append(images[inside - rows.start])
                 if features:
                     looked.append(features(images, self.batch_size))
                 if file is not None:
@@ -275,7 +278,7 @@ class Sweep:
             values = metrics.per_image(stream(file if self.export else None), functions)
             if self.export:
                 with storage.atomic(self.export) as temporary, temporary.open("wb") as target:
-                    np.savez(target, arr_0=_mapped(file, size))
+                    np.savez(target, arr_0=_mapped(file, side(self.tok)))
         bands = values.pop("bands", None)
         found = {"count": len(data.names), "standard_errors": {}}
         for name, value in values.items():
@@ -290,7 +293,7 @@ class Sweep:
         used = metrics.codes(tokens, self.tok.config.vocab_size, [setting.num_tokens])
         found |= {name: v.get(setting.num_tokens, v) for name, v in used.items()}
         found["seconds_per_image"] = float(np.median(seconds))
-        return found, shown
+        return found, np.concatenate(shown)
 
     def _write(self, setting: Setting, data: _Data, found: dict, shown: np.ndarray) -> None:
         metadata = {
@@ -309,8 +312,13 @@ class Sweep:
         if data.real is not None and len(data.real) > 1 and not (self.out / REFERENCE).exists():
             statistics.write_gaussian(self.out / REFERENCE, data.real.gaussian)
         with storage.atomic(self._path(setting, "npz")) as path, path.open("wb") as file:
-            titles = np.array(data.titles, np.str_)
-            np.savez_compressed(file, images=shown, originals=data.shown, titles=titles)
+            arrays = {"images": shown}
+            arrays["titles"] = np.array(
+                [data.titles[i] for i in data.shown] if data.titles else [], np.str_
+            )
+            if data.originals is not None:
+                arrays["originals"] = data.originals[data.shown]
+            np.savez_compressed(file, **arrays)
         storage.write_json(self._path(setting, "json"), result)
 
 

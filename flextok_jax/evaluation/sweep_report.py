@@ -22,7 +22,7 @@ CURVES = {
     "recall": ("Recall", "share of real images among the made ones", True),
     "accuracy": ("Accuracy", "of the feature network's classes, on made images", True),
     "codebook_usage": ("Codebook usage", "share of all ids that occur", True),
-    "seconds_per_image": ("Cost", "seconds per image decoded, compilation not included", False),
+    "seconds_per_image": ("Seconds per image", "decoding; compilation not included", False),
 }
 AXES = {"num_tokens": "tokens", "guidance": "guidance scale", "steps": "steps",
         "token_guidance": "token guidance scale"}  # fmt: skip
@@ -34,7 +34,7 @@ def write(path, results: Sequence[dict], pictures: Sequence[dict], probe: dict |
     Args:
         path: the HTML file.
         results: of `sweep.results`: all of one task and model.
-        pictures: for each, {"images", "originals": uint8 [n, S, S, 3], "titles": str [n]}.
+        pictures: of `sweep.results`.
         probe: the result of `flextok evaluate --task probe`, if there is one.
     """
     metadata = results[0]["metadata"]
@@ -45,7 +45,7 @@ def write(path, results: Sequence[dict], pictures: Sequence[dict], probe: dict |
     best = _best(results)
     sections = [
         ("", _opening(results, best, generated)),
-        ("First images", [_pictures(results, pictures, best, generated)]),
+        ("Images", [_pictures(results, pictures, best, generated)]),
     ]
     for axis in varied or ["num_tokens"]:
         sections.append((f"Quality by {AXES[axis]}", [_curves(results, best, axis, varied)]))
