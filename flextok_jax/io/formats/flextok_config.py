@@ -39,18 +39,11 @@ _NO_EFFECT = re.compile(
 )
 # Arguments that may appear beside those of the template, with the values that are implemented.
 _ALSO = {
-    "qkv_bias": (False,),
-    "proj_bias": (False,),
-    "mlp_bias": (False,),
-    "adaLN_bias": (True,),
-    "temb_as_tokens": (False,),
-    "use_mup_readout": (False,),
-    "replace_with_single_token": (False,),
-    "noise_read_key": (None,),
-    "stratified": (False,),
+    "qkv_bias": (False,), "proj_bias": (False,), "mlp_bias": (False,), "adaLN_bias": (True,),
+    "temb_as_tokens": (False,), "use_mup_readout": (False,), "replace_with_single_token": (False,),
+    "noise_read_key": (None,), "stratified": (False,), "n_eval": (None,),
     "intermediate_layers": ([1], [], None),
-    "n_eval": (None,),
-}
+}  # fmt: skip
 # Fixed arguments whose absence means the value in the template.
 _MAY_BE_ABSENT = {"flatten_patches", "use_mup_readout", "intermediate_layers", "posemb_scaling"}
 
@@ -73,23 +66,15 @@ def parse_metadata(metadata: dict[str, str]) -> dict:
 PARTS = ("encoder", "decoder")
 # Where the fields of earlier, flat configurations are now.
 _FLAT = {
-    "vae": "vae",
-    "grid": "sites.grid",
-    "patch_size": "sites.patch_size",
-    "num_tokens": "tokens.count",
-    "keep_mode": "tokens.keep",
-    "levels": "bottleneck.levels",
-    "enc_width": "encoder.width",
-    "enc_depth": "encoder.depth",
-    "dec_width": "decoder.width",
-    "dec_depth": "decoder.depth",
-    "max_timestep": "target.flow.max_timestep",
-    "time_frequencies": "target.flow.time_frequencies",
-    "mode_scale": "target.flow.mode_scale",
+    "vae": "vae", "grid": "sites.grid", "patch_size": "sites.patch_size",
+    "num_tokens": "tokens.count", "keep_mode": "tokens.keep", "levels": "bottleneck.levels",
+    "enc_width": "encoder.width", "enc_depth": "encoder.depth",
+    "dec_width": "decoder.width", "dec_depth": "decoder.depth",
+    "max_timestep": "target.flow.max_timestep", "null_prob": "target.flow.null_prob",
+    "time_frequencies": "target.flow.time_frequencies", "mode_scale": "target.flow.mode_scale",
     "log_normal_time": "target.flow.log_normal_time",
-    "null_prob": "target.flow.null_prob",
     "guidance_scale": "target.flow.sampler.guidance_scale",
-}
+}  # fmt: skip
 
 
 def to_fields(cfg: TokenizerConfig) -> dict:
