@@ -27,8 +27,10 @@ def info(args: options.Info) -> None:
     if args.json:
         print(json.dumps(model, indent=2))
         return
-    for key, value in storage.dotted(model).items():
-        print(f"{key:32}{f'{value:,}' if isinstance(value, int) else value}")
+    lines = storage.dotted(model)
+    for key, value in lines.items():
+        words = f"{value:,}" if type(value) is int else value
+        print(f"{key:{max(map(len, lines))}}  {words}")
 
 
 def describe(source) -> dict:
