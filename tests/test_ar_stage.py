@@ -136,7 +136,7 @@ def test_a_config_takes_a_real_step_on_tokens_when_cut_down(variant, data):
     stage, mesh = ARStage(c), make_mesh(devices=jax.devices()[:1])
     assert stage.compute.dtype == "bfloat16"
     batch = make_pipeline(c.data, seed=0, batch_size=8, train=True)[0]
-    frozen = stage.load_frozen()
+    frozen = layout.unbox(stage.load_frozen())
     assert set(frozen) == ({"null_text"} if kind == "t2i" else set())
     with jax.set_mesh(mesh):
         program = build(stage, c, mesh)
@@ -183,7 +183,7 @@ def test_full_size_configs_describe_the_models_of_the_paper(variant):
 
 def test_the_loss_is_the_mean_of_its_bins_and_the_chunk_changes_nothing(data):
     stage, whole = (ARStage(config(data["c2i"], loss__chunk=c)) for c in (5, 99))
-    params = stage.init(jax.random.key(0))
+    params = layout.unbox(stage.init(jax.random.key(0)))
     batch = batch_of(stage)
     args = params, {}, batch, jax.random.key(1), jnp.int32(0)
     loss, metrics = jax.jit(stage.loss)(*args)
@@ -195,7 +195,7 @@ def test_the_loss_is_the_mean_of_its_bins_and_the_chunk_changes_nothing(data):
 
 def test_dropped_conditions_are_the_null_condition(data):
     always, never = (ARStage(config(data["c2i"], condition__null_prob=p)) for p in (1.0, 0.0))
-    params, batch = always.init(jax.random.key(0)), batch_of(always)
+    params, batch = layout.unbox(always.init(jax.random.key(0))), batch_of(always)
     unknown = batch | {"label": -jnp.ones_like(batch["label"])}
     args = jax.random.key(1), jnp.int32(0)
     loss_of = jax.jit(never.loss)
@@ -225,7 +225,7 @@ def test_an_image_without_a_caption_gets_the_null_text(data):
 
 def test_z_loss_is_added_to_the_mean(data):
     plain, with_z = (ARStage(config(data["c2i"], loss__z_loss=z)) for z in (0.0, 0.5))
-    params = plain.init(jax.random.key(0))
+    params = layout.unbox(plain.init(jax.random.key(0)))
     args = params, {}, batch_of(plain), jax.random.key(1), jnp.int32(0)
     (a, metrics), (b, _) = jax.jit(plain.loss)(*args), jax.jit(with_z.loss)(*args)
     log_z = metrics["log_z"].compute()
@@ -276,10 +276,13 @@ def test_images_tokenised_in_the_step_are_the_tokens_made_before(tokenizer, imag
     c = online(tokenizer, images, model__num_tokens=8)
     before = config(tmp_path, data__split="all", data__eval_split="all", model__num_tokens=8)
     stages = ARStage(c), ARStage(before)
-    frozen = stages[0].load_frozen()
+    frozen = layout.unbox(stages[0].load_frozen())
     assert set(frozen["tokenizer"]) == {"encoder", "vae"}
     batches = [make_pipeline(x.data, seed=3, batch_size=8, train=True)[1] for x in (c, before)]
-    params, rest = stages[0].init(jax.random.key(0)), (jax.random.key(1), jnp.int32(0))
+    params, rest = (
+        layout.unbox(stages[0].init(jax.random.key(0))),
+        (jax.random.key(1), jnp.int32(0)),
+    )
     found = [jax.jit(s._tokens)(f, b) for s, f, b in zip(stages, (frozen, {}), batches)]
     np.testing.assert_array_equal(*found)
     assert found[0].shape == (8, 8) and len(np.unique(found[0])) > 8

@@ -14,6 +14,7 @@ from test_tokenizer_stage import digits
 from flextok_jax import FlexTok
 from flextok_jax.io.formats import names
 from flextok_jax.nn import repa
+from flextok_jax.nn.layout import unbox
 from flextok_jax.training.loop import train
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
@@ -56,7 +57,7 @@ def moved(stage):
     """Parameters without the zeros of a start."""
     return jax.tree.map(
         lambda x: (0.1 * np.random.RandomState(x.size).randn(*x.shape)).astype(np.float32),
-        jax.eval_shape(stage.init, KEY),
+        unbox(jax.eval_shape(stage.init, KEY)),
     )
 
 
@@ -71,7 +72,7 @@ def trained(tmp_path_factory):
 def test_similarity_is_the_mean_cosine_on_the_targets_grid():
     random = np.random.default_rng(0)
     features, targets = (random.standard_normal((2, *s)).astype("f4") for s in ((4, 8), (16, 6)))
-    params = repa.init(8, 6, KEY)
+    params = unbox(repa.init(8, 6, KEY))
     assert not np.any(params["fc3"]["kernel"])
     params["fc3"]["kernel"] = jax.random.normal(KEY, (32, 6))
     found = repa.similarity(params, features, targets, jnp.float32)
@@ -92,22 +93,23 @@ def test_without_a_weight_nothing_is_read_made_or_computed():
     for changes in ({}, {"repa__source": "nowhere", "repa__width": 3}):
         off = TokenizerStage(config(**changes))
         assert off.load_frozen() == {}
-        params = jax.eval_shape(off.init, KEY)
+        params = unbox(jax.eval_shape(off.init, KEY))
         assert params.keys() == {"encoder", "decoder"}
         grad = jax.jit(jax.value_and_grad(off.loss, has_aux=True))
         programs.append(grad.lower(params, {}, batch(), KEY, STEP).as_text())
     assert programs[0] == programs[1] and len(programs[0]) > 1000
 
 
-def test_the_model_and_the_loss_of_the_flow_begin_as_without(stage, gradient):
+@pytest.mark.slow
+def test_the_model_and_the_loss_of_the_flow_start_as_without(stage, gradient):
     with_repa, without = gradient
     off = TokenizerStage(config())
-    begun, params = jax.jit(lambda key: (stage.init(key), off.init(key)))(KEY)
-    assert begun.keys() - params.keys() == {"repa"}
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves({k: begun[k] for k in params})):
+    first, params = jax.jit(lambda key: unbox((stage.init(key), off.init(key))))(KEY)
+    assert first.keys() - params.keys() == {"repa"}
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves({k: first[k] for k in params})):
         np.testing.assert_array_equal(a, b)
     (loss, _), flow = without(params, {}, batch(), KEY, STEP)
-    (total, logged), both = with_repa(begun, stage.load_frozen(), batch(), KEY, STEP)
+    (total, logged), both = with_repa(first, unbox(stage.load_frozen()), batch(), KEY, STEP)
     assert logged["loss_flow"].compute() == pytest.approx(float(loss), rel=1e-5)
     assert logged["loss_repa"].compute() == 0  # the projection begins at zero
     assert total == pytest.approx(float(loss), rel=1e-5)
@@ -120,7 +122,7 @@ def test_the_model_and_the_loss_of_the_flow_begin_as_without(stage, gradient):
 def test_only_what_comes_before_the_third_block_feels_it(stage, gradient, moved):
     """The gradient of the whole loss, less that of the flow, is REPA's alone."""
     with_repa, without = gradient
-    _, both = with_repa(moved, stage.load_frozen(), batch(), KEY, STEP)
+    _, both = with_repa(moved, unbox(stage.load_frozen()), batch(), KEY, STEP)
     _, flow = without({k: moved[k] for k in ("encoder", "decoder")}, {}, batch(), KEY, STEP)
     alone = {k: jax.tree.map(lambda a, b: np.abs(a - b), both[k], flow[k]) for k in flow}
     for path, difference in names.flatten(alone["decoder"]["blocks"]).items():
@@ -134,7 +136,7 @@ def test_only_what_comes_before_the_third_block_feels_it(stage, gradient, moved)
 def test_features_come_from_the_images_or_with_the_data(stage, moved):
     given = TokenizerStage(config(**ON | {"repa__source": ""}))
     assert given.load_frozen() == {}
-    features = jax.jit(stage._targets)(stage.load_frozen(), batch())
+    features = jax.jit(stage._targets)(unbox(stage.load_frozen()), batch())
     assert features.shape == (8, 9, 24)
     assert given._targets({}, {"repa": features}) is features
     shapes = jax.eval_shape(given.loss, moved, {}, batch() | {"repa": features}, KEY, STEP)
@@ -143,10 +145,10 @@ def test_features_come_from_the_images_or_with_the_data(stage, moved):
         jax.eval_shape(given.loss, moved, {}, batch(), KEY, STEP)
     moments = {"moments": jnp.zeros((8, 16, 16, 6))}
     with pytest.raises(ValueError, match="needs 'image' in the data"):
-        jax.eval_shape(stage.loss, moved, stage.load_frozen(), moments, KEY, STEP)
+        jax.eval_shape(stage.loss, moved, unbox(stage.load_frozen()), moments, KEY, STEP)
 
 
-def test_training_draws_the_features_together(trained):
+def test_training_aligns_the_features(trained):
     records = [json.loads(x) for x in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss_repa"] for record in records]
     assert losses[0] == 0 and losses[-1] < -0.2
@@ -190,10 +192,10 @@ def test_a_trained_model_leaves_the_projection_behind(trained, tmp_path):
     tok.save_pretrained(tmp_path / "saved")
     assert FlexTok.from_pretrained(tmp_path / "saved").fingerprint == tok.fingerprint
     c = config(**ON, init_from=str(workdir))
-    begun = TokenizerStage(c).init_from(str(workdir))
-    assert not np.any(begun["repa"]["fc3"]["kernel"])
+    first = TokenizerStage(c).init_from(str(workdir))
+    assert not np.any(first["repa"]["fc3"]["kernel"])
     np.testing.assert_array_equal(
-        begun["decoder"]["head"]["kernel"], outcome.state.ema["decoder"]["head"]["kernel"]
+        first["decoder"]["head"]["kernel"], outcome.state.ema["decoder"]["head"]["kernel"]
     )
 
 

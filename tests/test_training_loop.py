@@ -351,9 +351,8 @@ def test_all_faults_are_named_together():
         checks.check_config(config, make_mesh(**config.mesh))
 
 
-def test_a_warm_up_longer_than_the_run_is_a_warning(caplog):
-    config = get_config(optim__warmup_steps=7)
-    checks.check_config(config, make_mesh(**config.mesh))
+def test_a_warm_up_longer_than_the_run_is_a_warning(tmp_path, caplog):
+    run(tmp_path, total_steps=1, optim__warmup_steps=7)
     assert "warmup_steps=7" in caplog.text
 
 

@@ -1,15 +1,12 @@
 """What is checked of a configuration before anything is made of it."""
 
 import fnmatch
-import logging
 import re
 
 from jax.sharding import Mesh
 
 from flextok_jax.nn.config import Compute
 from flextok_jax.parallel.mesh import platform
-
-log = logging.getLogger(__name__)
 
 # The range of every number, by the pattern of its key; those of a tuple all lie in it. A key that a
 # stage does not have, and None, pass.
@@ -77,9 +74,6 @@ def check_config(config, mesh: Mesh) -> None:
     faults = faults or _misfits(config, mesh)
     if faults:
         raise ValueError("\n  ".join(faults))
-    warmup, total = config.optim.warmup_steps, config.total_steps
-    if warmup > total > 0:
-        log.warning("optim.warmup_steps=%d is longer than the run, total_steps=%d", warmup, total)
 
 
 def _misfits(config, mesh: Mesh) -> list[str]:

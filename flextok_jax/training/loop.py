@@ -70,6 +70,8 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         mesh = make_mesh(**config.mesh)
         check_config(config, mesh)
         log.info("%s", describe(mesh, config.compute.dtype))
+        if (warmup := config.optim.warmup_steps) > total > 0:
+            log.warning("optim.warmup_steps=%d is longer than total_steps=%d", warmup, total)
         evaluators = stage.evaluators()
         pipeline = make_pipeline(
             config.data, seed=config.seed, batch_size=config.batch_size, train=True
