@@ -128,7 +128,8 @@ def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("variant", ["c2i_d12", pytest.param("t2i_d12", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["c2i_d12", "t2i_d12"])
 def test_a_config_takes_a_real_step_on_tokens_when_cut_down(variant, data):
     """The optimizer step of the very config, in its type and with its condition; sizes are cut."""
     kind = "t2i" if variant.startswith("t2i") else "c2i"
