@@ -13,8 +13,6 @@ from safetensors.numpy import load_file
 
 from examples.digits import arrays
 from flextok_jax import FlexTok, ImageGenerator
-from flextok_jax.data.records import Record
-from flextok_jax.data.shards import write_split
 from flextok_jax.nn import ar, flextok, layout
 from flextok_jax.nn.config import (
     ARConfig,
@@ -27,7 +25,7 @@ from flextok_jax.nn.config import (
     from_dict,
     identity_vae,
 )
-from flextok_jax.training.ar_stage import ARStage
+from flextok_jax.training.ar_stage import PAPER, ARStage
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 from flextok_jax.training.vae_stage import VAEStage
 
@@ -132,25 +130,13 @@ def config_file(name: str):
 CONFIGS = {name: config_file(name) for name in ("vae", "tokenizer", "ar", "lab")}
 
 
-def shipped(name: str, variant: str, folder: pathlib.Path):
-    """(stage, configuration) of a shipped variant, with the smallest data that it accepts."""
+def shipped(name: str, variant: str):
+    """(stage, configuration) of a shipped variant; its data is not opened."""
     config = CONFIGS[name].get_config(variant)
-    if name in ("tokenizer", "lab"):
-        cfg = None if config.vae.source == "identity" else VAEConfig(latent_channels=16)
-        return TokenizerStage(config, vae_config=cfg), config
+    if name == "ar":
+        return ARStage(config, PAPER), config
+    config.evaluation.num_images = 0
     if name == "vae":
         return VAEStage(config), config
-    if config.data.source == "tokens":
-        model, text = config.model, config.model.text_dim
-        metadata = dict(
-            tokenizer={"fingerprint": "0"}, vocab_size=model.vocab_size, num_images=1, num_shards=1,
-            num_tokens=model.num_tokens, arrays={"tokens": [model.num_tokens]},
-            **({"text_dim": text} if text else {}),
-        )  # fmt: skip
-        embedding = np.zeros((1, text)) if text else None
-        tokens = {"tokens": np.zeros((1, model.num_tokens), np.uint16)}
-        record = Record("0", tokens, 0, embedding=embedding)
-        for split in ("train", "test"):
-            write_split(folder / split, metadata, lambda _: [record], embedding)
-        config.data.path = str(folder)
-    return ARStage(config), config
+    cfg = None if config.vae.source == "identity" else VAEConfig(latent_channels=16)
+    return TokenizerStage(config, vae_config=cfg), config

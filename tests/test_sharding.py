@@ -26,9 +26,9 @@ WHOLE = ("vae", "discriminator", "lpips")
 
 
 @pytest.fixture(scope="module", params=[(f, v) for f in CONFIGS for v in CONFIGS[f].VARIANTS])
-def run(request, tmp_path_factory):
+def run(request):
     """(the stage, its configuration, its training state's shapes with their shardings on MESH)."""
-    stage, config = shipped(*request.param, tmp_path_factory.mktemp("data"))
+    stage, config = shipped(*request.param)
     return stage, config, build(stage, config, MESH).shapes
 
 
