@@ -47,10 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         return _main(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt as error:
-        # A subclass says how to go on. A plain one may hold the words of what it came in between.
-        known = type(error) is not KeyboardInterrupt
-        print(f"interrupted: {error if known else 'no file is half-written'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: no file is half-written", file=sys.stderr)
         return 130
     except Exception as error:
         message = _message(error)

@@ -1,5 +1,6 @@
 """`flextok generate`: what it writes, what it refuses, and how it goes on after an interruption."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from PIL import Image
 from flextok_jax import cli
 from flextok_jax.commands import generate as command
 from flextok_jax.commands.generate import read_labels
+from flextok_jax.io.formats import flexar
 
 FAST = ["--steps", "1", "--guidance", "1", "--token-guidance", "1.5"]
 
@@ -23,6 +25,8 @@ def models(tmp_path_factory):
     """(the arguments that name an AR model and its tokenizer, as files)."""
     folder = tmp_path_factory.mktemp("models")
     gen = tiny_generator(TINY)
+    names = {"classes": ["cat", "dog", "big dog", "bird", *"456789"]}
+    gen = dataclasses.replace(gen, _file=flexar.LoadedAR(gen.config, {}, names))
     gen.save_pretrained(folder / "ar")
     gen.tokenizer.save_pretrained(folder / "tokenizer")
     return ["--model", str(folder / "ar"), "--tokenizer", str(folder / "tokenizer"), *FAST]
@@ -44,7 +48,7 @@ def pixels(folder) -> dict:
 def samples(models, tmp_path_factory):
     """Three samples, from 2 and from 8 of their tokens."""
     out = tmp_path_factory.mktemp("samples")
-    assert run(*models, "--labels", "3,0-1", "--num-tokens", "8,2", "--out", out) == 0
+    assert run(*models, "--labels", "bird,0-1", "--num-tokens", "8,2", "--out", out) == 0
     return out
 
 
@@ -57,6 +61,7 @@ def test_generate_writes_pictures_that_say_what_they_are(samples):
     )
     with Image.open(samples / pictures[0]) as image:
         assert image.size == (8, 8) and image.text["label"] == "3"
+        assert image.text["class"] == "bird"
         assert image.text["num_tokens"] == "2" and image.text["token_guidance"] == "1.5"
     about = json.loads((samples / "generation.json").read_text())
     assert about["labels"] == [3, 0, 1] and about["count"] == 3
@@ -127,7 +132,7 @@ def test_labels_may_come_from_a_file(tmp_path):
         (["--labels", "0-10"], "10"),
         (["--labels", "0-99999999999999"], "99999999999999"),
         (["--labels", "3-1"], "3-1"),
-        (["--labels", "cat"], "cat"),
+        (["--labels", "horse"], "horse"),
         (["--num-tokens", "17"], "17"),
         (["--top-p", "2"], "top_p"),
     ],
