@@ -128,7 +128,8 @@ def picture(model: Model) -> bytes:
 def sections(both: list[Model], training: dict[str, Training], runs: pathlib.Path) -> list:
     """The content of the report; see `report.write_report`."""
     steps = {stage: run.config["total_steps"] for stage, run in training.items()}
-    commands = COMMANDS.format(runs=os.path.relpath(runs), **steps)
+    here = os.path.relpath(runs)
+    commands = COMMANDS.format(runs=runs if here.startswith("..") else here, **steps)
     return [
         ("", _introduction(both, training)),
         ("Reconstructions from the first k tokens", _reconstructions(both)),
@@ -233,8 +234,7 @@ def _curves(both) -> str:
 
 
 def _numbers(both) -> str:
-    titles = ["tokens", "bits", *(f"PSNR, {model.name.lower()}" for model in both)]
-    titles += [f"correct of {_total()}, {model.name.lower()}" for model in both]
+    titles = ["k", "bits", "PSNR, shipped", "PSNR, here", "correct, shipped", "correct, here"]
     bits, rows = math.log2(both[0].tok.config.vocab_size), []
     for k in COUNTS:
         rows.append([str(k), f"{k * bits:.0f}"])
@@ -281,7 +281,9 @@ def _facts(both) -> dict[str, str]:
         "Versions": f"flextok_jax {__version__}, jax {jax.__version__}, "
         f"Python {platform.python_version()}",
     }
-    return facts | {model.name: f"{model.tok.origin}, {model.tok.fingerprint}" for model in both}
+    return facts | {
+        model.name: f"{model.tok.origin}, sha256 {model.tok.fingerprint}" for model in both
+    }
 
 
 def duration(seconds: float) -> str:

@@ -36,12 +36,13 @@ figcaption span { display: block; font-weight: 400; font-size: 14px; color: #646
 .pictures { width: 100%; border-spacing: 4px; }
 .pictures th { font-weight: 500; font-size: 13px; color: #646b78; white-space: nowrap; }
 .pictures td { padding: 0; line-height: 0; }
-.pictures img { width: 100%; min-width: 36px; image-rendering: pixelated; border-radius: 3px; }
+.pictures img { width: 100%; min-width: 22px; image-rendering: pixelated; border-radius: 3px; }
 .numbers { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .numbers th, .numbers td { padding: 6px 16px 6px 0; text-align: right; overflow-wrap: normal;
   border-bottom: 1px solid #e3e6eb; }
 .numbers th { vertical-align: bottom; }
 .numbers th:first-child, .numbers td:first-child { text-align: left; }
+@media (max-width: 480px) { .numbers th, .numbers td { padding-right: 8px; font-size: 14px; } }
 .facts td { text-align: left; overflow-wrap: anywhere; vertical-align: top; }
 .facts td:first-child { color: #646b78; min-width: 9em; }
 pre { background: #f7f8fa; border: 1px solid #e3e6eb; border-radius: 8px; padding: 12px;
@@ -166,7 +167,7 @@ def chart(
     }
     if not any(finite.values()):
         return _figure(caption, remark, paragraph("Nothing was recorded.", note=True))
-    figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+    figure = Figure(figsize=(3.7, 2.6), layout="constrained")
     axes = figure.subplots()
     for (name, points), color in zip(finite.items(), colors):
         marker = "o" if log2 or name in scattered or len(points) < 20 else None
