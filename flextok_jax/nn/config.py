@@ -258,6 +258,11 @@ class Bottleneck:
         return self.dim or len(self.levels)
 
     @property
+    def has_loss(self) -> bool:
+        """Whether training it needs a loss of its own."""
+        return self.kind in ("vq", "kl")
+
+    @property
     def discrete(self) -> bool:
         """Whether codes have ids."""
         return self.kind in ("fsq", "vq")

@@ -175,9 +175,7 @@ class TokenizerStage:
         size = x0.shape[0]
         registers = flextok.encode(params, cfg, self.compute, x0)
         shape = (*registers.shape[:2], cfg.code_dim)
-        noise = (
-            jax.random.normal(named(key, "code"), shape) if cfg.bottleneck.kind == "kl" else None
-        )
+        noise = jax.random.normal(named(key, "code"), shape)
         found = flextok.quantize(params, cfg, registers, noise)
         keep = flow.sample_keep(named(key, "keep"), size, cfg.num_tokens, cfg.tokens.keep)
         target = self._flow if cfg.is_flow else self._values
@@ -187,7 +185,7 @@ class TokenizerStage:
         logged |= self._by_tokens(per_image, keep, null)
         if cfg.discrete:
             logged["codebook"] = CodeUsage.from_ids(found.ids, cfg.vocab_size)
-        if cfg.bottleneck.kind in ("vq", "kl"):
+        if cfg.bottleneck.has_loss:
             loss += self._bottleneck_weight * jnp.mean(found.loss)
             logged["loss_bottleneck"] = Average.from_model_output(found.loss)
         return loss, logged
