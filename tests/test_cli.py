@@ -152,9 +152,9 @@ def test_reconstruct_writes_a_grid_pictures_with_their_origin_and_metrics(
     out = tmp_path / "out"
     arguments = ["reconstruct", "--model", model, "--images", images, "--out", out, *FAST]
     assert run(*arguments, "--num-tokens", "1,4", "--seed", "4") == 0
-    text, told = capsys.readouterr()
-    assert "cpu" in told.splitlines()[0] and "float32" in told.splitlines()[0]
-    assert "broken.jpg: UnidentifiedImageError" in told and "PSNR" in text
+    text, err = capsys.readouterr()
+    assert "cpu" in err.splitlines()[0] and "float32" in err.splitlines()[0]
+    assert "broken.jpg: UnidentifiedImageError" in err and "PSNR" in text
     result = json.loads((out / "metrics.json").read_text())
     tok = FlexTok.from_pretrained(model)
     assert result["count"] == 3 and list(result["unreadable"]) == ["broken.jpg"]

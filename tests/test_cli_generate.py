@@ -63,8 +63,8 @@ def test_generate_writes_pictures_that_say_what_they_are(samples):
         assert image.size == (8, 8) and image.text["label"] == "3"
         assert image.text["class"] == "bird"
         assert image.text["num_tokens"] == "2" and image.text["token_guidance"] == "1.5"
-    about = json.loads((samples / "generation.json").read_text())
-    assert about["labels"] == [3, 0, 1] and about["count"] == 3
+    saved = json.loads((samples / "generation.json").read_text())
+    assert saved["labels"] == [3, 0, 1] and saved["count"] == 3
 
 
 def test_rows_of_the_grid_have_the_names_of_classes():

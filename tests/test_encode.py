@@ -98,9 +98,9 @@ def test_shards_hold_every_record_in_order_and_the_manifest_says_so(tmp_path):
         assert found.label == record.label and found.key == record.key == source.key(i)
     assert manifest["unreadable"] == {"broken.jpg": "no image"}
     assert manifest == json.loads((tmp_path / "train" / "manifest.json").read_text())
-    for name, about in manifest["shards"].items():
+    for name, info in manifest["shards"].items():
         data = (tmp_path / "train" / name).read_bytes()
-        assert about["bytes"] == len(data) and about["records"] == 5 and about["max_label"] <= 9
+        assert info["bytes"] == len(data) and info["records"] == 5 and info["max_label"] <= 9
 
 
 def test_each_record_is_written_before_the_next_is_made(tmp_path):

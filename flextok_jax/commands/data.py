@@ -14,7 +14,7 @@ from flextok_jax.io import storage
 
 
 def check(args: options.Check) -> None:
-    """Opens images and tells what they are; verifies shards."""
+    """Opens images and prints what they are; verifies shards."""
     out = common.out_file(args.out)
     data = sources.parse(args.source)
     if data.source in (*sources.ENCODED, "array_record"):

@@ -139,7 +139,7 @@ def check_same_model(tok, saved: dict, path) -> None:
     """
     if str(saved["fingerprint"]) != tok.fingerprint:
         raise ValueError(
-            f"{path} was made by another model, whose tokens mean nothing to this one:\n"
+            f"{path} has the tokens of another model, which mean nothing to this one:\n"
             f"  tokens: {saved['origin']}, sha256 {saved['fingerprint']}\n"
             f"  --model: {tok.origin}, sha256 {tok.fingerprint}\n"
             "Pass the model that made them, or tokenize the images again."
