@@ -9,6 +9,7 @@ from PIL import Image
 
 import examples
 from examples import digits, photos
+from flextok_jax.data import decode
 from flextok_jax.data.folder import FolderSource
 
 
@@ -50,10 +51,11 @@ def test_the_folder_of_the_digits_holds_the_arrays(cache):
         images, labels = digits.arrays(split)
         source = FolderSource(folder, split)
         assert len(source) == count and list(source.classes) == list("0123456789")
-        for file, label in zip(source.files[::50], source.labels[::50], strict=True):
-            index = int(pathlib.Path(file).stem)
-            assert labels[index] == label
-            np.testing.assert_array_equal(np.asarray(Image.open(file)), images[index])
+        for i in range(0, count, 50):
+            example = source.read(i)
+            index = int(pathlib.Path(example.key).stem)
+            assert labels[index] == example.label
+            np.testing.assert_array_equal(np.asarray(decode.upright(example.image)), images[index])
 
 
 def test_a_folder_is_written_once_and_never_in_part(cache):
@@ -83,12 +85,13 @@ def test_a_folder_that_appears_meanwhile_is_taken(cache):
 def test_validation_photographs_are_apart_and_cut_into_tiles(cache):
     assert not set(photos.VALIDATION) & set(photos.TRAIN)
     train, test = (FolderSource(photos.folder(), split) for split in ("train", "test"))
-    names = tuple(pathlib.Path(file).stem for file in train.files)
+    names = tuple(pathlib.Path(train.key(i)).stem for i in range(len(train)))
     assert names == photos.TRAIN
     tiles = photos.tiles()
-    assert [f"{name}.png" for name in tiles] == [file.split("/test/")[1] for file in test.files]
-    for file, tile in zip(test.files, tiles.values()):
-        np.testing.assert_array_equal(np.asarray(Image.open(file)), tile)
+    assert [f"test/{name}.png" for name in tiles] == [test.key(i) for i in range(len(test))]
+    for i, tile in enumerate(tiles.values()):
+        found = np.asarray(decode.upright(test.read(i).image))
+        np.testing.assert_array_equal(found, tile)
     per_photo = {name: sum(n.startswith(name) for n in tiles) for name in photos.VALIDATION}
     assert per_photo == {"chelsea": 1 * 2, "china": 2 * 3, "coffee": 2 * 3}
     chelsea = photos.photographs()["chelsea"]
