@@ -18,9 +18,12 @@ import os
 import signal
 import sys
 
-from absl import app, flags
+try:
+    from absl import app, flags
 
-from flextok_jax import config_flag
+    from flextok_jax import config_flag
+except ModuleNotFoundError as error:
+    sys.exit(f"error: training needs {error.name}: pip install -e '.[train]'")
 
 STAGES = {
     "vae": "flextok_jax.training.vae_stage:VAEStage",

@@ -60,7 +60,8 @@ from test_meshes import RUNS, configs, run
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.io.checkpoint import Checkpoints
 from flextok_jax.parallel.mesh import make_mesh
-from flextok_jax.parallel.sharding import param_shardings
+from flextok_jax.nn import ar, flextok
+from flextok_jax.parallel.sharding import place
 
 Checkpoints.save = lambda *_: None  # test_processes.py saves on several devices, and it takes time.
 assert jax.device_count() == 8
@@ -70,11 +71,9 @@ compiled = [
 ]
 plain = tiny_generator(TINY)
 mesh = make_mesh(2, 2, 2)
-tree = {"ar": plain.params, "tokenizer": plain.tokenizer.params}
-spread = {name: jax.device_put(tree[name], param_shardings(mesh, tree[name])) for name in tree}
-gen = ImageGenerator(
-    plain.config, spread["ar"], FlexTok(TINY, spread["tokenizer"], mesh=mesh), mesh=mesh
-)
+params = place(mesh, plain.params, ar.shapes(plain.config))
+tok = FlexTok(TINY, place(mesh, plain.tokenizer.params, flextok.shapes(TINY)), mesh=mesh)
+gen = ImageGenerator(plain.config, params, tok, mesh=mesh)
 wanted, images = plain.generate_tokens(labels, key=0), plain.generate(labels, key=0, steps=2)
 again, embed = gen.generate(labels, key=0, steps=2), gen.params["ar"]["embed"]
 generated = dict(
