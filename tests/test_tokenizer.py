@@ -242,6 +242,7 @@ print(json.dumps([at_import, sorted(sys.modules)]))
     assert not any(name.startswith("flextok_jax.training") for name in in_use)
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_same_tokens_and_images(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     code = """

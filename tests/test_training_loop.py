@@ -287,6 +287,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_and_keep_the_last_good_sta
     assert (int(outcome.state.step), int(outcome.state.skipped)) == (6, 4)
 
 
+@pytest.mark.slow
 def test_profile_records_the_steps_it_names_and_not_those_of_the_past(tmp_path):
     run(tmp_path, total_steps=4, profile="2:3")
     (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
