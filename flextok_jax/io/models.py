@@ -203,8 +203,8 @@ def _measured(workdir, step: int) -> float:
             found = record[key] if record["step"] <= step else found
     if found is None:
         raise ValueError(
-            f"{workdir}, step {step}, has no scaling factor: it is measured with each evaluation "
-            "and at the end of a run. Finish the run, or name the factor (vae.scaling_factor)"
+            f"{workdir}, step {step}, has no scaling factor: it is measured whenever a checkpoint "
+            "is saved, but not on SIGTERM. Continue the run, or set vae.scaling_factor"
         )
     return found
 
