@@ -142,7 +142,7 @@ def test_smaller_images_use_the_top_left_of_the_position_table(tok):
         return leaf[:2, :3] if "sincos" in jax.tree_util.keystr(path) else leaf
 
     small = FlexTok(
-        dataclasses.replace(TINY, grid=(2, 3)), jax.tree_util.tree_map_with_path(cut, tok.params)
+        changed(TINY, sites__grid=(2, 3)), jax.tree_util.tree_map_with_path(cut, tok.params)
     )
     images = pixels(height=4, width=6)
     assert relative(tok.registers(images), small.registers(images)) < 1e-5
