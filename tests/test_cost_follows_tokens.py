@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from common import TINY, random_params, relative, tiny_tokenizer
 
-from flextok_jax import tokenizer
 from flextok_jax.flow import sampler
 from flextok_jax.nn import flextok
 from flextok_jax.nn.config import Compute
@@ -74,21 +73,6 @@ def test_a_prefix_alone_equals_all_tokens_cut_to_it(tok, images):
     tokens = tok.tokenize(images)
     cut = tok.detokenize(tokens, 5, steps=2, key=1)
     np.testing.assert_array_equal(tok.detokenize(tokens[:, :5], steps=2, key=1), cut)
-
-
-def test_every_k_is_served_by_log2_R_plus_1_programs(tok, images):
-    tokens = tok.tokenize(images)
-    encode, decode = tokenizer._encode._cache_size(), tokenizer._flow._cache_size()
-    images = images[:2]  # a batch shape of its own
-    for k in range(1, R + 1):
-        tok.tokenize(images, k)
-        tok.detokenize(tokens[:2], k, steps=1 + k % 3)  # Steps do not compile anew.
-    assert tokenizer._encode._cache_size() - encode <= 5  # log2(16) + 1
-    assert tokenizer._flow._cache_size() - decode <= 5
-    mixed = [(1, 5), (3, 9), (16, 2)]
-    for keep in mixed:
-        tok.detokenize(tokens[:2], keep, steps=1)
-    assert tokenizer._flow._cache_size() - decode <= 5
 
 
 def test_shapes_follow_the_tokens():

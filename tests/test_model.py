@@ -41,7 +41,12 @@ def outputs(compute, key=3):
 
 
 @pytest.mark.parametrize(
-    "compute", [Compute(scan=False), Compute(remat="full"), Compute(scan=False, remat="dots")]
+    "compute",
+    [
+        Compute(scan=False, remat="dots"),
+        pytest.param(Compute(scan=False), marks=pytest.mark.slow),
+        pytest.param(Compute(remat="full"), marks=pytest.mark.slow),
+    ],
 )
 def test_unrolling_and_remat_change_nothing(compute):
     for a, b in zip(outputs(compute), outputs(Compute()), strict=True):

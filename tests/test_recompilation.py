@@ -46,7 +46,7 @@ def test_tokenize_and_detokenize(tok):
     tokens = np.asarray(tok.tokenize(images))
     tok.detokenize(tokens, steps=1, key=0)  # The noise's program.
     for call in (lambda k: tok.tokenize(images, k), lambda k: tok.registers(images, k),
-                 lambda k: tok.detokenize(tokens, k, steps=1, key=0),
+                 lambda k: tok.detokenize(tokens, (k, 1), steps=1 + k % 3, key=0),
                  lambda k: tok.detokenize(tokens[:, :k], steps=1, key=0)):  # fmt: skip
         with lowered() as programs:
             for k in LENGTHS:
