@@ -13,7 +13,7 @@ from test_sources import SMOOTH, encoded, everything, exif, folder_of, pack, sha
 import flextok_jax
 from flextok_jax.data import decode, sources, transforms
 from flextok_jax.data.reader import Unreadable, read, read_ahead
-from flextok_jax.data.source import check_embedding, check_labels, read_embedding
+from flextok_jax.data.source import check_labels, read_embedding
 
 
 def opened(path, split="all"):
@@ -97,7 +97,7 @@ def test_captions_and_lists_that_cannot_be_used_are_counted_by_name(tmp_path):
     rows = [
         {"file_name": "c.png", "caption": ["no text"], "label": 1},
         {"file_name": "d.png", "label": 10**20},
-        {"file_name": "e.png", "caption": "x" * 140_000},
+        {"file_name": "e.png", "label": {}},
         {"file_name": "c.png", "label": 5},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -246,10 +246,10 @@ def test_packed_data_know_their_labels(tmp_path):
 @pytest.mark.parametrize(
     "array, words",
     [
-        (np.zeros((2, 4), "V2"), "bfloat16"),
+        (np.zeros((2, 4), "V2"), "V2"),
         (np.zeros((2, 4), np.int32), "int32"),
         (np.zeros(4, np.float32), r"\[4\]"),
-        (np.full((2, 4), np.nan), "not finite"),
+        (np.full((2, 4), np.nan), "nan"),
         (np.full((2, 4), 7e4, np.float32), "70000"),
         (np.zeros((0, 4), np.float16), r"\[0, 4\]"),
     ],
@@ -258,18 +258,16 @@ def test_an_embedding_that_is_not_usable_is_named(array, words):
     file = io.BytesIO()
     np.save(file, array)
     file.seek(0)
-    with pytest.raises(ValueError, match=f"x.npy.*{words}"):
-        read_embedding(file, "x.npy")
+    with pytest.raises(ValueError, match=words):
+        read_embedding(file)
 
 
-def test_a_usable_embedding_is_float16_and_an_object_array_is_none():
-    assert check_embedding(np.ones((2, 4)), "x").dtype == np.float16
-    file = io.BytesIO()
-    np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
-    file.seek(0)
-    with pytest.raises(ValueError, match="x.npy") as error:
-        read_embedding(file, "x.npy")
-    assert "pickle" not in str(error.value)
+def test_a_usable_embedding_is_float16_and_an_object_array_is_none(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((2, 4)))
+    assert read_embedding(tmp_path / "a.npy").dtype == np.float16
+    np.save(tmp_path / "b.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="no .npy file of numbers"):
+        read_embedding(tmp_path / "b.npy")
 
 
 # Public helpers, and memory.

@@ -142,7 +142,7 @@ def write_shards(args, out, data, source, settings: dict, records: Callable) -> 
         manifest = shards.write_split(folder, settings, make_shard, text, args.process)
         bar.update(count - bar.n)
     for line in source.skipped.lines():
-        print(f"warning: passed over {line}", file=sys.stderr)
+        print(f"warning: skipped {line}", file=sys.stderr)
     left_out(manifest["unreadable"], count)
     done, wanted = len(manifest["shards"]), manifest["num_shards"]
     if done < wanted:

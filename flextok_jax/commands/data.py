@@ -29,20 +29,22 @@ def _look(data: sources.Data, args, out) -> None:
     count = len(source) if args.all else min(args.sample, len(source))
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
     count = len(indices)
-    looks = reader.ahead(functools.partial(checks.look, source), indices)
-    found = list(tqdm(looks, total=count, unit="image", disable=None))
+    looks = reader.read_ahead(source, indices, functools.partial(checks.look, source))
+    looks = list(tqdm(looks, total=count, unit="image", disable=None))
+    found = [look for look in looks if isinstance(look, checks.Look)]
     unreadable = reader.UnreadableCount(count)
-    unreadable.update({look.name: look.error for look in found if look.error})
+    unreadable.update(look for look in looks if isinstance(look, reader.Unreadable))
     print(f"{data}, split {split}: {len(source)} images")
+    print(f"  opened    {count} images, of which {len(unreadable)} unreadable")
     for what, words in checks.summary(found, source.classes):
         print(f"  {what:<10}{words}")
     for line in source.skipped.lines():
-        print(f"  passed over {line}")
+        print(f"  skipped {line}")
     _print_listed("unreadable", unreadable)
-    if len(unreadable) < count:
+    if found:
         with storage.atomic(out) as temporary:
             checks.contact_sheet(found, source.classes).save(temporary)
-        print(f"  {min(checks.SHOWN, count - len(unreadable))} of them are shown in {out}")
+        print(f"  {min(checks.SHOWN, len(found))} of them are shown in {out}")
     if count < len(source):
         print(f"  {len(source) - count} were not opened: --all opens every one")
     if unreadable.too_many:

@@ -1,9 +1,6 @@
 """An image file's bytes to upright RGB: the one decoder.
 
-Pillow and not a faster binding, by measurement (`python -m benchmarks.data`; numbers in
-docs/data.md): what simplejpeg saves in decoding is nearly lost in the antialiased crop that
-follows, and Pillow would still be needed for every other format, for the camera's rotation and for
-damaged files.
+Pillow and not a faster binding, by measurement (`python -m benchmarks.data`, docs/data.md).
 """
 
 import io
@@ -21,10 +18,10 @@ try:
 except ImportError:
     pass
 
-# A large image is fine; the one that is refused is twice as large. Once and for all, because what a
-# thread filters for a while all threads do.
+# Large images are fine; Pillow refuses those that are twice as large. For all threads at once,
+# because `warnings.catch_warnings` is not thread-safe.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-# Metadata of a PNG file are not read, so their size must not cost the picture.
+# The size of a PNG file's metadata must not cost the picture.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 
 _ORIENTATION = 0x0112  # The EXIF tag of the camera's rotation.
@@ -40,12 +37,7 @@ _UPRIGHT = {
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image of which only the header is read yet.
-
-    Raises:
-        Exception: whatever Pillow raises for bytes that are no image; it has no single type. Among
-            them DecompressionBombError for more than 2 * Image.MAX_IMAGE_PIXELS pixels.
-    """
+    """An image of which only the header is read. Raises what Pillow raises, of any type."""
     if not data:
         raise ValueError("the file is empty")
     try:
@@ -65,14 +57,14 @@ def orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def upright(image: bytes | np.ndarray | Image.Image) -> Image.Image:
+def upright(image: bytes | np.ndarray) -> Image.Image:
     """Decodes an image to upright RGB.
 
     The camera's rotation (EXIF) is applied, transparency is laid over white, 16-bit greyscale is
     scaled to 8 bits, and of an animation the first frame is taken.
 
     Args:
-        image: the bytes of a file, an image of `opened`, or uint8 [H, W, 3].
+        image: the bytes of a file, or uint8 [H, W, 3].
 
     Raises:
         Exception: as `opened`, for a file that is not whole.
@@ -81,7 +73,7 @@ def upright(image: bytes | np.ndarray | Image.Image) -> Image.Image:
 
 
 def upright_reduced(
-    image: bytes | np.ndarray | Image.Image, shrink: Callable[[tuple[int, int]], int]
+    image: bytes | np.ndarray, shrink: Callable[[tuple[int, int]], int]
 ) -> tuple[Image.Image, int]:
     """`upright`, and how many times smaller than it is stored the image was decoded.
 
@@ -91,15 +83,15 @@ def upright_reduced(
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image), 1
-    factor = 1
-    if isinstance(image, bytes):
-        image = opened(image)
+    image, factor = opened(image), 1
+    turn = orientation(image)
     if image.format == "JPEG":
-        factor = shrink(image.size if orientation(image) < 5 else image.size[::-1])
+        factor = shrink(image.size if turn < 5 else image.size[::-1])
         if factor > 1:
             image.draft(None, (image.width // factor, image.height // factor))
     image.load()
-    if (turn := orientation(image)) != 1:
+    turn = orientation(image)  # Some formats have their EXIF behind the pixels.
+    if turn != 1:
         image = image.transpose(_UPRIGHT[turn])
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; store 8 or 16 bits")

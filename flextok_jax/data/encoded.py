@@ -12,17 +12,17 @@ from flextok_jax.data.reader import Unreadable
 class Crops:
     """How records become a batch (as `pipeline.Images`): one crop of each image.
 
-    A batch holds the arrays of `shapes`, [B, *shape] each ("tokens" int32, all others float16),
+    A batch holds the arrays of `names`, [B, ...] each ("tokens" int32, all others float16),
     "label" int32 [B], and for a data set with text "text" float16 [B, T, E], "text_mask" bool
     [B, T].
 
     Attributes:
-        shapes: {name: shape of one crop}, of the arrays that are wanted.
+        names: of the arrays that are wanted.
         text: (T, E), or None.
         random: choose the crop at random; otherwise it is crop 0, the plain one.
     """
 
-    shapes: dict[str, tuple[int, ...]]
+    names: tuple[str, ...]
     text: tuple[int, int] | None
     random: bool = True
     num_draws = 1
@@ -35,10 +35,10 @@ class Crops:
             ValueError: there are none.
         """
         arrays = source.manifest["arrays"]
-        wanted = {n: tuple(s) for n, s in arrays.items() if (n == "tokens") == (kind == "tokens")}
-        if not wanted:
-            raise ValueError(f"data.source is {kind!r}, but the data has {', '.join(arrays)} only.")
-        return cls(wanted, source.text)
+        names = tuple(name for name in arrays if (name == "tokens") == (kind == "tokens"))
+        if not names:
+            raise ValueError(f"data.source is {kind!r}, but the data has {', '.join(arrays)} only")
+        return cls(names, source.text)
 
     def without_randomness(self) -> "Crops":
         return dataclasses.replace(self, random=False)
@@ -49,23 +49,14 @@ class Crops:
         except Exception as error:  # A damaged file breaks in any way there is.
             return Unreadable(source.key(index), reason(error))
         out = {"label": np.int32(record.label)}
-        for name in self.shapes:
+        for name in self.names:
             crops = record.arrays[name]
             crop = crops[int(draws[0] * len(crops)) if self.random else 0]
-            out[name] = crop.astype(_dtype(name))
+            out[name] = crop.astype(np.int32 if name == "tokens" else np.float16)
         return out if self.text is None else out | padded_text(record.embedding, self.text)
-
-    def padding(self) -> dict:
-        out = {name: np.zeros(shape, _dtype(name)) for name, shape in self.shapes.items()}
-        out["label"] = np.int32(-1)
-        return out if self.text is None else out | padded_text(None, self.text)
 
     def augment(self, batch: dict, draws: np.ndarray) -> dict:
         return batch
-
-
-def _dtype(name: str):
-    return np.int32 if name == "tokens" else np.float16
 
 
 def padded_text(embedding: np.ndarray | None, shape: tuple[int, int]) -> dict:

@@ -46,34 +46,31 @@ class FolderSource(source.Source):
         super().__init__()
         root = self._root = source.local(path)
         if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "does not exist"
             raise FileNotFoundError(
-                f"the image folder {str(root)!r} {what}; pass the folder that holds the images "
-                "(in a config: --config.data.path=FOLDER)"
+                f"{str(root)!r} is no folder; pass the folder that holds the images (in a config: "
+                "--config.data.path=FOLDER)"
             )
         self._beside: dict[str, str] = {}  # Captions and embeddings: asking for each image whether
         images = self._walk()  # it has one would be a request each on a mounted bucket.
         listed = self._listed(images)
         everything = sorted(images | listed.keys())
         if not everything:
-            raise FileNotFoundError(
-                f"the folder {str(root)!r} holds no images. Images end in "
-                f"{' '.join(IMAGE_SUFFIXES)}; subfolders are searched too"
-            )
+            endings = " ".join(IMAGE_SUFFIXES)
+            raise FileNotFoundError(f"{str(root)!r} and its subfolders hold no images ({endings})")
         parts = [key.split("/")[0] for key in everything]
         used, named = source.select(everything, parts, split, str(root), self.skipped)
         self._keys = [key for key, use in zip(everything, used) if use]
         self._captions = {key: caption for key, (_, caption) in listed.items() if caption}
         splits = {TRAIN, *VALIDATION}
-        if named:
-            everything = [key for key, part in zip(everything, parts) if part in splits]
         texts = {key: label for key, (label, _) in listed.items() if label is not None}
         if texts:
             self.classes = source.label_classes(texts, f"the list in {root}")
         else:
             below = set(parts) <= splits or named  # Then the classes lie below the splits.
-            folders = ((key, key.split("/")[bool(below) : -1]) for key in everything)
-            texts = {key: inside[0] for key, inside in folders if inside}
+            for key, part in zip(everything, parts):
+                inside = key.split("/")[bool(below) : -1]
+                if inside and (part in splits or not named):
+                    texts[key] = inside[0]
             self.classes = source.sorted_classes(texts.values())
         self.labels = source.label_numbers(map(texts.get, self._keys), self.classes)
 
@@ -98,7 +95,7 @@ class FolderSource(source.Source):
 
     def embedding(self, index: int) -> np.ndarray | None:
         beside = self._besides(self._keys[index], ".npy")
-        return beside and source.read_embedding(self._root / beside, beside)
+        return beside and source.read_embedding(self._root / beside)
 
     def _besides(self, key: str, suffix: str) -> str | None:
         """The path of the caption or embedding of an image, if it has one."""
@@ -109,18 +106,15 @@ class FolderSource(source.Source):
         images, visited = set(), set()
         for folder, subfolders, names in os.walk(self._root, followlinks=True):
             real = os.path.realpath(folder)
-            # A link to a folder above would be walked for ever, one to a sibling counted twice.
-            if real in visited:
+            if real in visited:  # By a link, such as one to a folder above.
                 subfolders.clear()
                 self.skipped.add("a folder that is there already", folder)
                 continue
             visited.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             inside = pathlib.Path(folder).relative_to(self._root).parts
-            for name in names:
+            for name in (name for name in names if not name.startswith(".")):
                 key, suffix = "/".join([*inside, name]), os.path.splitext(name)[1].lower()
-                if name.startswith("."):
-                    continue
                 if suffix in IMAGE_SUFFIXES:
                     images.add(key)
                 elif suffix in (".txt", ".npy"):
@@ -136,27 +130,20 @@ class FolderSource(source.Source):
             files = (self._root / folder / name for name in METADATA)
             file = next((file for file in files if file.is_file()), None)
             for number, row in _rows(file) if file else ():
-                where, name = f"{file}, line {number}", row.get("file_name")
-                path = pathlib.PurePosixPath(str(name or "").replace("\\", "/"))
+                where, name = f"{file}, line {number}", str(row.get("file_name") or "")
+                path = pathlib.PurePosixPath(name.replace("\\", "/"))
                 if not name or path.is_absolute() or ".." in path.parts:
-                    raise ValueError(
-                        f"{where}: file_name is {name!r}; each line must name an image below the "
-                        "folder of the list"
-                    )
-                exact = (folder / pathlib.PurePosixPath(str(name))).as_posix()
-                key = (folder / path).as_posix()
+                    raise ValueError(f"{where}: file_name is {name!r}; name a file of this folder")
+                exact, key = ((folder / p).as_posix() for p in (pathlib.PurePosixPath(name), path))
                 key = exact if exact in images else composed.get(_composed(key), key)
                 if key in found:
                     self.skipped.add("listed again (the first line counts)", where)
                     continue
-                label, caption = (
-                    self.skipped.usable(parse, source.first_of(row, columns), where)
-                    for parse, columns in (
-                        (source.parse_label, source.LABEL),
-                        (source.parse_caption, source.CAPTION),
-                    )
+                label, caption = (source.first_of(row, n) for n in (source.LABEL, source.CAPTION))
+                found[key] = (
+                    self.skipped.usable(source.parse_label, label, where),
+                    self.skipped.usable(source.parse_caption, caption, where),
                 )
-                found[key] = label, caption
         return found
 
 
@@ -166,11 +153,7 @@ def _composed(key: str) -> str:
 
 
 def _rows(file: pathlib.Path) -> Iterable[tuple[int, dict]]:
-    """(line, row) of a list.
-
-    Raises:
-        ValueError: it is not UTF-8, or a line is no JSON object.
-    """
+    """(line, row) of a list."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -184,9 +167,6 @@ def _rows(file: pathlib.Path) -> Iterable[tuple[int, dict]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {number} is no JSON object: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} is no JSON object: {line[:80]}")
-            yield number, row
+                yield number, dict(json.loads(line).items())
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{file}, line {number} is no JSON object: {line[:80]}") from error

@@ -11,9 +11,8 @@ for another step, and the global batch is the same for any number of processes.
 
 import dataclasses
 import functools
-import math
-import operator
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -22,8 +21,6 @@ from flextok_jax.data.encoded import Crops
 from flextok_jax.data.reader import MAX_UNREADABLE, Unreadable, UnreadableCount
 from flextok_jax.data.source import Source, log
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
-
-MAX_STEPS = 2**31 - 1
 
 
 def make_pipeline(
@@ -42,8 +39,7 @@ def make_pipeline(
             max_unreadable (see `Pipeline`), and for images those of `transforms.Transform`.
         seed: of the order and the augmentations, 0 .. 2**32 - 1.
         batch_size: of the global batch.
-        train: read `cfg.split`, augmented as configured; otherwise `cfg.eval_split`, without
-            randomness in the examples.
+        train: read `cfg.split`; otherwise `cfg.eval_split`.
         process_index, process_count: this process among all; those of JAX by default.
 
     Raises:
@@ -56,7 +52,7 @@ def make_pipeline(
     source = sources.make_source(cfg, cfg.split if train else cfg.eval_split)
     if train:
         for line in source.skipped.lines():
-            log.warning("%s: passed over %s", cfg.path, line)
+            log.warning("%s: skipped %s", cfg.path, line)
     if cfg.source in sources.ENCODED:
         examples = Crops.of(cfg.source, source)
     else:
@@ -64,7 +60,7 @@ def make_pipeline(
         examples = Images(Transform(**{name: getattr(cfg, name) for name in names}))
     return Pipeline(
         source,
-        examples if train else examples.without_randomness(),
+        examples,
         seed=seed,
         batch_size=batch_size,
         process_index=process_index,
@@ -104,11 +100,6 @@ class Images:
             raise ValueError(f"{found.key}: {error}") from None
         return {"image": image, "label": np.int32(found.label)}
 
-    def padding(self) -> dict:
-        """Stands where there is no example."""
-        size = self.transform.image_size
-        return {"image": np.zeros((size, size, 3), np.uint8), "label": np.int32(-1)}
-
     def augment(self, batch: dict, draws: np.ndarray) -> dict:
         """What is done for a whole batch; draws: [B, num_draws]."""
         return batch | {"image": self.transform.augment(batch["image"], draws)}
@@ -123,8 +114,8 @@ class Pipeline:
         source: the examples.
         num_examples: how many there are.
         unreadable: {key: reason} of the examples that could not be read so far. Each is warned of
-            once, and a readable one of elsewhere stands in for it. A single one never stops a run;
-            more than the share `max_unreadable` of all examples do, with the list.
+            once, and another one takes its place. A single one never stops a run; more than the
+            share `max_unreadable` of all examples do, with the list.
     """
 
     def __init__(
@@ -138,23 +129,15 @@ class Pipeline:
         process_count: int = 1,
         max_unreadable: float = MAX_UNREADABLE,
     ):
-        if not 0 <= max_unreadable <= 1:
-            raise ValueError(f"data.max_unreadable is {max_unreadable}; allowed: 0 to 1.")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed is {seed}; allowed: 0 .. 2**32 - 1.")
         self.source, self.num_examples = source, len(source)
         self.unreadable = UnreadableCount(len(source), max_unreadable)
         self._examples, self._seed, self._batch_size = examples, seed, batch_size
         self._process = process_index, process_count
         self._local(batch_size)  # Refuses a size that does not divide.
-        self._stride = _stride(len(source))
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def __getitem__(self, step: int) -> dict:
         """The batch of `step`: this process's rows of what `Images` or `Crops` describe."""
-        step = operator.index(step)
-        if not 0 <= step < MAX_STEPS:
-            raise IndexError(f"step is {step}; allowed: 0 .. {MAX_STEPS - 1}.")
         rows, shape = self._local(self._batch_size), (self._batch_size, self._examples.num_draws)
         # RandomState, because its streams are frozen: no NumPy release changes a run's data.
         draws = np.random.RandomState([self._seed, step, 1]).random_sample(shape)[rows]
@@ -165,7 +148,7 @@ class Pipeline:
 
     def iterate(self, start_step: int = 0) -> Iterator[dict]:
         """The batches from `start_step` on, each equal to `self[step]`, made ahead by threads."""
-        return _ahead(self.__getitem__, range(start_step, MAX_STEPS))
+        return _ahead(self.__getitem__, itertools.count(start_step))
 
     def eval_batches(self, batch_size: int) -> Iterator[dict]:
         """Every example once, in the source's order and without randomness, also when training.
@@ -174,32 +157,26 @@ class Pipeline:
             batch_size: of the global batch.
 
         Yields:
-            The batch, and mask bool [B_local]. The mask is False for the padding of the last batch
-            and for unreadable examples; every process yields the same number of batches.
+            The batch, and mask bool [B_local], False for rows that do not count: those that fill
+            up the last batch, and unreadable examples. Every process yields as many batches.
         """
         rows, examples = self._local(batch_size), self._examples.without_randomness()
         draws = np.zeros((rows.stop - rows.start, examples.num_draws))
 
-        def example(index: int) -> tuple[dict, bool]:
-            if index < self.num_examples:
-                return self._read(index, draws[0], examples)
-            return examples.padding(), False
+        def make(first: int) -> dict:
+            indices = np.arange(first + rows.start, first + rows.stop)
+            read = [self._read(i % self.num_examples, draws[0], examples) for i in indices]
+            found, readable = zip(*read)
+            mask = np.array(readable) & (indices < self.num_examples)
+            return examples.augment(_stack(found), draws) | {"mask": mask}
 
-        def make(batch: int) -> dict:
-            first = batch * batch_size
-            found, mask = zip(*map(example, range(first + rows.start, first + rows.stop)))
-            return examples.augment(_stack(found), draws) | {"mask": np.array(mask)}
-
-        return _ahead(make, range(-(-self.num_examples // batch_size)))
+        return _ahead(make, range(0, self.num_examples, batch_size))
 
     def _local(self, batch_size: int) -> slice:
         """This process's rows of a global batch."""
         index, count = self._process
         if batch_size < 1 or batch_size % count:
-            raise ValueError(
-                f"batch_size is {batch_size}; allowed: positive multiples of {count}, the number "
-                "of processes."
-            )
+            raise ValueError(f"batch_size is {batch_size}; allowed: multiples of {count} processes")
         local = batch_size // count
         return slice(index * local, (index + 1) * local)
 
@@ -208,22 +185,17 @@ class Pipeline:
         return np.random.RandomState([self._seed, int(epoch)]).permutation(self.num_examples)
 
     def _read(self, index: int, draws: np.ndarray, examples) -> tuple[dict, bool]:
-        """An example, and False where another one had to stand in."""
-        for tried in range(self.num_examples):
-            place = int((index + tried * self._stride) % self.num_examples)
-            found = examples.read(self.source, place, draws)
+        """An example, and whether it is the one that was asked for: the first readable one."""
+        found = examples.read(self.source, int(index), draws)
+        if not isinstance(found, Unreadable):
+            return found, True
+        self.unreadable.add(found)
+        for other in np.random.RandomState(index).permutation(self.num_examples):
+            found = examples.read(self.source, int(other), draws)
             if not isinstance(found, Unreadable):
-                return found, tried == 0
+                return found, False
             self.unreadable.add(found)
         raise self.unreadable.error("not a single one")
-
-
-def _stride(count: int) -> int:
-    """The way to the next stand-in: about 0.618 of `count`, and it leads to every example.
-
-    What cannot be read often lies together (a folder, a shard), and so far away no more does.
-    """
-    return next(n for n in range(round(0.618 * count) or 1, 2 * count) if math.gcd(n, count) == 1)
 
 
 def _stack(examples) -> dict:
@@ -231,14 +203,6 @@ def _stack(examples) -> dict:
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def threads() -> int:
-    """How many threads make batches ahead, one batch each.
-
-    Decoding on a large host needs as many as cores; on a small one a few still hide the reading of
-    files.
-    """
-    return min(max(reader.cores(), 4), 32)
-
-
-def _ahead(make, steps: range) -> Iterator[dict]:
-    return reader.ahead(make, steps, threads(), threads() + 4)
+def _ahead(make: Callable, items: Iterable[int]) -> Iterator[dict]:
+    """As `reader.ahead`: each thread makes a batch."""
+    return reader.ahead(make, items, reader.threads() + 4)

@@ -1,13 +1,8 @@
-"""The one way from a source to decoded pictures: threads, order, and what cannot be read.
-
-Training, evaluation, encoding and `flextok data check` all read through it. A file that cannot be
-read is named and counted, and never stops anything by itself.
-"""
+"""The one way from a source to decoded pictures: threads, order, and what cannot be read."""
 
 import collections
 import concurrent.futures
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -29,9 +24,9 @@ class Picture(NamedTuple):
     Attributes:
         image: upright RGB.
         factor: how many times smaller it was decoded than it is stored.
-        stored: bytes of a file, or uint8 [H, W, 3], as the source has it.
         index: its number in the source.
         embedding: float16 [T, E] of the caption, where it was asked for and there is one.
+        stored: bytes of a file, or uint8 [H, W, 3], as the source has it.
         label, caption, key: as in `source.Example`.
     """
 
@@ -50,10 +45,6 @@ class Unreadable(NamedTuple):
 
     key: str
     reason: str
-
-
-class TooManyUnreadable(OSError):
-    """More examples than allowed cannot be read; lists them."""
 
 
 def read(
@@ -75,11 +66,7 @@ def read(
 
 
 def read_ahead(
-    source: Source,
-    indices: Iterable[int],
-    function: Callable[[Picture], object],
-    text: bool = False,
-    waiting: int = 64,
+    source: Source, indices: Iterable[int], function: Callable[[Picture], object], text=False
 ) -> Iterator:
     """`function(picture)` of each example in order, or its `Unreadable`; read ahead by threads.
 
@@ -87,26 +74,18 @@ def read_ahead(
 
     Args:
         text: as in `read`.
-        waiting: as in `ahead`.
     """
 
     def one(index: int):
         found = read(source, index, text=text)
         return found if isinstance(found, Unreadable) else function(found)
 
-    return ahead(one, indices, waiting=waiting)
+    return ahead(one, indices)
 
 
-def ahead(
-    function: Callable, items: Iterable, threads: int | None = None, waiting: int = 64
-) -> Iterator:
-    """`function(item)` of each item in order, made ahead of time by threads.
-
-    Args:
-        threads: as many as cores by default, at most 16.
-        waiting: how many results are made ahead.
-    """
-    pool = concurrent.futures.ThreadPoolExecutor(threads or min(16, cores()))
+def ahead(function: Callable, items: Iterable, waiting: int = 64) -> Iterator:
+    """`function(item)` of each item in order, at most `waiting` of them made ahead by threads."""
+    pool = concurrent.futures.ThreadPoolExecutor(threads())
     try:
         begun: collections.deque = collections.deque()
         for item in items:
@@ -119,10 +98,11 @@ def ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def cores() -> int:
-    """The cores that this process may use."""
+def threads() -> int:
+    """As many as cores that this process may use; a few more hide the reading of files."""
     # macOS has no affinity.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(max(cores or 1, 4), 32)
 
 
 class UnreadableCount(dict):
@@ -135,23 +115,17 @@ class UnreadableCount(dict):
 
     def __init__(self, total: int, share: float = MAX_UNREADABLE):
         super().__init__()
-        self._total, self._share, self._lock = total, share, threading.Lock()
+        self._total, self._share = total, share
 
     def add(self, found: Unreadable) -> None:
-        """Counts one.
-
-        Raises:
-            TooManyUnreadable: more than the share are unreadable.
-        """
-        with self._lock:
-            if found.key in self:
-                return
+        """Counts one. Raises as `check`."""
+        if found.key not in self:
             self[found.key] = found.reason
-        log.warning("unreadable image %d, skipped: %s (%s)", len(self), *found)
+            log.warning("unreadable image %d, skipped: %s (%s)", len(self), *found)
         self.check()
 
     def check(self) -> None:
-        """Raises TooManyUnreadable as `add`."""
+        """Raises OSError, which lists them, where more than the share are unreadable."""
         if self.too_many:
             raise self.error(f"more than {self._share:.1%} (data.max_unreadable)")
 
@@ -159,13 +133,12 @@ class UnreadableCount(dict):
     def too_many(self) -> bool:
         return len(self) > max(1, self._share * self._total)
 
-    def error(self, which: str) -> TooManyUnreadable:
-        """The error that names all of them."""
+    def error(self, which: str) -> OSError:
         lines = [f"  {key} ({reason})" for key, reason in sorted(self.items())]
-        return TooManyUnreadable(
-            f"Of {self._total} images, {which} could not be read. Check that the path is right, "
-            "and remove or repair them; `flextok data check` names them all. So far "
-            f"{len(lines)} were unreadable:\n" + "\n".join(lines[:MAX_LISTED])
+        return OSError(
+            f"Of {self._total} images, {which} could not be read; remove or repair them. "
+            f"`flextok data check` names all; these {len(lines)} were met:\n"
+            + "\n".join(lines[:MAX_LISTED])
         )
 
 
@@ -187,16 +160,12 @@ def load_images(paths, size: int) -> np.ndarray:
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
     def load(path) -> np.ndarray:
-        data = as_path(path).read_bytes()
         try:
-            return transforms.center_crop(decode.upright(data), size)
+            return transforms.center_crop(decode.upright(as_path(path).read_bytes()), size)
         except Exception as error:  # Files break in any way there is.
             raise ValueError(f"{path} cannot be read: {decode.reason(error)}") from error
 
-    found = np.zeros((len(paths), size, size, 3), np.uint8)
-    for row, image in zip(found, ahead(load, paths)):
-        row[:] = image
-    return found
+    return np.array(list(ahead(load, paths)), np.uint8).reshape(-1, size, size, 3)
 
 
 def to_pil(images) -> list[Image.Image]:

@@ -22,8 +22,6 @@ from collections.abc import Mapping
 import numpy as np
 
 NULL_TEXT = "null_text.npy"  # The embedding of the empty caption, in the folder of a data set.
-_TEXT = ("key", "caption")
-_KNOWN = (*_TEXT, "label", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,32 +62,21 @@ def from_bytes(data: bytes) -> Record:
     from safetensors.numpy import load
 
     arrays = load(data)
-    key, caption = (arrays.get(name) for name in _TEXT)
-    return Record(
-        "" if key is None else _to_text(key),
-        {name: array for name, array in arrays.items() if name not in _KNOWN},
-        int(arrays["label"]),
-        None if caption is None else _to_text(caption),
-        arrays.get("embedding"),
-    )
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    key, label = _to_text(arrays.pop("key")), int(arrays.pop("label"))
+    caption, embedding = arrays.pop("caption", None), arrays.pop("embedding", None)
+    return Record(key, arrays, label, None if caption is None else _to_text(caption), embedding)
 
 
 def stored_tokens(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Token ids in `token_dtype`.
+    """Token ids in the smallest of uint16 and uint32 that holds every id.
 
     Raises:
         ValueError: an id is out of range.
     """
-    low, high = ids.min(), ids.max()
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"token id {wrong}: must be in 0..{vocab_size - 1}")
-    return ids.astype(token_dtype(vocab_size))
+    for wrong in (ids.min(), ids.max()):
+        if not 0 <= wrong < vocab_size:
+            raise ValueError(f"token id {wrong}: must be in 0..{vocab_size - 1}")
+    return ids.astype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def stored_floats(array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ A shard gets its name when it is whole, after its .json, so one that exists is n
 number of processes may each write their own shards; whoever finds all there completes the manifest.
 """
 
-import functools
 import hashlib
 import json
 import pathlib
@@ -58,32 +57,33 @@ def write_split(
     Raises:
         ValueError: the folder, or another split beside it, holds what other models or settings
             made.
-        TooManyUnreadable: more than a tenth of all images; the shard that it was at is not written.
+        OSError: more than a tenth of all images are unreadable.
     """
     folder, settings = source.local(folder), json.loads(json.dumps({"format": FORMAT} | settings))
     for other in manifests(folder.parent):
-        if other.parent != folder:
-            check_same(models(open_manifest(other)), models(settings), other.parent)
+        found, wanted = open_manifest(other), settings
+        if other.parent == folder:
+            found = {key: value for key, value in found.items() if key not in RESULTS}
+        else:
+            found, wanted = models(found), models(wanted)
+        check_same(found, wanted, other.parent)
     path = folder / MANIFEST
-    if path.exists():
-        found = open_manifest(path)
-        check_same({k: v for k, v in found.items() if k not in RESULTS}, settings, folder)
-    else:
+    if not path.exists():
         storage.write_json(path, settings | {"shards": {}, "unreadable": {}})
     if null_text is not None:
         with storage.atomic(folder.parent / NULL_TEXT) as temporary:
             np.save(temporary, null_text)
-    count = UnreadableCount(settings["num_images"])
+    unreadable = UnreadableCount(settings["num_images"])
     for index in range(part[0], settings["num_shards"], part[1]):
         shard = _shard(folder, settings, index)
-        if not _is_whole(shard):
+        if not shard.is_file():
             channels = None if null_text is None else null_text.shape[1]
-            _write_shard(shard, make_shard(index), count, channels)
+            _write_shard(shard, make_shard(index), unreadable, channels)
     shards, unreadable = {}, UnreadableCount(settings["num_images"])
     for index in range(settings["num_shards"]):
         shard = _shard(folder, settings, index)
-        if _is_whole(shard):
-            info = storage.read_json(shard.with_suffix(".json"))
+        if shard.is_file():
+            info = _info(shard)
             unreadable.update(info.pop("unreadable"))
             shards[shard.name] = {k: v for k, v in info.items() if k not in ("keys", "labels")}
     manifest = settings | {"shards": shards, "unreadable": dict(unreadable)}
@@ -96,8 +96,7 @@ def write_split(
 def source_settings(examples: Source, count: int) -> dict:
     """The part of `settings` that says which images there are: the first `count` of a source.
 
-    "keys_sha256" is over their keys in order, so that work which was interrupted does not go on
-    with other images than it began with.
+    "keys_sha256" is over their keys in order: interrupted work goes on with the same images only.
     """
     classes, keys = list(examples.classes), source.keys_sha256(examples, count)
     return {"num_images": count, "keys_sha256": keys, "classes": classes}
@@ -107,16 +106,11 @@ def _shard(folder: pathlib.Path, settings: dict, index: int) -> pathlib.Path:
     return folder / f"records-{index:05d}-of-{settings['num_shards']:05d}.array_record"
 
 
-def _is_whole(shard: pathlib.Path) -> bool:
-    return shard.is_file() and shard.with_suffix(".json").is_file()
+def _info(shard: pathlib.Path) -> dict:
+    return storage.read_json(shard.with_suffix(".json"))
 
 
-def _write_shard(
-    path: pathlib.Path,
-    made: Iterable[Record | Unreadable],
-    count: UnreadableCount,
-    channels: int | None,
-):
+def _write_shard(path: pathlib.Path, made, count: UnreadableCount, channels: int | None):
     from array_record.python.array_record_module import ArrayRecordWriter
 
     for leftover in path.parent.glob(f".{path.stem}.*"):  # Of a killed run.
@@ -131,16 +125,17 @@ def _write_shard(
                     count[record.key] = unreadable[record.key] = record.reason
                     count.check()
                     continue
+                if record.embedding is not None:
+                    length, width = record.embedding.shape
+                    longest = max(longest, length)
+                    if channels not in (None, width):
+                        raise ValueError(
+                            f"{record.key}: the embedding has {width} channels, {NULL_TEXT} has "
+                            f"{channels}"
+                        )
                 writer.write(to_bytes(record))
                 keys.append(record.key)
                 labels.append(int(record.label))
-                if record.embedding is not None:
-                    longest = max(longest, len(record.embedding))
-                    if channels not in (None, record.embedding.shape[1]):
-                        raise ValueError(
-                            f"{record.key}: the embedding has {record.embedding.shape[1]} "
-                            f"channels, and {NULL_TEXT} {channels}"
-                        )
         finally:
             writer.close()
         info = {
@@ -179,9 +174,8 @@ def check_same(found: dict, wanted: dict, where) -> None:
     """
     if storage.differences(found, wanted, ignore=WHERE):
         raise ValueError(
-            f"{where} holds what another model or other settings made, which must not be mixed. "
-            "Write to another folder, or set these back:\n  "
-            + "\n  ".join(storage.differences(found, wanted))
+            f"{where} was made by another model or with other settings. Write to another folder, "
+            "or set these back:\n  " + "\n  ".join(storage.differences(found, wanted))
         )
 
 
@@ -206,17 +200,17 @@ def open_manifest(file: pathlib.Path) -> dict:
 
 
 def read_manifest(path, split: str) -> dict:
-    """The manifest of a finished split; "validation", "val" and "test" mean the one that is there.
+    """The manifest of a finished split; "validation", "val" and "test" are synonyms.
 
     Raises:
         FileNotFoundError: there is none at all.
         ValueError: no such split, or it is not finished, or has another format.
     """
-    return open_manifest(_finished(path, split))
+    return _finished(path, split)[1]
 
 
-def _finished(path, split: str) -> pathlib.Path:
-    """The file of `read_manifest`."""
+def _finished(path, split: str) -> tuple[pathlib.Path, dict]:
+    """(DIR/SPLIT, its manifest)."""
     found = {file.parent.name: file for file in manifests(path)}
     if not found:
         raise FileNotFoundError(
@@ -224,15 +218,15 @@ def _finished(path, split: str) -> pathlib.Path:
             f"pack` with --split {split} --out {path} makes it"
         )
     name = split if split in found else source.resolve_split(split, found, str(path))
-    file = found.get(name) or next(iter(found.values()))
+    file = found.get(name) or next(iter(found.values()))  # "all" without a folder of that name.
     manifest = open_manifest(file)
-    done = sum(_is_whole(_shard(file.parent, manifest, i)) for i in range(manifest["num_shards"]))
     if len(manifest["shards"]) != manifest["num_shards"]:
+        done = len(list(file.parent.glob("records-*.array_record")))
         raise ValueError(
             f"{file.parent} holds {done} of {manifest['num_shards']} shards: the command that "
             "wrote them was interrupted; run it again, it continues"
         )
-    return file
+    return file.parent, manifest
 
 
 def verify(folder: pathlib.Path) -> Iterator[tuple[str, str | None, int]]:
@@ -243,18 +237,11 @@ def verify(folder: pathlib.Path) -> Iterator[tuple[str, str | None, int]]:
     """
     for name, info in read_manifest(folder.parent, folder.name)["shards"].items():
         path, wrong = folder / name, None
-        if not _is_whole(path):
-            wrong = "it or its .json is missing"
+        if not path.is_file():
+            wrong = "it is missing"
         elif (found := _sha256(path)) != info["sha256"]:
             wrong = f"its sha256 is {found}, {info['sha256']} expected"
         yield name, wrong, info["records"]
-
-
-def _open(files: list[pathlib.Path]):
-    """Random access to the records of several files."""
-    import grain  # Here, because commands that need manifests only may have no grain.
-
-    return grain.sources.ArrayRecordDataSource([str(file) for file in files])
 
 
 class ShardSource(Source):
@@ -262,7 +249,6 @@ class ShardSource(Source):
 
     Attributes:
         manifest: see `write_split`; of "all" without a folder of that name: of the first split.
-        classes: names of the labels, empty where they have none.
         text: (T, E): tokens of the longest caption (at most MAX_TEXT), channels; None without text.
         null_text: float16 [T0, E], the embedding of the empty caption, None without text.
     """
@@ -274,17 +260,20 @@ class ShardSource(Source):
             FileNotFoundError, ValueError: it is missing, unfinished, damaged or holds no records;
                 with the remedy.
         """
+        import grain  # Here, because commands that need manifests only may have no grain.
+
         super().__init__()
         root = source.local(path)
-        names = [file.parent.name for file in manifests(root)]
-        names = names if split == source.ALL and split not in names and names else [split]
-        found = {(file := _finished(root, name)).parent: open_manifest(file) for name in names}
-        self.manifest = next(iter(found.values()))
-        self.classes = self.manifest.get("classes") or []
-        if any((manifest.get("classes") or []) != self.classes for manifest in found.values()):
-            raise ValueError(f"{root}: its splits have different classes; name one of {names}")
-        self._files, longest = [], 0
-        for folder, manifest in found.items():
+        splits = [file.parent.name for file in manifests(root)]
+        if split != source.ALL or split in splits or not splits:
+            splits = [split]
+        opened = dict(_finished(root, name) for name in splits)
+        self.manifest = next(iter(opened.values()))
+        self.classes = self.manifest.get("classes", [])
+        if any(manifest.get("classes", []) != self.classes for manifest in opened.values()):
+            raise ValueError(f"{root}: its splits have different classes; name one of {splits}")
+        files, labels, longest, self._keys = [], [], 0, []
+        for folder, manifest in opened.items():
             for key, reason in manifest["unreadable"].items():
                 self.skipped.add(f"left out when the shards were written: {reason}", key)
             for name, info in manifest["shards"].items():
@@ -299,26 +288,25 @@ class ShardSource(Source):
                 if info["max_text"] > MAX_TEXT:
                     self.skipped.add(f"captions are cut after {MAX_TEXT} tokens", str(file))
                 if info["records"]:
-                    self._files.append((file, info["records"]))
-        if not self._files:
-            raise ValueError(
-                f"{root}, split {split!r}, holds no records: delete it and make it again of other "
-                "images" + "".join(f"\n  {line}" for line in self.skipped.lines())
-            )
-        self._ends = np.cumsum([count for _, count in self._files])
-        self._records = _open([file for file, _ in self._files])
+                    files.append(str(file))
+                    details = _info(file)
+                    self._keys += details["keys"]
+                    labels.append(details.get("labels"))
+        if not files:
+            lines = [f"{root}, split {split!r}, holds no records", *self.skipped.lines()]
+            raise ValueError("\n  ".join(lines))
+        self.labels = None if None in labels else np.concatenate(labels).astype(np.int32)
+        self._records = grain.sources.ArrayRecordDataSource(files)
         self.text, self.null_text = None, null_text(root)
         if self.null_text is not None:
             longest = max(longest, len(self.null_text))
             self.text = min(longest, MAX_TEXT), self.null_text.shape[1]
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._keys)
 
     def key(self, index: int) -> str:
-        shard = int(np.searchsorted(self._ends, index, "right"))
-        file, count = self._files[shard]
-        return _info(file)["keys"][index - int(self._ends[shard]) + count]
+        return self._keys[index]
 
     def record(self, index: int) -> Record:
         """What is stored of an example."""
@@ -333,18 +321,11 @@ class ShardSource(Source):
     def embedding(self, index: int) -> np.ndarray | None:
         return self.record(index).embedding
 
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        found = [_info(file).get("labels") for file, _ in self._files]
-        return None if None in found else np.concatenate([np.array(f, np.int32) for f in found])
-
-
-@functools.lru_cache(maxsize=4)
-def _info(shard: pathlib.Path) -> dict:
-    return storage.read_json(shard.with_suffix(".json"))
-
 
 def null_text(path) -> np.ndarray | None:
     """float16 [T, E]: the embedding of the empty caption, in a data set with text."""
     file = source.local(path) / NULL_TEXT
-    return source.read_embedding(file, file) if file.is_file() else None
+    try:
+        return source.read_embedding(file) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

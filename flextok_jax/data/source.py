@@ -1,14 +1,13 @@
 """What every data set is here: numbered examples, each read by its number.
 
-An example has an image, a label, a caption and a key. The rules that all sources share are here:
-what splits are called, which labels and captions are usable, what is counted as passed over.
+The rules that all sources share are here: names of splits, usable labels, captions and embeddings,
+and the count of what a source skips.
 """
 
 import hashlib
 import logging
 import pathlib
 import re
-import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -21,10 +20,9 @@ IMAGE_SUFFIXES = (
     ".png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .avif .heic .heif"
 ).split()
 TRAIN, ALL = "train", "all"
-VALIDATION = ("validation", "val", "test")  # Different words for the same.
-VALIDATION_PERCENT = 5  # Share of the examples of a data set without splits of its own.
+VALIDATION = ("validation", "val", "test")  # Synonyms.
+VALIDATION_PERCENT = 5  # Of a data set without splits.
 MAX_LABEL = 2**31 - 1
-MAX_NAME, MAX_CAPTION = 200, 20_000  # Characters.
 LABEL, CAPTION = ("label", "class"), ("caption", "text")  # Fields of lists and JSON files.
 SHOWN = 5  # Names and warnings per reason.
 
@@ -48,21 +46,13 @@ class Example(NamedTuple):
 
 
 class Skipped(dict):
-    """{reason: names} of the files, fields and examples that a source does not use.
-
-    Names are kept in order and once each, so `len(skipped[reason])` is the count.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._lock = threading.Lock()
+    """{reason: names} of the files, fields and examples that a source does not use."""
 
     def add(self, reason: str, name: str) -> bool:
-        """Counts one; whether it is new."""
-        with self._lock:
-            names = self.setdefault(reason, {})
-            new = name not in names
-            names[name] = None
+        """Counts a name once; whether it is new."""
+        names = self.setdefault(reason, {})  # A dictionary keeps the order.
+        new = name not in names
+        names[name] = None
         return new
 
     def usable(self, parse: Callable, value, name: str):
@@ -76,25 +66,25 @@ class Skipped(dict):
 
     def lines(self) -> list[str]:
         """One line for each reason: the count, the reason and the first names."""
-        found = []
-        for reason, names in list(self.items()):
-            first = ", ".join(list(names)[:SHOWN])
-            found.append(f"{len(names)}: {reason}: {first}{', ...' * (len(names) > SHOWN)}")
-        return found
+        return [
+            f"{len(names)}: {reason}: {', '.join(list(names)[:SHOWN])}"
+            + ", ..." * (len(names) > SHOWN)
+            for reason, names in list(self.items())
+        ]
 
 
 class Source:
-    """The interface of all data sets; those below it say where the examples come from.
+    """The interface of all data sets.
 
     Attributes:
         classes: the names of the labels; empty where labels are numbers, or there are none.
-        skipped: what the source does not use, and why. Pixels never depend on it: a caption, label
-            or field that is not usable counts as missing.
+        skipped: what the source does not use. Pixels never depend on it: a caption or a label that
+            is not usable counts as missing.
         labels: int [N], of every example; None: they are not known without reading all.
     """
 
     classes: Sequence[str] = ()
-    labels: np.ndarray | None
+    labels: np.ndarray | None = None
 
     def __init__(self):
         self.skipped = Skipped()
@@ -111,18 +101,11 @@ class Source:
         raise NotImplementedError
 
     def embedding(self, index: int) -> np.ndarray | None:
-        """float [T, E] of the caption; None where there is none.
-
-        Raises:
-            ValueError: it is not usable, see `check_embedding`.
-        """
+        """float16 [T, E] of the caption; None where there is none. Raises as `read_embedding`."""
         return None
 
     def fingerprint(self) -> str:
-        """A hash of all keys in order: 16 hexadecimal digits, the identity of the data.
-
-        Neither the folder's own path nor the pixels are part of it.
-        """
+        """A hash of all keys in order, the identity of the data: 16 hexadecimal digits."""
         return keys_sha256(self, len(self))[:16]
 
 
@@ -135,7 +118,7 @@ def keys_sha256(source: Source, count: int) -> str:
 
 
 def local(path) -> pathlib.Path:
-    """A folder or file of data; addresses are refused.
+    """A folder or file of data.
 
     Raises:
         ValueError: it is an address.
@@ -150,9 +133,7 @@ def local(path) -> pathlib.Path:
 
 
 def resolve_split(split: str, present: Collection[str], what: str) -> str:
-    """The split of `present` that a name means.
-
-    "validation", "val" and "test" mean the same where only one of them is there.
+    """The split of `present` that a name means: "validation", "val" and "test" are synonyms.
 
     Args:
         what: the data set, for the message.
@@ -160,13 +141,12 @@ def resolve_split(split: str, present: Collection[str], what: str) -> str:
     Raises:
         ValueError: there is no such split; it lists those that there are.
     """
+    found = [name for name in VALIDATION if name in present and split in VALIDATION]
     if split in present or split == ALL:
         return split
-    if split in VALIDATION:
-        for name in VALIDATION:
-            if name in present:
-                return name
-    raise ValueError(f"split {split!r}: {what} has {', '.join([*present, ALL])}")
+    if not found:
+        raise ValueError(f"split {split!r}: {what} has {', '.join([*present, ALL])}")
+    return found[0]
 
 
 def select(
@@ -206,10 +186,8 @@ def select(
         first = sorted(range(len(keys)), key=lambda i: (ranks[i], keys[i]))[:count]
         mask = np.isin(np.arange(len(keys)), first) == (wanted != TRAIN)
     if not mask.any():
-        raise ValueError(
-            f"{what} has no images for split {split!r} ({len(keys)} in all)"
-            + "".join(f"\n  {line}" for line in skipped.lines())
-        )
+        lines = [f"{what} has no images for split {split!r}; skipped:", *skipped.lines()]
+        raise ValueError("\n  ".join(lines))
     return mask, named
 
 
@@ -217,7 +195,7 @@ def select(
 
 
 def parse_label(value) -> str | None:
-    """A label as it stands in a list or a file, as text; None for an unknown one.
+    """A label of a list or a file as text; None for an unknown one.
 
     A whole number becomes its digits, also where it was stored as a float, as pandas does with a
     column that has gaps: "1.0" is "1".
@@ -227,14 +205,10 @@ def parse_label(value) -> str | None:
     if isinstance(value, list | dict):
         raise ValueError("the label is neither a whole number nor a name")
     text = "" if value is None else str(value).strip()
-    number = re.fullmatch(r"(-?[0-9]+)(\.0*)?", text)
-    text = str(number[1]) if number else text
-    if len(text) > MAX_NAME:
-        raise ValueError(f"the label is longer than {MAX_NAME} characters")
-    if number:
-        if int(text) > MAX_LABEL:
+    if number := re.fullmatch(r"(-?)0*([0-9]+)(\.0*)?", text):
+        if len(number[2]) > 10 or int(number[2]) > MAX_LABEL:
             raise ValueError(f"the label is larger than {MAX_LABEL}")
-        text = str(int(text))
+        text = number[1] + number[2]
     return None if text in ("", "-1") else text
 
 
@@ -247,8 +221,6 @@ def parse_caption(value) -> str | None:
             raise ValueError("the caption is not UTF-8") from None
     if value is not None and not isinstance(value, str):
         raise ValueError(f"the caption is no text but a {type(value).__name__}")
-    if value and len(value) > MAX_CAPTION:
-        raise ValueError(f"the caption is longer than {MAX_CAPTION} characters")
     return (value or "").strip() or None
 
 
@@ -260,27 +232,24 @@ def first_of(fields: dict, names: Sequence[str]):
 def sorted_classes(names: Iterable[str]) -> list[str]:
     """Names of classes in order: "0" ... "11" as numbers, all else as text."""
     names = set(names)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
 
 
 def label_classes(labels: Mapping[str, str], where) -> list[str]:
-    """The sorted names that these labels ({key: label}, see `parse_label`) are.
-
-    Returns:
-        [] where all are numbers.
+    """The sorted names that these labels ({key: label}, see `parse_label`) are; [] for numbers.
 
     Raises:
         ValueError: some are numbers and some are names.
     """
-    numbers = {key: label for key, label in labels.items() if label.isdecimal()}
-    if numbers and len(numbers) < len(labels):
-        names = ((key, label) for key, label in labels.items() if key not in numbers)
-        (a, number), (b, name) = next(iter(numbers.items())), next(names)
+    numbers = [key for key, label in labels.items() if label.isdecimal()]
+    names = [key for key, label in labels.items() if not label.isdecimal()]
+    if numbers and names:
+        a, b = numbers[0], names[0]
         raise ValueError(
-            f"{where}: the label of {a} is the number {number}, that of {b} the name {name!r}. "
-            "Give every image a whole number from 0 on (-1: unknown), or every image a name"
+            f"{where}: the label of {a} is the number {labels[a]}, that of {b} the name "
+            f"{labels[b]!r}; give every image a number (-1: unknown), or every image a name"
         )
-    return [] if numbers else sorted(set(labels.values()))
+    return sorted({labels[key] for key in names})
 
 
 def label_numbers(texts: Iterable[str | None], classes: Sequence[str]) -> np.ndarray:
@@ -290,41 +259,22 @@ def label_numbers(texts: Iterable[str | None], classes: Sequence[str]) -> np.nda
     return np.fromiter(found, np.int32)
 
 
-def check_embedding(array: np.ndarray, where) -> np.ndarray:
-    """float16 [T, E] of an embedding as it was stored.
-
-    Args:
-        where: its file or key, for the message.
+def read_embedding(file) -> np.ndarray:
+    """float16 [T, E] of an .npy file, by its path or an open file.
 
     Raises:
-        ValueError: it is no floating-point array [T, E], or a value is not finite in float16.
+        ValueError: it is no array of floats [T, E], or a value is not finite in float16.
     """
-    if array.dtype.kind == "V":
-        problem = f"has type {array.dtype} (bfloat16 has none in .npy): store float16 or float32"
-    elif array.dtype.kind != "f":
-        problem = f"has type {array.dtype}: store float16 or float32"
-    elif array.ndim != 2 or 0 in array.shape:
-        problem = f"has shape {list(array.shape)}: [tokens, channels] is needed"
-    elif not np.isfinite(array).all():
-        problem = "holds values that are not finite"
-    elif (most := np.abs(array).max()) > np.finfo(np.float16).max:
-        problem = f"reaches {most:g}: more than 65504, the most that float16 holds"
-    else:
-        return array.astype(np.float16)
-    raise ValueError(f"{where}: the embedding {problem}")
-
-
-def read_embedding(file, where) -> np.ndarray:
-    """`check_embedding` of an .npy file, by its path or an open file."""
     try:
         array = np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        raise
+        has = f"has type {array.dtype} and shape {list(array.shape)}"
     except Exception:  # NumPy raises nearly anything for a broken file.
-        array = None
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{where}: the embedding is no .npy file of numbers")
-    return check_embedding(array, where)
+        raise ValueError("the embedding is no .npy file of numbers") from None
+    if array.dtype.kind != "f" or array.ndim != 2 or not array.size:
+        raise ValueError(f"the embedding {has}; store float16 or float32 [tokens, channels]")
+    if not (most := np.abs(array).max()) <= np.finfo(np.float16).max:  # Nor NaN.
+        raise ValueError(f"the embedding reaches {most:g}; float16 holds at most 65504")
+    return array.astype(np.float16)
 
 
 def check_labels(source: Source, train: Source | None = None) -> int:
@@ -340,13 +290,12 @@ def check_labels(source: Source, train: Source | None = None) -> int:
     if train is not None and classes != list(train.classes):
         only = sorted(set(classes) ^ set(train.classes)) or ["another order"]
         raise ValueError(
-            "the validation data must have the classes of the training data; these differ: "
-            + ", ".join(map(repr, only[:SHOWN]))
+            f"training and validation data have other classes: {', '.join(map(repr, only[:SHOWN]))}"
         )
-    if train is not None and labels is not None and train.labels is not None:
+    if labels is None:
+        return 0 if classes else len(source)
+    if train is not None and train.labels is not None:
         if new := sorted(set(labels.tolist()) - set(train.labels.tolist()) - {-1}):
             names = [classes[i] if classes else str(i) for i in new[:SHOWN]]
             log.warning("classes without a training example: %d, %s", len(new), ", ".join(names))
-    if labels is None:
-        return 0 if classes else len(source)
     return int((labels < 0).sum())

@@ -1,15 +1,14 @@
-"""Which source a config or a command names.
-
-A config names it by its keys data.source, .path, .name, .split; a command by one text, which
-`parse` reads.
-"""
+"""Which source a config (data.source, .path, .name, .split) or the text of a command names."""
 
 import dataclasses
 import pathlib
 
 from flextok_jax.data import source
 from flextok_jax.data.folder import FolderSource
+from flextok_jax.data.shards import ShardSource, manifests, open_manifest
 from flextok_jax.data.source import IMAGE_SUFFIXES, Source
+from flextok_jax.data.tfds_source import TfdsSource
+from flextok_jax.data.webdataset import WebDatasetSource
 from flextok_jax.io.paths import as_path, is_remote
 
 ENCODED = ("tokens", "encoded")  # Not images any more; see `encoded`.
@@ -38,9 +37,9 @@ def parse(text: str) -> Data:
     """The data that a command's argument names.
 
     Args:
-        text: KIND:PATH with a kind of SOURCES, "tfds:NAME@DIR" (NAME may be
-            NAME/CONFIG:VERSION), or PATH alone, whose kind is detected: shards
-            with a manifest, tar files, or else image files.
+        text: KIND:PATH with a kind of SOURCES, "tfds:NAME@DIR" (NAME may be NAME/CONFIG:VERSION),
+            or PATH alone, whose kind is detected: shards with a manifest, tar files, or else image
+            files.
 
     Raises:
         ValueError: "tfds:" without a name or a folder, a manifest of another format, or tar files
@@ -60,25 +59,21 @@ def parse(text: str) -> Data:
 
 
 def _kind(path: pathlib.Path) -> str:
-    from flextok_jax.data.shards import manifests, open_manifest
-
     for file in manifests(path):
         arrays = open_manifest(file)["arrays"]
         if "image" in arrays:
             return "array_record"
         return "encoded" if "moments" in arrays else "tokens"
-    if path.suffix == ".tar":
-        return "webdataset"
     patterns = ("*.tar", "*/*.tar", "*.tar.gz", "*.tgz")
     tar = next((file for pattern in patterns for file in path.glob(pattern)), None)
     if tar is None:
-        return "folder"
-    inside = (file.relative_to(path).as_posix() for file in path.rglob("*"))
-    for name in inside:
-        if name.lower().endswith(tuple(IMAGE_SUFFIXES)) and "/." not in f"/{name}":
+        return "webdataset" if path.suffix == ".tar" else "folder"
+    for file in path.rglob("*"):
+        inside = file.relative_to(path).as_posix()
+        if file.suffix.lower() in IMAGE_SUFFIXES and "/." not in f"/{inside}":
             raise ValueError(
-                f"{path} holds both tar files ({tar.relative_to(path)}) and image files ({name}): "
-                f"say webdataset:{path} or folder:{path}"
+                f"{path} holds both tar files ({tar.relative_to(path)}) and image files "
+                f"({inside}): say webdataset:{path} or folder:{path}"
             )
     return "webdataset"
 
@@ -95,32 +90,17 @@ def make_source(cfg, split: str) -> Source:
         ValueError, FileNotFoundError: what is wrong with the config or the data, and the remedy.
     """
     if cfg.source not in SOURCES:
-        raise ValueError(f"data.source is {cfg.source!r}; allowed are {', '.join(SOURCES)}.")
+        raise ValueError(f"data.source is {cfg.source!r}; allowed are {', '.join(SOURCES)}")
     if not cfg.path:
-        raise ValueError(
-            f"data.source={cfg.source!r} needs a folder: pass --config.data.path=FOLDER."
-        )
-    if cfg.source == "folder":
-        return FolderSource(cfg.path, split)
-    if cfg.source == "webdataset":
-        from flextok_jax.data.webdataset import WebDatasetSource
-
-        return WebDatasetSource(cfg.path, split)
+        raise ValueError(f"data.source={cfg.source!r} needs --config.data.path=FOLDER")
     if cfg.source == "tfds":
-        from flextok_jax.data.tfds_source import TfdsSource
-
         return TfdsSource(cfg.name, split, cfg.path)
-    from flextok_jax.data.shards import ShardSource
-
-    return ShardSource(cfg.path, split)
+    kinds = {"folder": FolderSource, "webdataset": WebDatasetSource}
+    return kinds.get(cfg.source, ShardSource)(cfg.path, split)
 
 
 def make_image_source(data: Data, split: str) -> Source:
-    """`make_source`, of data that hold images.
-
-    Raises:
-        ValueError: as `check_images` and `make_source`.
-    """
+    """`make_source`, of data that hold images. Raises also as `check_images`."""
     check_images(data)
     return make_source(data, split)
 
@@ -129,6 +109,6 @@ def check_images(data: Data) -> None:
     """Raises ValueError for what `flextok encode` made of images."""
     if data.source in ENCODED:
         raise ValueError(
-            f"{data.path} holds what `flextok encode` made of images, and the images no more: name "
-            "the data set that it was made of (`flextok data check` names it)"
+            f"{data.path} holds what `flextok encode` made of images: name the images themselves "
+            "(`flextok data check` tells which)"
         )

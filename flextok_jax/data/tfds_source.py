@@ -1,18 +1,12 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-The only file that imports tensorflow_datasets. It reads the prepared files by their own description
-(features.json, dataset_info.json), so neither the data set's generating code nor a download runs,
-and decoding is left to `decode.upright`, as for every other source.
+The only file that imports tensorflow_datasets. It reads the prepared files by their own
+description, so neither the data set's generating code nor a download runs.
 """
 
 from flextok_jax.data import source
 from flextok_jax.data.source import VALIDATION, Example, Source
 
-REMEDY = (
-    "Prepare it once, on a machine that has TensorFlow, with\n"
-    "    tfds build {name} --data_dir={path} --file_format=array_record\n"
-    "(imagenet2012 wants its two .tar files in {path}/downloads/manual first)."
-)
 TEXTS = ("caption", "text")  # Features that are taken for the caption.
 
 
@@ -23,12 +17,9 @@ class TfdsSource(Source):
 
     Args:
         name: "NAME", "NAME/CONFIG" or either followed by ":VERSION"; the newest version by default.
-        split: any TFDS split, such as "train" or "train[:10%]"; "validation", "val" and "test" mean
-            the same where only one of them is there.
+        split: any TFDS split, such as "train" or "train[:10%]"; "validation", "val" and "test" are
+            synonyms.
         path: the data_dir it was prepared in, which contains NAME/[CONFIG/]VERSION.
-
-    Attributes:
-        classes: the names of the labels, empty for a data set without.
 
     Raises:
         FileNotFoundError, ValueError: the data set is not there, not in a format with random
@@ -37,7 +28,6 @@ class TfdsSource(Source):
 
     def __init__(self, name: str, split: str, path: str):
         super().__init__()
-        self.labels = None
         try:
             import tensorflow_datasets as tfds
         except ModuleNotFoundError as error:
@@ -45,14 +35,11 @@ class TfdsSource(Source):
                 "data.source='tfds' needs TFDS: pip install -e '.[data]'"
             ) from error
         if not name:
-            raise ValueError("data.source='tfds' needs data.name, such as 'imagenet2012'.")
+            raise ValueError("data.source='tfds' needs data.name, such as 'imagenet2012'")
         builder = tfds.builder_from_directory(_find(name, path))
         features = dict(builder.info.features.items())
         if not isinstance(features.get("image"), tfds.features.Image):
-            raise ValueError(
-                f"The data set {name!r} has no feature 'image' that holds an image; it has "
-                f"{', '.join(sorted(features))}."
-            )
+            raise ValueError(f"{name!r} has no feature 'image', only {', '.join(sorted(features))}")
         labels = features.get("label")
         self._labelled = isinstance(labels, tfds.features.ClassLabel)
         self.classes = list(labels.names) if self._labelled else []
@@ -64,10 +51,9 @@ class TfdsSource(Source):
         try:
             self._data = builder.as_data_source(split=split, decoders=decoders)
         except NotImplementedError as error:
+            stored = builder.info.file_format.value
             raise ValueError(
-                f"The data set {name!r} in {str(path)!r} is stored as "
-                f"{builder.info.file_format.value}, which has no random access; array_record has. "
-                + REMEDY.format(name=name, path=path)
+                f"{name!r} is stored as {stored}, without random access. {_remedy(name, path)}"
             ) from error
         self._title = f"{name}/{split}"
 
@@ -85,6 +71,14 @@ class TfdsSource(Source):
         return Example(example["image"], label, caption, key)
 
 
+def _remedy(name: str, path: str) -> str:
+    return (
+        "Prepare it once, where TensorFlow is installed:\n"
+        f"    tfds build {name} --data_dir={path} --file_format=array_record\n"
+        f"(imagenet2012 wants its two .tar files in {path}/downloads/manual first)"
+    )
+
+
 def _find(name: str, path: str):
     """The folder of the named (or else the newest) version."""
     import tensorflow_datasets as tfds
@@ -92,16 +86,8 @@ def _find(name: str, path: str):
 
     stem, _, version = name.partition(":")
     root = epath.Path(path).expanduser() / stem
-    folders = sorted(root.iterdir()) if root.is_dir() else []
-    versions = {
-        folder.name: folder
-        for folder in folders
-        if tfds.core.Version.is_valid(folder.name) and (folder / "dataset_info.json").exists()
-    }
-    if not versions or (version and version not in versions):
-        raise FileNotFoundError(
-            f"The data set {name!r} is not prepared in {str(path)!r} (looked for a version in "
-            f"{str(root)!r}, which holds: {', '.join(f.name for f in folders) or 'nothing'}). "
-            + REMEDY.format(name=stem, path=path)
-        )
-    return versions[version or max(versions, key=tfds.core.Version)]
+    found = {file.parent.name: file.parent for file in root.glob("*/dataset_info.json")}
+    versions = [n for n in found if tfds.core.Version.is_valid(n) and version in ("", n)]
+    if not versions:
+        raise FileNotFoundError(f"{name!r} is not prepared in {str(root)!r}. {_remedy(stem, path)}")
+    return found[max(versions, key=tfds.core.Version)]

@@ -69,40 +69,31 @@ class WebDatasetSource(source.Source):
         """
         super().__init__()
         root = source.local(path)
-        base = root.parent if root.is_file() else root
-        files = [root] if root.is_file() else sorted(root.rglob("*.tar"))
-        for pattern in ("*.tar.*", "*.tgz"):
-            for file in root.rglob(pattern) if root.is_dir() else ():
-                if not file.name.startswith("."):
-                    remedy = "compressed, without random access: gunzip it"
-                    self.skipped.add(remedy, file.relative_to(base).as_posix())
+        base, inside = (root.parent, [root]) if root.is_file() else (root, sorted(root.rglob("*")))
+        files = {f.relative_to(base).as_posix(): f for f in inside if f.suffix == ".tar"}
+        for file in inside:
+            if re.search(r"^[^.].*(\.tar\.\w+|\.tgz)$", file.name):
+                name = file.relative_to(base).as_posix()
+                self.skipped.add("compressed, without random access: gunzip it", name)
         if not files:
-            raise FileNotFoundError(
-                f"{str(root)!r} holds no .tar files; pass the folder that holds the shards (in a "
-                "config: --config.data.path=FOLDER)"
-                + "".join(f"\n  {line}" for line in self.skipped.lines())
-            )
-        names = [file.relative_to(base).as_posix() for file in files]
-        indices = {name: read_index(file) for name, file in zip(names, files)}
-        for name, index in indices.items():
+            lines = [f"{str(root)!r} holds no .tar files", *self.skipped.lines()]
+            raise FileNotFoundError("\n  ".join(lines))
+        indices = [read_index(file) for file in files.values()]
+        keys, texts = [], []
+        for name, index in zip(files, indices):
             for reason, member in index.skipped:
                 self.skipped.add(_text(reason), f"{name}/{_text(member)}")
-        labels = {
-            f"{name}/{_text(index.keys[i])}": _text(index.labels[i])
-            for name, index in indices.items()
-            for i in np.unique(index.labels, return_index=True)[1]
-            if index.labels[i]
-        }
+            keys += [f"{name}/{_text(key)}" for key in index.keys]
+            texts += [_text(label) or None for label in index.labels]
+        labels = {key: text for key, text in zip(keys, texts) if text}
         self.classes = source.label_classes(labels, f"the tar files in {root}")
-        keys = [f"{name}/{_text(key)}" for name, index in indices.items() for key in index.keys]
-        shard = np.repeat(np.arange(len(indices)), [len(i.keys) for i in indices.values()])
-        parts = np.array([_part(name) for name in names])[shard]
+        shard = np.repeat(np.arange(len(indices)), [len(index.keys) for index in indices])
+        parts = np.array([_part(name) for name in files])[shard]
         used, _ = source.select(keys, parts, split, str(root), self.skipped)
-        self._files, self._shard = files, shard[used]
+        self._files, self._shard = list(files.values()), shard[used]
         self._keys = [key for key, use in zip(keys, used) if use]
-        self._offsets = np.concatenate([index.offsets for index in indices.values()])[used]
-        texts = np.concatenate([index.labels for index in indices.values()])[used]
-        self.labels = source.label_numbers((_text(text) or None for text in texts), self.classes)
+        self._offsets = np.concatenate([index.offsets for index in indices])[used]
+        self.labels = source.label_numbers(texts, self.classes)[used]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -112,18 +103,17 @@ class WebDatasetSource(source.Source):
 
     def read(self, index: int) -> Example:
         found, key = self._read(index, FIELDS[:-1]), self._keys[index]
-        if "txt" in found:
-            caption = self.skipped.usable(source.parse_caption, found["txt"], f"{key}.txt")
-        else:
-            fields = self.skipped.usable(_json, found.get("json", b"{}"), f"{key}.json") or {}
+        value, where = found.get("txt"), f"{key}.txt"
+        if value is None:
+            where = f"{key}.json"
+            fields = self.skipped.usable(_json, found.get("json", b"{}"), where) or {}
             value = source.first_of(fields, source.CAPTION)
-            caption = self.skipped.usable(source.parse_caption, value, f"{key}.json")
+        caption = self.skipped.usable(source.parse_caption, value, where)
         return Example(found["image"], int(self.labels[index]), caption, key)
 
     def embedding(self, index: int) -> np.ndarray | None:
         data = self._read(index, ("npy",)).get("npy")
-        where = f"{self._keys[index]}.npy"
-        return None if data is None else source.read_embedding(io.BytesIO(data), where)
+        return None if data is None else source.read_embedding(io.BytesIO(data))
 
     def _read(self, index: int, fields) -> dict[str, bytes]:
         """The bytes of those fields that the example has."""
@@ -131,12 +121,9 @@ class WebDatasetSource(source.Source):
         with open(self._files[self._shard[index]], "rb") as file:
             for field in fields:
                 start, size = self._offsets[index, FIELDS.index(field)]
-                if start < 0:
-                    continue
-                file.seek(start)
-                found[field] = file.read(size)
-                if len(found[field]) < size and field in ("image", "npy"):
-                    raise OSError(f"the tar file ends inside of the example's {field}")
+                if start >= 0:
+                    file.seek(start)
+                    found[field] = file.read(size)
         return found
 
 
@@ -190,10 +177,9 @@ def read_index(path: pathlib.Path) -> Index:
 
 def _scan(path: pathlib.Path) -> Index:
     """`read_index` by a pass over the headers, the labels and the JSON files."""
-    skipped = Skipped()
+    skipped, labels = Skipped(), []
     with open(path, "rb") as data:
         examples = _examples(path, skipped)
-        labels = []
         for key, fields in examples.items():
             label = None
             for field in ("cls", "json"):
@@ -211,34 +197,37 @@ def _scan(path: pathlib.Path) -> Index:
     return Index(_bytes(examples), offsets, _bytes(labels), _bytes(pairs).reshape(-1, 2))
 
 
-def _examples(path: pathlib.Path, skipped: Skipped) -> dict[str, dict[str, tuple[int, int]]]:
-    """{key: {field: (start, size)}} of the examples with an image."""
-    members: dict[str, tuple[int, int]] = {}
-    links: dict[str, str] = {}
+def _members(path: pathlib.Path, skipped: Skipped) -> dict[str, tuple[int, int]]:
+    """{name: (start, size)} of the files and links in a tar file, in its order."""
+    found: dict[str, tuple[int, int] | str] = {}  # A text: the name that a link leads to.
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                name = posixpath.normpath(member.name.replace("\\", "/"))
-                if member.issym():
-                    links[name] = posixpath.normpath(f"{posixpath.dirname(name)}/{member.linkname}")
-                elif member.islnk():
-                    links[name] = posixpath.normpath(member.linkname)
-                if member.issym() or member.islnk():
-                    members[name] = (-1, 0)  # In its place among the others.
-                elif member.isfile():
-                    if name in members:
-                        skipped.add("stored again (the first counts)", name)
-                    members.setdefault(name, (member.offset_data, member.size))
                 tar.members = []  # Or it keeps them all.
+                name = posixpath.normpath(member.name.replace("\\", "/"))
+                folder = posixpath.dirname(name) if member.issym() else ""
+                if member.issym() or member.islnk():
+                    found[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+                elif member.isfile() and name in found:
+                    skipped.add("stored again (the first counts)", name)
+                elif member.isfile():
+                    found[name] = member.offset_data, member.size
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from error
-    for name, target in links.items():
+    for name, target in list(found.items()):
         for _ in range(8):  # A link may lead to a link.
-            target = links.get(target, target)
-        members[name] = members.get(target.lstrip("/"), (-1, 0))
-        if members[name][0] < 0:
+            target = found.get(target.lstrip("/")) if isinstance(target, str) else target
+        if isinstance(target, tuple):
+            found[name] = target
+        else:
             skipped.add("a link to what is not in the tar file", name)
-            del members[name]
+            del found[name]
+    return found
+
+
+def _examples(path: pathlib.Path, skipped: Skipped) -> dict[str, dict[str, tuple[int, int]]]:
+    """{key: {field: (start, size)}} of the examples with an image."""
+    members = _members(path, skipped)
     examples: dict[str, dict[str, tuple[int, int]]] = {}
     later = []
     for name in members:
