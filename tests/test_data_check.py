@@ -36,7 +36,6 @@ def test_it_tells_counts_kinds_labels_captions_and_names_what_cannot_be_read(
         "opened    45 images, of which 2 unreadable",
         "36 PNG, 3 JPEG, 2 GIF",
         "1 CMYK",
-        "1 turned upright by EXIF",
         "24 to 24 wide, 18 to 18 high",
         "2 of 2 classes, 15 to 28 of these images each (a, b)",
         "1 of these images, such as 'a smooth picture'",

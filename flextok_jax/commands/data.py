@@ -36,7 +36,7 @@ def _look(data: sources.Data, args, out) -> None:
     unreadable.update(look for look in looks if isinstance(look, reader.Unreadable))
     print(f"{data}, split {split}: {len(source)} images")
     print(f"  opened    {count} images, of which {len(unreadable)} unreadable")
-    for what, words in checks.summary(found, source.classes):
+    for what, words in checks.summary(found, source.classes) if found else ():
         print(f"  {what:<10}{words}")
     for line in source.skipped.lines():
         print(f"  skipped {line}")

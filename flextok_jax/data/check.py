@@ -1,12 +1,12 @@
 """What is in a source: counts, kinds of images, labels, captions, problems; a contact sheet."""
 
 import collections
-import dataclasses
 import textwrap
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flextok_jax.data import decode
 from flextok_jax.data.reader import Picture
@@ -14,58 +14,51 @@ from flextok_jax.data.source import Source
 
 CELL, TEXT, GAP = 144, 48, 10  # Pixels of a picture, of the words below it, and between.
 COLUMNS, SHOWN, LETTERS = 8, 48, 24
-_INK, _PAPER = (32, 32, 36), (255, 255, 255)
 
 
-@dataclasses.dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """One readable example.
 
     Attributes:
-        kind: (format, mode) of the file, such as ("JPEG", "CMYK"); ("array", "RGB") without one.
-        turned: the camera's rotation was applied.
+        format, mode: of the file, such as "JPEG" and "CMYK"; "array" and "RGB" without one.
         size: upright (width, height).
         embedding: its shape, None where there is none.
-        image: RGB, at most CELL pixels wide and high.
+        thumbnail: RGB, CELL x CELL pixels.
         key, label, caption: as in `source.Example`.
     """
 
-    kind: tuple[str, str]
-    turned: bool
+    format: str
+    mode: str
     size: tuple[int, int]
     embedding: tuple[int, ...] | None
-    image: Image.Image
+    thumbnail: Image.Image
     key: str
     label: int
     caption: str | None
 
 
 def look(source: Source, picture: Picture) -> Look:
-    """What `summary` and `contact_sheet` say of a picture; an embedding that is none counts."""
-    kind, turned, image = ("array", "RGB"), False, picture.image.copy()
-    if isinstance(picture.stored, bytes):
-        stored = decode.opened(picture.stored)
-        kind, turned = (stored.format, stored.mode), decode.orientation(stored) != 1
-    image.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
+    """What `summary` and `contact_sheet` say of a picture; an unusable embedding is skipped."""
+    is_file, image = isinstance(picture.stored, bytes), picture.image
+    stored = decode.opened(picture.stored) if is_file else image
+    small = max(image.size) <= CELL // 2
+    way = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+    thumbnail = ImageOps.pad(image, (CELL, CELL), way, "white")
     embedding = source.skipped.usable(source.embedding, picture.index, picture.key)
     shape = None if embedding is None else embedding.shape
-    size, named = picture.image.size, (picture.key, picture.label, picture.caption)
-    return Look(kind, turned, size, shape, image, *named)
+    named = picture.key, picture.label, picture.caption
+    return Look(stored.format or "array", stored.mode, image.size, shape, thumbnail, *named)
 
 
 def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:
     """(title, text) of the readable examples."""
-    if not found:
-        return []
-    formats, modes = zip(*(look.kind for look in found))
     widths, heights = (np.array(side) for side in zip(*(look.size for look in found)))
     short = np.minimum(widths, heights)
-    turned = sum(look.turned for look in found)
     captions = [look.caption for look in found if look.caption]
     example = f", such as {textwrap.shorten(captions[0], 60)!r}" if captions else ""
     lines = [
-        ("formats", _counts(formats)),
-        ("modes", _counts(modes) + (f"; {turned} turned upright by EXIF" if turned else "")),
+        ("formats", _counts(look.format for look in found)),
+        ("modes", _counts(look.mode for look in found)),
         (
             "sizes",
             f"{widths.min()} to {widths.max()} wide, {heights.min()} to {heights.max()} high; "
@@ -77,9 +70,7 @@ def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:
     if shapes := [look.embedding for look in found if look.embedding]:
         tokens, channels = (sorted(set(sides)) for sides in zip(*shapes))
         channels = ", ".join(map(str, channels))
-        text = (
-            f"{len(shapes)} embeddings, {tokens[0]} to {tokens[-1]} tokens of {channels} channels"
-        )
+        text = f"{len(shapes)} embeddings, {tokens[0]} to {tokens[-1]} tokens, {channels} channels"
         lines.append(("text", text))
     return lines
 
@@ -89,12 +80,10 @@ def _labels(found: list[int], classes) -> str:
     if not labels:
         return "none"
     of = f" of {len(classes)}" if classes else ""
-    rare, common = min(labels.values()), max(labels.values())
     names = [_class(label, classes) for label in sorted(labels)[:5]] + ["..."] * (len(labels) > 5)
-    without = len(found) - labels.total()
     return (
-        f"{len(labels)}{of} classes, {rare} to {common} of these images each ({', '.join(names)})"
-        + (f"; {without} images without" if without else "")
+        f"{len(labels)}{of} classes, {min(labels.values())} to {max(labels.values())} of these "
+        f"images each ({', '.join(names)}); {len(found) - labels.total()} images without"
     )
 
 
@@ -103,6 +92,8 @@ def _counts(words: Iterable[str]) -> str:
 
 
 def _class(label: int, classes) -> str:
+    if label < 0:
+        return "no label"
     return classes[label] if label < len(classes) else str(label)
 
 
@@ -112,20 +103,14 @@ def contact_sheet(found: list[Look], classes: list[str]) -> Image.Image:
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     size = (GAP + columns * (CELL + GAP), GAP + rows * (CELL + TEXT + GAP))
-    sheet, font = Image.new("RGB", size, _PAPER), ImageFont.load_default(11)
-    draw = ImageDraw.Draw(sheet)
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(11)
+    pen = ImageDraw.Draw(sheet)
     for place, look in enumerate(found[i] for i in chosen):
         row, column = divmod(place, columns)
         x, y = GAP + column * (CELL + GAP), GAP + row * (CELL + TEXT + GAP)
-        image = look.image
-        if max(image.size) <= CELL // 2:  # Small ones larger, by a whole factor.
-            factor = CELL // max(image.size)
-            image = image.resize([s * factor for s in image.size], Image.Resampling.NEAREST)
-        left, top = ((CELL - side) // 2 for side in image.size)
-        sheet.paste(image, (x + left, y + top))
-        label = "no label" if look.label < 0 else _class(look.label, classes)
-        words = [f"{look.size[0]}x{look.size[1]} {look.kind[1]}, {label}"]
-        words.append(look.caption or look.key[-48:])
-        lines = [line for text in words for line in textwrap.wrap(text[:200], LETTERS)]
-        draw.multiline_text((x, y + CELL + 2), "\n".join(lines[:3]), fill=_INK, font=font)
+        sheet.paste(look.thumbnail, (x, y))
+        first = f"{look.size[0]}x{look.size[1]} {look.mode}, {_class(look.label, classes)}"
+        lines = textwrap.wrap(first, LETTERS)
+        lines += textwrap.wrap((look.caption or look.key[-48:])[:200], LETTERS)
+        pen.multiline_text((x, y + CELL + 2), "\n".join(lines[:3]), fill=(32, 32, 36), font=font)
     return sheet

@@ -21,19 +21,15 @@ csv.field_size_limit(2**31 - 1)
 class FolderSource(source.Source):
     """All images below a folder, sorted by path; the class is the first-level subfolder.
 
-    Where `path/train` and one of `path/validation`, `val` and `test` exist, they are the splits and
-    the classes are their subfolders. Otherwise about 5 % are the validation split ("test"), see
-    `source.select`; where all images lie in one such folder, its subfolders are the classes.
-    Hidden files are left out; linked folders are followed.
+    `path/train` and one of `path/validation`, `val` and `test` are the splits, and the classes are
+    their subfolders; see also `source.select`. Where all images lie in one such folder, its
+    subfolders are the classes. Hidden files are left out; linked folders are followed.
 
     Beside NAME.jpg may lie its caption, NAME.txt, and the caption's embedding, NAME.npy. Or
     metadata.csv or metadata.jsonl lists images: `file_name` (relative to where the list lies),
     `label` or `class` (all of them whole numbers, or all names of classes; -1 or nothing: unknown)
     and `caption` or `text`; it goes before subfolders and .txt files. What it lists and is not
     there counts as an unreadable image.
-
-    Attributes:
-        classes: names of the classes, over all splits; empty where the labels are numbers.
     """
 
     def __init__(self, path, split: str):
@@ -73,12 +69,6 @@ class FolderSource(source.Source):
                     texts[key] = inside[0]
             self.classes = source.sorted_classes(texts.values())
         self.labels = source.label_numbers(map(texts.get, self._keys), self.classes)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, index: int) -> str:
-        return self._keys[index]
 
     def read(self, index: int) -> Example:
         key = self._keys[index]

@@ -52,7 +52,7 @@ def write_split(
         part: (i, n): write the shards i, i + n, i + 2n, ...
 
     Returns:
-        The manifest; some of its "shards" are missing as long as other parts are.
+        The manifest so far; other parts may be missing.
 
     Raises:
         ValueError: the folder, or another split beside it, holds what other models or settings
@@ -173,10 +173,12 @@ def check_same(found: dict, wanted: dict, where) -> None:
         ValueError: they differ; it names both sides of each difference.
     """
     if storage.differences(found, wanted, ignore=WHERE):
-        raise ValueError(
+        lines = [
             f"{where} was made by another model or with other settings. Write to another folder, "
-            "or set these back:\n  " + "\n  ".join(storage.differences(found, wanted))
-        )
+            "or set these back:",
+            *storage.differences(found, wanted),
+        ]
+        raise ValueError("\n  ".join(lines))
 
 
 def manifests(path) -> list[pathlib.Path]:
@@ -301,12 +303,6 @@ class ShardSource(Source):
         if self.null_text is not None:
             longest = max(longest, len(self.null_text))
             self.text = min(longest, MAX_TEXT), self.null_text.shape[1]
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, index: int) -> str:
-        return self._keys[index]
 
     def record(self, index: int) -> Record:
         """What is stored of an example."""

@@ -1,8 +1,4 @@
-"""What every data set is here: numbered examples, each read by its number.
-
-The rules that all sources share are here: names of splits, usable labels, captions and embeddings,
-and the count of what a source skips.
-"""
+"""What a data set is, and the rules that all share: splits, labels, captions, what is skipped."""
 
 import hashlib
 import logging
@@ -78,23 +74,24 @@ class Source:
 
     Attributes:
         classes: the names of the labels; empty where labels are numbers, or there are none.
-        skipped: what the source does not use. Pixels never depend on it: a caption or a label that
-            is not usable counts as missing.
+        skipped: what the source does not use. A caption or a label that is not usable counts as
+            missing, and its image stays.
         labels: int [N], of every example; None: they are not known without reading all.
     """
 
     classes: Sequence[str] = ()
     labels: np.ndarray | None = None
+    _keys: Sequence[str]  # Or `__len__` and `key` are the source's own.
 
     def __init__(self):
         self.skipped = Skipped()
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self._keys)
 
     def key(self, index: int) -> str:
         """The key of an example, without reading it."""
-        raise NotImplementedError
+        return self._keys[index]
 
     def read(self, index: int) -> Example:
         """An example. Any exception means that it cannot be read."""
@@ -118,11 +115,7 @@ def keys_sha256(source: Source, count: int) -> str:
 
 
 def local(path) -> pathlib.Path:
-    """A folder or file of data.
-
-    Raises:
-        ValueError: it is an address.
-    """
+    """A folder or file of data. Raises ValueError for an address."""
     path = as_path(path)
     if is_remote(path):
         raise ValueError(f"{path}: data are read from local or mounted folders; mount the bucket")
@@ -141,9 +134,9 @@ def resolve_split(split: str, present: Collection[str], what: str) -> str:
     Raises:
         ValueError: there is no such split; it lists those that there are.
     """
-    found = [name for name in VALIDATION if name in present and split in VALIDATION]
     if split in present or split == ALL:
         return split
+    found = [name for name in VALIDATION if name in present and split in VALIDATION]
     if not found:
         raise ValueError(f"split {split!r}: {what} has {', '.join([*present, ALL])}")
     return found[0]
@@ -288,10 +281,8 @@ def check_labels(source: Source, train: Source | None = None) -> int:
     """
     labels, classes = source.labels, list(source.classes)
     if train is not None and classes != list(train.classes):
-        only = sorted(set(classes) ^ set(train.classes)) or ["another order"]
-        raise ValueError(
-            f"training and validation data have other classes: {', '.join(map(repr, only[:SHOWN]))}"
-        )
+        only = ", ".join(map(repr, sorted(set(classes) ^ set(train.classes))[:SHOWN]))
+        raise ValueError(f"training and validation data have other classes: {only}")
     if labels is None:
         return 0 if classes else len(source)
     if train is not None and train.labels is not None:

@@ -17,13 +17,7 @@ SOURCES = ("folder", "tfds", "webdataset", "array_record", *ENCODED)
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a text names: the keys of a config's `data` that `make_source` reads.
-
-    Attributes:
-        source: one of SOURCES.
-        path: a folder.
-        name: of a TFDS data set.
-    """
+    """What a text names: a kind of SOURCES, a folder, and the name of a TFDS data set."""
 
     source: str
     path: str = ""
@@ -82,7 +76,7 @@ def make_source(cfg, split: str) -> Source:
     """The source that `cfg.source` names, restricted to `split`.
 
     Args:
-        cfg: the `data` part of a config, or `Data`: `source`, `path`, `name` ("tfds").
+        cfg: the `data` part of a config, or `Data`.
         split: "train", "validation" ("val", "test") or "all", see `source.resolve_split`; for
             "tfds" any TFDS split, such as "train[:10%]".
 

@@ -65,8 +65,7 @@ class Transform:
         """How many times smaller an image may be decoded: 1, 2 or 4.
 
         More than 1 only for a random crop that still has at least twice as many pixels as the
-        result, along both sides: PSNR 48 dB at 2 and 46 dB at 4 (medians over crops of
-        photographs). Evaluation sees every pixel.
+        result along both sides: PSNR 48 dB at 2 and 46 dB at 4 (medians over photographs).
 
         Args:
             size: (width, height) of the whole image.
@@ -148,16 +147,13 @@ def random_window(image: Image.Image, size: int, draws: np.ndarray) -> np.ndarra
 
 
 def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    draws: np.ndarray,
-    scale: tuple[float, float] = (0.08, 1.0),
-    factor: int = 1,
+    image: Image.Image, size: int, draws: np.ndarray, scale=(0.08, 1.0), factor: int = 1
 ) -> np.ndarray:
     """A random rectangle (`crop_box`) as uint8 [size, size, 3], bicubic and antialiased.
 
     Args:
         draws: float [4 * CROP_TRIES] in [0, 1).
+        scale: as in `crop_box`.
         factor: how many times smaller than the original the image is (see `Transform.shrink`): the
             rectangle is the same part of the picture, to fractions of a pixel.
     """
@@ -165,9 +161,7 @@ def random_resized_crop(
     return np.asarray(image.resize((size, size), BICUBIC, box))
 
 
-def crop_box(
-    size: tuple[int, int], draws: np.ndarray, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
+def crop_box(size: Sequence[int], draws: np.ndarray, scale) -> tuple[int, int, int, int]:
     """A random rectangle (left, upper, right, lower) of an image of size (width, height).
 
     Area uniform in `scale` times the image's, ratio of the sides log-uniform in 3/4..4/3, place
@@ -189,15 +183,14 @@ def crop_box(
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre crop that evaluations of ImageNet models use (ADM style).
+    """The centre crop that evaluations of ImageNet models use (ADM style): uint8 [size, size, 3].
 
     The image is halved by 2 x 2 averages while its short side is at least twice `size`, then
     resized by a bicubic filter until the short side is `size`, and the middle is cut out.
-    A smaller image is enlarged. Returns uint8 [size, size, 3].
     """
-    short = min(image.size)
-    if max(image.size) > 16 * short:  # The ends cannot be seen, and would cost memory without end.
-        image = image.crop(_middle(image.size, [min(side, 16 * short) for side in image.size]))
+    most = 16 * min(image.size)  # Longer ends cannot be seen, and would cost memory without end.
+    if max(image.size) > most:
+        image = image.crop(_middle(image.size, [min(side, most) for side in image.size]))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -206,17 +199,12 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _middle(size: Sequence[int], inner: Sequence[int]) -> tuple[int, int, int, int]:
-    """The box in the middle: (left, upper, right, lower)."""
     x, y = ((a - b) // 2 for a, b in zip(size, inner))
     return x, y, x + inner[0], y + inner[1]
 
 
-def affine(
-    images: np.ndarray, degrees: np.ndarray, zoom: np.ndarray, shift: np.ndarray
-) -> np.ndarray:
+def affine(images: np.ndarray, degrees, zoom, shift) -> np.ndarray:
     """Rotates and zooms about the centre, then translates; bilinear, black beyond the border.
-
-    One resampling for all three, and exact for a whole-pixel shift alone.
 
     Args:
         images: uint8 [B, H, W, 3].

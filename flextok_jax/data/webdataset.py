@@ -55,9 +55,6 @@ class WebDatasetSource(source.Source):
 
     Reading SHARD.tar the first time writes .SHARD.tar.index.npz beside it (in ~/.cache/flextok_jax
     where the folder is read-only); it is made again when the shard's size or time has changed.
-
-    Attributes:
-        classes: names of the classes, over all splits; empty where the labels are numbers.
     """
 
     def __init__(self, path, split: str):
@@ -94,12 +91,6 @@ class WebDatasetSource(source.Source):
         self._keys = [key for key, use in zip(keys, used) if use]
         self._offsets = np.concatenate([index.offsets for index in indices])[used]
         self.labels = source.label_numbers(texts, self.classes)[used]
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, index: int) -> str:
-        return self._keys[index]
 
     def read(self, index: int) -> Example:
         found, key = self._read(index, FIELDS[:-1]), self._keys[index]
@@ -228,29 +219,26 @@ def _members(path: pathlib.Path, skipped: Skipped) -> dict[str, tuple[int, int]]
 def _examples(path: pathlib.Path, skipped: Skipped) -> dict[str, dict[str, tuple[int, int]]]:
     """{key: {field: (start, size)}} of the examples with an image."""
     members = _members(path, skipped)
+    names = [name for name in members if not posixpath.basename(name).startswith(".")]
+    first = {name: _split(name, name.find(".", name.rfind("/") + 1)) for name in names}
+    complete = {key for key, field in first.values() if field == "image"}
     examples: dict[str, dict[str, tuple[int, int]]] = {}
-    later = []
-    for name in members:
-        if not posixpath.basename(name).startswith("."):
-            key, field = _split(name, name.find(".", name.rfind("/") + 1))
-            if field is None:
-                later.append((name, key))
-            elif field in examples.setdefault(key, {}):
-                raise ValueError(
-                    f"{path} has more than one {field} of the example {key!r}, the second is "
-                    f"{name!r}: give each image a name of its own up to the first dot"
-                )
-            else:
-                examples[key][field] = members[name]
-    for name, first in later:
-        key, field = _split(name, name.rfind("."))
-        if field is None:
+    for name in names:
+        (key, field), last = first[name], _split(name, name.rfind("."))
+        if field is None and last[1] is None:
             ending = posixpath.splitext(name)[1] or "(none)"
             skipped.add(f"no image, label or caption by its ending {ending}", name)
-        elif "image" in examples.get(first, {}) or field in examples.get(key, {}):
+            continue
+        if field is None and key in complete:
             skipped.add("another file of an example (its name goes to the first dot)", name)
-        else:
-            examples.setdefault(key, {})[field] = members[name]
+            continue
+        key, field = last if field is None else (key, field)
+        if field in examples.setdefault(key, {}):
+            raise ValueError(
+                f"{path} has more than one {field} of the example {key!r}, the second is {name!r}: "
+                "give each image a name of its own up to the first dot"
+            )
+        examples[key][field] = members[name]
     for key in [key for key, fields in examples.items() if "image" not in fields]:
         skipped.add("labels or captions without an image", key)
         del examples[key]
@@ -259,11 +247,10 @@ def _examples(path: pathlib.Path, skipped: Skipped) -> dict[str, dict[str, tuple
 
 def _split(name: str, dot: int) -> tuple[str, str | None]:
     """(key, field) of a member's name that is cut at a dot; None: no field that is known."""
-    suffix = name[dot:].lower() if dot > 0 else ""
+    stem, suffix = (name[:dot], name[dot:].lower()) if dot > 0 else (name, "")
     if suffix in IMAGE_SUFFIXES:
-        return name[:dot], "image"
-    known = suffix[1:] in (*FIELDS[1:], "cls")
-    return (name[:dot] if dot > 0 else name), suffix[1:] if known else None
+        return stem, "image"
+    return stem, suffix[1:] if suffix[1:] in ("cls", *FIELDS[1:]) else None
 
 
 def _bytes(texts: Iterable[str]) -> np.ndarray:
