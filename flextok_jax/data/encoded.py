@@ -16,10 +16,8 @@ class Crops:
     "label" int32 [B], and for a data set with text "text" float16 [B, T, E], "text_mask" bool
     [B, T].
 
-    Attributes:
-        names: of the arrays that are wanted.
-        text: (T, E), or None.
-        random: choose the crop at random; otherwise it is crop 0, the plain one.
+    It is a random crop, or crop 0, the plain one. `names` are the arrays that are wanted, `text` is
+    (T, E) or None.
     """
 
     names: tuple[str, ...]
@@ -29,11 +27,7 @@ class Crops:
 
     @classmethod
     def of(cls, kind: str, source) -> "Crops":
-        """The tokens of a `shards.ShardSource`, or all its other arrays ("encoded").
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The tokens of a `shards.ShardSource`, or all its other arrays ("encoded")."""
         arrays = source.manifest["arrays"]
         names = tuple(name for name in arrays if (name == "tokens") == (kind == "tokens"))
         if not names:

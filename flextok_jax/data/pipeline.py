@@ -12,13 +12,13 @@ for another step, and the global batch is the same for any number of processes.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from flextok_jax.data import reader, sources
 from flextok_jax.data.encoded import Crops
-from flextok_jax.data.reader import MAX_UNREADABLE, Unreadable, UnreadableCount
+from flextok_jax.data.reader import Unreadable, UnreadableCount
 from flextok_jax.data.source import Source, log
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
@@ -50,32 +50,22 @@ def make_pipeline(
 
         process_index, process_count = jax.process_index(), jax.process_count()
     source = sources.make_source(cfg, cfg.split if train else cfg.eval_split)
-    if train:
-        for line in source.skipped.lines():
-            log.warning("%s: skipped %s", cfg.path, line)
+    for line in source.skipped.lines() if train else ():
+        log.warning("%s: skipped %s", cfg.path, line)
     if cfg.source in sources.ENCODED:
         examples = Crops.of(cfg.source, source)
     else:
         names = (field.name for field in dataclasses.fields(Transform))
         examples = Images(Transform(**{name: getattr(cfg, name) for name in names}))
-    return Pipeline(
-        source,
-        examples,
-        seed=seed,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-        max_unreadable=cfg.max_unreadable,
-    )
+    process = process_index, process_count
+    return Pipeline(source, examples, seed, batch_size, process, cfg.max_unreadable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
     """How images become a batch: "image" uint8 [B, S, S, 3] and "label" int32 [B].
 
-    Attributes:
-        transform: between decoding and the batch.
-        num_draws: uniform random numbers in [0, 1) that an example gets.
+    An example gets `num_draws` uniform random numbers in [0, 1).
     """
 
     transform: Transform
@@ -86,11 +76,7 @@ class Images:
         return Images(self.transform.without_randomness())
 
     def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
-        """One example, as arrays of one shape.
-
-        Raises:
-            ValueError: the settings do not fit the image.
-        """
+        """One example. Raises ValueError where the settings do not fit the image."""
         found = reader.read(source, index, lambda size: self.transform.shrink(size, draws))
         if isinstance(found, Unreadable):
             return found
@@ -118,21 +104,11 @@ class Pipeline:
             share `max_unreadable` of all examples do, with the list.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        examples: Images | Crops,
-        *,
-        seed: int,
-        batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        max_unreadable: float = MAX_UNREADABLE,
-    ):
+    def __init__(self, source, examples: Images | Crops, seed, batch_size, process, max_unreadable):
         self.source, self.num_examples = source, len(source)
         self.unreadable = UnreadableCount(len(source), max_unreadable)
         self._examples, self._seed, self._batch_size = examples, seed, batch_size
-        self._process = process_index, process_count
+        self._process = process
         self._local(batch_size)  # Refuses a size that does not divide.
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
@@ -148,17 +124,13 @@ class Pipeline:
 
     def iterate(self, start_step: int = 0) -> Iterator[dict]:
         """The batches from `start_step` on, each equal to `self[step]`, made ahead by threads."""
-        return _ahead(self.__getitem__, itertools.count(start_step))
+        return reader.ahead(self.__getitem__, itertools.count(start_step), reader.threads() + 4)
 
     def eval_batches(self, batch_size: int) -> Iterator[dict]:
         """Every example once, in the source's order and without randomness, also when training.
 
-        Args:
-            batch_size: of the global batch.
-
-        Yields:
-            The batch, and mask bool [B_local], False for rows that do not count: those that fill
-            up the last batch, and unreadable examples. Every process yields as many batches.
+        "mask", bool [B_local], is False for rows that do not count: those that fill up the last
+        batch, and unreadable examples. `batch_size` is global; every process yields as many.
         """
         rows, examples = self._local(batch_size), self._examples.without_randomness()
         draws = np.zeros((rows.stop - rows.start, examples.num_draws))
@@ -170,7 +142,8 @@ class Pipeline:
             mask = np.array(readable) & (indices < self.num_examples)
             return examples.augment(_stack(found), draws) | {"mask": mask}
 
-        return _ahead(make, range(0, self.num_examples, batch_size))
+        firsts = range(0, self.num_examples, batch_size)
+        return reader.ahead(make, firsts, reader.threads() + 4)
 
     def _local(self, batch_size: int) -> slice:
         """This process's rows of a global batch."""
@@ -201,8 +174,3 @@ class Pipeline:
 def _stack(examples) -> dict:
     """Dictionaries of arrays as one, with a leading dimension."""
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-
-
-def _ahead(make: Callable, items: Iterable[int]) -> Iterator[dict]:
-    """As `reader.ahead`: each thread makes a batch."""
-    return reader.ahead(make, items, reader.threads() + 4)

@@ -22,12 +22,10 @@ class Picture(NamedTuple):
     """A decoded example.
 
     Attributes:
-        image: upright RGB.
-        factor: how many times smaller it was decoded than it is stored.
+        image: upright RGB, decoded `factor` times smaller than it is stored.
         index: its number in the source.
         embedding: float16 [T, E] of the caption, where it was asked for and there is one.
         stored: bytes of a file, or uint8 [H, W, 3], as the source has it.
-        label, caption, key: as in `source.Example`.
     """
 
     image: Image.Image
@@ -50,12 +48,7 @@ class Unreadable(NamedTuple):
 def read(
     source: Source, index: int, shrink=lambda size: 1, text: bool = False
 ) -> Picture | Unreadable:
-    """One example.
-
-    Args:
-        shrink: as in `decode.upright_reduced`.
-        text: also read the embedding of the caption; one that is not usable is unreadable.
-    """
+    """One example, with the embedding of its caption if `text`; `shrink`: see `decode`."""
     try:
         example = source.read(index)
         image, factor = decode.upright_reduced(example.image, shrink)
@@ -71,9 +64,6 @@ def read_ahead(
     """`function(picture)` of each example in order, or its `Unreadable`; read ahead by threads.
 
     What `function` itself raises is no fault of a file, and is raised.
-
-    Args:
-        text: as in `read`.
     """
 
     def one(index: int):
@@ -106,19 +96,14 @@ def threads() -> int:
 
 
 class UnreadableCount(dict):
-    """{key: reason} of the unreadable examples so far, each warned of once.
-
-    Args:
-        total: of all examples.
-        share: of them that may be unreadable; a single one always may.
-    """
+    """{key: reason} of the unreadable examples among `total`; a single one is always allowed."""
 
     def __init__(self, total: int, share: float = MAX_UNREADABLE):
         super().__init__()
         self._total, self._share = total, share
 
     def add(self, found: Unreadable) -> None:
-        """Counts one. Raises as `check`."""
+        """Counts one and warns of it. Raises as `check`."""
         if found.key not in self:
             self[found.key] = found.reason
             log.warning("unreadable image %d, skipped: %s (%s)", len(self), *found)

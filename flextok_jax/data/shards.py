@@ -61,12 +61,8 @@ def write_split(
     """
     folder, settings = source.local(folder), json.loads(json.dumps({"format": FORMAT} | settings))
     for other in manifests(folder.parent):
-        found, wanted = open_manifest(other), settings
-        if other.parent == folder:
-            found = {key: value for key, value in found.items() if key not in RESULTS}
-        else:
-            found, wanted = models(found), models(wanted)
-        check_same(found, wanted, other.parent)
+        part_of = _settings if other.parent == folder else models
+        check_same(part_of(open_manifest(other)), part_of(settings), other.parent)
     path = folder / MANIFEST
     if not path.exists():
         storage.write_json(path, settings | {"shards": {}, "unreadable": {}})
@@ -129,10 +125,7 @@ def _write_shard(path: pathlib.Path, made, count: UnreadableCount, channels: int
                     length, width = record.embedding.shape
                     longest = max(longest, length)
                     if channels not in (None, width):
-                        raise ValueError(
-                            f"{record.key}: the embedding has {width} channels, {NULL_TEXT} has "
-                            f"{channels}"
-                        )
+                        raise ValueError(f"{record.key}: {width} channels, {NULL_TEXT} {channels}")
                 writer.write(to_bytes(record))
                 keys.append(record.key)
                 labels.append(int(record.label))
@@ -161,17 +154,12 @@ def models(manifest: dict) -> dict:
     return {name: manifest[name] for name in MODELS if name in manifest}
 
 
+def _settings(manifest: dict) -> dict:
+    return {key: value for key, value in manifest.items() if key not in RESULTS}
+
+
 def check_same(found: dict, wanted: dict, where) -> None:
-    """Refuses results of two models, or of two settings, in one place.
-
-    Args:
-        found: (a part of) the manifest that is there.
-        wanted: the same part, as it is to be now.
-        where: the place, for the message.
-
-    Raises:
-        ValueError: they differ; it names both sides of each difference.
-    """
+    """Raises ValueError where (parts of) two manifests differ; it names both sides."""
     if storage.differences(found, wanted, ignore=WHERE):
         lines = [
             f"{where} was made by another model or with other settings. Write to another folder, "
@@ -187,16 +175,12 @@ def manifests(path) -> list[pathlib.Path]:
 
 
 def open_manifest(file: pathlib.Path) -> dict:
-    """A manifest, of a finished split or not.
-
-    Raises:
-        ValueError: it has another format.
-    """
+    """A manifest, of a finished split or not. Raises ValueError for one of another format."""
     manifest = storage.read_json(file)
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{file} has format {manifest.get('format')}, and this version of flextok reads "
-            f"{FORMAT}: encode (or pack) the images again, to another folder"
+            f"{file} has format {manifest.get('format')}, this version reads {FORMAT}: encode (or "
+            "pack) the images again, to another folder"
         )
     return manifest
 
@@ -216,8 +200,8 @@ def _finished(path, split: str) -> tuple[pathlib.Path, dict]:
     found = {file.parent.name: file for file in manifests(path)}
     if not found:
         raise FileNotFoundError(
-            f"{path} holds no {MANIFEST}: `flextok encode`, `flextok tokenize` or `flextok data "
-            f"pack` with --split {split} --out {path} makes it"
+            f"{path} holds no {MANIFEST}; `flextok encode` or `flextok data pack` with --split "
+            f"{split} --out {path} makes it"
         )
     name = split if split in found else source.resolve_split(split, found, str(path))
     file = found.get(name) or next(iter(found.values()))  # "all" without a folder of that name.
@@ -225,18 +209,14 @@ def _finished(path, split: str) -> tuple[pathlib.Path, dict]:
     if len(manifest["shards"]) != manifest["num_shards"]:
         done = len(list(file.parent.glob("records-*.array_record")))
         raise ValueError(
-            f"{file.parent} holds {done} of {manifest['num_shards']} shards: the command that "
-            "wrote them was interrupted; run it again, it continues"
+            f"{file.parent} holds {done} of {manifest['num_shards']} shards: run the command that "
+            "wrote them again, it continues"
         )
     return file.parent, manifest
 
 
 def verify(folder: pathlib.Path) -> Iterator[tuple[str, str | None, int]]:
-    """Reads every byte of a finished split: yields (shard, what is wrong or None, its records).
-
-    Raises:
-        FileNotFoundError, ValueError: there is no finished split.
-    """
+    """Reads every byte of a finished split: yields (shard, what is wrong or None, its records)."""
     for name, info in read_manifest(folder.parent, folder.name)["shards"].items():
         path, wrong = folder / name, None
         if not path.is_file():
@@ -259,8 +239,7 @@ class ShardSource(Source):
         """Opens DIR/SPLIT; "all": every split there is.
 
         Raises:
-            FileNotFoundError, ValueError: it is missing, unfinished, damaged or holds no records;
-                with the remedy.
+            FileNotFoundError, ValueError: it is missing, unfinished, damaged or holds no records.
         """
         import grain  # Here, because commands that need manifests only may have no grain.
 
@@ -283,8 +262,8 @@ class ShardSource(Source):
                 size = file.stat().st_size if file.is_file() else None
                 if size != info["bytes"]:
                     raise ValueError(
-                        f"{file} is damaged: {size} bytes, {info['bytes']} expected; delete it and "
-                        "give the command that wrote it again"
+                        f"{file} has {size} bytes, {info['bytes']} expected; delete it and run the "
+                        "command that wrote it again"
                     )
                 longest = max(longest, info["max_text"])
                 if info["max_text"] > MAX_TEXT:

@@ -128,11 +128,8 @@ def local(path) -> pathlib.Path:
 def resolve_split(split: str, present: Collection[str], what: str) -> str:
     """The split of `present` that a name means: "validation", "val" and "test" are synonyms.
 
-    Args:
-        what: the data set, for the message.
-
     Raises:
-        ValueError: there is no such split; it lists those that there are.
+        ValueError: `what`, the data set, has no such split.
     """
     if split in present or split == ALL:
         return split
@@ -145,19 +142,12 @@ def resolve_split(split: str, present: Collection[str], what: str) -> str:
 def select(
     keys: Sequence[str], parts: Sequence[str], split: str, what: str, skipped: Skipped
 ) -> tuple[np.ndarray, bool]:
-    """Which examples a split of a data set has.
+    """(bool [N]: which examples a split has, whether the paths name the splits).
 
-    The paths name the splits where "train" and one of VALIDATION are among them. Otherwise "test"
-    is about 5 % of the examples, at least one and never all, by a hash of the key: the same on
-    every machine, and others do not move when some are added.
-
-    Args:
-        keys, parts: of each example, and the split that its path names or some other word.
-        split, what: as in `resolve_split`.
-        skipped: gets the examples outside of the splits.
-
-    Returns:
-        (bool [N], whether the paths name the splits).
+    They do where "train" and one of VALIDATION are among `parts`, a word of each example's path.
+    Otherwise "test" is about 5 % of the examples, at least one and never all, by a hash of the key:
+    the same on every machine, and others do not move when some are added. `skipped` gets the
+    examples outside of the splits.
 
     Raises:
         ValueError: there is no such split, or no example in it.
@@ -188,10 +178,9 @@ def select(
 
 
 def parse_label(value) -> str | None:
-    """A label of a list or a file as text; None for an unknown one.
+    """A label as text, None for an unknown one; of a whole number its digits.
 
-    A whole number becomes its digits, also where it was stored as a float, as pandas does with a
-    column that has gaps: "1.0" is "1".
+    Also where it was stored as a float, as pandas does with a column that has gaps: "1.0" is "1".
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8-sig", "surrogateescape")
@@ -229,11 +218,7 @@ def sorted_classes(names: Iterable[str]) -> list[str]:
 
 
 def label_classes(labels: Mapping[str, str], where) -> list[str]:
-    """The sorted names that these labels ({key: label}, see `parse_label`) are; [] for numbers.
-
-    Raises:
-        ValueError: some are numbers and some are names.
-    """
+    """The sorted names that labels are ({key: label}); [] for numbers; ValueError for both."""
     numbers = [key for key, label in labels.items() if label.isdecimal()]
     names = [key for key, label in labels.items() if not label.isdecimal()]
     if numbers and names:
@@ -273,11 +258,8 @@ def read_embedding(file) -> np.ndarray:
 def check_labels(source: Source, train: Source | None = None) -> int:
     """How many examples have no label, for a class-conditional model.
 
-    Args:
-        train: of a validation split: the training split, whose classes it must share.
-
     Raises:
-        ValueError: the two splits have other classes.
+        ValueError: the training split `train` has other classes.
     """
     labels, classes = source.labels, list(source.classes)
     if train is not None and classes != list(train.classes):
