@@ -380,8 +380,7 @@ def test_a_fault_of_ours_keeps_its_traceback_and_a_missing_package_has_a_remedy(
     with pytest.raises(RuntimeError, match="a fault"):
         run("info", model)
     fails(ModuleNotFoundError("No module", name="sklearn.datasets"))
-    message = refused(capsys, "info", model)
-    assert "pip install scikit-learn" in message and ".[train]" in message
+    assert ".[train]" in refused(capsys, "info", model)
     fails(ModuleNotFoundError("No module", name="grain.python"))
     assert ".[data]" in refused(capsys, "info", model)
     fails(RuntimeError("RESOURCE_EXHAUSTED: 51 GB"))

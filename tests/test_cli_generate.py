@@ -13,7 +13,7 @@ from common import ROOT, TINY, tiny_generator
 from PIL import Image
 
 from flextok_jax import cli
-from flextok_jax.commands import generate as command
+from flextok_jax.commands import common
 from flextok_jax.commands.generate import read_labels
 from flextok_jax.io.formats import flexar
 
@@ -67,18 +67,7 @@ def test_generate_writes_pictures_that_say_what_they_are(samples):
     assert saved["labels"] == [3, 0, 1] and saved["count"] == 3
 
 
-def test_rows_of_the_grid_have_the_names_of_classes():
-    def sheet(names):
-        picture = np.zeros((8, 8, 3), np.uint8)
-        return np.asarray(command._sheet(np.array([0, 0, 1]), names, [4], lambda i, k: picture))
-
-    named, other = sheet(["cat", "cat", "dog"]), sheet(["cat", "cat", "house"])
-    half = len(named) // 2
-    np.testing.assert_array_equal(named[:half], other[:half])
-    assert (named[half:] != other[half:]).any()
-
-
-def test_the_tokens_of_samples_draw_them_again(models, samples, tmp_path):
+def test_the_tokens_of_samples_decode_to_them_again(models, samples, tmp_path):
     arguments = ["--model", models[3], "--tokens", str(samples / "tokens.npz"), *FAST[:4]]
     arguments += ["--num-tokens", "2,8", "--out", str(tmp_path)]
     assert cli.main(["detokenize", *arguments]) == 0
@@ -91,7 +80,7 @@ def test_the_tokens_of_samples_draw_them_again(models, samples, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_samples(models, tmp_path, monkeypatch):
     arguments = [*models, "--labels", "0-4", "--num-tokens", 2]
     assert run(*arguments, "--batch-size", 5, "--out", tmp_path / "whole") == 0
-    real, calls = command.decode, []
+    real, calls = common.decode, []
 
     def third_fails(*args):
         calls.append(args)
@@ -99,7 +88,7 @@ def test_an_interrupted_run_goes_on_to_the_same_samples(models, tmp_path, monkey
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(command, "decode", third_fails)
+    monkeypatch.setattr(common, "decode", third_fails)
     parts = [*arguments, "--batch-size", 2, "--out", tmp_path / "parts"]
     assert run(*parts) == 130
     assert run(*parts) == 0 and len(calls) == 4  # One batch was left.

@@ -1,33 +1,15 @@
 """Metrics, pictures in and out, folders of results, and reports."""
 
-import dataclasses
-import json
 import math
 
-import jax
 import numpy as np
 import pytest
-from common import TINY, changed, digits_folder, tiny_tokenizer
+from common import tiny_tokenizer
 from PIL import Image
 
-from examples.digits import arrays
+from flextok_jax.commands.common import out_results, results_folder
 from flextok_jax.evaluation import metrics, pictures, reconstruction, report
-from flextok_jax.evaluation.results import results_folder
 from flextok_jax.nn.images import to_float, to_uint8
-
-DIGITS = changed(TINY, sites__patch_size=4)  # 16 x 16 pixels
-QUICK = reconstruction.Sampler(steps=1, guidance_scale=1.0)
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return tiny_tokenizer(DIGITS)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return pictures.Pictures(digits_folder(), 20, "test")
-
 
 # Metrics.
 
@@ -62,33 +44,8 @@ def test_the_evaluator_averages_the_images_that_count_as_files_would_have_them()
         list(metrics.means([("/8", images, originals, np.ones(4, bool))]))
 
 
-def test_reconstructions_are_measured_by_number_of_tokens(tok, digits):
-    seen = {1: [], 16: []}
-
-    def save(batch, k, make):
-        seen[k].append(to_uint8(make()))
-        return seen[k][-1]
-
-    result = reconstruction.evaluate(tok, digits, (16, 1), QUICK, batch_size=8, save=save)
-    assert result["num_tokens"] == [1, 16] and result["count"] == 20
-    originals = to_float(arrays("test")[0][:20])
-    for k, images in seen.items():
-        assert [len(part) for part in images] == [8, 8, 4]
-        psnr = metrics.psnr(to_float(np.concatenate(images)), originals)
-        assert result["psnr"][k] == pytest.approx(float(psnr.mean()))
-    ids = np.asarray(tok.tokenize(arrays("test")[0][:20]))
-    assert result["codes"] == metrics.codes(ids, DIGITS.vocab_size, [])["codes"]
-    assert result["model"] == {"origin": "memory", "fingerprint": tok.fingerprint}
-    json.dumps(result)
-
-
-def test_no_metric_comes_from_a_model_with_broken_parameters(tok, digits):
-    broken = jax.tree.map(lambda x: x * np.nan, tok.params)
-    with pytest.raises(ValueError, match="finite"):
-        reconstruction.evaluate(dataclasses.replace(tok, params=broken), digits, [1], QUICK)
-
-
-def test_counts_are_doublings_up_to_all_unless_they_are_given(tok):
+def test_counts_are_doublings_up_to_all_unless_they_are_given():
+    tok = tiny_tokenizer()
     assert reconstruction.check_counts(tok, None) == [1, 2, 4, 8, 16]
     assert reconstruction.check_counts(tok, None, available=6) == [1, 2, 4, 6]
     assert reconstruction.check_counts(tok, [4, 1, 4]) == [1, 4]
@@ -116,10 +73,10 @@ def test_pictures_are_upright_cropped_and_the_unreadable_ones_named(tmp_path):
     np.testing.assert_array_equal(first.images[0], first.images[1])
     assert first.images.shape == (2, 16, 16, 3) and first.images.dtype == np.uint8
     assert found.class_name(second.labels[0]) == "sub" and found.class_name(-1) == ""
-    assert list(found.unreadable) == ["c.jpg"] and "c.jpg: " in found.complaint()
+    assert list(found.unreadable) == ["c.jpg"]
     for name in ("a.png", "b.png", "sub/d.png"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match="(?s)4 images.*c.jpg"):
+    with pytest.raises(ValueError, match="c.jpg"):
         list(pictures.Pictures(str(tmp_path)).batches(16, 2))
 
 
@@ -129,9 +86,8 @@ def test_no_picture_overwrites_another():
     assert len({name.casefold() for name in clash}) == 3
 
 
-def test_pictures_of_an_earlier_run_are_kept_and_those_of_others_are_not_replaced(tmp_path):
+def test_pictures_that_exist_are_kept_and_not_replaced(tmp_path):
     paths, made = [tmp_path / "a.png", tmp_path / "k" / "b.png"], []
-    metadata = [{"seed": 0, "name": "ä"}, {"seed": 0}]
     images = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 3))
 
     def make():
@@ -139,15 +95,14 @@ def test_pictures_of_an_earlier_run_are_kept_and_those_of_others_are_not_replace
         return images
 
     for _ in range(2):
-        found = pictures.saved_pictures(paths, metadata, make)
+        found = pictures.saved_pictures(paths, [{"name": "ä"}, {}], make)
         np.testing.assert_array_equal(found, to_uint8(images))
     assert len(made) == 1
-    Image.new("RGB", (4, 4)).save(paths[0])  # A photograph of somebody.
-    photograph = paths[0].read_bytes()
+    Image.new("RGB", (4, 4)).save(paths[0])
+    before = paths[0].read_bytes()
     paths[1].unlink()
-    with pytest.raises(ValueError, match="a.png"):
-        pictures.saved_pictures(paths, metadata, make)
-    assert paths[0].read_bytes() == photograph
+    pictures.saved_pictures(paths, [{}, {}], make)
+    assert paths[0].read_bytes() == before and paths[1].exists()
 
 
 def test_a_grid_enlarges_small_pictures_and_names_its_rows():
@@ -165,18 +120,16 @@ def test_a_grid_enlarges_small_pictures_and_names_its_rows():
 # Folders of results.
 
 
-def test_a_folder_that_is_not_recorded_as_ours_is_refused_and_untouched(tmp_path):
-    photos, out = tmp_path / "photos", tmp_path / "out"
+def test_a_folder_that_is_not_recorded_as_ours_is_refused(tmp_path):
+    photos, link = tmp_path / "photos", tmp_path / "link"
     photos.mkdir()
     (photos / "a.png").write_bytes(b"a photograph")
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "elsewhere")
-    for target in (photos, photos / "out", tmp_path, photos / "a.png", link):
-        with pytest.raises(ValueError, match=target.name), results_folder(target, {}, [photos]):
-            raise AssertionError("the work began")
-    with pytest.raises(ValueError, match="a.png"), results_folder(photos, {}):
-        raise AssertionError("the work began")
-    assert [path.name for path in photos.iterdir()] == ["a.png"] and not out.exists()
+    link.symlink_to(photos)
+    for target in (photos, photos / "out", photos / "a.png", link):
+        with pytest.raises(ValueError, match=target.name):
+            out_results(target, str(photos))
+    with pytest.raises(ValueError, match="a.png"):
+        out_results(photos)
 
 
 def test_a_folder_of_results_is_continued_with_equal_settings_only(tmp_path):
@@ -187,11 +140,11 @@ def test_a_folder_of_results_is_continued_with_equal_settings_only(tmp_path):
     with pytest.raises(KeyboardInterrupt), results_folder(out, {"seed": 0, "k": (1, 2)}):
         (out / "first").write_text("finished")
         raise KeyboardInterrupt
-    with results_folder(out, {"seed": 0, "k": [1, 2]}) as again:
-        assert again == out and (out / "first").exists()
+    with results_folder(out_results(out), {"seed": 0, "k": [1, 2]}):
+        pass
     with pytest.raises(ValueError, match="seed: 0 .* 1 "), results_folder(out, {"seed": 1}):
         pass
-    with results_folder(out, {"of": "a probe"}, record="probe_settings.json"):
+    with results_folder(out, {"of": "a probe"}, "probe_settings.json"):
         pass
     assert (out / "first").exists()
 

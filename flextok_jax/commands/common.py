@@ -1,23 +1,26 @@
 """What several commands do with their options."""
 
+import contextlib
+import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from flextok_jax.commands import options
 from flextok_jax.data import shards
 from flextok_jax.data.sources import parse
-from flextok_jax.evaluation.generation import TokenSampling
-from flextok_jax.evaluation.pictures import Pictures
-from flextok_jax.evaluation.reconstruction import Sampler, default_sampler
-from flextok_jax.evaluation.results import writable
+from flextok_jax.evaluation import pictures as pics
+from flextok_jax.evaluation.reconstruction import Sampler, decode, default_sampler
+from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path, is_remote
 from flextok_jax.parallel import mesh
 from flextok_jax.tokenizer import FlexTok
 
-LISTED = 10  # Images that could not be read, by name.
+SETTINGS = "settings.json"
 
 
 def announce(args: options.Compute) -> None:
@@ -26,7 +29,7 @@ def announce(args: options.Compute) -> None:
 
 
 def all_devices() -> jax.sharding.Mesh | None:
-    """A mesh over all devices of this machine, which a batch is cut over; None for a single one."""
+    """A mesh over all devices of this machine; None for a single one."""
     return mesh.make_mesh() if jax.device_count() > 1 else None
 
 
@@ -37,81 +40,127 @@ def load_model(args: options.Compute, source: str | None = None) -> FlexTok:
     )
 
 
-def sampler(args: options.Sampling, tok: FlexTok) -> Sampler:
+def sampler(args: options.Sampling, tok: FlexTok) -> Sampler | None:
     """How images are sampled: the model's own way, but for what the options say."""
-    return default_sampler(
-        tok,
-        steps=args.steps,
-        guidance_scale=args.guidance,
-        norm_guidance=None if args.norm_guidance else False,
-    )
+    norm_guidance = None if args.norm_guidance else False
+    changes = {"steps": args.steps, "guidance_scale": args.guidance}
+    return default_sampler(tok, norm_guidance=norm_guidance, **changes)
 
 
-def token_sampling(args: options.TokenSampling) -> TokenSampling:
-    """How tokens are sampled."""
-    return TokenSampling(args.token_guidance, args.temperature, args.top_k, args.top_p)
-
-
-def png_metadata(info: dict, num_tokens) -> dict:
-    """The text of a PNG file: `info` of `reconstruction.metadata`, and the number of tokens."""
-    info = dict(info)
-    model = info.pop("model")
-    what = {"model": model["origin"], "fingerprint": model["fingerprint"]}
-    return what | {"num_tokens": num_tokens} | info
-
-
-def out_folder(out: str, images: str = ""):
-    """The path of --out, a folder that results can be written to: found out before the work.
-
-    Args:
-        images: the data that results are made of. Inside of their folder, results would be read
-            as images the next time.
-
-    Raises:
-        ValueError, OSError: it cannot be written, or lies in the folder of images.
-    """
-    path = as_path(out)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--out {out} is a file: pass a folder")
-    data = parse(images) if images else None
-    if data and data.source == "folder" and not is_remote(path):
-        if path.resolve().is_relative_to(data.path):
-            raise ValueError(
-                f"--out {out} lies in the image folder {images}, where its files would be taken "
-                "for images the next time: pass a folder outside of it"
-            )
-    return writable(path)
+# Where results go. Commands find it out before they load a model.
 
 
 def out_file(out: str):
     """The path of --out, a file that can be written. Raises as `out_folder`."""
+    return _writable(out, folder=False)
+
+
+def out_folder(out: str, images: str = ""):
+    """The path of --out, a folder that can be written.
+
+    Args:
+        images: the data that are read: files in their folder would be images the next time.
+
+    Raises:
+        ValueError, PermissionError: it is a file, cannot be written, or lies in that folder.
+    """
+    path = _writable(out, folder=True)
+    data = parse(images) if images else None
+    if data and data.source == "folder" and not is_remote(path):
+        if path.resolve().is_relative_to(data.path):
+            raise ValueError(f"--out {out} lies in the image folder {images}: pass another folder")
+    return path
+
+
+def out_results(out: str, images: str = ""):
+    """`out_folder`, which must be empty or hold results; then `results_folder` opens it."""
+    path = out_folder(out, images)
+    found = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    if found and not any(name.endswith(SETTINGS) for name in found):
+        raise ValueError(f"--out {out} holds {found[0]} but no {SETTINGS}: pass another folder")
+    return path
+
+
+def _writable(out: str, folder: bool):
     path = as_path(out)
-    if path.is_dir():
-        raise ValueError(f"--out {out} is a folder: pass the name of a file")
-    return writable(path)
+    if not is_remote(path):
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if there.is_dir() != (folder or there != path):
+            raise ValueError(f"--out {out}: {there} is a {'file' if there.is_file() else 'folder'}")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"--out {out}: {there} cannot be written")
+    return path
+
+
+@contextlib.contextmanager
+def results_folder(out, settings: dict, record: str = SETTINGS) -> Iterator[None]:
+    """Records in `out` all that the results depend on, or finds the same there.
+
+    A block that fails before it writes leaves no record.
+
+    Raises:
+        ValueError: `out` holds results of other settings.
+    """
+    recorded = (out / record).exists()
+    storage.same_or_refuse(out / record, settings, "results")
+    try:
+        yield
+    except BaseException:
+        if not recorded and [path.name for path in out.iterdir()] == [record]:
+            (out / record).unlink()
+            out.rmdir()
+        raise
+
+
+# Pictures.
+
+
+def png_metadata(info: dict, num_tokens) -> dict:
+    """The text of a PNG file: `info` of `reconstruction.metadata`, and the number of tokens."""
+    model = info["model"]
+    what = {"model": model["origin"], "fingerprint": model["fingerprint"], "num_tokens": num_tokens}
+    return info | what
+
+
+def write_pictures(
+    out, tok: FlexTok, tokens: np.ndarray, names: Sequence[str], counts, sampler, info: dict, args,
+    texts: Sequence[dict] | None = None,
+) -> None:  # fmt: skip
+    """Writes OUT/k0016/NAME.png of all tokens [n, K] and every k, unless they are there.
+
+    Args:
+        names, texts: of each image; the text is added to that of `info`.
+    """
+    files, size = pics.png_names(names), min(args.batch_size, len(names))
+    texts = texts or [{}] * len(names)
+    with tqdm(total=len(names) * len(counts), unit="image", disable=None) as bar:
+        for first in range(0, len(names), size):
+            rows = slice(first, first + size)
+            options = (pics.name_seeds(names[rows]), sampler, args.seed, size)
+            for k in counts:
+                paths = [out / f"k{k:04d}" / name for name in files[rows]]
+                text = [png_metadata(info, k) | more for more in texts[rows]]
+                make = functools.partial(decode, tok, tokens[rows], k, *options)
+                pics.saved_pictures(paths, text, make)
+                bar.update(len(paths))
 
 
 def print_speed(images: int, seconds: float) -> None:
     """How fast a long run was."""
-    if images:
-        print(f"{images / seconds:.2f} images/s over {seconds:.0f} s, compilation included")
-
-
-def report_unreadable(pictures: Pictures) -> None:
-    """Names the pictures that were left out."""
-    left_out(pictures.unreadable, len(pictures))
+    print(f"{images / seconds:.2f} images/s over {seconds:.0f} s, compilation included")
 
 
 def left_out(unreadable: dict[str, str], count: int) -> None:
-    """Warns of the images of `count` that were left out: {name: reason}."""
+    """Warns of the images of `count` that could not be read: {name: reason}."""
     if unreadable:
-        lines = [f"\n  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
-        more = f"\n  and {len(unreadable) - LISTED} more" if len(unreadable) > LISTED else ""
         print(
             f"warning: {len(unreadable)} of {count} images could not be read and were left out:"
-            f"{''.join(lines)}{more}",
+            f"{pics.listed(unreadable)}",
             file=sys.stderr,
         )
+
+
+# Shards.
 
 
 def write_shards(args, out, data, source, settings: dict, records: Callable) -> int | None:
@@ -140,7 +189,6 @@ def write_shards(args, out, data, source, settings: dict, records: Callable) -> 
                 bar.update()
 
         manifest = shards.write_split(folder, settings, make_shard, text, args.process)
-        bar.update(count - bar.n)
     for line in source.skipped.lines():
         print(f"warning: skipped {line}", file=sys.stderr)
     left_out(manifest["unreadable"], count)

@@ -40,7 +40,8 @@ def _look(data: sources.Data, args, out) -> None:
         print(f"  {what:<10}{words}")
     for line in source.skipped.lines():
         print(f"  skipped {line}")
-    _print_listed("unreadable", unreadable)
+    for name, why in list(unreadable.items())[: reader.MAX_LISTED]:
+        print(f"  unreadable: {name}: {why}")
     if found:
         with storage.atomic(out) as temporary:
             checks.contact_sheet(found, source.classes).save(temporary)
@@ -49,8 +50,8 @@ def _look(data: sources.Data, args, out) -> None:
         print(f"  {len(source) - count} were not opened: --all opens every one")
     if unreadable.too_many:
         raise ValueError(
-            f"{len(unreadable)} of {count} images are unreadable: training would stop, because "
-            f"that is more than {reader.MAX_UNREADABLE:.0%} (data.max_unreadable)"
+            f"{len(unreadable)} of {count} images are unreadable: training would stop above "
+            f"{reader.MAX_UNREADABLE:.0%} (data.max_unreadable)"
         )
 
 
@@ -76,15 +77,11 @@ def _verify(data: sources.Data, split: str | None) -> None:
             words = "files as they are" if shape is None else "x".join(map(str, shape))
             print(f"  {name:<10}{words}{crops}")
         print(f"  {'of':<10}{manifest['data']}, split {manifest['split']}")
-        _print_listed("left out", manifest["unreadable"])
+        for name, why in manifest["unreadable"].items():
+            print(f"  left out: {name}: {why}")
         damaged += wrong
     if damaged:
         raise ValueError("damaged shards; delete them and write them again:\n" + "\n".join(damaged))
-
-
-def _print_listed(what: str, unreadable: dict[str, str]) -> None:
-    for name, why in list(unreadable.items())[: reader.MAX_LISTED]:
-        print(f"  {what}: {name}: {why}")
 
 
 def pack(args: options.Pack) -> None:
@@ -98,10 +95,8 @@ def pack(args: options.Pack) -> None:
 
     total = common.write_shards(args, out, data, source, {"arrays": {"image": None}}, records)
     if total is not None:
-        print(
-            f"{total} images in {out}; to train on them: --config.data.source=array_record "
-            f"--config.data.path={out}"
-        )
+        setting = f"--config.data.source=array_record --config.data.path={out}"
+        print(f"{total} images in {out}; to train on them: {setting}")
 
 
 def _record(picture: reader.Picture) -> Record:

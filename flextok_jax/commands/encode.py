@@ -4,9 +4,10 @@
 """
 
 import contextlib
-import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,17 +51,13 @@ def encode(args: options.Encode) -> None:
     batch_size = min(args.batch_size, group * args.crops)
 
     def records(indices: Iterable[int]) -> Iterator[Record | Unreadable]:
-        waiting, crops = [], functools.partial(_crops, args, transform)
-        for found in read_ahead(source, indices, crops, text=True):
-            if isinstance(found, Unreadable):
-                yield found
-            else:
-                waiting.append(found)
-            if len(waiting) == group:
-                yield from _records(encoders, waiting, batch_size)
-                waiting = []
-        if waiting:
-            yield from _records(encoders, waiting, batch_size)
+        crops = functools.partial(_crops, args, transform)
+        found = read_ahead(source, indices, crops, text=True)
+        while batch := list(itertools.islice(found, group)):
+            images = [image for image in batch if not isinstance(image, Unreadable)]
+            yield from (image for image in batch if isinstance(image, Unreadable))
+            if images:
+                yield from _records(encoders, images, batch_size)
 
     settings = {
         **{key: value for e in encoders for key, value in e.settings.items()},
@@ -96,22 +93,20 @@ def _records(encoders: "list[Encoder]", images: list, batch_size: int) -> Iterat
     """The records of some images of `_crops`, encoded `batch_size` crops at a time."""
     crops = np.concatenate([part for part, _ in images])
     batches = [crops[i : i + batch_size] for i in range(0, len(crops), batch_size)]
-    arrays = {
-        e.name: np.concatenate([e.run(padded(b, batch_size))[: len(b)] for b in batches])
-        for e in encoders
-    }
-    arrays = {name: np.split(array, len(images)) for name, array in arrays.items()}
+    arrays = {}
+    for e in encoders:
+        found = np.concatenate([e.run(padded(b, batch_size))[: len(b)] for b in batches])
+        arrays[e.name] = np.split(found, len(images))
     for i, (_, fields) in enumerate(images):
         yield Record(arrays={name: parts[i] for name, parts in arrays.items()}, **fields)
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
+class Encoder(NamedTuple):
     """What becomes of an image.
 
     Attributes:
         name: of the array in a record.
-        words: what it is, to a person.
+        words: for messages.
         settings: of the manifest: the model's identity, and what else decides the result.
         shape: of one crop's array.
         run: uint8 [B, S, S, 3] -> [B, *shape], as it is stored.
@@ -125,11 +120,7 @@ class Encoder:
 
 
 def make_encoders(args: options.Encode) -> tuple[int, list[Encoder]]:
-    """The side S of the images, and an encoder for each of --model, --vae and --dinov2.
-
-    Raises:
-        ValueError: no model is named, or sizes do not fit each other.
-    """
+    """The side S of the images, and an encoder for each of --model, --vae and --dinov2."""
     made, size = [], args.image_size
     if args.model:
         tok = common.load_model(args)
@@ -196,10 +187,7 @@ def _features(args) -> Encoder:
 
 
 def _on_devices(function, params, like):
-    """uint8 [B, S, S, 3] -> float16 [B, ...]: `function(params, images)` over all devices.
-
-    `like` are the parameters in boxes with their axes.
-    """
+    """`function(params, images)` over all devices, as float16; `like`: the parameters in boxes."""
     mesh = common.all_devices()
     params = place(mesh, params, like)
     compiled = jax.jit(function)

@@ -6,21 +6,12 @@ import sys
 import numpy as np
 
 from flextok_jax import conditions
-from flextok_jax.commands import common
-from flextok_jax.commands.generate import load_generator
-from flextok_jax.data.sources import parse
+from flextok_jax.commands import common, options
+from flextok_jax.commands.generate import load_generator, token_filters
 from flextok_jax.evaluation import networks, probe, statistics, sweep, sweep_report
 from flextok_jax.evaluation.environment import environment, product_precision
-from flextok_jax.evaluation.generation import TokenSampling
-from flextok_jax.evaluation.networks import Networks
 from flextok_jax.evaluation.pictures import Pictures
-from flextok_jax.evaluation.reconstruction import (
-    check_counts,
-    default_sampler,
-    identity,
-    side,
-)
-from flextok_jax.evaluation.results import check_folder, results_folder
+from flextok_jax.evaluation.reconstruction import check_counts, default_sampler, identity, side
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
 
@@ -28,52 +19,48 @@ CROP = (
     "centre: halved by 2x2 averages while the short side is at least twice the size, then bicubic "
     "to the size, then the middle (as ADM)"
 )
-PROBE, PROBE_SETTINGS = "probe.json", "probe_settings.json"
+CLASSIFIER = (
+    "logistic regression on standardised registers before quantisation, its strength by "
+    f"{probe.FOLDS}-fold cross-validation of the training images"
+)
 
 
-def evaluate(args) -> None:
+def evaluate(args: options.Evaluate) -> None:
     """Writes results, each with its metadata, and report.html into --out."""
-    check_folder(args.out, [parse(args.data).path])
-    task = {"reconstruction": _reconstruction, "generation": _generation, "probe": _probe}
-    task[args.task](args)
+    out = common.out_results(args.out, args.data)
+    {"reconstruction": _reconstruction, "generation": _generation, "probe": _probe}[args.task](
+        args, out
+    )
 
 
-def _reconstruction(args) -> None:
+def _reconstruction(args, out) -> None:
     tok = common.load_model(args)
-    counts = check_counts(tok, args.num_tokens)
-    _sweep(args, tok, counts, {"model": identity(tok)}, {})
+    _sweep(args, out, tok, check_counts(tok, args.num_tokens), {"model": identity(tok)})
 
 
-def _generation(args) -> None:
+def _generation(args, out) -> None:
     gen = load_generator(args)
+    classes = gen.config.num_classes
     counts = check_counts(gen.tokenizer, args.num_tokens or [gen.num_tokens], gen.num_tokens)
-    if not gen.config.num_classes:
-        raise ValueError(f"{gen.origin} knows no classes: evaluate a class-conditional model")
-    every = np.tile(np.arange(gen.config.num_classes), args.per_label)
-    how = TokenSampling(None, args.temperature, args.top_k, args.top_p)
-    wanted = conditions.of_labels(every, gen.class_names)
-    samples = sweep.Samples(gen, wanted, how, every)
+    if not classes:
+        raise ValueError(f"{gen.origin} has no classes: evaluate a class-conditional model")
+    labels, filters = np.tile(np.arange(classes), args.per_label), token_filters(args)
+    samples = sweep.Samples(gen, conditions.of_labels(labels, gen.class_names), labels, filters)
     info = {
         "model": identity(gen),
         "tokenizer": identity(gen.tokenizer),
-        "samples": {
-            "per_label": args.per_label,
-            "labels": gen.config.num_classes,
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-        },
+        "samples": {"per_label": args.per_label, "labels": classes, **filters},
     }
     scales = _scales(args.token_guidance, gen.config.guidance_scale)
-    _sweep(args, gen.tokenizer, counts, info, {"samples": samples}, scales)
+    _sweep(args, out, gen.tokenizer, counts, info, samples, scales)
 
 
-def _sweep(args, tok, counts, info: dict, fields: dict, token_scales=(None,)) -> None:
+def _sweep(args, out, tok, counts, info: dict, samples=None, token_scales=(None,)) -> None:
     """What reconstruction and generation share."""
     given = {"steps": args.steps, "guidance_scale": args.guidance}
-    given = {name: value[0] for name, value in given.items() if value}  # The others as well.
+    given = {name: value[0] for name, value in given.items() if value}  # The settings vary them.
     sampler = default_sampler(tok, norm_guidance=None if args.norm_guidance else False, **given)
-    steps = sorted(set(args.steps or [sampler and sampler.steps]))
+    steps = _scales(args.steps, sampler and sampler.steps)
     guidances = _scales(args.guidance, sampler and sampler.guidance_scale)
     settings = sweep.grid(counts, guidances, steps, token_scales)
     if args.export and len(settings) > 1:
@@ -81,106 +68,103 @@ def _sweep(args, tok, counts, info: dict, fields: dict, token_scales=(None,)) ->
     pictures = Pictures(args.data, args.limit, args.split)
     found = _networks(args)
     reference, reference_metadata = _reference(args, found)
-    count = len(fields["samples"].conditions) if "samples" in fields else len(pictures)
-    batch_size = min(args.batch_size, count)
+    batch_size = min(args.batch_size, len(samples.labels if samples else pictures))
     sampling = {"seed": args.seed, "norm_guidance": None, "solver": "one pass"}
     if sampler:
         sampling |= {"norm_guidance": sampler.norm_guidance, "solver": sampler.solver}
     shared = {
-        "format": 2,
-        "task": args.task,
+        **_setup(args, tok),
         "data": _data_metadata(pictures),
-        "crop": CROP,
-        "image_size": side(tok),
         "rounding": "8 bits",
         "reference": reference_metadata,
         "networks": found.metadata,
         **info,
         "sampling": sampling,
-        "dtype": tok.compute.dtype,
-        "product_precision": product_precision(),
         "attention": tok.compute.attention,
         "batch_size": batch_size,
     }
-    fields |= {"reference": reference, "export": args.export and as_path(args.export)}
-    with results_folder(args.out, shared, [pictures.path]) as out:
-        options = (tok, pictures, found, sampler, args.seed, batch_size)
-        results = sweep.Sweep(out, shared, *options, **fields).run(settings)
-    common.report_unreadable(pictures)
-    file = out / PROBE
-    known = storage.read_json(file) if file.exists() else None
-    if known and known["metadata"]["model"] != shared["model"]:
-        known = None  # Of another model.
-    sweep_report.write(out / "report.html", *sweep.results(out), known)
+    run = sweep.Sweep(
+        out, shared, tok, pictures, found, sampler, args.seed, batch_size, samples, reference,
+        args.export and as_path(args.export),
+    )  # fmt: skip
+    with common.results_folder(out, shared):
+        results = run.run(settings)
+    common.left_out(pictures.unreadable, len(pictures))
+    sweep_report.write(out / "report.html", *sweep.results(out))
     _print(results)
     print(f"Results are in {out / sweep.POINTS}, the report in {out / 'report.html'}")
 
 
-def _probe(args) -> None:
+def _probe(args, out) -> None:
     tok = common.load_model(args)
     counts = check_counts(tok, args.num_tokens)
-    splits = "train", args.split or "test"
-    if splits[1] in ("train", "all"):
-        raise ValueError(
-            f"--split {splits[1]}: the probe is trained on the split train; name another one to "
-            "evaluate it on"
-        )
-    train, test = (Pictures(args.data, args.limit, split) for split in splits)
+    if args.split in ("train", "all"):
+        raise ValueError(f"--split {args.split}: the probe is trained on train; name another one")
+    train, test = (Pictures(args.data, args.limit, s) for s in ("train", args.split or "test"))
     settings = {
-        "format": 2,
-        "task": args.task,
+        **_setup(args, tok),
         "data": {"train": _data_metadata(train), "test": _data_metadata(test)},
         "num_tokens": counts,
-        "crop": CROP,
-        "image_size": side(tok),
         "model": identity(tok),
-        "classifier": "logistic regression on standardised registers before quantisation, its "
-        f"strength by {probe.FOLDS}-fold cross-validation of the training images",
-        "dtype": tok.compute.dtype,
-        "product_precision": product_precision(),
+        "classifier": CLASSIFIER,
     }
-    with results_folder(args.out, settings, [train.path], PROBE_SETTINGS) as out:
+    with common.results_folder(out, settings, "probe_settings.json"):
         both = [probe.registers(tok, part, counts[-1], args.batch_size) for part in (train, test)]
         found = dict(probe.probe(*both, counts))
         result = {"metadata": settings | environment(), "metrics": found, "warnings": []}
-        storage.write_json(out / PROBE, result)
+        storage.write_json(out / "probe.json", result)
     for part in (train, test):
-        common.report_unreadable(part)
+        common.left_out(part.unreadable, len(part))
     print(f"Accuracy of a linear probe of the first k registers, {found['count']} images:")
     for k, accuracy in found["accuracy"].items():
         print(f"{k:8} {accuracy:8.1%}")
-    print(f"The most frequent class alone: {found['chance']:.1%}. Everything is in {out / PROBE}")
+    print(f"The most frequent class alone: {found['chance']:.1%}. Result: {out / 'probe.json'}")
 
 
-def _networks(args) -> Networks:
+def _setup(args, tok) -> dict:
+    """Settings of every task."""
+    return {
+        "format": 2,
+        "task": args.task,
+        "crop": CROP,
+        "image_size": side(tok),
+        "dtype": tok.compute.dtype,
+        "product_precision": product_precision(),
+    }
+
+
+def _networks(args) -> networks.Networks:
     """The networks of the files that are named; says which metrics are left out."""
     mesh = common.all_devices()
-    features = perceptual = metadata = None
+    features, perceptual = None, (None, None)
     if args.inception:
         features = networks.inception_network(args.inception, mesh)
     else:
-        print(f"note: {networks.NO_FEATURES}", file=sys.stderr)
-    if args.lpips_vgg and args.lpips_heads:
-        files = args.lpips_vgg, args.lpips_heads
-        perceptual, metadata = networks.perceptual_network(*files, mesh)
-    elif args.lpips_vgg or args.lpips_heads:
+        print(
+            "note: FID, Inception score, precision and recall are left out: --inception FILE names "
+            "the Inception network",
+            file=sys.stderr,
+        )
+    if bool(args.lpips_vgg) != bool(args.lpips_heads):
         raise ValueError("LPIPS needs both files: --lpips-vgg and --lpips-heads")
+    if args.lpips_vgg:
+        perceptual = networks.perceptual_network(args.lpips_vgg, args.lpips_heads, mesh)
     elif args.task == "reconstruction":
-        print(f"note: {networks.NO_LPIPS}", file=sys.stderr)
-    return Networks(features, perceptual, metadata)
+        print("note: LPIPS is left out: --lpips-vgg and --lpips-heads name its files",
+              file=sys.stderr)  # fmt: skip
+    return networks.Networks(features, *perceptual)
 
 
-def _reference(args, found: Networks) -> tuple[statistics.Gaussian | None, dict]:
+def _reference(args, found: networks.Networks) -> tuple[statistics.Gaussian | None, dict]:
     """--reference instead of statistics of --data."""
     if not args.reference:
         return None, {"source": "data"}
     gaussian, digest = statistics.read_gaussian(args.reference)
-    network = found.features
-    if network is None or network.size != len(gaussian.mean):
-        there = f"{network.metadata['name']} has {network.size}" if network else "none is named"
+    size = found.features.size if found.features else "no"
+    if size != len(gaussian.mean):
         raise ValueError(
-            f"--reference {args.reference} has statistics of {len(gaussian.mean)} features; of the "
-            f"feature networks {there}"
+            f"--reference {args.reference} has {len(gaussian.mean)} features, and the feature "
+            f"network of --inception {size}"
         )
     return gaussian, {"source": "file", "sha256": digest}
 
@@ -190,7 +174,7 @@ def _data_metadata(pictures: Pictures) -> dict:
     return {"title": pictures.title, "images": len(pictures), "names_sha256": names}
 
 
-def _scales(given: list[float] | None, default: float | None) -> list[float | None]:
+def _scales(given, default) -> list:
     return sorted(set(given)) if given else [default]
 
 
@@ -198,14 +182,9 @@ def _print(results: list[dict]) -> None:
     """A table of all settings, and the warnings."""
     settings = [result["metadata"]["setting"] for result in results]
     varied = [a for a in sweep.AXES if a == "num_tokens" or len({s[a] for s in settings}) > 1]
-    keys = [key for key in sweep_report.CURVES if key in results[0]["metrics"]]
-    titles = [sweep_report.AXES[axis] for axis in varied]
-    rows = [titles + [sweep_report.CURVES[key][0] for key in keys]]
-    for setting, result in zip(settings, results):
-        values = [sweep_report.formatted(key, result["metrics"][key]) for key in keys]
-        rows.append([f"{setting[axis]:g}" for axis in varied] + values)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
+    titles, rows = sweep_report.table(results, varied)
+    widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    for row in (titles, *rows):
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))
     for text in dict.fromkeys(text for result in results for text in result["warnings"]):
         print(f"warning: {text}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """`flextok generate`: classes to tokens to images."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 
@@ -13,8 +12,7 @@ from flextok_jax.commands import common, options
 from flextok_jax.commands.tokens import write_tokens
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.generation import sample_tokens
-from flextok_jax.evaluation.reconstruction import check_counts, decode, metadata
-from flextok_jax.evaluation.results import check_folder, results_folder
+from flextok_jax.evaluation.reconstruction import check_counts, metadata
 from flextok_jax.generator import ImageGenerator
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
@@ -28,46 +26,41 @@ def generate(args: options.Generate) -> None:
     The grid shows samples by class, or, for several numbers of tokens, each sample from fewer and
     from more of its tokens.
     """
-    check_folder(args.out)
+    out = common.out_results(args.out)
     gen = load_generator(args)
     tok = gen.tokenizer
-    class_names = gen.class_names
-    labels = read_labels(args.labels, gen.config.num_classes, class_names)
+    labels = read_labels(args.labels, gen.config.num_classes, gen.class_names)
     labels = np.repeat(labels, args.per_label)
-    wanted = conditions.of_labels(labels, class_names)
+    wanted = conditions.of_labels(labels, gen.class_names)
     names = [f"{number:06d}_class{label}.png" for number, label in enumerate(labels)]
     counts = check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
-    sampler, how = common.sampler(args, tok), common.token_sampling(args)
-    model = {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
-    info = {**metadata(tok, sampler, args.seed), **model, **how.metadata(gen)}
+    sampler = common.sampler(args, tok)
+    scale = gen.config.guidance_scale if args.token_guidance is None else args.token_guidance
+    how = token_filters(args)
+    info = metadata(tok, sampler, args.seed) | how | {"token_guidance": scale}
+    info |= {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
     settings = {**info, "labels": labels.tolist(), "num_tokens": counts}
-    batch_size, tokens = min(args.batch_size, len(labels)), []
-    rest = (args.seed, batch_size)
-    with results_folder(args.out, settings) as out:
-
-        def path(i, k):
-            return out / f"k{k:04d}" / names[i]
-
-        started = time.perf_counter()
-        with tqdm(total=len(names), unit="image", disable=None) as bar:
-            for first in range(0, len(names), batch_size):
-                rows = range(len(names))[first : first + batch_size]
-                seeds = pics.name_seeds([names[i] for i in rows])  # As `flextok detokenize` does.
-                part = sample_tokens(gen, wanted.take(rows), seeds, counts[-1], how, *rest)
-                tokens.append(part)
-                for k in counts:
-                    make = functools.partial(decode, tok, part, k, seeds, sampler, *rest)
-                    text = common.png_metadata(info, k)
-                    text = [{"label": labels[i], "class": wanted.names[i]} | text for i in rows]
-                    pics.saved_pictures([path(i, k) for i in rows], text, make)
-                bar.update(len(rows))
-        seconds = time.perf_counter() - started
-        write_tokens(out / "tokens.npz", tok, np.concatenate(tokens), names)
-        sheet = _sheet(labels, wanted.names, counts, lambda i, k: pics.read_png(path(i, k)))
+    seeds, size, started = pics.name_seeds(names), min(args.batch_size, len(names)), time.time()
+    with common.results_folder(out, settings):
+        tokens, how = [], how | {"guidance_scale": scale}
+        for first in tqdm(range(0, len(names), size), unit="batch of tokens", disable=None):
+            rows = slice(first, first + size)
+            options = (counts[-1], how, args.seed, size)
+            tokens.append(sample_tokens(gen, wanted.take(rows), seeds[rows], *options))
+        tokens = np.concatenate(tokens)
+        texts = [{"label": label, "class": name} for label, name in zip(labels, wanted.names)]
+        common.write_pictures(out, tok, tokens, names, counts, sampler, info, args, texts)
+        write_tokens(out / "tokens.npz", tok, tokens, names)
+        sheet = _sheet(labels, wanted.names, counts, lambda i, k: out / f"k{k:04d}" / names[i])
         pics.write_png(out / "grid.png", sheet, common.png_metadata(info, counts))
         storage.write_json(out / "generation.json", settings | {"count": len(names)})
     print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
-    common.print_speed(len(names), seconds)
+    common.print_speed(len(names), time.time() - started)
+
+
+def token_filters(args: options.TokenSampling) -> dict:
+    """Arguments of `ImageGenerator.generate_tokens` beside the scale of guidance."""
+    return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
 
 
 def load_generator(args: options.Generate | options.Evaluate) -> ImageGenerator:
@@ -75,9 +68,7 @@ def load_generator(args: options.Generate | options.Evaluate) -> ImageGenerator:
     gen = ImageGenerator.from_pretrained(args.model, dtype=args.dtype, mesh=common.all_devices())
     source = args.tokenizer or gen.tokenizer_source
     if not source:
-        raise ValueError(
-            f"{gen.origin} does not say whose tokens it makes: pass --tokenizer SOURCE"
-        )
+        raise ValueError(f"{gen.origin} names no tokenizer: pass --tokenizer SOURCE")
     return dataclasses.replace(gen, tokenizer=common.load_model(args, source))
 
 
@@ -102,7 +93,6 @@ def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) ->
         if part in class_names:
             first = last = str(class_names.index(part))
         last = last or first
-        # Compared before a range is written out: it may be endless.
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < num_classes):
             names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
             raise ValueError(
@@ -115,14 +105,13 @@ def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) ->
     return np.array(labels)
 
 
-def _sheet(labels: np.ndarray, class_names, counts: list[int], picture):
-    """The grid of samples; `picture(i, k)` reads sample i of k tokens."""
+def _sheet(labels: np.ndarray, class_names, counts: list[int], path):
+    """The grid of samples; `path(i, k)` is the file of sample i of k tokens."""
+    first = np.sort(np.unique(labels, return_index=True)[1])[: pics.GRID_ROWS]
     if len(counts) > 1:  # One sample per row, coarse to fine: the first of each class.
-        shown = np.sort(np.unique(labels, return_index=True)[1])
-        shown = (shown if len(shown) > 1 else np.arange(len(labels)))[: pics.GRID_ROWS]
-        rows = [[picture(i, k) for k in counts] for i in shown]
-        return pics.grid(rows, [f"k = {k}" for k in counts], names=[class_names[i] for i in shown])
-    groups = [np.flatnonzero(labels == label)[:GRID_COLUMNS] for label in np.unique(labels)]
-    groups = groups[: pics.GRID_ROWS]
-    rows = [[picture(i, counts[0]) for i in group] for group in groups]
-    return pics.grid(rows, names=[class_names[group[0]] for group in groups])
+        shown = first if len(first) > 1 else range(min(len(labels), pics.GRID_ROWS))
+        rows = [[pics.read_png(path(i, k)) for k in counts] for i in shown]
+        return pics.grid(rows, [f"k = {k}" for k in counts], [class_names[i] for i in shown])
+    groups = [np.flatnonzero(labels == labels[i])[:GRID_COLUMNS] for i in first]
+    rows = [[pics.read_png(path(i, counts[0])) for i in group] for group in groups]
+    return pics.grid(rows, names=[class_names[i] for i in first])

@@ -49,29 +49,25 @@ def describe(source) -> dict:
 def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
     """(see `describe`, the function that writes the model into a folder and returns the path)."""
     kind = sources.kind_of(source)
+    if scaling_factor is not None and kind != "vae":
+        raise ValueError(f"--scaling-factor is for a VAE on its own; {source} is none")
     if kind == "vae":
         cfg, params = models.load_vae(str(source), scaling_factor)
-        facts = {"kind": "vae", "origin": str(source)}
-        return _described(facts, cfg, params), lambda out: vae_files.save_folder(out, cfg, params)
-    if scaling_factor is not None:
-        raise ValueError(f"--scaling-factor is for a VAE on its own; {source} is none")
-    if kind == "ar":
-        model, save = flexar.load(source), flexar.save
-        facts = {"kind": "ar", **model.info}
+        facts, save = {"origin": str(source)}, lambda out: vae_files.save_folder(out, cfg, params)
     else:
-        model, save = models.load(source), models.save
-        cfg = model.config
-        facts = {"image_size": list(cfg.image_size), "vocab_size": cfg.vocab_size}
-        facts = {"kind": "tokenizer", **facts}
-    facts |= {"origin": model.origin, "step": model.step}
-    return _described(facts, model.config, model.params), lambda out: save(out, model)
-
-
-def _described(facts: dict, config, params: dict) -> dict:
+        module = flexar if kind == "ar" else models
+        model = module.load(source)
+        cfg, params, save = model.config, model.params, lambda out: module.save(out, model)
+        facts = {"origin": model.origin, "step": model.step}
+        if kind == "ar":
+            facts |= model.info
+        else:
+            facts |= {"image_size": list(cfg.image_size), "vocab_size": cfg.vocab_size}
     sizes = {k: sum(leaf.size for leaf in jax.tree.leaves(part)) for k, part in params.items()}
     return {
+        "kind": kind if kind in ("ar", "vae") else "tokenizer",
         **{key: value for key, value in facts.items() if value is not None},
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(cfg),
         "parameters": sizes | {"total": sum(sizes.values())},
         "sha256": storage.fingerprint(params),
-    }
+    }, save

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from scipy.stats import entropy
 
 from flextok_jax.nn.images import to_float, to_uint8
 
@@ -32,12 +33,8 @@ def ssim(images, originals):
 
     On colours in 0..1, a Gaussian window of 11 pixels and sigma 1.5, constants 0.01^2 and 0.03^2,
     variances over n; the mean over channels and over the positions where the window fits inside.
-
-    Raises:
-        ValueError: a side is shorter than the window.
+    No side may be shorter than the window.
     """
-    if min(images.shape[1:3]) < WINDOW:
-        raise ValueError(f"SSIM needs at least {WINDOW} pixels per side, not {images.shape[1:3]}")
     x, y = (images + 1) / 2, (originals + 1) / 2
     rows, columns = (jnp.asarray(_windows(side), jnp.float32) for side in x.shape[1:3])
 
@@ -65,8 +62,9 @@ def _windows(size: int) -> np.ndarray:
 def compare(images, originals) -> dict[str, jax.Array]:
     """ "psnr", "mae", and "ssim" where its window fits: float32 [B] each."""
     found = {"psnr": psnr(images, originals), "mae": mae(images, originals)}
-    fits = min(images.shape[1:3]) >= WINDOW
-    return found | ({"ssim": ssim(images, originals)} if fits else {})
+    if min(images.shape[1:3]) >= WINDOW:
+        found["ssim"] = ssim(images, originals)
+    return found
 
 
 def frequency_bands(height: int, width: int) -> list[int]:
@@ -103,8 +101,7 @@ def per_image(stream: Iterable[tuple], functions: Sequence[Function] = (compare,
     Args:
         stream: (suffix, images, originals, mask) for one batch after the other: images uint8, or
             float in [-1, 1], which are clipped and rounded to 8 bits as files of them would be;
-            mask bool [B] of the images that count. Arrays may lie over the devices of several
-            processes, which then all call together.
+            mask bool [B] of the images that count. Arrays may lie over several processes' devices.
         functions: each returns {metric: [B, ...]}.
 
     Returns:
@@ -122,9 +119,8 @@ def per_image(stream: Iterable[tuple], functions: Sequence[Function] = (compare,
         wrong = int(np.sum(mask & ~finite))
         if wrong:
             raise ValueError(
-                f"{wrong} of {int(mask.sum())} reconstructions{suffix and f' ({suffix})'} have "
-                "values that are not finite: no metric is computed from them. Check the model's "
-                "parameters, or try dtype float32"
+                f"{wrong} of {int(mask.sum())} reconstructions {suffix} have values that are not "
+                "finite. Check the model's parameters, or try dtype float32"
             )
         for name, value in values.items():
             found.setdefault(name, []).append(value[mask].astype(np.float64))
@@ -171,13 +167,11 @@ def codes(tokens: np.ndarray, vocab_size: int, counts: Sequence[int]) -> dict:
     """
     if not vocab_size:
         return {}
-    distinct, perplexity = [], []
-    for column in tokens.T:
-        found = np.unique(column, return_counts=True)[1]
-        share = found / found.sum()
-        distinct.append(len(found))
-        perplexity.append(float(np.exp(-np.sum(share * np.log(share)))))
+    used = [np.unique(column, return_counts=True)[1] for column in tokens.T]
     return {
         "codebook_usage": {k: len(np.unique(tokens[:, :k])) / vocab_size for k in counts},
-        "codes": {"distinct": distinct, "perplexity": perplexity},
+        "codes": {
+            "distinct": list(map(len, used)),
+            "perplexity": [float(np.exp(entropy(count))) for count in used],
+        },
     }

@@ -1,8 +1,4 @@
-"""The networks of metrics: one whose features are compared, and LPIPS.
-
-Both come from files that a person names, and metrics are saved with the files' hashes. Without its
-network a metric is left out, and one line says so.
-"""
+"""The networks of metrics: one whose features are compared, and LPIPS, from files of the user."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,12 +12,6 @@ from flextok_jax.io import storage
 from flextok_jax.io.formats import networks as files
 from flextok_jax.nn import inception, lpips
 from flextok_jax.parallel.sharding import spread_batch
-
-NO_FEATURES = (
-    "FID, Inception score, precision and recall are left out: no feature network; name the file of "
-    "the Inception network with --inception FILE"
-)
-NO_LPIPS = "LPIPS is left out: name its files with --lpips-vgg FILE --lpips-heads FILE"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,14 +35,12 @@ class FeatureNetwork:
     mesh: Mesh | None = None
 
     def __post_init__(self):
-        place = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else jax.devices()[0]
-        object.__setattr__(self, "params", jax.device_put(self.params, place))
+        object.__setattr__(self, "params", _everywhere(self.params, self.mesh))
         object.__setattr__(self, "function", jax.jit(self.function))
 
     def __call__(self, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [n, H, W, 3], n at most `batch_size` → (features [n, D], logits [n, V])."""
-        batch = spread_batch(self.mesh, padded(images, batch_size))
-        found = self.function(self.params, batch)
+        found = self.function(self.params, spread_batch(self.mesh, padded(images, batch_size)))
         return tuple(np.asarray(x)[: len(images)] for x in found)
 
 
@@ -62,8 +50,7 @@ class Networks:
 
     Attributes:
         features: None leaves out FID, Inception score, precision, recall and accuracy.
-        perceptual: (images, originals) → {"lpips": [B]}; None leaves it out. See
-            `metrics.per_image`.
+        perceptual: (images, originals) → {"lpips": [B]}, see `metrics.per_image`; None: no LPIPS.
         perceptual_metadata: its hashes.
     """
 
@@ -94,8 +81,7 @@ def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> tuple[Callable, 
         "heads_sha256": files.sha256(heads),
         "parameters_sha256": storage.fingerprint(params),
     }
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()) if mesh else None)
-    distance = jax.jit(lpips.lpips)
+    params, distance = _everywhere(params, mesh), jax.jit(lpips.lpips)
 
     def function(images, originals):
         batch = spread_batch(mesh, (images, originals))
@@ -106,7 +92,8 @@ def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> tuple[Callable, 
 
 def hashes(path, params) -> dict:
     """The sha256 of a file, and of its parameters."""
-    return {
-        "file_sha256": files.sha256(path),
-        "parameters_sha256": storage.fingerprint(params),
-    }
+    return {"file_sha256": files.sha256(path), "parameters_sha256": storage.fingerprint(params)}
+
+
+def _everywhere(params, mesh: Mesh | None):
+    return jax.device_put(params, NamedSharding(mesh, PartitionSpec()) if mesh else None)

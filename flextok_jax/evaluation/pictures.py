@@ -11,13 +11,12 @@ from flextok_jax.data import reader, sources, transforms
 from flextok_jax.data.source import IMAGE_SUFFIXES
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
-from flextok_jax.nn.images import to_float as from_uint8  # noqa: F401
-from flextok_jax.nn.images import to_uint8  # noqa: F401
+from flextok_jax.nn.images import to_uint8
 
 GRID_ROWS = 16
 _CELL = 96  # Pixels that a picture of a grid should have at least.
 _GAP, _TITLE, _NAME = 8, 30, 130
-_INK, _PAPER = (32, 32, 36), (255, 255, 255)
+_LISTED = 10  # Images that could not be read, by name.
 
 
 class Batch(NamedTuple):
@@ -43,7 +42,6 @@ class Pictures:
         title: what was asked for, and the split.
         names: of all images, in the source's order (of a folder: sorted).
         classes: names of the labels, empty where the data set has none.
-        path: where the data are.
         unreadable: {name: reason} of those that were met so far and could not be read.
     """
 
@@ -56,14 +54,12 @@ class Pictures:
         Raises:
             FileNotFoundError, ValueError: there is no such data set, or no image in it.
         """
-        data = sources.parse(str(images))
         split = split or "all"
         self.title = f"{images}, {split}"
         self.unreadable: dict[str, str] = {}
-        self._source = sources.make_image_source(data, split)
+        self._source = sources.make_image_source(sources.parse(str(images)), split)
         self.names = [self._source.key(i) for i in range(len(self._source))][:limit]
         self.classes = tuple(self._source.classes)
-        self.path = data.path
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,7 +88,7 @@ class Pictures:
         if found:
             yield _batch(found)
         elif not any_readable:
-            raise ValueError(f"none of the {len(self)} images could be read{self.complaint()}")
+            raise ValueError(f"no image of {self.title} could be read:{listed(self.unreadable)}")
 
     def class_name(self, label: int) -> str:
         """The name of a label; "" for an unknown one."""
@@ -100,16 +96,17 @@ class Pictures:
             return ""
         return self.classes[label] if self.classes else f"class {label}"
 
-    def complaint(self) -> str:
-        """The unreadable images with their reasons, one per line, at most ten."""
-        lines = [f"\n  {name}: {reason}" for name, reason in self.unreadable.items()]
-        more = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
-        return "".join(lines[:10]) + more
-
 
 def _batch(found) -> Batch:
     names, images, labels = zip(*found)
     return Batch(name_seeds(names), list(names), np.asarray(labels, np.int32), np.stack(images))
+
+
+def listed(unreadable: dict[str, str]) -> str:
+    """Unreadable images with their reasons, one per line, at most ten."""
+    lines = [f"\n  {name}: {reason}" for name, reason in unreadable.items()]
+    more = f"\n  and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+    return "".join(lines[:_LISTED]) + more
 
 
 def name_seeds(names: Sequence[str]) -> np.ndarray:
@@ -120,15 +117,13 @@ def name_seeds(names: Sequence[str]) -> np.ndarray:
     return np.array([zlib.crc32(os.fsencode(name)) for name in names], np.uint32)
 
 
-def png_names(names: list[str]) -> list[str]:
+def png_names(names: Sequence[str]) -> list[str]:
     """The name of the PNG file of each image: its own without the ending.
 
     Where two images differ in the ending alone, all keep theirs: no picture overwrites another.
     """
-    stems = []
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        stems.append(stem if suffix.lower() in IMAGE_SUFFIXES else name)
+    parts = [os.path.splitext(name) for name in names]
+    stems = [a if b.lower() in IMAGE_SUFFIXES else a + b for a, b in parts]
     clash = len({stem.casefold() for stem in stems}) < len(stems)
     return [f"{stem}.png" for stem in (names if clash else stems)]
 
@@ -165,7 +160,7 @@ def saved_pictures(
 ) -> np.ndarray:
     """Pictures in files; where one is missing, they are made, and the missing ones are written.
 
-    So an interrupted command goes on where it stopped.
+    So an interrupted command continues. No file that exists is replaced.
 
     Args:
         paths: of the PNG files, n of them.
@@ -174,80 +169,44 @@ def saved_pictures(
 
     Returns:
         uint8 [n, H, W, 3].
-
-    Raises:
-        ValueError: a file that is there has other metadata: this command did not write it.
     """
-    from PIL import Image
-
-    missing = [not path.exists() for path in paths]
-    for path, absent, wanted in zip(paths, missing, metadata, strict=True):
-        if absent:
-            continue
-        with path.open("rb") as file, Image.open(file) as image:
-            found = getattr(image, "text", {})
-        if found != {key: str(value) for key, value in wanted.items()}:
-            raise ValueError(
-                f"{path} is not a picture of this command with these settings, and is not replaced:"
-                " move it away, or pass another --out"
-            )
-    if not any(missing):
-        return np.stack([read_png(path) for path in paths])
-    images = to_uint8(make())
-    for path, absent, image, text in zip(paths, missing, images, metadata):
-        if absent:
-            write_png(path, image, text)
-    return images
+    if not all(path.exists() for path in paths):
+        for path, image, text in zip(paths, to_uint8(make()), metadata, strict=True):
+            if not path.exists():
+                write_png(path, image, text)
+    return np.stack([read_png(path) for path in paths])
 
 
 def grid(
-    rows: Sequence[Sequence[np.ndarray]],
-    titles: Sequence[str] = (),
-    names: Sequence[str] = (),
-    cell: int = _CELL,
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = (), names: Sequence[str] = ()
 ):
-    """A `PIL.Image.Image` of rows of pictures.
+    """A `PIL.Image.Image` of rows of pictures, small ones enlarged by a whole factor.
 
     Args:
         rows: uint8 [H, W, 3] each, all of one size; a shorter row leaves its end empty.
         titles: one per column, above it.
         names: one per row, to its left, such as names of classes.
-        cell: pictures smaller than this are enlarged by a whole factor, nearest neighbour, to at
-            least this size.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     height, width = rows[0][0].shape[:2]
-    factor = max(1, -(-cell // min(height, width)))
+    factor = max(1, -(-_CELL // min(height, width)))
     height, width = height * factor, width * factor
     top, left = _TITLE if any(titles) else _GAP, _NAME if any(names) else _GAP
     columns = max(map(len, rows))
     size = (left + columns * (width + _GAP), top + len(rows) * (height + _GAP))
-    sheet = Image.new("RGB", size, _PAPER)
-    sketch = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", size, "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for column, title in enumerate(titles):
-        x = left + column * (width + _GAP) + width / 2
-        font = _font(sketch, title, width)
-        sketch.text((x, _TITLE / 2), title, fill=_INK, font=font, anchor="mm")
+        middle = (left + column * (width + _GAP) + width / 2, top / 2)
+        canvas.text(middle, title, fill="black", font=font, anchor="mm")
     for row, pictures in enumerate(rows):
         y = top + row * (height + _GAP)
         if any(names):
-            name = names[row] if len(names[row]) <= 20 else names[row][:19] + "…"
-            font = _font(sketch, name, _NAME - 2 * _GAP)
-            middle = (_NAME - _GAP, y + height / 2)
-            sketch.text(middle, name, fill=_INK, font=font, anchor="rm")
+            name = names[row] if len(names[row]) <= 16 else names[row][:15] + "…"
+            middle = (left - _GAP, y + height / 2)
+            canvas.text(middle, name, fill="black", font=font, anchor="rm")
         for column, picture in enumerate(pictures):
             picture = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + column * (width + _GAP), y))
     return sheet
-
-
-def _font(sketch, text: str, width: int):
-    """The largest of a few sizes at which the text fits."""
-    from PIL import ImageFont
-
-    for size in (18, 16, 14, 12, 10):
-        font = ImageFont.load_default(size)
-        if sketch.textlength(text, font=font) <= width:
-            break
-    return font

@@ -1,7 +1,5 @@
 """Linear probing: how much of an image's class its first k registers hold, linearly."""
 
-import concurrent.futures
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -45,10 +43,9 @@ def registers(tok: FlexTok, pictures: Pictures, num_tokens: int, batch_size: int
 
 
 def probe(train, test, counts: Sequence[int]) -> Iterator[tuple[str, object]]:
-    """An evaluator: logistic regression on the first k registers, for each k.
+    """An evaluator: logistic regression on the first k standardised registers, for each k.
 
-    The features are standardised. The strength of the regularisation is chosen by cross-validation
-    of the training images; the test images are looked at once.
+    The strength of the regularisation is chosen by cross-validation of the training images.
 
     Args:
         train, test: (float [n, K, F], labels int [n]); see `registers`.
@@ -57,38 +54,24 @@ def probe(train, test, counts: Sequence[int]) -> Iterator[tuple[str, object]]:
     Yields:
         "count", "train_count"; "accuracy" and "strength", by k; "chance", the share of the
         commonest class of the test images.
-
-    Raises:
-        ValueError: a class has a single training image.
     """
-    (x, y), (x_test, y_test) = train, test
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        one = lambda k: _fit(_flat(x, k), y, _flat(x_test, k), y_test)  # noqa: E731
-        accuracies, strengths = zip(*pool.map(one, counts))
-    yield "count", len(y_test)
-    yield "train_count", len(y)
-    yield "accuracy", dict(zip(counts, accuracies))
-    yield "strength", dict(zip(counts, strengths))
-    yield "chance", float(np.bincount(y_test).max() / len(y_test))
-
-
-def _fit(x, y, x_test, y_test) -> tuple[float, float]:
-    """(accuracy, strength)."""
+    import joblib
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_score
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    def model(strength):
-        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
-
-    folds = min(FOLDS, np.bincount(y)[np.bincount(y) > 0].min())
-    if folds < 2:
-        raise ValueError("a class has a single training image: probing needs at least two")
-    scores = [cross_val_score(model(c), x, y, cv=folds).mean() for c in STRENGTHS]
-    best = STRENGTHS[int(np.argmax(scores))]
-    return float(model(best).fit(x, y).score(x_test, y_test)), best
-
-
-def _flat(x, k):
-    return x[:, :k].reshape(len(x), -1)
+    (x, y), (x_test, y_test) = train, test
+    accuracy, strength = {}, {}
+    for k in counts:
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        search = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, cv=FOLDS, n_jobs=-1)
+        with joblib.parallel_config("threading"):
+            search.fit(x[:, :k].reshape(len(x), -1), y)
+        accuracy[k] = float(search.score(x_test[:, :k].reshape(len(x_test), -1), y_test))
+        strength[k] = search.best_params_["logisticregression__C"]
+    yield "count", len(y_test)
+    yield "train_count", len(y)
+    yield "accuracy", accuracy
+    yield "strength", strength
+    yield "chance", float(np.bincount(y_test).max() / len(y_test))

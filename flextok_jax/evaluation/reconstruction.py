@@ -1,17 +1,14 @@
-"""Images to tokens and back, over whole sets of images of any number."""
+"""Images to tokens and back, in batches of one size."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from flextok_jax.evaluation import metrics
-from flextok_jax.evaluation.pictures import Batch, Pictures
 from flextok_jax.flow.sampler import Sampler
 from flextok_jax.nn import flextok
-from flextok_jax.nn.images import to_uint8
 from flextok_jax.tokenizer import FlexTok
 
 
@@ -34,22 +31,23 @@ def default_sampler(tok: FlexTok, **changes) -> Sampler | None:
     return None
 
 
-def sampler_metadata(sampler: Sampler | None, seed: int) -> dict:
-    """What images were sampled with, for files and settings."""
+def identity(model) -> dict:
+    """Which model it is: its origin in words, and the sha256 over all its parameters."""
+    return {"origin": model.origin, "fingerprint": model.fingerprint}
+
+
+def metadata(tok: FlexTok, sampler: Sampler | None, seed: int) -> dict:
+    """What images are made with, for files and settings: model, dtype, sampler, seed."""
+    found = {"model": identity(tok), "dtype": tok.compute.dtype}
     if sampler is None:
-        return {"solver": "one pass"}
-    return {
+        return found | {"solver": "one pass"}
+    return found | {
         "steps": sampler.steps,
         "guidance": sampler.guidance_scale,
         "norm_guidance": sampler.normalized,
         "solver": sampler.solver,
         "seed": seed,
     }
-
-
-def identity(model) -> dict:
-    """Which model it is: its origin in words, and the sha256 over all its parameters."""
-    return {"origin": model.origin, "fingerprint": model.fingerprint}
 
 
 def side(tok: FlexTok) -> int:
@@ -120,73 +118,13 @@ def decode(
         how["noise"] = _noise(np.uint32(seed), padded(seeds, batch_size), latent)
     images = tok.detokenize(padded(tokens[:, :num_tokens], batch_size), **how)
     images = np.asarray(images)[: len(tokens)]
-    finite = np.isfinite(images).all(axis=(1, 2, 3))
-    if not finite.all():
+    wrong = int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
+    if wrong:
         raise ValueError(
-            f"{tok.origin}: {np.sum(~finite)} of {len(images)} images from {num_tokens} tokens "
-            "have values that are not finite. Check the model's parameters, or try float32"
+            f"{tok.origin}: {wrong} of {len(images)} images from {num_tokens} tokens have values "
+            "that are not finite. Check the model's parameters, or try float32"
         )
     return np.clip(images, -1, 1)
-
-
-def evaluate(
-    tok: FlexTok,
-    pictures: Pictures,
-    counts: Sequence[int],
-    sampler: Sampler | None,
-    seed: int = 0,
-    batch_size: int = 32,
-    save: Callable[[Batch, int, Callable], np.ndarray] = lambda batch, k, make: to_uint8(make()),
-) -> dict:
-    """Reconstructs every picture from its first k tokens, for each k of `counts`.
-
-    Args:
-        save: (batch, k, make) → uint8 [n, S, S, 3]: the images that `make()` decodes (float in
-            [-1, 1]), or what an earlier run made of them.
-
-    Returns:
-        `metadata`, "count", "unreadable", "num_tokens"; by k: "psnr" (dB, range 2), "mae" (of a
-        range of 2) and, from 11 pixels on, "ssim", means over images; `metrics.codes`.
-    """
-    from tqdm import tqdm
-
-    counts, size = check_counts(tok, counts), min(batch_size, len(pictures))
-    found = []
-
-    def stream():
-        with tqdm(total=len(pictures), unit="image", disable=None) as bar:
-            for batch in pictures.batches(side(tok), size):
-                tokens = encode(tok, batch.images, counts[-1], size)
-                mask = np.arange(size) < len(tokens)
-                for k in counts:
-                    make = functools.partial(
-                        decode, tok, tokens, k, batch.seeds, sampler, seed, size
-                    )
-                    images = padded(save(batch, k, make), size)  # One program for every batch.
-                    yield f"/{k}", images, padded(batch.images, size), mask
-                found.append(tokens)
-                bar.update(len(tokens))
-
-    means: dict = {}
-    for name, value in metrics.means(stream()):
-        metric, k = name.split("/")
-        means.setdefault(metric, {})[int(k)] = value
-    tokens = np.concatenate(found)
-    return {
-        **metadata(tok, sampler, seed),
-        "images": pictures.title,
-        "count": len(tokens),
-        "unreadable": dict(pictures.unreadable),
-        "num_tokens": counts,
-        **means,
-        **metrics.codes(tokens, tok.config.vocab_size, counts),
-    }
-
-
-def metadata(tok: FlexTok, sampler: Sampler | None, seed: int) -> dict:
-    """ "model", "dtype" and what `sampler_metadata` says."""
-    about = {"model": identity(tok), "dtype": tok.compute.dtype}
-    return about | sampler_metadata(sampler, seed)
 
 
 def padded(array: np.ndarray, size: int) -> np.ndarray:
@@ -196,6 +134,5 @@ def padded(array: np.ndarray, size: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _noise(seed, seeds, shape):
-    """Noise of each image: [n, *shape]."""
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(seeds)

@@ -1,52 +1,51 @@
 """Self-contained HTML reports: inline CSS, charts by matplotlib, embedded pictures; no script.
 
-Text that is passed in is escaped; the functions return pieces of HTML for `write_report`.
+The functions return pieces of HTML for `write_report`; texts are escaped.
 """
 
 import base64
 import html
 import io
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from flextok_jax.io import storage
 
-COLORS = ("#1f5fd0", "#e07a1f", "#2f9e6e", "#8a4fc8", "#c23b5a", "#7a6a4f")
-_STYLE = """
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1d1f24; overflow-wrap: anywhere;
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { font-size: clamp(24px, 6vw, 34px); line-height: 1.2; margin: 0 0 12px; }
-h2 { font-size: 21px; margin: 40px 0 10px; }
-p { margin: 0 0 12px; max-width: 72ch; }
-.note { color: #646b78; font-size: 14px; }
-.warning { background: #fff4e0; border-left: 4px solid #e07a1f; padding: 8px 14px; }
-.row { display: grid; gap: 16px; margin-bottom: 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
-.row > * { min-width: 0; }
-figure { margin: 0; background: #f7f8fa; border: 1px solid #e3e6eb; border-radius: 8px;
-  padding: 12px; }
-figcaption { font-weight: 600; margin-bottom: 8px; }
-figcaption span { display: block; font-weight: 400; font-size: 14px; color: #646b78; }
-.scroll { overflow-x: auto; }
-.chart { width: 100%; display: block; }
-.pictures { width: 100%; border-spacing: 4px; }
-.pictures th { font-weight: 500; font-size: 13px; color: #646b78; white-space: nowrap; }
-.pictures td { padding: 0; line-height: 0; }
-.pictures img { width: 100%; min-width: 22px; image-rendering: pixelated; border-radius: 3px; }
-.numbers { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.numbers th, .numbers td { padding: 6px 16px 6px 0; text-align: right; overflow-wrap: normal;
-  border-bottom: 1px solid #e3e6eb; }
-.numbers th { vertical-align: bottom; }
-.numbers th:first-child, .numbers td:first-child { text-align: left; }
-@media (max-width: 480px) { .numbers th, .numbers td { padding-right: 8px; font-size: 14px; } }
-.facts td { text-align: left; overflow-wrap: anywhere; vertical-align: top; }
-.facts td:first-child { color: #646b78; min-width: 9em; }
-pre { background: #f7f8fa; border: 1px solid #e3e6eb; border-radius: 8px; padding: 12px;
-  white-space: pre-wrap; font-size: 14px; }
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; max-width: 1000px; padding: 24px 16px 64px; color: #1d1f24;
+  overflow-wrap: anywhere; font: 16px/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }}
+h1 {{ font-size: clamp(24px, 6vw, 34px); line-height: 1.2; }}
+h2 {{ font-size: 21px; margin-top: 40px; }}
+p {{ max-width: 72ch; }}
+.note, figcaption span, .pictures th, .facts td:first-child {{ color: #646b78; font-size: 14px; }}
+.warning {{ background: #fff4e0; border-left: 4px solid #e07a1f; padding: 8px 14px; }}
+.row {{ display: grid; gap: 16px; margin-bottom: 16px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }}
+.row > * {{ min-width: 0; }}
+figure, pre {{ margin: 0; background: #f7f8fa; border: 1px solid #e3e6eb; border-radius: 8px;
+  padding: 12px; }}
+pre {{ white-space: pre-wrap; }}
+figcaption {{ font-weight: 600; margin-bottom: 8px; }}
+figcaption span {{ display: block; font-weight: 400; }}
+.scroll {{ overflow-x: auto; }}
+.chart, .pictures, .pictures img {{ width: 100%; }}
+.pictures th {{ font-weight: 500; white-space: nowrap; }}
+.pictures td {{ padding: 0; line-height: 0; }}
+.pictures img {{ min-width: 22px; image-rendering: pixelated; }}
+.numbers {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+.numbers th, .numbers td {{ padding: 6px 12px 6px 0; text-align: right; vertical-align: bottom;
+  overflow-wrap: normal; border-bottom: 1px solid #e3e6eb; }}
+.numbers th:first-child, .numbers td:first-child, .facts td {{ text-align: left !important; }}
+.facts td {{ overflow-wrap: anywhere !important; vertical-align: top !important; }}
+.facts td:first-child {{ min-width: 9em; }}
+</style></head><body>
+{body}
+</body></html>
 """
 
 
@@ -62,14 +61,7 @@ def write_report(path, title: str, sections: Sequence[tuple[str, Sequence[str]]]
     for heading, pieces in sections:
         parts += [f"<h2>{_text(heading)}</h2>"] if heading else []
         parts += pieces
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-    storage.write_text(path, page)
+    storage.write_text(path, _PAGE.format(title=_text(title), body="\n".join(parts)))
 
 
 def paragraph(text: str, note: bool = False) -> str:
@@ -78,7 +70,7 @@ def paragraph(text: str, note: bool = False) -> str:
 
 
 def warning(text: str) -> str:
-    """A remark that must not be overlooked."""
+    """A paragraph that stands out."""
     return f'<p class="warning">{_text(text)}</p>'
 
 
@@ -107,28 +99,27 @@ def picture_table(
         rows: uint8 [H, W, 3] each; shown enlarged, every pixel a square.
         labels: one per row, such as class names.
     """
-    head = "".join(f"<th>{_text(title)}</th>" for title in (*([""] if labels else []), *titles))
+    head = "".join(f"<th>{_text(title)}</th>" for title in ([""] if labels else []) + [*titles])
     lines = []
     for i, pictures in enumerate(rows):
-        cells = [
-            f'<td style="width:{90 / len(titles):.3g}%"><img alt="{_text(title)}" '
-            f'src="{_embedded(picture)}"></td>'
-            for title, picture in zip(titles, pictures, strict=True)
-        ]
-        name = f"<th>{_text(labels[i])}</th>" if labels else ""
-        lines.append(f"<tr>{name}{''.join(cells)}</tr>\n")
+        cells = [f"<th>{_text(labels[i])}</th>"] if labels else []
+        for title, picture in zip(titles, pictures, strict=True):
+            image = f'<img alt="{_text(title)}" src="{_embedded(picture)}">'
+            cells.append(f'<td style="width:{90 / len(titles):.3g}%">{image}</td>')
+        lines.append(f"<tr>{''.join(cells)}</tr>\n")
     table = f'<table class="pictures"><tr>{head}</tr>\n{"".join(lines)}</table>'
     return _figure(caption, remark, f'<div class="scroll">{table}</div>')
 
 
 def number_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of numbers, already formatted."""
-    return _table("numbers", titles, rows)
+    head = "".join(f"<th>{_text(title)}</th>" for title in titles)
+    return _table("numbers", [f"<tr>{head}</tr>"], rows)
 
 
 def fact_table(facts: dict[str, str]) -> str:
     """Names and what they are."""
-    return _table("numbers facts", (), list(facts.items()))
+    return _table("numbers facts", [], facts.items())
 
 
 def chart(
@@ -142,7 +133,6 @@ def chart(
     from_zero: bool = False,
     level: tuple[str, float] | None = None,
     scattered: Sequence[str] = (),
-    colors: Sequence[str] = COLORS,
 ) -> str:
     """Curves as an embedded SVG picture.
 
@@ -155,26 +145,22 @@ def chart(
         from_zero: the y axis begins at 0.
         level: (name, y) of a dashed line across.
         scattered: names of series without a line between their points.
-        colors: one per series.
     """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    finite = {
-        name: [p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
-        for name, points in series.items()
-    }
-    if not any(finite.values()):
+    series = {name: [p for p in series[name] if np.isfinite(p).all()] for name in series}
+    if not any(series.values()):
         return _figure(caption, remark, paragraph("Nothing was recorded.", note=True))
     figure = Figure(figsize=(3.7, 2.6), layout="constrained")
     axes = figure.subplots()
-    for (name, points), color in zip(finite.items(), colors):
+    for name, points in series.items():
         marker = "o" if log2 or name in scattered or len(points) < 20 else None
         line = "none" if name in scattered else "-"
-        axes.plot(*zip(*points), color=color, marker=marker, ms=4, ls=line, label=name)
+        axes.plot(*zip(*points), marker=marker, ms=4, ls=line, label=name)
     if log2:
-        ticks = sorted({x for points in finite.values() for x, _ in points})
+        ticks = sorted({x for points in series.values() for x, _ in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
@@ -182,14 +168,14 @@ def chart(
         axes.locator_params(axis="x", nbins=5)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    if level:
-        axes.axhline(level[1], color="#646b78", ls="--", lw=1, label=level[0])
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.set_xlabel(x_title)
     axes.grid(color="#e3e6eb")
     axes.spines[["top", "right"]].set_visible(False)
-    if len(finite) > 1 or level:
+    if level:
+        axes.axhline(level[1], color="#646b78", ls="--", lw=1, label=level[0])
+    if len(series) > 1 or level:
         axes.legend(frameon=False, fontsize=8)
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # Text stays text.
@@ -203,13 +189,10 @@ def _figure(caption: str, remark: str, content: str) -> str:
     return f"<figure><figcaption>{_text(caption)}{remark}</figcaption>{content}</figure>\n"
 
 
-def _table(style: str, titles, rows) -> str:
-    head = "".join(f"<th>{_text(title)}</th>" for title in titles)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>\n" for cells in rows
-    )
-    head = f"<tr>{head}</tr>\n" if head else ""
-    return f'<div class="scroll"><table class="{style}">{head}{body}</table></div>'
+def _table(style: str, lines: list[str], rows) -> str:
+    for cells in rows:
+        lines.append("".join(["<tr>", *(f"<td>{_text(cell)}</td>" for cell in cells), "</tr>"]))
+    return f'<div class="scroll"><table class="{style}">{"".join(lines)}</table></div>'
 
 
 def _embedded(picture: np.ndarray) -> str:

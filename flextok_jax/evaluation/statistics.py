@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import log_softmax, logsumexp
 
 from flextok_jax.io import storage
 from flextok_jax.io.paths import local_copy
@@ -16,7 +17,7 @@ from flextok_jax.io.paths import local_copy
 NEIGHBOURS = 3  # Of precision and recall.
 SPLITS = 10  # Of the Inception score.
 SHUFFLE_SEED = 2020  # Of the Inception score's parts; that of torch-fidelity.
-CHUNK = 2000  # Rows that are computed at a time.
+CHUNK = 2000  # Rows of distances that are computed at a time.
 
 
 class Gaussian(NamedTuple):
@@ -28,7 +29,7 @@ class Gaussian(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """What a network says of a set of images; what is derived from it is computed once.
+    """What a network says of a set of images.
 
     Attributes:
         features: float [n, D].
@@ -45,17 +46,13 @@ class FeatureSet:
 
     @functools.cached_property
     def gaussian(self) -> Gaussian:
-        """Raises ValueError for fewer than two images."""
-        return gaussian(self.features)
+        """The moments of two images or more."""
+        x = self.features.astype(np.float64)
+        return Gaussian(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
     @functools.cached_property
     def radii(self) -> np.ndarray:
-        """The squared distance of each image to its nearest neighbour number NEIGHBOURS: [n].
-
-        Raises ValueError where there are not so many.
-        """
-        if len(self) <= NEIGHBOURS:
-            raise ValueError(f"{len(self)} images: more than k={NEIGHBOURS} are needed")
+        """The squared distance of each image to its nearest neighbour number NEIGHBOURS: [n]."""
         rows = _squares(self.features, self.features)
         return np.concatenate([np.partition(part, NEIGHBOURS, 1)[:, NEIGHBOURS] for part in rows])
 
@@ -75,10 +72,8 @@ def feature_metrics(
         reference: what FID compares with instead of `real`.
     """
     yield "real_count", len(real)
-    if reference is None and len(real) > 1:
-        reference = real.gaussian
-    if reference is not None and len(made) > 1:
-        yield "fid", fid(made.gaussian, reference)
+    if len(made) > 1 and (reference or len(real) > 1):
+        yield "fid", fid(made.gaussian, reference or real.gaussian)
     if len(made) >= SPLITS:
         score, deviation = inception_score(made.logits)
         yield "inception_score", score
@@ -92,36 +87,12 @@ def feature_metrics(
             yield name, images.accuracy
 
 
-def gaussian(features: np.ndarray) -> Gaussian:
-    """Mean and unbiased covariance, summed around the mean: no large numbers are subtracted.
-
-    Raises:
-        ValueError: fewer than two images.
-    """
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} images have no covariance: at least 2 are needed")
-    mean = features.mean(0, dtype=np.float64)
-    scatter = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(features), CHUNK):
-        centred = features[start : start + CHUNK] - mean
-        scatter += centred.T @ centred
-    return Gaussian(mean, scatter / (len(features) - 1))
-
-
 def fid(a: Gaussian, b: Gaussian) -> float:
     """The Fréchet distance |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) (arXiv 1706.08500).
 
     With A = F F^T and B = G G^T, the trace of (A B)^(1/2) is the sum of the singular values of
     F^T G: real and stable also for covariances without full rank, of fewer images than features.
-
-    Raises:
-        ValueError: the numbers of features differ.
     """
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(
-            f"statistics of {len(a.mean)} and of {len(b.mean)} features: both must come from the "
-            "same network"
-        )
     product = _root(a.covariance).T @ _root(b.covariance)
     overlap = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
     apart = a.mean - b.mean
@@ -140,28 +111,18 @@ def inception_score(logits: np.ndarray, splits: int = SPLITS) -> tuple[float, fl
 
     Args:
         logits: [n, V] of the classifier, before the softmax; see `nn.inception` which ones.
-        splits: how many random parts, always the same ones, because images are often ordered by
-            class.
+        splits: how many random parts, n at most, always the same ones: images are often ordered
+            by class.
 
     Returns:
         (mean, standard deviation) over the parts.
-
-    Raises:
-        ValueError: fewer images than parts.
     """
-    count = len(logits)
-    if count < splits:
-        raise ValueError(f"{count} images in {splits} parts: at least one image per part is needed")
-    order = np.random.RandomState(SHUFFLE_SEED).permutation(count)
-    scores = []
+    order, scores = np.random.RandomState(SHUFFLE_SEED).permutation(len(logits)), []
     for i in range(splits):
-        part = order[i * count // splits : (i + 1) * count // splits]
-        x = np.asarray(logits[part], np.float64)
-        x = x - x.max(1, keepdims=True)
-        log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
-        p = np.exp(log_p)
-        log_mean = np.log(np.maximum(p.mean(0), np.finfo(np.float64).tiny))  # 0 by underflow
-        scores.append(np.exp(np.mean(np.sum(p * (log_p - log_mean), axis=1))))
+        part = order[i * len(logits) // splits : (i + 1) * len(logits) // splits]
+        log_p = log_softmax(logits[part].astype(np.float64), axis=1)
+        log_mean = logsumexp(log_p, axis=0) - np.log(len(part))
+        scores.append(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_mean), axis=1))))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -169,14 +130,11 @@ def precision_recall(real: FeatureSet, made: FeatureSet) -> tuple[float, float]:
     """How many made images lie among the real ones, and the reverse (arXiv 1904.06991).
 
     A set's manifold is the union of the balls around its features that reach to their nearest
-    neighbour number NEIGHBOURS in the set.
+    neighbour number NEIGHBOURS in the set, which has more images than that.
 
     Returns:
         (precision, recall): the share of `made` in the manifold of `real`, the share of `real` in
         that of `made`.
-
-    Raises:
-        ValueError: a set has too few images.
     """
     return _inside(made.features, real), _inside(real.features, made)
 
@@ -196,8 +154,7 @@ def _squares(a, b):
         part = a[start : start + CHUNK] - centre
         squares = part @ b.T
         squares *= -2
-        squares += np.sum(np.square(part), axis=1)[:, None]
-        squares += norms[None]
+        squares += np.sum(np.square(part), axis=1)[:, None] + norms
         yield np.maximum(squares, 0, out=squares)
 
 
@@ -212,23 +169,20 @@ def read_gaussian(path) -> tuple[Gaussian, str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no npz file, or holds no such arrays.
+        ValueError: it holds no such arrays, or values that are not finite.
     """
     try:
         with local_copy(path) as local, np.load(local, allow_pickle=False) as found:
-            mean, covariance = found["mu"], found["sigma"]
+            mean, covariance = (found[name].astype(np.float64) for name in ("mu", "sigma"))
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+            raise ValueError(f"they have shapes {mean.shape} and {covariance.shape}")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("they have values that are not finite")
     except FileNotFoundError:
         raise
     except Exception as error:  # A damaged archive shows itself as several exceptions.
         raise ValueError(
-            f"{path} holds no reference statistics, the arrays `mu` and `sigma` of an npz file "
-            f"({type(error).__name__}: {error})"
+            f"{path} must be an npz file with finite arrays mu [D] and sigma [D, D]: {error}"
         ) from error
-    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-        raise ValueError(
-            f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}, expected (D,), (D, D)"
-        )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"{path}: mu or sigma has values that are not finite")
     digest = storage.fingerprint({"mu": mean, "sigma": covariance})
-    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64)), digest
+    return Gaussian(mean, covariance), digest

@@ -6,7 +6,6 @@ images) and `reference.npz` (mean and covariance of the real images' features). 
 result is there is not measured again.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -14,20 +13,23 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from flextok_jax.conditions import Conditions
 from flextok_jax.evaluation import environment, metrics, statistics
-from flextok_jax.evaluation.generation import TokenSampling, sample_tokens
+from flextok_jax.evaluation.generation import sample_tokens
 from flextok_jax.evaluation.networks import Networks
-from flextok_jax.evaluation.pictures import Pictures, name_seeds, to_uint8
+from flextok_jax.evaluation.pictures import Pictures, name_seeds
 from flextok_jax.evaluation.reconstruction import Sampler, decode, encode, padded, side
 from flextok_jax.evaluation.statistics import FeatureSet, Gaussian
 from flextok_jax.generator import ImageGenerator
 from flextok_jax.io import storage
 from flextok_jax.io.paths import is_remote
+from flextok_jax.nn.images import to_uint8
 from flextok_jax.tokenizer import FlexTok
 
 POINTS, READ, REFERENCE = "points", "pictures.json", "reference.npz"
@@ -86,55 +88,19 @@ def results(out) -> tuple[list[dict], list[dict]]:
     return [result for result, _ in found], pictures
 
 
-@dataclasses.dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """What a generator samples.
 
     Attributes:
-        conditions: one per sample.
-        how: how tokens are sampled; the scale of guidance is the setting's.
-        labels: int [n], the classes that accuracy is measured by, where there are some.
+        conditions: n of them.
+        labels: int [n], the classes that accuracy is measured by, -1 unknown.
+        how: arguments of `ImageGenerator.generate_tokens` beside the scale of guidance.
     """
 
     gen: ImageGenerator
     conditions: Conditions
-    how: TokenSampling
-    labels: np.ndarray | None = None
-
-    @property
-    def names(self) -> list[str]:
-        names = self.conditions.names or ("sample",) * len(self.conditions)
-        return [f"{i:06d}_{name}" for i, name in enumerate(names)]
-
-
-@dataclasses.dataclass
-class _Data:
-    """What all settings share.
-
-    Attributes:
-        names: of the images that are made, whose noise they seed.
-        labels: int [n] of them, -1 unknown.
-        tokens: int32 [n, K] by the scale of token guidance, filled when first needed.
-        originals: uint8 [n, S, S, 3] to compare with; None for samples.
-        real: features of the pictures, None without a network.
-        titles: names of their classes or conditions; may be empty.
-        read: what was read, in JSON terms.
-        num_tokens: K.
-    """
-
-    names: list[str]
     labels: np.ndarray
-    tokens: dict
-    originals: np.ndarray | None
-    real: FeatureSet | None
-    titles: Sequence[str]
-    read: dict
-    num_tokens: int
-
-    @property
-    def shown(self) -> np.ndarray:
-        """Which images are kept for the report: int [SHOWN at most], over all of them."""
-        return np.unique(np.linspace(0, len(self.names) - 1, SHOWN).astype(int))
+    how: dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +108,7 @@ class Sweep:
     """What is measured, and with what.
 
     Attributes:
-        out: a path object; the folder of `results_folder`.
+        out: a path object; the folder of the results.
         settings: what all settings share, in JSON terms, with "networks" and "reference".
         pictures: what is reconstructed, or what samples are compared with.
         samples: None: reconstructions.
@@ -177,10 +143,10 @@ class Sweep:
 
         todo = [s for s in settings if self.export or not self._path(s, "json").exists()]
         if todo:
-            count = len(self.samples.conditions if self.samples else self.pictures)
+            count = len(self.samples.labels if self.samples else self.pictures)
             total = len(self.pictures) + len(todo) * count
-            with tqdm(total=total, unit="image", disable=None) as bar, self._file() as file:
-                data = self._read(file, bar, max(setting.num_tokens for setting in todo))
+            with tqdm(total=total, unit="image", disable=None) as bar:
+                data = self._read(bar, max(setting.num_tokens for setting in todo))
                 for setting in todo:
                     self._write(setting, data, *self._measure(setting, data, bar))
                     if bar.disable:
@@ -190,139 +156,132 @@ class Sweep:
     def _path(self, setting: Setting, ending: str):
         return self.out / POINTS / f"{setting.name}.{ending}"
 
-    @contextlib.contextmanager
-    def _file(self):
-        """An open file without a name, for images that do not fit into memory."""
-        folder = None if is_remote(self.out) else self.out
-        with tempfile.TemporaryFile(dir=folder) as file:
-            yield file
+    def _on_disk(self, count: int) -> np.ndarray:
+        """uint8 [count, S, S, 3] in a temporary file: many images do not fit into memory."""
+        file = tempfile.TemporaryFile(dir=None if is_remote(self.out) else self.out)
+        size = side(self.tok)
+        return np.memmap(file, np.uint8, "w+", shape=(count, size, size, 3))
 
-    def _read(self, file, bar, num_tokens: int) -> _Data:
-        """Reads all pictures once, and encodes them where they are reconstructed."""
-        size, generated = side(self.tok), self.samples is not None
+    def _read(self, bar, num_tokens: int) -> types.SimpleNamespace:
+        """Reads all pictures once, and encodes them where they are reconstructed.
+
+        Returns what all settings share: `names`, `labels`, `titles` and `tokens` (by the scale of
+        token guidance) of the images that are made, their `originals` or None, the features of the
+        `real` ones, and the hash of what was `read`.
+        """
+        most, digest = min(self.batch_size, len(self.pictures)), hashlib.sha256()
         names, labels, tokens, looked = [], [], [], []
-        digest = hashlib.sha256()
-        most = max(1, min(self.batch_size, len(self.pictures)))
-        for batch in self.pictures.batches(size, most):
-            names.extend(batch.names)
-            labels.append(batch.labels)
+        originals = None if self.samples else self._on_disk(len(self.pictures))
+        for batch in self.pictures.batches(side(self.tok), most):
             digest.update(batch.images.tobytes())
             if self.networks.features:
                 looked.append(self.networks.features(batch.images, most))
-            if not generated:
+            if originals is not None:
+                originals[len(names) : len(names) + len(batch.names)] = batch.images
                 tokens.append(encode(self.tok, batch.images, num_tokens, most))
-                file.write(batch.images.tobytes())
+            names.extend(batch.names)
+            labels.append(batch.labels)
             bar.update(len(batch.names))
         read = {"pixels_sha256": digest.hexdigest(), "read": len(names)}
         if (self.out / READ).exists():
             storage.same_or_refuse(self.out / READ, read, "results")
-        labels, real, originals = np.concatenate(labels), None, None
-        titles = [self.pictures.class_name(label) for label in labels]
-        if looked:
-            real = FeatureSet(*map(np.concatenate, zip(*looked)), labels)
-        if generated:
-            names, tokens, labels = self.samples.names, {}, self.samples.labels
-            titles = self.samples.conditions.names
-            labels = np.full(len(names), -1) if labels is None else labels
+        labels = np.concatenate(labels)
+        real = FeatureSet(*map(np.concatenate, zip(*looked)), labels) if looked else None
+        data = types.SimpleNamespace(real=real, read=read, num_tokens=num_tokens, tokens={})
+        if self.samples:
+            data.titles, data.labels = self.samples.conditions.names, self.samples.labels
+            data.names = [f"{i:06d}_{name}" for i, name in enumerate(data.titles)]
         else:
-            originals, tokens = _mapped(file, size), {None: np.concatenate(tokens)}
-        return _Data(names, labels, tokens, originals, real, titles, read, num_tokens)
+            data.names, data.labels = names, labels
+            data.titles = [self.pictures.class_name(label) for label in labels]
+            data.tokens[None] = np.concatenate(tokens)
+        data.originals = originals
+        data.seeds = name_seeds(data.names)
+        count, size = len(data.names), self.batch_size
+        data.batches = [slice(i, min(i + size, count)) for i in range(0, count, size)]
+        data.shown = np.unique(np.linspace(0, count - 1, SHOWN).astype(int))
+        return data
 
-    def _tokens(self, setting: Setting, data: _Data) -> np.ndarray:
-        """int32 [n, K]."""
-        scale = setting.token_guidance
+    def _tokens(self, scale: float | None, data) -> np.ndarray:
+        """int32 [n, K] by a scale of token guidance."""
         if scale not in data.tokens:
-            s, seeds, parts = self.samples, name_seeds(data.names), []
-            how = dataclasses.replace(s.how, guidance=scale)
-            for rows in self._batches(data):
-                options = (seeds[rows], data.num_tokens, how, self.seed, self.batch_size)
-                parts.append(sample_tokens(s.gen, s.conditions.take(rows), *options))
-            data.tokens[scale] = np.concatenate(parts)
+            gen, conditions, _, how = self.samples
+            options = (data.num_tokens, how | {"guidance_scale": scale}, self.seed, self.batch_size)
+            parts = (
+                sample_tokens(gen, conditions.take(rows), data.seeds[rows], *options)
+                for rows in data.batches
+            )
+            data.tokens[scale] = np.concatenate(list(parts))
         return data.tokens[scale]
 
-    def _batches(self, data: _Data) -> list[slice]:
-        return [slice(i, i + self.batch_size) for i in range(0, len(data.names), self.batch_size)]
-
-    def _measure(self, setting: Setting, data: _Data, bar) -> tuple[dict, np.ndarray]:
+    def _measure(self, setting: Setting, data, bar) -> tuple[dict, np.ndarray]:
         """(metrics, the images of `data.shown`)."""
-        seeds, features = name_seeds(data.names), self.networks.features
-        tokens = self._tokens(setting, data)
-        sampler, scale = self.sampler, setting.guidance
+        tokens, features = self._tokens(setting.token_guidance, data), self.networks.features
+        sampler, size = self.sampler, self.batch_size
         if sampler is not None:
-            sampler = dataclasses.replace(sampler, steps=setting.steps, guidance_scale=scale)
-        options = (sampler, self.seed, self.batch_size)
-        looked, seconds, shown = [], [], []
+            changes = {"steps": setting.steps, "guidance_scale": setting.guidance}
+            sampler = dataclasses.replace(sampler, **changes)
+        made, looked, seconds = self._on_disk(len(data.names)), [], []
 
-        def stream(file) -> Iterator[tuple]:
-            decode(self.tok, tokens[:1], setting.num_tokens, seeds[:1], *options)  # Compiles.
-            for rows in self._batches(data):
+        def make(rows):
+            options = (setting.num_tokens, data.seeds[rows], sampler, self.seed, size)
+            return to_uint8(decode(self.tok, tokens[rows], *options))
+
+        def stream():
+            make(slice(0, 1))  # Compiles.
+            for rows in data.batches:
                 start = time.perf_counter()
-                images = decode(self.tok, tokens[rows], setting.num_tokens, seeds[rows], *options)
-                seconds.append((time.perf_counter() - start) / self.batch_size)
-                images = to_uint8(images)
-                inside = data.shown[(data.shown >= rows.start) & (data.shown < rows.stop)]
-                shown.append(images[inside - rows.start])
+                images = made[rows] = make(rows)
+                seconds.append((time.perf_counter() - start) / size)
                 if features:
-                    looked.append(features(images, self.batch_size))
-                if file is not None:
-                    file.write(images.tobytes())
+                    looked.append(features(images, size))
                 if data.originals is not None:
-                    mask = np.arange(self.batch_size) < len(images)
-                    both = (padded(x, self.batch_size) for x in (images, data.originals[rows]))
-                    yield "", *both, mask
+                    both = (padded(x, size) for x in (images, data.originals[rows]))
+                    yield "", *both, np.arange(size) < len(images)
                 bar.update(len(images))
 
         functions = [metrics.compare, lambda a, b: {"bands": metrics.error_by_frequency(a, b)}]
         functions += [self.networks.perceptual] if self.networks.perceptual else []
-        with self._file() as file:
-            values = metrics.per_image(stream(file if self.export else None), functions)
-            if self.export:
-                with storage.atomic(self.export) as temporary, temporary.open("wb") as target:
-                    np.savez(target, arr_0=_mapped(file, side(self.tok)))
-        bands = values.pop("bands", None)
+        values = metrics.per_image(stream(), functions)
+        if self.export:
+            with storage.atomic(self.export) as temporary, temporary.open("wb") as file:
+                np.savez(file, arr_0=made)
         found = {"count": len(data.names), "standard_errors": {}}
+        if "bands" in values:
+            found["bands"] = values.pop("bands").mean(0).tolist()
         for name, value in values.items():
             found[name] = float(value.mean())
             found["standard_errors"][name] = float(value.std() / np.sqrt(len(value)))
-        if bands is not None:
-            found["bands"] = bands.mean(0).tolist()
         if features:
-            made = FeatureSet(*map(np.concatenate, zip(*looked)), data.labels)
-            found |= statistics.feature_metrics(made, data.real, features.classes, self.reference)
-        tokens = tokens[:, : setting.num_tokens]
-        used = metrics.codes(tokens, self.tok.config.vocab_size, [setting.num_tokens])
-        found |= {name: v.get(setting.num_tokens, v) for name, v in used.items()}
+            sampled = FeatureSet(*map(np.concatenate, zip(*looked)), data.labels)
+            found |= statistics.feature_metrics(
+                sampled, data.real, features.classes, self.reference
+            )
+        k = setting.num_tokens
+        used = metrics.codes(tokens[:, :k], self.tok.config.vocab_size, [k])
+        found |= {name: value.get(k, value) for name, value in used.items()}
         found["seconds_per_image"] = float(np.median(seconds))
-        return found, np.concatenate(shown)
+        return found, made[data.shown]
 
-    def _write(self, setting: Setting, data: _Data, found: dict, shown: np.ndarray) -> None:
+    def _write(self, setting: Setting, data, found: dict, shown: np.ndarray) -> None:
         metadata = {
             **self.settings,
             "data": self.settings.get("data", {}) | data.read,
             "setting": dataclasses.asdict(setting),
             **environment.environment(),
         }
+        storage.same_or_refuse(self.out / READ, data.read, "results")
+        if data.real is not None and len(data.real) > 1 and not (self.out / REFERENCE).exists():
+            statistics.write_gaussian(self.out / REFERENCE, data.real.gaussian)
+        arrays = {"images": shown, "titles": np.array([data.titles[i] for i in data.shown])}
+        if data.originals is not None:
+            arrays["originals"] = data.originals[data.shown]
+        with storage.atomic(self._path(setting, "npz")) as path, path.open("wb") as file:
+            np.savez_compressed(file, **arrays)
         result = {
             "metadata": metadata,
             "metrics": found,
             "warnings": environment.warnings(metadata, found),
             "unreadable": dict(self.pictures.unreadable),
         }
-        storage.same_or_refuse(self.out / READ, data.read, "results")
-        if data.real is not None and len(data.real) > 1 and not (self.out / REFERENCE).exists():
-            statistics.write_gaussian(self.out / REFERENCE, data.real.gaussian)
-        with storage.atomic(self._path(setting, "npz")) as path, path.open("wb") as file:
-            arrays = {"images": shown}
-            arrays["titles"] = np.array(
-                [data.titles[i] for i in data.shown] if data.titles else [], np.str_
-            )
-            if data.originals is not None:
-                arrays["originals"] = data.originals[data.shown]
-            np.savez_compressed(file, **arrays)
         storage.write_json(self._path(setting, "json"), result)
-
-
-def _mapped(file, size: int) -> np.ndarray:
-    """The images that were written to a file, read from it as they are needed."""
-    file.flush()
-    return np.memmap(file, np.uint8, "r").reshape(-1, size, size, 3)

@@ -1,6 +1,5 @@
 """The report of a sweep: how quality and cost change with tokens, guidance and steps."""
 
-import itertools
 import json
 import math
 import pathlib
@@ -28,14 +27,12 @@ AXES = {"num_tokens": "tokens", "guidance": "guidance scale", "steps": "steps",
         "token_guidance": "token guidance scale"}  # fmt: skip
 
 
-def write(path, results: Sequence[dict], pictures: Sequence[dict], probe: dict | None = None):
+def write(path, results: Sequence[dict], pictures: Sequence[dict]) -> None:
     """Writes the page.
 
     Args:
         path: the HTML file.
-        results: of `sweep.results`: all of one task and model.
-        pictures: of `sweep.results`.
-        probe: the result of `flextok evaluate --task probe`, if there is one.
+        results, pictures: of `sweep.results`: all of one task and model.
     """
     metadata = results[0]["metadata"]
     generated = metadata["task"] == "generation"
@@ -44,17 +41,15 @@ def write(path, results: Sequence[dict], pictures: Sequence[dict], probe: dict |
     varied = [axis for axis in AXES if len({_at(r, axis) for r in results} - {None}) > 1]
     best = _best(results)
     sections = [
-        ("", _opening(results, best, generated)),
-        ("Images", [_pictures(results, pictures, best, generated)]),
+        ("", _opening(results, generated)),
+        ("Images", [_pictures(results, pictures, best)]),
     ]
     for axis in varied or ["num_tokens"]:
         sections.append((f"Quality by {AXES[axis]}", [_curves(results, best, axis, varied)]))
     sections.append(("Cost", _costs(results, best)))
     if "bands" in results[0]["metrics"]:
         sections.append(("Error by spatial frequency", [_bands(best)]))
-    if probe:
-        sections.append(("Linear probe", [_probe(probe["metrics"])]))
-    sections.append(("All results", [_numbers(results)]))
+    sections.append(("All results", [report.number_table(*table(results, AXES))]))
     sections.append(("Evaluation setup", [report.fact_table(_facts(metadata))]))
     report.write_report(path, title, sections)
 
@@ -72,47 +67,32 @@ def _best(results) -> list[dict]:
     for result in results:
         key = tuple(_at(result, axis) for axis in AXES if axis != "num_tokens")
         groups.setdefault(key, []).append(result)
-    groups = [sorted(group, key=lambda r: _at(r, "num_tokens")) for group in groups.values()]
-    most = max(map(len, groups))
 
     def rank(group):
-        found = group[-1]["metrics"]
-        return found.get("fid", -found.get("psnr", 0.0))
+        last = group[-1]["metrics"]
+        return -len(group), last.get("fid", -last.get("psnr", 0.0))
 
-    return min((group for group in groups if len(group) == most), key=rank)
+    return min(groups.values(), key=rank)
 
 
-def _opening(results, best, generated) -> list[str]:
+def _opening(results, generated) -> list[str]:
     count, data = results[0]["metrics"]["count"], results[0]["metadata"]["data"]["title"]
     what = "samples, compared with the images of" if generated else "images of"
-    text = f"{count:,} {what} {data}, at {len(results)} settings."
-    if len(best) > 1:
-        first, last = best[0], best[-1]
-        changes = [
-            f"{CURVES[key][0]} {formatted(key, first['metrics'][key])} to "
-            f"{formatted(key, last['metrics'][key])}"
-            for key in ("psnr", "fid", "accuracy", "seconds_per_image")
-            if key in first["metrics"]
-        ]
-        few, many = _at(first, "num_tokens"), _at(last, "num_tokens")
-        text += f" From {few} to {many} tokens: {'; '.join(changes)}."
     warnings = dict.fromkeys(w for r in results for w in r["warnings"])
-    return [report.paragraph(text), *map(report.warning, warnings)]
+    opening = report.paragraph(f"{count:,} {what} {data}, at {len(results)} settings.")
+    return [opening, *map(report.warning, warnings)]
 
 
-def _pictures(results, pictures, best, generated) -> str:
-    by_result = {id(result): found for result, found in zip(results, pictures)}
-    columns = [(f"{_at(r, 'num_tokens')}", by_result[id(r)]["images"]) for r in best]
-    if not generated:
-        columns.insert(0, ("original", by_result[id(best[0])]["originals"]))
-    count = min(len(images) for _, images in columns)
-    rows = [[images[i] for _, images in columns] for i in range(count)]
-    labels = by_result[id(best[0])]["titles"].tolist()[:count]
+def _pictures(results, pictures, best) -> str:
+    found = [pictures[results.index(result)] for result in best]
+    columns = {str(_at(r, "num_tokens")): part["images"] for r, part in zip(best, found)}
+    if "originals" in found[0]:
+        columns = {"original": found[0]["originals"]} | columns
     others = {AXES[a]: _at(best[0], a) for a in AXES if a != "num_tokens"}
     others = [f"{name} {value:g}" for name, value in others.items() if value is not None]
-    remark = "; ".join(["by number of tokens", *others])
-    titles = [title for title, _ in columns]
-    return report.picture_table("", remark, titles, rows, labels if any(labels) else ())
+    remark, labels = "; ".join(["by number of tokens", *others]), found[0]["titles"].tolist()
+    rows = list(zip(*columns.values()))
+    return report.picture_table("", remark, list(columns), rows, labels if any(labels) else ())
 
 
 def _curves(results, best, axis: str, varied) -> str:
@@ -127,25 +107,19 @@ def _curves(results, best, axis: str, varied) -> str:
         for result in shown:
             name = ", ".join(f"{AXES[a]} {_at(result, a):g}" for a in others) or title
             series.setdefault(name, []).append((_at(result, axis), result["metrics"][key]))
-        series = {name: sorted(points) for name, points in _spread(series).items()}
+        series = {name: sorted(points) for name, points in series.items()}
         log2 = axis in ("num_tokens", "steps")
         charts.append(report.chart(title, remark, series, AXES[axis], log2=log2, percent=percent))
     return report.row(*charts)
 
 
-def _spread(series: dict) -> dict:
-    """At most as many as there are colours, evenly chosen, the first and the last among them."""
-    names, most = list(series), len(report.COLORS)
-    if len(names) > most:
-        names = [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
-    return {name: series[name] for name in names}
-
-
 def front(points: Sequence[tuple[float, float]], sign: int) -> list[tuple[float, float]]:
     """The points (cost, value) that no other beats in both; sign 1: less is better, -1: more."""
-    points = sorted(points)
-    lowest = list(itertools.accumulate((sign * y for _, y in points), min))
-    return [p for p, now, before in zip(points, lowest, [math.inf, *lowest]) if now < before]
+    found = []
+    for x, y in sorted(points):
+        if not found or sign * y < sign * found[-1][1]:
+            found.append((x, y))
+    return found
 
 
 def _costs(results, best) -> list[str]:
@@ -177,35 +151,27 @@ def _bands(best) -> str:
         # In decibels below the range, as PSNR is, so that small bands can be seen.
         series[name] = [(k, 10 * math.log10(4 / max(e, 1e-10))) for k, e in points]
     remark = "PSNR of the error in one band alone, dB; bands in cycles per image"
-    return report.chart("By band", remark, _spread(series), "tokens", log2=True)
+    return report.chart("By band", remark, series, "tokens", log2=True)
 
 
-def _probe(found: dict) -> str:
-    points = [(int(k), accuracy) for k, accuracy in found["accuracy"].items()]
-    remark = (
-        "accuracy of logistic regression on the first k registers before quantisation; "
-        f"{found['count']} validation images"
-    )
-    level = ("most frequent class", found["chance"])
-    options = {"log2": True, "percent": True, "level": level}
-    return report.chart("Accuracy", remark, {"accuracy": points}, "registers", **options)
-
-
-def _numbers(results) -> str:
+def table(results: Sequence[dict], axes: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The titles and the rows of a table of results by some axes, as text."""
     keys = [key for key in CURVES if key in results[0]["metrics"]]
-    axes = [axis for axis in AXES if _at(results[0], axis) is not None]
-    rows = [
-        [*(f"{_at(r, axis):g}" for axis in axes), *(formatted(k, r["metrics"][k]) for k in keys)]
-        for r in results
-    ]
-    return report.number_table([*(AXES[a] for a in axes), *(CURVES[k][0] for k in keys)], rows)
+    axes = [axis for axis in axes if _at(results[0], axis) is not None]
+    rows = []
+    for result in results:
+        values = [formatted(key, result["metrics"][key]) for key in keys]
+        rows.append([f"{_at(result, axis):g}" for axis in axes] + values)
+    return [AXES[axis] for axis in axes] + [CURVES[key][0] for key in keys], rows
 
 
 def _facts(metadata: dict) -> dict[str, str]:
     """The metadata without the setting, flat."""
     facts = storage.dotted({key: value for key, value in metadata.items() if key != "setting"})
-    facts = {key.replace("_", " ").replace(".", ": "): value for key, value in facts.items()}
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
+    return {
+        key.replace("_", " ").replace(".", ": "): v if isinstance(v, str) else json.dumps(v)
+        for key, v in facts.items()
+    }
 
 
 def formatted(key: str, value: float) -> str:

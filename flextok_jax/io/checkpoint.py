@@ -30,7 +30,7 @@ HARMLESS = (
 log = logging.getLogger(__name__)
 
 
-class WorkdirError(RuntimeError):
+class WorkdirError(OSError):
     """A workdir that cannot be continued or read; the message says why and what to do."""
 
 
