@@ -4,7 +4,6 @@ import io
 import json
 import struct
 import tarfile
-import types
 import zlib
 
 import numpy as np
@@ -14,9 +13,7 @@ from test_data_pipeline import pipeline
 
 from flextok_jax import cli
 from flextok_jax.data import shards, sources
-from flextok_jax.data.decode import upright, upright_reduced
-from flextok_jax.data.pipeline import Images
-from flextok_jax.data.source import Example
+from flextok_jax.data.decode import upright
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
 SIZE = (24, 18)
@@ -136,30 +133,16 @@ def photo(width, height):
 
 
 def test_training_decodes_large_photographs_smaller_and_sees_the_same_picture():
-    data, transform = photo(900, 700), Transform(64, "random", (0.08, 1.0))
-    whole, factors = upright(data), []
+    whole, transform = upright(data := photo(1800, 1400)), Transform(64, "random", (0.08, 1.0))
+    small = upright(data, transform.least)
+    assert small.size == (450, 350)
     for draws in np.random.RandomState(0).random_sample((30, NUM_DRAWS)):
-        factor = transform.shrink(whole.size, draws)
-        factors.append(factor)
-        image, _ = upright_reduced(data, lambda size: factor)
-        assert image.size == tuple(-(-side // factor) for side in whole.size)
-        small = transform.fit(image, draws, factor).astype(float)
-        error = np.mean((small - transform.fit(whole, draws)) ** 2)
-        assert error == 0 if factor == 1 else 10 * np.log10(255**2 / error) > 30  # dB
-        example = Images(transform).read(
-            types.SimpleNamespace(read=lambda _: Example(data)), 0, draws
-        )
-        np.testing.assert_array_equal(example["image"], small)
-    assert set(factors) == {1, 2, 4}
-
-
-def test_evaluation_and_small_photographs_are_decoded_in_full():
-    draws, center = np.zeros(NUM_DRAWS), Transform(32, "random").without_randomness()
-    for transform in (center, Transform(256, "random"), Transform(32, "window")):
-        assert transform.shrink((500, 375), draws) == 1
-    sizes, turned = [], encoded(SMOOTH, "JPEG", exif=exif(6))
-    image, _ = upright_reduced(turned, lambda size: sizes.append(size) or 1)
-    assert sizes == [SIZE[::-1]] == [image.size]
+        a, b = (transform.fit(image, draws).astype(float) for image in (whole, small))
+        assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) > 25  # dB
+    for other in (transform.without_randomness(), Transform(32, "window")):
+        assert upright(data, other.least).size == whole.size
+    turned = encoded(Image.open(io.BytesIO(data)), "JPEG", exif=exif(6))
+    assert upright(turned, 200).size == (350, 450)
 
 
 # Folders with lists.

@@ -50,21 +50,14 @@ def test_the_index_is_built_once_and_again_when_the_tar_has_changed(tmp_path, mo
     assert len(read_index(path)[0]) == 6 and len(scans) == 2
 
 
-def test_the_index_of_a_read_only_folder_lies_in_the_cache(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_read_without_an_index_file(tmp_path, monkeypatch):
     path = tar(tmp_path / "a.tar", shard(0))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    atomic = webdataset.storage.atomic
 
-    def refuses(file):
-        if file.parent == tmp_path:
-            raise PermissionError(file)
-        return atomic(file)
+    def refuse(file):
+        raise PermissionError(file)
 
-    monkeypatch.setattr(webdataset.storage, "atomic", refuses)
-    keys, offsets, *_ = read_index(path)
-    monkeypatch.setattr(webdataset, "_scan", None)  # Not called again.
-    assert (read_index(path)[1] == offsets).all() and len(keys) == 4
-    assert len(list((tmp_path / "home").rglob("*.npz"))) == 1
+    monkeypatch.setattr(webdataset.storage, "atomic", refuse)
+    assert len(read_index(path).keys) == 4
 
 
 @pytest.mark.parametrize("names", [("train/0.tar", "val/0.tar"), ("x-train-0.tar", "x-test-0.tar")])

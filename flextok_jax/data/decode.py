@@ -6,7 +6,6 @@ Pillow and not a faster binding, by measurement (`python -m benchmarks.data`, do
 import io
 import re
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -48,16 +47,14 @@ def opened(data: bytes) -> Image.Image:
         raise
 
 
-def orientation(image: Image.Image) -> int:
-    """The camera's rotation, 1 (upright) to 8; 1 where EXIF is missing or odd."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        value = int(image.getexif().get(_ORIENTATION, 1))
+        return _UPRIGHT.get(int(image.getexif().get(_ORIENTATION, 1)))
     except Exception:  # EXIF breaks in any way there is, and never costs the picture.
-        return 1
-    return value if value in _UPRIGHT else 1
+        return None
 
 
-def upright(image: bytes | np.ndarray) -> Image.Image:
+def upright(image: bytes | np.ndarray, least: int | None = None) -> Image.Image:
     """Decodes an image to upright RGB.
 
     The camera's rotation (EXIF) is applied, transparency is laid over white, 16-bit greyscale is
@@ -65,34 +62,20 @@ def upright(image: bytes | np.ndarray) -> Image.Image:
 
     Args:
         image: the bytes of a file, or uint8 [H, W, 3].
+        least: pixels that each side must keep: a large JPEG is decoded 2, 4 or 8 times smaller,
+            which costs less (libjpeg's reduced inverse DCT). None: the whole picture.
 
     Raises:
         Exception: as `opened`, for a file that is not whole.
     """
-    return upright_reduced(image, lambda size: 1)[0]
-
-
-def upright_reduced(
-    image: bytes | np.ndarray, shrink: Callable[[tuple[int, int]], int]
-) -> tuple[Image.Image, int]:
-    """`upright`, and how many times smaller than it is stored the image was decoded.
-
-    Args:
-        shrink: upright (width, height) -> 1, 2 or 4: a JPEG is decoded so many times smaller, sides
-            rounded up, which costs less (libjpeg's reduced inverse DCT).
-    """
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image), 1
-    image, factor = opened(image), 1
-    turn = orientation(image)
-    if image.format == "JPEG":
-        factor = shrink(image.size if turn < 5 else image.size[::-1])
-        if factor > 1:
-            image.draft(None, (image.width // factor, image.height // factor))
+        return Image.fromarray(image)
+    image = opened(image)
+    if least:
+        image.draft(None, (least, least))  # Of a JPEG; nothing happens to others.
     image.load()
-    turn = orientation(image)  # Some formats have their EXIF behind the pixels.
-    if turn != 1:
-        image = image.transpose(_UPRIGHT[turn])
+    if turn := _turn(image):
+        image = image.transpose(turn)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; store 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -100,7 +83,7 @@ def upright_reduced(
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB"), factor
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def reason(error: Exception) -> str:

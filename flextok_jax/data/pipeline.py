@@ -77,11 +77,11 @@ class Images:
 
     def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
         """One example. Raises ValueError where the settings do not fit the image."""
-        found = reader.read(source, index, lambda size: self.transform.shrink(size, draws))
+        found = reader.read(source, index, self.transform.least)
         if isinstance(found, Unreadable):
             return found
         try:
-            image = self.transform.fit(found.image, draws, found.factor)
+            image = self.transform.fit(found.image, draws)
         except ValueError as error:
             raise ValueError(f"{found.key}: {error}") from None
         return {"image": image, "label": np.int32(found.label)}

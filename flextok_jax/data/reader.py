@@ -22,14 +22,13 @@ class Picture(NamedTuple):
     """A decoded example.
 
     Attributes:
-        image: upright RGB, decoded `factor` times smaller than it is stored.
+        image: upright RGB.
         index: its number in the source.
         embedding: float16 [T, E] of the caption, where it was asked for and there is one.
         stored: bytes of a file, or uint8 [H, W, 3], as the source has it.
     """
 
     image: Image.Image
-    factor: int
     index: int
     embedding: np.ndarray | None
     stored: bytes | np.ndarray
@@ -45,17 +44,15 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-def read(
-    source: Source, index: int, shrink=lambda size: 1, text: bool = False
-) -> Picture | Unreadable:
-    """One example, with the embedding of its caption if `text`; `shrink`: see `decode`."""
+def read(source: Source, index: int, least=None, text=False) -> Picture | Unreadable:
+    """One example, with the embedding of its caption if `text`; `least`: see `decode.upright`."""
     try:
         example = source.read(index)
-        image, factor = decode.upright_reduced(example.image, shrink)
+        image = decode.upright(example.image, least)
         embedding = source.embedding(index) if text else None
     except Exception as error:  # Files break in any way there is.
         return Unreadable(source.key(index), decode.reason(error))
-    return Picture(image, factor, index, embedding, *example)
+    return Picture(image, index, embedding, *example)
 
 
 def read_ahead(

@@ -61,29 +61,23 @@ class Transform:
         """The transform of evaluation: a random crop becomes the centre crop, the rest is off."""
         return Transform(self.image_size, "none" if self.crop == "none" else "center")
 
-    def shrink(self, size: tuple[int, int], draws: np.ndarray) -> int:
-        """How many times smaller an image may be decoded: 1, 2 or 4.
+    @property
+    def least(self) -> int | None:
+        """Pixels of an image's sides that `fit` needs; None: all.
 
-        More than 1 only for a random crop that still has at least twice as many pixels as the
-        result along both sides: PSNR 48 dB at 2 and 46 dB at 4 (medians over photographs).
-
-        Args:
-            size: (width, height) of the whole image.
-            draws: float [NUM_DRAWS] in [0, 1), those of `fit`.
+        With so many the smallest random crop still has `image_size` pixels along each side.
+        Evaluation sees every pixel.
         """
-        if self.crop != "random":
-            return 1
-        left, upper, right, lower = crop_box(size, draws[CROP:], self.crop_scale)
-        most = min(right - left, lower - upper) / (2 * self.image_size)
-        return 4 if most >= 4 else 2 if most >= 2 else 1
+        if self.crop == "random":
+            return math.ceil(self.image_size / math.sqrt(self.crop_scale[0] * CROP_RATIO[0]))
+        return None
 
-    def fit(self, image: Image.Image, draws: np.ndarray, factor: int = 1) -> np.ndarray:
+    def fit(self, image: Image.Image, draws: np.ndarray) -> np.ndarray:
         """Brings one image to the common size, half of the images mirrored if `flip`.
 
         Args:
             image: RGB, any size.
             draws: float [NUM_DRAWS] in [0, 1).
-            factor: how many times smaller it was decoded, see `shrink`.
 
         Returns:
             uint8 [S, S, 3].
@@ -93,7 +87,7 @@ class Transform:
         """
         size, place = self.image_size, draws[CROP:]
         if self.crop == "random":
-            cut = random_resized_crop(image, size, place, self.crop_scale, factor)
+            cut = random_resized_crop(image, size, place, self.crop_scale)
         elif self.crop == "window":
             cut = random_window(image, size, place)
         elif self.crop == "center":
@@ -146,18 +140,14 @@ def random_window(image: Image.Image, size: int, draws: np.ndarray) -> np.ndarra
     return np.asarray(image.crop((x, y, x + size, y + size)))
 
 
-def random_resized_crop(
-    image: Image.Image, size: int, draws: np.ndarray, scale=(0.08, 1.0), factor: int = 1
-) -> np.ndarray:
+def random_resized_crop(image: Image.Image, size: int, draws: np.ndarray, scale=(0.08, 1.0)):
     """A random rectangle (`crop_box`) as uint8 [size, size, 3], bicubic and antialiased.
 
     Args:
         draws: float [4 * CROP_TRIES] in [0, 1).
         scale: as in `crop_box`.
-        factor: how many times smaller than the original the image is (see `Transform.shrink`): the
-            rectangle is the same part of the picture, to fractions of a pixel.
     """
-    box = [side / factor for side in crop_box([factor * s for s in image.size], draws, scale)]
+    box = crop_box(image.size, draws, scale)
     return np.asarray(image.resize((size, size), BICUBIC, box))
 
 

@@ -7,10 +7,8 @@ the caption, `.npy` the caption's embedding, `.json` a dictionary with `label` o
 the example `22.05`. Other files, such as `x.seg.png` beside `x.png`, are left alone and counted.
 """
 
-import hashlib
 import io
 import json
-import os
 import pathlib
 import posixpath
 import re
@@ -26,7 +24,6 @@ from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, 
 from flextok_jax.io import storage
 
 FIELDS = ("image", "txt", "json", "npy")  # That are read when an example is wanted.
-CACHE = pathlib.Path("~/.cache/flextok_jax/tar")  # Of indices that cannot lie beside their shard.
 
 
 class Index(NamedTuple):
@@ -53,8 +50,8 @@ class WebDatasetSource(source.Source):
     has such a word ("imagenet-train-0001.tar"), where there are both; otherwise as in an image
     folder, by a hash of the key, "SHARD.tar/NAME", see `source.select`.
 
-    Reading SHARD.tar the first time writes .SHARD.tar.index.npz beside it (in ~/.cache/flextok_jax
-    where the folder is read-only); it is made again when the shard's size or time has changed.
+    Reading SHARD.tar the first time writes .SHARD.tar.index.npz beside it, where that is allowed;
+    it is made again when the shard's size or time has changed.
     """
 
     def __init__(self, path, split: str):
@@ -145,24 +142,20 @@ def read_index(path: pathlib.Path) -> Index:
     """
     stat = path.stat()
     stamp = np.array([stat.st_size, stat.st_mtime_ns])
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    files = path.with_name(f".{path.name}.index.npz"), CACHE.expanduser() / f"{name}.npz"
-    for file in files:
-        try:
-            with np.load(file, allow_pickle=False) as found:
-                if (found["stamp"] == stamp).all():
-                    return Index(**{name: found[name] for name in Index._fields})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # Absent, damaged or of an earlier version: it is only a cache.
+    file = path.with_name(f".{path.name}.index.npz")
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            if (found["stamp"] == stamp).all():
+                return Index(**{name: found[name] for name in Index._fields})
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # Absent, damaged or of an earlier version: it is only a cache.
     log.info("building the index of %s", path)
     index = _scan(path)
-    for file in files:
-        try:
-            with storage.atomic(file) as temporary:
-                np.savez(temporary, stamp=stamp, **index._asdict())
-            break
-        except OSError:
-            continue
+    try:
+        with storage.atomic(file) as temporary:
+            np.savez(temporary, stamp=stamp, **index._asdict())
+    except OSError as error:
+        log.warning("the index of %s is not kept for the next time: %s", path, error)
     return index
 
 
