@@ -302,6 +302,7 @@ def test_fine_tuning_starts_from_the_averaged_weights_of_a_workdir(trained, tmp_
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_run_on_images_trains_and_leaves_the_tokenizer_out_of_its_state(
     tokenizer, images, tmp_path
 ):

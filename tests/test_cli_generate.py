@@ -77,6 +77,7 @@ def test_the_tokens_of_samples_decode_to_them_again(models, samples, tmp_path):
         assert np.abs(image.astype(int) - before[name]).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_samples(models, tmp_path, monkeypatch):
     arguments = [*models, "--labels", "0-4", "--num-tokens", 2]
     assert run(*arguments, "--batch-size", 5, "--out", tmp_path / "whole") == 0

@@ -116,6 +116,7 @@ def test_metrics_are_saved_with_the_full_setup(plain):
     assert environment.product_precision() == "float32"  # Of the tests.
 
 
+@pytest.mark.slow
 def test_samples_are_measured_without_originals_and_at_every_token_guidance(tmp_path):
     gen = tiny_generator(CFG)
     labels = np.tile(np.arange(10), 2)
@@ -258,6 +259,7 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_command_writes_results_and_a_report_and_compares_them(
     model, tmp_path, capsys, monkeypatch
 ):

@@ -90,6 +90,7 @@ def test_a_workdir_loads_with_its_averaged_weights_and_converts(trained, tmp_pat
     np.testing.assert_array_equal(again.tokenize(images), tok.tokenize(images))
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_source_and_leaves_frozen_parts_alone(trained, tmp_path):
     source = FlexTok.from_pretrained(trained[0])
     c = config(init_from=str(trained[0]), freeze=("encoder/.*",), total_steps=1)

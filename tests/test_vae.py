@@ -108,6 +108,7 @@ def test_layout_options_remove_their_parameters():
     assert decoded.shape == images.shape
 
 
+@pytest.mark.slow
 def test_images_need_not_be_square():
     params, images = small_vae((1, 8, 20, 3))
     mean, logvar = encode_moments(params, SMALL, images)

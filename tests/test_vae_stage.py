@@ -171,6 +171,7 @@ def test_lpips_counts_when_its_files_are_named_and_is_said_to_be_off_when_not(ca
     np.testing.assert_allclose(value, jnp.abs(made - images).mean() + 0.3 * distance, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_logs_all_terms_and_trains_both_networks(trained):
     workdir, outcome = trained
     records = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -208,6 +209,7 @@ def test_the_scaling_factor_makes_the_latents_unit_variance(trained):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_measured_nothing_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(VAEStage, "measure", lambda *_: {})
     train(VAEStage(config()), config(total_steps=1), tmp_path)
