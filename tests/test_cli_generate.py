@@ -13,8 +13,8 @@ from common import ROOT, TINY, tiny_generator
 from PIL import Image
 
 from flextok_jax import cli
-from flextok_jax.commands import common
-from flextok_jax.commands.generate import read_labels
+from flextok_jax.commands.images import read_labels
+from flextok_jax.evaluation import reconstruction
 from flextok_jax.io.formats import flexar
 
 FAST = ["--steps", "1", "--guidance", "1", "--token-guidance", "1.5"]
@@ -81,7 +81,7 @@ def test_the_tokens_of_samples_decode_to_them_again(models, samples, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_samples(models, tmp_path, monkeypatch):
     arguments = [*models, "--labels", "0-4", "--num-tokens", 2]
     assert run(*arguments, "--batch-size", 5, "--out", tmp_path / "whole") == 0
-    real, calls = common.decode, []
+    real, calls = reconstruction.decode, []
 
     def third_fails(*args):
         calls.append(args)
@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_to_the_same_samples(models, tmp_path, monkey
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(common, "decode", third_fails)
+    monkeypatch.setattr(reconstruction, "decode", third_fails)
     parts = [*arguments, "--batch-size", 2, "--out", tmp_path / "parts"]
     assert run(*parts) == 130
     assert run(*parts) == 0 and len(calls) == 4  # One batch was left.

@@ -3,7 +3,6 @@
 import functools
 import json
 import types
-import weakref
 
 import numpy as np
 import pytest
@@ -101,21 +100,6 @@ def test_shards_hold_every_record_in_order_and_the_manifest_says_so(tmp_path):
     for name, info in manifest["shards"].items():
         data = (tmp_path / "train" / name).read_bytes()
         assert info["bytes"] == len(data) and info["records"] == 5 and info["max_label"] <= 9
-
-
-def test_each_record_is_written_before_the_next_is_made(tmp_path):
-    before = []
-
-    def make(shard):
-        for _ in range(5):
-            assert all(record() is None for record in before[:-1])
-            record = Record("a", {"tokens": np.zeros((3, 4), np.uint16)})
-            before.append(weakref.ref(record))
-            yield record
-            del record
-
-    shards.write_split(tmp_path / "train", settings(num_shards=1), make)
-    assert len(before) == 5
 
 
 # Batches.
@@ -355,34 +339,3 @@ def test_encoded_data_are_refused_where_images_are_wanted(command, model, tmp_pa
     assert cli.main(arguments) == 2
     assert f"error: {given} holds what `flextok encode` made" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("crops, batch, runs", [(2, 5, [4, 4, 4]), (3, 2, [2, 2] * 5)])
-def test_a_batch_holds_whole_images_and_is_written_before_the_next(
-    crops, batch, runs, model, tmp_path, monkeypatch
-):
-    """Five images: two at a time, and one at a time in more than one batch."""
-    events, to_bytes = [], shards.to_bytes
-
-    def tokenize(tok, images, k):
-        events.append(len(images))
-        start = sum(e for e in events if isinstance(e, int)) - len(images)
-        return np.arange(start, start + len(images))[:, None]
-
-    def written(record):
-        events.append(record.key)
-        return to_bytes(record)
-
-    monkeypatch.setattr(command, "side", lambda tok: 16)
-    monkeypatch.setattr(FlexTok, "tokenize", tokenize)
-    monkeypatch.setattr(shards, "to_bytes", written)
-    args = ["--model", model, "--data", digits_folder(), "--limit", 5, "--out", tmp_path]
-    assert run(*args, "--crops", crops, "--batch-size", batch, "--num-tokens", 1) == 0
-    assert [e for e in events if isinstance(e, int)] == runs
-    one_image = len(runs) // 5 or 1
-    assert events[one_image] == sorted(e for e in events if isinstance(e, str))[0]
-    source = shards.ShardSource(tmp_path, "train")
-    tokens = [source.record(i).arrays["tokens"] for i in range(5)]
-    assert all(t.shape == (crops, 1) for t in tokens)
-    flat = np.concatenate(tokens).ravel().tolist()
-    assert flat == sorted(set(flat))  # In order, none twice.

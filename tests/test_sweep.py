@@ -273,7 +273,7 @@ def test_the_command_writes_results_and_a_report_and_compares_them(
     code, told, noted = run(capsys, *command, *settings, "--split", "test", "--steps", "1,2")
     assert code == 0 and "PSNR" in told and "--inception" in noted and "--lpips-vgg" in noted
     page = (out / "report.html").read_text()
-    assert "product precision" in page and "class 2" in page
+    assert "product_precision" in page and "class 2" in page
     more = ("--limit", 120, "--batch-size", 60, "--num-tokens", 1, "--guidance", 3, "--steps", 1)
     assert run(capsys, *command, *more, "--split", "test")[0] == 0
     code, _, noted = run(capsys, *command, *settings, "--split", "test", "--seed", 1)

@@ -1,20 +1,18 @@
 """What several commands do with their options."""
 
 import contextlib
-import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from flextok_jax.commands import options
 from flextok_jax.data import shards
 from flextok_jax.data.sources import parse
 from flextok_jax.evaluation import pictures as pics
-from flextok_jax.evaluation.reconstruction import Sampler, decode, default_sampler
+from flextok_jax.evaluation.reconstruction import Sampler, default_sampler
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path, is_remote
 from flextok_jax.parallel import mesh
@@ -110,39 +108,6 @@ def results_folder(out, settings: dict, record: str = SETTINGS) -> Iterator[None
             (out / record).unlink()
             out.rmdir()
         raise
-
-
-# Pictures.
-
-
-def png_metadata(info: dict, num_tokens) -> dict:
-    """The text of a PNG file: `info` of `reconstruction.metadata`, and the number of tokens."""
-    model = info["model"]
-    what = {"model": model["origin"], "fingerprint": model["fingerprint"], "num_tokens": num_tokens}
-    return info | what
-
-
-def write_pictures(
-    out, tok: FlexTok, tokens: np.ndarray, names: Sequence[str], counts, sampler, info: dict, args,
-    texts: Sequence[dict] | None = None,
-) -> None:  # fmt: skip
-    """Writes OUT/k0016/NAME.png of all tokens [n, K] and every k, unless they are there.
-
-    Args:
-        names, texts: of each image; the text is added to that of `info`.
-    """
-    files, size = pics.png_names(names), min(args.batch_size, len(names))
-    texts = texts or [{}] * len(names)
-    with tqdm(total=len(names) * len(counts), unit="image", disable=None) as bar:
-        for first in range(0, len(names), size):
-            rows = slice(first, first + size)
-            options = (pics.name_seeds(names[rows]), sampler, args.seed, size)
-            for k in counts:
-                paths = [out / f"k{k:04d}" / name for name in files[rows]]
-                text = [png_metadata(info, k) | more for more in texts[rows]]
-                make = functools.partial(decode, tok, tokens[rows], k, *options)
-                pics.saved_pictures(paths, text, make)
-                bar.update(len(paths))
 
 
 def print_speed(images: int, seconds: float) -> None:

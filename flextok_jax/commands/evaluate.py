@@ -7,7 +7,7 @@ import numpy as np
 
 from flextok_jax import conditions
 from flextok_jax.commands import common, options
-from flextok_jax.commands.generate import load_generator, token_filters
+from flextok_jax.commands.images import load_generator, token_filters
 from flextok_jax.evaluation import networks, probe, statistics, sweep, sweep_report
 from flextok_jax.evaluation.environment import environment, product_precision
 from flextok_jax.evaluation.pictures import Pictures
@@ -188,3 +188,20 @@ def _print(results: list[dict]) -> None:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))
     for text in dict.fromkeys(text for result in results for text in result["warnings"]):
         print(f"warning: {text}", file=sys.stderr)
+
+
+def compare(args: options.Compare) -> None:
+    """Prints the metrics that both have, then the differences of their metadata."""
+    a, b = storage.read_json(args.first), storage.read_json(args.second)
+    for path, found in ((args.first, a), (args.second, b)):
+        if not {"metadata", "metrics"} <= set(found):
+            raise ValueError(f"{path} is no result of flextok evaluate: it has no metrics")
+    first, second = storage.dotted(a["metrics"]), storage.dotted(b["metrics"])
+    print(f"{'':<26}{'first':>14}{'second':>14}{'difference':>14}")
+    for name, x in first.items():
+        y = second.get(name)
+        if isinstance(x, int | float) and isinstance(y, int | float):
+            print(f"{name:<26}{x:>14.6g}{y:>14.6g}{y - x:>14.4g}")
+    found = storage.differences(a["metadata"], b["metadata"], words=("first", "second"))
+    print("Their setups differ:" if found else "Their setups are the same.")
+    print("".join(f"  {line}\n" for line in found), end="")

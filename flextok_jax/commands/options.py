@@ -1,9 +1,9 @@
 """The options of every command: one frozen dataclass each, with the groups that several share.
 
-tyro makes the parser of a class from its fields, their types and the comment beside each. Nothing
-here imports more than that, so that `--help` is quick.
+tyro makes the parser from the fields and the comment beside each. `--help` imports nothing more.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -14,16 +14,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 def _checked(kind: type, allowed: Callable, words: str) -> Callable:
-    """Text -> a finite int or float that is allowed; raises ValueError with `words`."""
-
     def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and allowed(value)):
-            raise ValueError(f"{text!r} is not {words}")
-        return value
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := kind(text)) and allowed(value):
+                return value
+        raise ValueError(f"{text!r} is not {words}")
 
     return convert
 
@@ -47,13 +42,7 @@ def _several(convert: Callable) -> Callable[[str], tuple]:
 
 
 def _option(metavar: str, convert: Callable = str, help: str | None = None, hint: str | None = ""):
-    """The annotations of an option with one value.
-
-    Args:
-        convert: from text; raises ValueError with what is allowed.
-        help: where a field has no text of its own.
-        hint: printed after the help; None: the default, or "required".
-    """
+    """An option with one value; `hint` follows the help, None: the default, or "required"."""
     spec = PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -85,14 +74,13 @@ File = Annotated[str | None, *_option("FILE")]
 Split = Annotated[str | None, *_option("SPLIT")]
 Limit = Annotated[int | None, *_option("N", _positive, "only the first N images")]
 Tokens = Annotated[int | None, *_option("K", _positive, _K)]
-Counts = Annotated[tuple[int, ...] | None, *_option("K[,K...]", _several(_positive))]
+Counts = Annotated[tuple[int, ...] | None, *_option("N[,N...]", _several(_positive))]
 Whole = Annotated[int, *_option("N", _whole, None, None)]
 Positive = Annotated[int, *_option("N", _positive, None, None)]
 Seed = Annotated[int, *_option("N", _seed, None, None)]
 Share = Annotated[float, *_option("SHARE", _share, None, None)]
 Number = Annotated[float, *_option("X", _number, None, None)]
 Count = Annotated[int | None, *_option("N", _positive)]
-StepCounts = Annotated[tuple[int, ...] | None, *_option("N[,N...]", _several(_positive))]
 Scale = Annotated[float | None, *_option("SCALE", _number)]
 Scales = Annotated[tuple[float, ...] | None, *_option("SCALE[,SCALE...]", _several(_number))]
 Process = Annotated[tuple[int, int], *_option("I/N", _process, "process I, from 0, of N (0/1)")]
@@ -164,10 +152,8 @@ class Compute:
 class Reconstruct(Compute, Sampling):
     """Images from their first k tokens: a grid, pictures, metrics.
 
-    Writes DIR/grid.png (each original beside its reconstructions),
-    DIR/k0016/NAME.png and so on, and DIR/metrics.json. Images of any size are
-    cropped and resized to the model's. After an interruption the same command
-    goes on.
+    Writes DIR/grid.png, DIR/k0016/NAME.png and so on, and DIR/metrics.json.
+    Images are cropped and resized. The same command continues after a stop.
 
     example:
       flextok reconstruct --model EPFL-VILAB/flextok_d12_d12_in1k \\
@@ -188,10 +174,9 @@ _IMAGES_OR_DATA = create_mutex_group(required=True, title="one of")
 class Tokenize(Compute, Crops):
     """Images to a file of tokens, or a data set to shards to train on.
 
-    Of --images: writes int32 tokens [images, K], the images' names and the
-    model's identity as .npz. Of --data: writes DIR/SPLIT with shards and
-    manifest.json, for the AR stage; the same command continues what was
-    interrupted.
+    Of --images: an .npz of int32 tokens [images, K], names and the model's
+    sha256. Of --data: shards in OUT/SPLIT for the AR stage; the same command
+    continues after a stop.
 
     example:
       flextok tokenize --model EPFL-VILAB/flextok_d12_d12_in1k \\
@@ -212,10 +197,8 @@ class Tokenize(Compute, Crops):
 class Encode(Compute, Crops):
     """A data set to shards of tokens, latents or features to train on.
 
-    Writes DIR/SPLIT with shards and manifest.json: for every crop of every
-    image what the named models make of it. The same command continues what was
-    interrupted; several processes, also on several machines with one file
-    system, share the work by --process.
+    Writes DIR/SPLIT with shards and manifest.json. The same command continues
+    after a stop; processes with one file system share the work by --process.
 
     example:
       flextok encode --vae runs/vae --model runs/mine --data FOLDER \\
@@ -238,8 +221,8 @@ class Encode(Compute, Crops):
 class Detokenize(Compute, Sampling):
     """A file of tokens to images.
 
-    Writes DIR/k0016/NAME.png and so on. The model must be the one that made the
-    tokens. After an interruption the same command goes on.
+    Writes DIR/k0016/NAME.png and so on, with the model that made the tokens.
+    The same command continues after a stop.
 
     example:
       flextok detokenize --model EPFL-VILAB/flextok_d12_d12_in1k \\
@@ -256,9 +239,9 @@ class Detokenize(Compute, Sampling):
 class Generate(Compute, Sampling, TokenSampling):
     """Classes to tokens to images, with an AR model.
 
-    Writes DIR/grid.png, DIR/k0016/NUMBER_classLABEL.png for every number of
-    tokens and sample, DIR/tokens.npz (for flextok detokenize) and
-    DIR/generation.json. After an interruption the same command goes on.
+    Writes DIR/grid.png, DIR/k0016/NUMBER_classLABEL.png and so on,
+    DIR/tokens.npz (for flextok detokenize) and DIR/generation.json. The same
+    command continues after a stop.
 
     example:
       flextok generate --model demo-digits-ar --labels 0-9 --per-label 10 \\
@@ -275,12 +258,11 @@ class Generate(Compute, Sampling, TokenSampling):
 class Evaluate(Compute, TokenSampling, Sampling):
     """Metrics and a report of reconstructions, samples or registers.
 
-    Evaluates every combination of --num-tokens, --steps and --guidance and
-    writes DIR/points/NAME.json, metrics with the settings that they were made
-    with, and DIR/report.html. After an interruption the same command goes on.
-    Reconstruction: PSNR, MAE, SSIM, LPIPS, error by frequency, codebook usage,
-    FID, Inception score, precision, recall. Generation: those that need no
-    original. Probe: accuracy of a linear classifier of the first k registers.
+    Evaluates every combination of --num-tokens, --steps and --guidance; writes
+    DIR/points/NAME.json and DIR/report.html. The same command continues after a
+    stop. Reconstruction: PSNR, MAE, SSIM, LPIPS, error by frequency, codebook
+    usage, FID, Inception score, precision, recall. Generation: those that need
+    no original. Probe: accuracy of a linear classifier of the first k registers.
 
     example:
       flextok evaluate --model runs/mine --data FOLDER --num-tokens 1,4,16 \\
@@ -296,7 +278,7 @@ class Evaluate(Compute, TokenSampling, Sampling):
     split: Split = None  # train, test or all; of TFDS any of its own (all; for the probe test)
     limit: Limit = None
     num_tokens: Counts = None  # by commas (1, 2, 4, ... up to all; of generation all)
-    steps: StepCounts = None  # steps of the solver, several by commas (the model's own default)
+    steps: Counts = None  # steps of the solver, several by commas (the model's own default)
     guidance: Scales = None  # guidance scales, by commas (the model's own default)
     token_guidance: Scales = None  # of the logits, by commas (the model's own default)
     inception: File = None  # pt_inception-2015-12-05-6726825d.pth, or .safetensors: FID and its kin
@@ -311,8 +293,6 @@ class Evaluate(Compute, TokenSampling, Sampling):
 class Compare:
     """Two results of evaluate: how metrics and settings differ.
 
-    Prints the metrics side by side, and every setting that differs.
-
     example:
       flextok compare a/points/k0016_steps20_guidance3.json \\
           b/points/k0016_steps20_guidance3.json
@@ -326,9 +306,8 @@ class Compare:
 class Check:
     """What is in a data set, what cannot be read, and a picture of it.
 
-    Opens images and prints their number, formats, sizes, labels and captions,
-    names every one that cannot be read, and writes a contact sheet. Of shards
-    that flextok wrote it verifies every byte. Fails where training would.
+    Opens images, prints formats, sizes, labels and captions, names the unreadable
+    ones, and writes a contact sheet. Shards: verifies every byte.
 
     example:
       flextok data check photos
@@ -346,9 +325,8 @@ class Check:
 class Pack(Shards):
     """The images of a data set, as they are, in ArrayRecord shards.
 
-    Writes DIR/SPLIT with shards and manifest.json: images, labels, captions and
-    their embeddings, for data.source=array_record. Few large files instead of
-    many small ones, which a mounted bucket or a network disk reads much faster.
+    Writes DIR/SPLIT with shards and manifest.json for data.source=array_record:
+    a mounted bucket or a network disk reads few large files much faster.
 
     example:
       flextok data pack FOLDER --split train --out packed
@@ -379,9 +357,6 @@ class Convert:
 class Info:
     """What a model is: configuration, parameter counts, sha256.
 
-    Prints the origin, the step of a workdir, the configuration, the parameter
-    counts, and the sha256 over all parameters.
-
     example:
       flextok info demo-digits --json
     """
@@ -391,12 +366,12 @@ class Info:
 
 
 COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.
-    "reconstruct": (Reconstruct, "reconstruct:reconstruct"),
-    "tokenize": (Tokenize, "tokens:tokenize"),
-    "detokenize": (Detokenize, "tokens:detokenize"),
-    "generate": (Generate, "generate:generate"),
+    "reconstruct": (Reconstruct, "images:reconstruct"),
+    "tokenize": (Tokenize, "images:tokenize"),
+    "detokenize": (Detokenize, "images:detokenize"),
+    "generate": (Generate, "images:generate"),
     "evaluate": (Evaluate, "evaluate:evaluate"),
-    "compare": (Compare, "compare:compare"),
+    "compare": (Compare, "evaluate:compare"),
     "encode": (Encode, "encode:encode"),
     "data check": (Check, "data:check"),
     "data pack": (Pack, "data:pack"),

@@ -46,18 +46,11 @@ def warnings(metadata: dict, metrics: dict) -> list[str]:
     """What to know before the metrics are compared with published ones."""
     if "fid" not in metrics:
         return []
-    found = []
+    found, network = [], metadata["networks"]["features"]
     given = metadata["reference"]["source"] == "file"  # Its number of images is not known.
     count = min(metrics["count"], ENOUGH if given else metrics["real_count"])
     if count < ENOUGH:
-        found.append(
-            f"FID of {count} images, not {ENOUGH}, is biased upwards: compare it only with FID of "
-            "as many images"
-        )
-    network = metadata["networks"]["features"]
+        found.append(f"FID of {count} images is biased upwards: published ones are of {ENOUGH}")
     if network["name"] != "inception":
-        found.append(
-            f"FID, Inception score, precision and recall by {network['description']}, not by the "
-            "Inception network"
-        )
+        found.append(f"FID, precision and recall by {network['description']}, not by Inception")
     return found

@@ -119,8 +119,8 @@ def per_image(stream: Iterable[tuple], functions: Sequence[Function] = (compare,
         wrong = int(np.sum(mask & ~finite))
         if wrong:
             raise ValueError(
-                f"{wrong} of {int(mask.sum())} reconstructions {suffix} have values that are not "
-                "finite. Check the model's parameters, or try dtype float32"
+                f"{wrong} of {int(mask.sum())} reconstructions {suffix} are not finite. Check the "
+                "model's parameters, or try dtype float32"
             )
         for name, value in values.items():
             found.setdefault(name, []).append(value[mask].astype(np.float64))
@@ -161,9 +161,8 @@ def codes(tokens: np.ndarray, vocab_size: int, counts: Sequence[int]) -> dict:
         counts: numbers of tokens.
 
     Returns:
-        "codebook_usage": by number of tokens, the share of all ids that occur among the first of
-        them; "codes": {"distinct": the number of different ids per position, at most min(n, V);
-        "perplexity": exp of the entropy of the ids per position}.
+        "codebook_usage": {k: the share of all ids that occur among the first k tokens}; "codes":
+        {"distinct": different ids, "perplexity": exp of the entropy of the ids, by position}.
     """
     if not vocab_size:
         return {}

@@ -23,7 +23,6 @@ class FeatureNetwork:
         size: D, how many features there are.
         classes: whether its logits are of the classes of the data's labels.
         function: (params, uint8 [B, H, W, 3]) → (features [B, D], logits [B, V]); jitted here.
-        params: its parameters.
         mesh: the devices that a batch is spread over; None for the default device.
     """
 
@@ -46,13 +45,7 @@ class FeatureNetwork:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Networks:
-    """Those that there are.
-
-    Attributes:
-        features: None leaves out FID, Inception score, precision, recall and accuracy.
-        perceptual: (images, originals) → {"lpips": [B]}, see `metrics.per_image`; None: no LPIPS.
-        perceptual_metadata: its hashes.
-    """
+    """Those whose files were named; `perceptual`: (images, originals) → {"lpips": [B]}."""
 
     features: FeatureNetwork | None = None
     perceptual: Callable | None = None
@@ -60,7 +53,6 @@ class Networks:
 
     @property
     def metadata(self) -> dict:
-        """For the settings of results."""
         features = self.features and self.features.metadata
         return {"features": features, "perceptual": self.perceptual_metadata}
 

@@ -20,19 +20,12 @@ _LISTED = 10  # Images that could not be read, by name.
 
 
 class Batch(NamedTuple):
-    """Readable images, in order.
+    """Readable images, in order."""
 
-    Attributes:
-        seeds: uint32 [n], see `name_seeds`.
-        names: of each image, relative to its folder.
-        labels: int32 [n], -1 unknown.
-        images: uint8 [n, S, S, 3].
-    """
-
-    seeds: np.ndarray
-    names: list[str]
-    labels: np.ndarray
-    images: np.ndarray
+    seeds: np.ndarray  # uint32 [n], see `name_seeds`
+    names: list[str]  # relative to the folder
+    labels: np.ndarray  # int32 [n], -1 unknown
+    images: np.ndarray  # uint8 [n, S, S, 3]
 
 
 class Pictures:
@@ -110,10 +103,7 @@ def listed(unreadable: dict[str, str]) -> str:
 
 
 def name_seeds(names: Sequence[str]) -> np.ndarray:
-    """The seed of each image's noise: a hash of its name, uint32 [n].
-
-    It does not depend on which other images there are, or can be read.
-    """
+    """The seed of each image's noise, whatever other images there are: uint32 [n]."""
     return np.array([zlib.crc32(os.fsencode(name)) for name in names], np.uint32)
 
 
@@ -129,13 +119,7 @@ def png_names(names: Sequence[str]) -> list[str]:
 
 
 def write_png(path, picture, metadata: dict) -> None:
-    """Writes a PNG file with text metadata, whole or not at all.
-
-    Args:
-        path: its folder is made where it is missing.
-        picture: uint8 [H, W, 3], or a `PIL.Image.Image`.
-        metadata: becomes text.
-    """
+    """Writes a PNG file of uint8 [H, W, 3] or a `PIL.Image.Image`, with text metadata."""
     from PIL import Image, PngImagePlugin
 
     text = PngImagePlugin.PngInfo()

@@ -13,13 +13,9 @@ FOLDS = 5  # Of the training images, to choose it by.
 
 
 def registers(tok: FlexTok, pictures: Pictures, num_tokens: int, batch_size: int):
-    """The registers before quantisation, of the readable pictures.
+    """The registers before quantisation: (float32 [n, num_tokens, F], labels int [n]).
 
-    Returns:
-        (float32 [n, num_tokens, F], labels int [n]).
-
-    Raises:
-        ValueError: a picture without a label, or registers that are not finite.
+    Raises ValueError for a picture without a label, or registers that are not finite.
     """
     from tqdm import tqdm
 
@@ -34,8 +30,8 @@ def registers(tok: FlexTok, pictures: Pictures, num_tokens: int, batch_size: int
     labels, found = np.concatenate(labels), np.concatenate(found)
     if (labels < 0).any():
         raise ValueError(
-            f"{np.sum(labels < 0)} of {len(labels)} images of {pictures.title} have no label: "
-            "probing needs classes, such as the subfolders of a folder of images"
+            f"{np.sum(labels < 0)} images of {pictures.title} have no label: put the images of a "
+            "class into a folder"
         )
     if not np.isfinite(found).all():
         raise ValueError(f"{tok.origin} makes registers that are not finite: check its parameters")

@@ -1,4 +1,4 @@
-"""Images to tokens and back, in batches of one size."""
+"""Images and conditions to tokens, and tokens to images, in batches of one size."""
 
 import dataclasses
 import functools
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from flextok_jax.conditions import Conditions
 from flextok_jax.flow.sampler import Sampler
+from flextok_jax.generator import ImageGenerator
 from flextok_jax.nn import flextok
 from flextok_jax.tokenizer import FlexTok
 
@@ -15,11 +17,7 @@ from flextok_jax.tokenizer import FlexTok
 def default_sampler(tok: FlexTok, **changes) -> Sampler | None:
     """The model's own sampler, with those of `changes` that are not None.
 
-    Returns:
-        None for a model that decodes in one pass.
-
-    Raises:
-        ValueError: changes for such a model.
+    None for a model that decodes in one pass; ValueError for changes to it.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     if tok.config.is_flow:
@@ -51,16 +49,12 @@ def metadata(tok: FlexTok, sampler: Sampler | None, seed: int) -> dict:
 
 
 def side(tok: FlexTok) -> int:
-    """The side of the model's images in pixels.
-
-    Raises:
-        ValueError: they are not square.
-    """
+    """The side of the model's images in pixels. Raises ValueError where they are not square."""
     height, width = tok.config.image_size
     if height != width:
         raise ValueError(
-            f"the model's images have {height} x {width} pixels, and only square ones are cropped "
-            "here: call `tokenize` from Python with arrays of that size"
+            f"{tok.origin} has images of {height} x {width} pixels, and files are cropped to "
+            "squares: call `tokenize` from Python with arrays of that size"
         )
     return height
 
@@ -125,6 +119,30 @@ def decode(
             "that are not finite. Check the model's parameters, or try float32"
         )
     return np.clip(images, -1, 1)
+
+
+def sample_tokens(
+    gen: ImageGenerator,
+    conditions: Conditions,
+    seeds: np.ndarray,
+    num_tokens: int,
+    how: dict,
+    seed: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Tokens of one batch of samples: int32 [n, num_tokens].
+
+    Args:
+        conditions: n of them.
+        seeds: uint32 [n], one per sample: it depends on `seed` and its own, not on the batches.
+        how: arguments of `ImageGenerator.generate_tokens`: guidance_scale, temperature, ...
+        batch_size: the number of samples it is run as, n or more.
+    """
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda one: jax.random.fold_in(key, one))(padded(seeds, batch_size))
+    conditions = conditions.take(padded(np.arange(len(conditions)), batch_size))
+    tokens = gen.generate_tokens(conditions=conditions, num_tokens=num_tokens, key=keys, **how)
+    return np.asarray(tokens)[: len(seeds)]
 
 
 def padded(array: np.ndarray, size: int) -> np.ndarray:

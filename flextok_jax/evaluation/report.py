@@ -20,23 +20,20 @@ _PAGE = """<!doctype html>
 body {{ margin: 0 auto; max-width: 1000px; padding: 24px 16px 64px; color: #1d1f24;
   overflow-wrap: anywhere; font: 16px/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }}
 h1 {{ font-size: clamp(24px, 6vw, 34px); line-height: 1.2; }}
-h2 {{ font-size: 21px; margin-top: 40px; }}
-p {{ max-width: 72ch; }}
+h2 {{ margin-top: 40px; }}
 .note, figcaption span, .pictures th, .facts td:first-child {{ color: #646b78; font-size: 14px; }}
 .warning {{ background: #fff4e0; border-left: 4px solid #e07a1f; padding: 8px 14px; }}
 .row {{ display: grid; gap: 16px; margin-bottom: 16px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }}
 .row > * {{ min-width: 0; }}
-figure, pre {{ margin: 0; background: #f7f8fa; border: 1px solid #e3e6eb; border-radius: 8px;
-  padding: 12px; }}
+figure, pre {{ margin: 0; background: #f7f8fa; padding: 12px; }}
 pre {{ white-space: pre-wrap; }}
 figcaption {{ font-weight: 600; margin-bottom: 8px; }}
 figcaption span {{ display: block; font-weight: 400; }}
 .scroll {{ overflow-x: auto; }}
 .chart, .pictures, .pictures img {{ width: 100%; }}
 .pictures th {{ font-weight: 500; white-space: nowrap; }}
-.pictures td {{ padding: 0; line-height: 0; }}
-.pictures img {{ min-width: 22px; image-rendering: pixelated; }}
+.pictures img {{ min-width: 22px; image-rendering: pixelated; display: block; }}
 .numbers {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 .numbers th, .numbers td {{ padding: 6px 12px 6px 0; text-align: right; vertical-align: bottom;
   overflow-wrap: normal; border-bottom: 1px solid #e3e6eb; }}
@@ -50,13 +47,7 @@ figcaption span {{ display: block; font-weight: 400; }}
 
 
 def write_report(path, title: str, sections: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Writes one HTML file, whole or not at all.
-
-    Args:
-        path: the file.
-        title: the heading of the page.
-        sections: (heading, or "" for none; pieces of HTML) each.
-    """
+    """Writes one HTML file, whole or not at all; a section without a heading has "" there."""
     parts = [f"<h1>{_text(title)}</h1>"]
     for heading, pieces in sections:
         parts += [f"<h2>{_text(heading)}</h2>"] if heading else []
@@ -66,7 +57,7 @@ def write_report(path, title: str, sections: Sequence[tuple[str, Sequence[str]]]
 
 def paragraph(text: str, note: bool = False) -> str:
     """A paragraph; a note is small and grey."""
-    return f'<p class="note">{_text(text)}</p>' if note else f"<p>{_text(text)}</p>"
+    return f'<p class="{"note" if note else ""}">{_text(text)}</p>'
 
 
 def warning(text: str) -> str:
@@ -91,14 +82,7 @@ def picture_table(
     rows: Sequence[Sequence[np.ndarray]],
     labels: Sequence[str] = (),
 ) -> str:
-    """Rows of small pictures below their columns' titles.
-
-    Args:
-        caption, remark: what it shows, and a line below that.
-        titles: one per column.
-        rows: uint8 [H, W, 3] each; shown enlarged, every pixel a square.
-        labels: one per row, such as class names.
-    """
+    """Rows of pictures, uint8 [H, W, 3], enlarged; a title per column and a label per row."""
     head = "".join(f"<th>{_text(title)}</th>" for title in ([""] if labels else []) + [*titles])
     lines = []
     for i, pictures in enumerate(rows):
@@ -139,10 +123,8 @@ def chart(
     Args:
         caption, remark: what it shows, and a line below that (the unit).
         series: {name: points (x, y)}; points that are not finite are left out.
-        x_title: below the axis.
         log2: equal steps per doubling along x, with a tick at every point.
         percent: y is a share of 1.
-        from_zero: the y axis begins at 0.
         level: (name, y) of a dashed line across.
         scattered: names of series without a line between their points.
     """

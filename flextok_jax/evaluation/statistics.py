@@ -21,25 +21,19 @@ CHUNK = 2000  # Rows of distances that are computed at a time.
 
 
 class Gaussian(NamedTuple):
-    """The first two moments of features: mean float64 [D], unbiased covariance float64 [D, D]."""
+    """Moments of features, float64."""
 
-    mean: np.ndarray
-    covariance: np.ndarray
+    mean: np.ndarray  # [D]
+    covariance: np.ndarray  # [D, D], unbiased
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """What a network says of a set of images.
+    """What a network says of a set of images."""
 
-    Attributes:
-        features: float [n, D].
-        logits: float [n, V].
-        labels: int [n], -1 unknown.
-    """
-
-    features: np.ndarray
-    logits: np.ndarray
-    labels: np.ndarray
+    features: np.ndarray  # float [n, D]
+    logits: np.ndarray  # float [n, V]
+    labels: np.ndarray  # int [n], -1 unknown
 
     def __len__(self) -> int:
         return len(self.features)

@@ -1,9 +1,8 @@
 """A sweep: one set of reconstructions or samples, measured at many settings, in one folder.
 
-The folder holds `settings.json` (what all settings share), `pictures.json` (a hash over all pixels
-that were read), `points/NAME.json` (a result with its metadata), `points/NAME.npz` (some of its
-images) and `reference.npz` (mean and covariance of the real images' features). A setting whose
-result is there is not measured again.
+The folder holds `pictures.json` (a hash over all pixels that were read), `points/NAME.json` (a
+result with its metadata), `points/NAME.npz` (some of its images) and `reference.npz` (moments of
+the real images' features). A setting whose result is there is not measured again.
 """
 
 import dataclasses
@@ -21,11 +20,11 @@ import numpy as np
 
 from flextok_jax.conditions import Conditions
 from flextok_jax.evaluation import environment, metrics, statistics
-from flextok_jax.evaluation.generation import sample_tokens
+from flextok_jax.evaluation import reconstruction as rec
 from flextok_jax.evaluation.networks import Networks
 from flextok_jax.evaluation.pictures import Pictures, name_seeds
-from flextok_jax.evaluation.reconstruction import Sampler, decode, encode, padded, side
 from flextok_jax.evaluation.statistics import FeatureSet, Gaussian
+from flextok_jax.flow.sampler import Sampler
 from flextok_jax.generator import ImageGenerator
 from flextok_jax.io import storage
 from flextok_jax.io.paths import is_remote
@@ -39,18 +38,12 @@ AXES = ("num_tokens", "guidance", "steps", "token_guidance")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A point of a sweep.
-
-    Attributes:
-        num_tokens: k.
-        guidance, steps: of the sampler; None for a model that decodes in one pass.
-        token_guidance: the scale of guidance of the tokens, None: nothing is generated.
-    """
+    """A point of a sweep."""
 
     num_tokens: int
-    guidance: float | None = None
-    steps: int | None = None
-    token_guidance: float | None = None
+    guidance: float | None = None  # of the sampler; None: decoded in one pass
+    steps: int | None = None  # as well
+    token_guidance: float | None = None  # None: nothing is generated
 
     @property
     def name(self) -> str:
@@ -89,46 +82,29 @@ def results(out) -> tuple[list[dict], list[dict]]:
 
 
 class Samples(NamedTuple):
-    """What a generator samples.
-
-    Attributes:
-        conditions: n of them.
-        labels: int [n], the classes that accuracy is measured by, -1 unknown.
-        how: arguments of `ImageGenerator.generate_tokens` beside the scale of guidance.
-    """
+    """What a generator samples."""
 
     gen: ImageGenerator
-    conditions: Conditions
-    labels: np.ndarray
-    how: dict
+    conditions: Conditions  # n of them
+    labels: np.ndarray  # int [n]: the classes that accuracy is measured by, -1 unknown
+    how: dict  # arguments of `ImageGenerator.generate_tokens` beside the scale of guidance
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is measured, and with what.
-
-    Attributes:
-        out: a path object; the folder of the results.
-        settings: what all settings share, in JSON terms, with "networks" and "reference".
-        pictures: what is reconstructed, or what samples are compared with.
-        samples: None: reconstructions.
-        sampler, seed: of the decoder; steps and scale are the settings'. None: one pass.
-        reference: what FID compares with, instead of the pictures.
-        export: an .npz file for the images of the only setting as the array `arr_0`, uint8
-            [n, S, S, 3], which the evaluator of ADM reads.
-    """
+    """What is measured, and with what."""
 
     out: pathlib.Path
-    settings: dict
+    settings: dict  # what all settings share, in JSON terms, with "networks" and "reference"
     tok: FlexTok
-    pictures: Pictures
+    pictures: Pictures  # what is reconstructed, or what samples are compared with
     networks: Networks
-    sampler: Sampler | None
+    sampler: Sampler | None  # but for steps and scale; None: one pass
     seed: int = 0
     batch_size: int = 32
-    samples: Samples | None = None
-    reference: Gaussian | None = None
-    export: pathlib.Path | None = None
+    samples: Samples | None = None  # None: reconstructions
+    reference: Gaussian | None = None  # what FID compares with, instead of the pictures
+    export: pathlib.Path | None = None  # an .npz for the images of one setting
 
     def run(self, settings: Sequence[Setting]) -> list[dict]:
         """Measures the settings whose results are not there; returns the results of all.
@@ -159,26 +135,25 @@ class Sweep:
     def _on_disk(self, count: int) -> np.ndarray:
         """uint8 [count, S, S, 3] in a temporary file: many images do not fit into memory."""
         file = tempfile.TemporaryFile(dir=None if is_remote(self.out) else self.out)
-        size = side(self.tok)
+        size = rec.side(self.tok)
         return np.memmap(file, np.uint8, "w+", shape=(count, size, size, 3))
 
     def _read(self, bar, num_tokens: int) -> types.SimpleNamespace:
         """Reads all pictures once, and encodes them where they are reconstructed.
 
-        Returns what all settings share: `names`, `labels`, `titles` and `tokens` (by the scale of
-        token guidance) of the images that are made, their `originals` or None, the features of the
-        `real` ones, and the hash of what was `read`.
+        Returns names, labels, titles, seeds and tokens (by token guidance) of the images that are
+        made, their originals or None, features of the real ones, and the hash of what was read.
         """
         most, digest = min(self.batch_size, len(self.pictures)), hashlib.sha256()
         names, labels, tokens, looked = [], [], [], []
         originals = None if self.samples else self._on_disk(len(self.pictures))
-        for batch in self.pictures.batches(side(self.tok), most):
+        for batch in self.pictures.batches(rec.side(self.tok), most):
             digest.update(batch.images.tobytes())
             if self.networks.features:
                 looked.append(self.networks.features(batch.images, most))
             if originals is not None:
                 originals[len(names) : len(names) + len(batch.names)] = batch.images
-                tokens.append(encode(self.tok, batch.images, num_tokens, most))
+                tokens.append(rec.encode(self.tok, batch.images, num_tokens, most))
             names.extend(batch.names)
             labels.append(batch.labels)
             bar.update(len(batch.names))
@@ -208,7 +183,7 @@ class Sweep:
             gen, conditions, _, how = self.samples
             options = (data.num_tokens, how | {"guidance_scale": scale}, self.seed, self.batch_size)
             parts = (
-                sample_tokens(gen, conditions.take(rows), data.seeds[rows], *options)
+                rec.sample_tokens(gen, conditions.take(rows), data.seeds[rows], *options)
                 for rows in data.batches
             )
             data.tokens[scale] = np.concatenate(list(parts))
@@ -217,15 +192,14 @@ class Sweep:
     def _measure(self, setting: Setting, data, bar) -> tuple[dict, np.ndarray]:
         """(metrics, the images of `data.shown`)."""
         tokens, features = self._tokens(setting.token_guidance, data), self.networks.features
-        sampler, size = self.sampler, self.batch_size
-        if sampler is not None:
-            changes = {"steps": setting.steps, "guidance_scale": setting.guidance}
-            sampler = dataclasses.replace(sampler, **changes)
+        changes = {"steps": setting.steps, "guidance_scale": setting.guidance}
+        sampler = self.sampler and dataclasses.replace(self.sampler, **changes)
+        size = self.batch_size
         made, looked, seconds = self._on_disk(len(data.names)), [], []
 
         def make(rows):
             options = (setting.num_tokens, data.seeds[rows], sampler, self.seed, size)
-            return to_uint8(decode(self.tok, tokens[rows], *options))
+            return to_uint8(rec.decode(self.tok, tokens[rows], *options))
 
         def stream():
             make(slice(0, 1))  # Compiles.
@@ -236,7 +210,7 @@ class Sweep:
                 if features:
                     looked.append(features(images, size))
                 if data.originals is not None:
-                    both = (padded(x, size) for x in (images, data.originals[rows]))
+                    both = (rec.padded(x, size) for x in (images, data.originals[rows]))
                     yield "", *both, np.arange(size) < len(images)
                 bar.update(len(images))
 
@@ -253,10 +227,8 @@ class Sweep:
             found[name] = float(value.mean())
             found["standard_errors"][name] = float(value.std() / np.sqrt(len(value)))
         if features:
-            sampled = FeatureSet(*map(np.concatenate, zip(*looked)), data.labels)
-            found |= statistics.feature_metrics(
-                sampled, data.real, features.classes, self.reference
-            )
+            both = FeatureSet(*map(np.concatenate, zip(*looked)), data.labels), data.real
+            found |= statistics.feature_metrics(*both, features.classes, self.reference)
         k = setting.num_tokens
         used = metrics.codes(tokens[:, :k], self.tok.config.vocab_size, [k])
         found |= {name: value.get(k, value) for name, value in used.items()}
@@ -264,12 +236,9 @@ class Sweep:
         return found, made[data.shown]
 
     def _write(self, setting: Setting, data, found: dict, shown: np.ndarray) -> None:
-        metadata = {
-            **self.settings,
-            "data": self.settings.get("data", {}) | data.read,
-            "setting": dataclasses.asdict(setting),
-            **environment.environment(),
-        }
+        metadata = self.settings | {"setting": dataclasses.asdict(setting)}
+        metadata["data"] = metadata.get("data", {}) | data.read
+        metadata |= environment.environment()
         storage.same_or_refuse(self.out / READ, data.read, "results")
         if data.real is not None and len(data.real) > 1 and not (self.out / REFERENCE).exists():
             statistics.write_gaussian(self.out / REFERENCE, data.real.gaussian)
@@ -278,10 +247,7 @@ class Sweep:
             arrays["originals"] = data.originals[data.shown]
         with storage.atomic(self._path(setting, "npz")) as path, path.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        result = {
-            "metadata": metadata,
-            "metrics": found,
-            "warnings": environment.warnings(metadata, found),
-            "unreadable": dict(self.pictures.unreadable),
-        }
+        warnings = environment.warnings(metadata, found)
+        result = {"metadata": metadata, "metrics": found, "warnings": warnings}
+        result["unreadable"] = self.pictures.unreadable
         storage.write_json(self._path(setting, "json"), result)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from flextok_jax.evaluation import metrics as image_metrics
 from flextok_jax.evaluation import report
-from flextok_jax.io import storage
 
 # Title, remark, whether a share of 1; shown in this order where they are there.
 CURVES = {
@@ -21,7 +20,11 @@ CURVES = {
     "recall": ("Recall", "share of real images among the made ones", True),
     "accuracy": ("Accuracy", "of the feature network's classes, on made images", True),
     "codebook_usage": ("Codebook usage", "share of all ids that occur", True),
-    "seconds_per_image": ("Seconds per image", "decoding; compilation not included", False),
+    "seconds_per_image": (
+        "Seconds per image",
+        "median over batches, without compilation",
+        False,
+    ),
 }
 AXES = {"num_tokens": "tokens", "guidance": "guidance scale", "steps": "steps",
         "token_guidance": "token guidance scale"}  # fmt: skip
@@ -50,7 +53,8 @@ def write(path, results: Sequence[dict], pictures: Sequence[dict]) -> None:
     if "bands" in results[0]["metrics"]:
         sections.append(("Error by spatial frequency", [_bands(best)]))
     sections.append(("All results", [report.number_table(*table(results, AXES))]))
-    sections.append(("Evaluation setup", [report.fact_table(_facts(metadata))]))
+    setup = {key: value for key, value in metadata.items() if key != "setting"}
+    sections.append(("Evaluation setup", [report.code(json.dumps(setup, indent=2))]))
     report.write_report(path, title, sections)
 
 
@@ -131,14 +135,10 @@ def _costs(results, best) -> list[str]:
         if key in results[0]["metrics"]:
             points = [(r["metrics"]["seconds_per_image"], r["metrics"][key]) for r in results]
             series = {"settings": points, "best": front(points, sign)}
-            name = f"{CURVES[key][0]} against cost"
             remark = "one dot per setting; line: no other setting is both cheaper and better"
-            options = {"scattered": ("settings",)}
-            charts.append(report.chart(name, remark, series, "seconds per image", **options))
-    devices = " and ".join(sorted({r["metadata"]["devices"] for r in results}))
-    size = results[0]["metadata"]["batch_size"]
-    note = f"Medians over batches of {size} images on {devices}."
-    return [report.row(*charts), report.paragraph(note, note=True)]
+            name, x_title = f"{CURVES[key][0]} against cost", "seconds per image"
+            charts.append(report.chart(name, remark, series, x_title, scattered=("settings",)))
+    return [report.row(*charts)]
 
 
 def _bands(best) -> str:
@@ -163,15 +163,6 @@ def table(results: Sequence[dict], axes: Sequence[str]) -> tuple[list[str], list
         values = [formatted(key, result["metrics"][key]) for key in keys]
         rows.append([f"{_at(result, axis):g}" for axis in axes] + values)
     return [AXES[axis] for axis in axes] + [CURVES[key][0] for key in keys], rows
-
-
-def _facts(metadata: dict) -> dict[str, str]:
-    """The metadata without the setting, flat."""
-    facts = storage.dotted({key: value for key, value in metadata.items() if key != "setting"})
-    return {
-        key.replace("_", " ").replace(".", ": "): v if isinstance(v, str) else json.dumps(v)
-        for key, v in facts.items()
-    }
 
 
 def formatted(key: str, value: float) -> str:

@@ -1,0 +1,306 @@
+"""Images to tokens and back: `flextok reconstruct`, `tokenize`, `detokenize` and `generate`."""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from flextok_jax import conditions
+from flextok_jax.commands import common, options
+from flextok_jax.evaluation import metrics
+from flextok_jax.evaluation import pictures as pics
+from flextok_jax.evaluation import reconstruction as rec
+from flextok_jax.generator import ImageGenerator
+from flextok_jax.io import storage
+from flextok_jax.io.paths import as_path
+from flextok_jax.tokenizer import FlexTok
+
+FIELDS = ("tokens", "names", "origin", "fingerprint")
+GRID_COLUMNS = 10
+
+
+def reconstruct(args: options.Reconstruct) -> None:
+    """Writes grid.png, k0016/NAME.png for every k and image, and metrics.json into --out.
+
+    Pictures that an interrupted run with the same settings wrote are kept.
+    """
+    pictures = pics.Pictures(args.images, args.limit)
+    out = common.out_results(args.out, args.images)
+    tok = common.load_model(args)
+    counts = rec.check_counts(tok, args.num_tokens)
+    sampler = common.sampler(args, tok)
+    info = rec.metadata(tok, sampler, args.seed)
+    settings = {**info, "images": str(args.images), "limit": args.limit, "num_tokens": counts}
+    files = dict(zip(pictures.names, pics.png_names(pictures.names)))
+    size, tokens, rows, names = min(args.batch_size, len(pictures)), [], [], []
+
+    def stream(bar):
+        """See `metrics.per_image`."""
+        for batch in pictures.batches(rec.side(tok), size):
+            tokens.append(rec.encode(tok, batch.images, counts[-1], size))
+            columns = [batch.images]
+            for k in counts:
+                paths = [out / f"k{k:04d}" / files[name] for name in batch.names]
+                how = (k, batch.seeds, sampler, args.seed, size)
+                make = functools.partial(rec.decode, tok, tokens[-1], *how)
+                text = [png_metadata(info, k)] * len(paths)
+                columns.append(pics.saved_pictures(paths, text, make))
+                both = (rec.padded(x, size) for x in (columns[-1], batch.images))
+                yield f"/{k}", *both, np.arange(size) < len(paths)
+            shown = pics.GRID_ROWS - len(rows)
+            rows.extend(list(zip(*columns))[:shown])
+            names.extend(pictures.class_name(label) for label in batch.labels[:shown])
+            bar.update(len(batch.names))
+
+    started = time.perf_counter()
+    with common.results_folder(out, settings):
+        with tqdm(total=len(pictures), unit="image", disable=None) as bar:
+            means: dict = {}
+            for name, value in metrics.means(stream(bar)):
+                metric, k = name.split("/")
+                means.setdefault(metric, {})[int(k)] = value
+        tokens = np.concatenate(tokens)
+        sheet = pics.grid(rows, ["original", *(f"k = {k}" for k in counts)], names)
+        pics.write_png(out / "grid.png", sheet, png_metadata(info, counts))
+        result = {
+            **info,
+            "images": pictures.title,
+            "count": len(tokens),
+            "unreadable": pictures.unreadable,
+            "num_tokens": counts,
+            **means,
+            **metrics.codes(tokens, tok.config.vocab_size, counts),
+        }
+        storage.write_json(out / "metrics.json", result)
+    common.left_out(pictures.unreadable, len(pictures))
+    print(f"{len(tokens)} images from their first k tokens, in {args.out}")
+    for k in counts:
+        print(f"{k:5} tokens:" + "".join(f"  {n.upper()} {x[k]:.4g}" for n, x in means.items()))
+    common.print_speed(len(tokens), time.perf_counter() - started)
+
+
+def tokenize(args: options.Tokenize) -> None:
+    """Writes the first k tokens of every image, with the model's identity, as .npz.
+
+    With --data: shards to train on, see `flextok encode`.
+    """
+    if args.data:
+        from flextok_jax.commands.encode import encode
+
+        shared = {f.name for f in dataclasses.fields(options.Encode)} & set(vars(args))
+        return encode(options.Encode(**{name: getattr(args, name) for name in shared}))
+    for field in dataclasses.fields(options.Crops):
+        if getattr(args, field.name) != field.default:
+            raise ValueError(f"--{field.name.replace('_', '-')} goes with --data, not --images")
+    out = common.out_file(args.out)
+    pictures = pics.Pictures(args.images, args.limit)
+    tok = common.load_model(args)
+    (k,) = rec.check_counts(tok, [args.num_tokens or tok.num_tokens])
+    size = min(args.batch_size, len(pictures))
+    tokens, names, started = [], [], time.perf_counter()
+    with tqdm(total=len(pictures), unit="image", disable=None) as bar:
+        for batch in pictures.batches(rec.side(tok), size):
+            tokens.append(rec.encode(tok, batch.images, k, size))
+            names += batch.names
+            bar.update(len(batch.names))
+    write_tokens(out, tok, np.concatenate(tokens), names)
+    common.left_out(pictures.unreadable, len(pictures))
+    print(f"{k} tokens of each of {len(names)} images in {out}")
+    common.print_speed(len(names), time.perf_counter() - started)
+
+
+def detokenize(args: options.Detokenize) -> None:
+    """Writes the images of a file of tokens: k0016/NAME.png for every k, in --out."""
+    saved = read_tokens(args.tokens)
+    out = common.out_results(args.out)
+    tok = common.load_model(args)
+    if str(saved["fingerprint"]) != tok.fingerprint:
+        raise ValueError(
+            f"{args.tokens} has tokens of another model:\n"
+            f"  tokens: {saved['origin']}, sha256 {saved['fingerprint']}\n"
+            f"  --model: {tok.origin}, sha256 {tok.fingerprint}\n"
+            "Pass the model that made them, or tokenize the images again"
+        )
+    tokens, names = saved["tokens"], saved["names"].tolist()
+    counts = args.num_tokens or [tokens.shape[1]]
+    counts = rec.check_counts(tok, counts, available=tokens.shape[1])
+    sampler = common.sampler(args, tok)
+    info = rec.metadata(tok, sampler, args.seed)
+    settings = {**info, "tokens": str(args.tokens), "num_tokens": counts}
+    settings["tokens_sha256"] = storage.fingerprint({"tokens": tokens})
+    started = time.perf_counter()
+    with common.results_folder(out, settings):
+        write_pictures(out, tok, tokens, names, counts, sampler, info, args)
+    print(f"{len(names)} images from {', '.join(map(str, counts))} tokens in {args.out}")
+    common.print_speed(len(names) * len(counts), time.perf_counter() - started)
+
+
+def generate(args: options.Generate) -> None:
+    """Writes grid.png, tokens.npz, generation.json, and k0016/NUMBER_classLABEL.png for every k.
+
+    The grid shows samples by class, or, for several numbers of tokens, each sample from fewer and
+    from more of its tokens.
+    """
+    out = common.out_results(args.out)
+    gen = load_generator(args)
+    tok = gen.tokenizer
+    labels = read_labels(args.labels, gen.config.num_classes, gen.class_names)
+    labels = np.repeat(labels, args.per_label)
+    wanted = conditions.of_labels(labels, gen.class_names)
+    names = [f"{number:06d}_class{label}.png" for number, label in enumerate(labels)]
+    counts = rec.check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
+    sampler = common.sampler(args, tok)
+    scale = gen.config.guidance_scale if args.token_guidance is None else args.token_guidance
+    how = token_filters(args)
+    info = rec.metadata(tok, sampler, args.seed) | how | {"token_guidance": scale}
+    info |= {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
+    settings = {**info, "labels": labels.tolist(), "num_tokens": counts}
+    seeds, size, started = pics.name_seeds(names), min(args.batch_size, len(names)), time.time()
+    with common.results_folder(out, settings):
+        tokens, how = [], how | {"guidance_scale": scale}
+        for first in tqdm(range(0, len(names), size), unit="batch of tokens", disable=None):
+            rows = slice(first, first + size)
+            options = (counts[-1], how, args.seed, size)
+            tokens.append(rec.sample_tokens(gen, wanted.take(rows), seeds[rows], *options))
+        tokens = np.concatenate(tokens)
+        texts = [{"label": label, "class": name} for label, name in zip(labels, wanted.names)]
+        write_pictures(out, tok, tokens, names, counts, sampler, info, args, texts)
+        write_tokens(out / "tokens.npz", tok, tokens, names)
+        sheet = _sheet(labels, wanted.names, counts, lambda i, k: out / f"k{k:04d}" / names[i])
+        pics.write_png(out / "grid.png", sheet, png_metadata(info, counts))
+        storage.write_json(out / "generation.json", settings | {"count": len(names)})
+    print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
+    common.print_speed(len(names), time.time() - started)
+
+
+def png_metadata(info: dict, num_tokens) -> dict:
+    """The text of a PNG file: `info` of `reconstruction.metadata`, and the number of tokens."""
+    model = info["model"]
+    what = {"model": model["origin"], "fingerprint": model["fingerprint"], "num_tokens": num_tokens}
+    return info | what
+
+
+def write_pictures(
+    out, tok: FlexTok, tokens: np.ndarray, names: Sequence[str], counts, sampler, info: dict, args,
+    texts: Sequence[dict] | None = None,
+) -> None:  # fmt: skip
+    """Writes OUT/k0016/NAME.png of all tokens [n, K] and every k, unless they are there.
+
+    Args:
+        names, texts: of each image; the text is added to that of `info`.
+    """
+    files, size = pics.png_names(names), min(args.batch_size, len(names))
+    texts = texts or [{}] * len(names)
+    with tqdm(total=len(names) * len(counts), unit="image", disable=None) as bar:
+        for first in range(0, len(names), size):
+            rows = slice(first, first + size)
+            options = (pics.name_seeds(names[rows]), sampler, args.seed, size)
+            for k in counts:
+                paths = [out / f"k{k:04d}" / name for name in files[rows]]
+                text = [png_metadata(info, k) | more for more in texts[rows]]
+                make = functools.partial(rec.decode, tok, tokens[rows], k, *options)
+                pics.saved_pictures(paths, text, make)
+                bar.update(len(paths))
+
+
+def write_tokens(path, tok, tokens: np.ndarray, names: list[str]) -> None:
+    """Writes the file of `read_tokens`, whole or not at all."""
+    with storage.atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, tokens=tokens, names=np.array(names), **rec.identity(tok))
+
+
+def read_tokens(path) -> dict[str, np.ndarray]:
+    """A file of tokens.
+
+    Returns:
+        "tokens": int32 [n, k], or float32 [n, k, F] of a model without ids; "names": str [n], of
+        the images, relative to their folder; "origin", "fingerprint": str, of the model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file of tokens, or its names lead out of a folder.
+    """
+    path = as_path(path)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            saved = {field: arrays[field] for field in FIELDS}
+        tokens, names = saved["tokens"], saved["names"]
+        kind = {2: np.integer, 3: np.floating}.get(tokens.ndim, np.void)  # Ids, or codes.
+        if not (tokens.size and np.issubdtype(tokens.dtype, kind)):
+            raise ValueError(f"its tokens are {tokens.dtype} of shape {tokens.shape}")
+        if names.shape != tokens.shape[:1] or names.dtype.kind != "U":
+            raise ValueError(f"its names are {names.dtype} of shape {names.shape}")
+        for name in names.tolist():
+            inside = pathlib.PurePosixPath(name)
+            if not inside.parts or inside.is_absolute() or {"..", "\\"} & {*inside.parts, *name}:
+                raise ValueError(f"it names an image {name!r}, outside of the output folder")
+    except OSError:
+        raise
+    except Exception as error:  # A damaged archive shows itself as several exceptions.
+        raise ValueError(
+            f"{path} is no file of `flextok tokenize`, with {', '.join(FIELDS)}: {error}"
+        ) from error
+    return saved
+
+
+def token_filters(args: options.TokenSampling) -> dict:
+    """Arguments of `ImageGenerator.generate_tokens` beside the scale of guidance."""
+    return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+
+
+def load_generator(args: options.Generate | options.Evaluate) -> ImageGenerator:
+    """The AR model of --model with the tokenizer of --tokenizer, or the one its file names."""
+    gen = ImageGenerator.from_pretrained(args.model, dtype=args.dtype, mesh=common.all_devices())
+    source = args.tokenizer or gen.tokenizer_source
+    if not source:
+        raise ValueError(f"{gen.origin} names no tokenizer: pass --tokenizer SOURCE")
+    return dataclasses.replace(gen, tokenizer=common.load_model(args, source))
+
+
+def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -> np.ndarray:
+    """Classes of --labels: int [n].
+
+    Args:
+        text: "all", numbers, ranges and names of classes by commas such as "3,0-9,cat", or a file
+            with one of these per line.
+        class_names: of class 0, 1, …, where they are known. A name is taken for itself before it
+            is taken for a number.
+    """
+    if not num_classes:
+        raise ValueError("the model has no classes: only class-conditional models can be used")
+    if text == "all":
+        return np.arange(num_classes)
+    file = as_path(text)
+    parts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else text.split(",")
+    labels = []
+    for part in filter(None, map(str.strip, parts)):
+        first, _, last = part.partition("-")
+        if part in class_names:
+            first = last = str(class_names.index(part))
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < num_classes):
+            names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
+            raise ValueError(
+                f"--labels {text!r}: {part!r} is no class of the model. Allowed are all, numbers "
+                f"and ranges from 0 to {num_classes - 1} such as 0-2{names}"
+            )
+        labels += range(int(first), int(last) + 1)
+    if not labels:
+        raise ValueError(f"--labels {text!r} names no class")
+    return np.array(labels)
+
+
+def _sheet(labels: np.ndarray, class_names, counts: list[int], path):
+    """The grid of samples; `path(i, k)` is the file of sample i of k tokens."""
+    first = np.sort(np.unique(labels, return_index=True)[1])[: pics.GRID_ROWS]
+    if len(counts) > 1:  # One sample per row, coarse to fine: the first of each class.
+        shown = first if len(first) > 1 else range(min(len(labels), pics.GRID_ROWS))
+        rows = [[pics.read_png(path(i, k)) for k in counts] for i in shown]
+        return pics.grid(rows, [f"k = {k}" for k in counts], [class_names[i] for i in shown])
+    groups = [np.flatnonzero(labels == labels[i])[:GRID_COLUMNS] for i in first]
+    rows = [[pics.read_png(path(i, counts[0])) for i in group] for group in groups]
+    return pics.grid(rows, names=[class_names[i] for i in first])
