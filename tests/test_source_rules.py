@@ -48,14 +48,6 @@ def test_validation_val_and_test_mean_the_same_in_every_source(three_images):
         opened(three_images, "dev")
 
 
-def test_the_fingerprint_is_of_the_keys_in_order(tmp_path):
-    for name in ("x", "y"):
-        folder_of(tmp_path / name, ["a.png", "b.png"])
-    same = {opened(tmp_path / name).fingerprint() for name in ("x", "y")}
-    (tmp_path / "y" / "b.png").rename(tmp_path / "y" / "c.png")
-    assert len(same) == 1 and opened(tmp_path / "y").fingerprint() not in same
-
-
 # Side information never costs the picture.
 
 
@@ -230,14 +222,6 @@ def test_packed_splits_of_other_classes_are_not_read_as_one(tmp_path):
     assert len(opened(tmp_path / "out", "train")) == 2
     with pytest.raises(ValueError, match="test.*train"):
         opened(tmp_path / "out")
-
-
-def test_packed_data_know_their_labels(tmp_path):
-    folder_of(tmp_path / "in", ["a/0.png", "b/1.png", "2.png"])
-    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 0
-    packed = opened(tmp_path / "out")
-    assert sorted(packed.labels.tolist()) == [-1, 0, 1] and packed.classes == ["a", "b"]
-    assert check_labels(packed) == 1
 
 
 # Embeddings.

@@ -68,17 +68,6 @@ def test_tar_splits_are_folders_or_words_of_the_names(names, tmp_path):
     assert counts == [3, 2, 5]
 
 
-def test_other_tar_shards_hold_out_examples_by_their_keys(tmp_path):
-    tar(tmp_path / "a.tar", shard(0, 30))
-    parts = {s: WebDatasetSource(tmp_path, s) for s in ("train", "test", "all")}
-    names = {s: {p.key(i) for i in range(len(p))} for s, p in parts.items()}
-    assert names["train"] | names["test"] == names["all"] and len(names["all"]) == 30
-    assert not names["train"] & names["test"] and names["test"]
-    test = parts["test"]
-    number = int(test.key(0).split("/")[1])
-    assert test.read(0).caption == f"Bild {number} für alle"
-
-
 def test_what_is_no_tar_file_is_refused_by_name(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"x" * 2000)
     with pytest.raises(ValueError, match="a.tar is not a whole tar file"):

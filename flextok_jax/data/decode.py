@@ -1,7 +1,4 @@
-"""An image file's bytes to upright RGB: the one decoder.
-
-Pillow and not a faster binding, by measurement (`python -m benchmarks.data`, docs/data.md).
-"""
+"""An image file's bytes to upright RGB: the one decoder."""
 
 import io
 import re
@@ -24,15 +21,11 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 
 _ORIENTATION = 0x0112  # The EXIF tag of the camera's rotation.
+_T = Image.Transpose
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+    2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE,
+    6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90,
+}  # fmt: skip
 
 
 def opened(data: bytes) -> Image.Image:

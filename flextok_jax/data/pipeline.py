@@ -108,9 +108,11 @@ class Pipeline:
         self.source, self.num_examples = source, len(source)
         self.unreadable = UnreadableCount(len(source), max_unreadable)
         self._examples, self._seed, self._batch_size = examples, seed, batch_size
-        self._process = process
+        self._process = process  # (index, count)
         self._local(batch_size)  # Refuses a size that does not divide.
-        self._order = functools.lru_cache(maxsize=2)(self._permutation)
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: np.random.RandomState([seed, int(epoch)]).permutation(len(source))
+        )
 
     def __getitem__(self, step: int) -> dict:
         """The batch of `step`: this process's rows of what `Images` or `Crops` describe."""
@@ -152,10 +154,6 @@ class Pipeline:
             raise ValueError(f"batch_size is {batch_size}; allowed: multiples of {count} processes")
         local = batch_size // count
         return slice(index * local, (index + 1) * local)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """The order of one epoch (8 bytes per example)."""
-        return np.random.RandomState([self._seed, int(epoch)]).permutation(self.num_examples)
 
     def _read(self, index: int, draws: np.ndarray, examples) -> tuple[dict, bool]:
         """An example, and whether it is the one that was asked for: the first readable one."""

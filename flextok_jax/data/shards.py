@@ -161,12 +161,11 @@ def _settings(manifest: dict) -> dict:
 def check_same(found: dict, wanted: dict, where) -> None:
     """Raises ValueError where (parts of) two manifests differ; it names both sides."""
     if storage.differences(found, wanted, ignore=WHERE):
-        lines = [
+        lines = "\n  ".join(storage.differences(found, wanted))
+        raise ValueError(
             f"{where} was made by another model or with other settings. Write to another folder, "
-            "or set these back:",
-            *storage.differences(found, wanted),
-        ]
-        raise ValueError("\n  ".join(lines))
+            f"or set these back:\n  {lines}"
+        )
 
 
 def manifests(path) -> list[pathlib.Path]:
