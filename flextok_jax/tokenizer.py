@@ -246,7 +246,7 @@ class FlexTok:
     def save_pretrained(self, folder) -> None:
         """Writes `model.safetensors` in the released format into `folder`.
 
-        A model that was loaded from such a file keeps its tensor names and its metadata. A model
+        A model that was loaded from such a file keeps its metadata. A model
         with another VAE than the released ones is written with a `_target_` of this project.
         """
         file = self._file or models.Loaded(self.config, {})

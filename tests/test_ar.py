@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import relative
+from flax import traverse_util
 
 from flextok_jax.io.formats.flexar import shapes
-from flextok_jax.io.formats.names import flatten, unflatten
+from flextok_jax.io.formats.names import flatten
 from flextok_jax.nn import ar, layout
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
@@ -30,7 +31,8 @@ def random_params(cfg: ARConfig, seed: int = 0) -> dict:
         scale = leaf.shape[-2] ** -0.5 if path.endswith("kernel") else 1
         return (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    return unflatten({path: draw(path, leaf) for path, leaf in flatten(shapes(cfg)).items()})
+    flat = {path: draw(path, leaf) for path, leaf in flatten(shapes(cfg)).items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def condition(cfg: ARConfig, batch: int = 3, seed: int = 0) -> ARCondition:

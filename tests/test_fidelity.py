@@ -74,20 +74,6 @@ def test_a_wrong_file_is_refused_with_every_reason(weights, tmp_path):
         files.load_inception(tmp_path / "nowhere.pth")
 
 
-def test_a_hash_in_the_name_is_checked(tmp_path):
-    content = (GOLDEN / "lpips" / "new.pth").read_bytes()
-    digest = files.sha256(GOLDEN / "lpips" / "new.pth")
-    good, bad = tmp_path / f"net-{digest[:8]}.pth", tmp_path / "net-01234567.pth"
-    for path in (good, bad):
-        path.write_bytes(content)
-    assert files.sha256(good) == digest
-    with pytest.raises(ValueError, match=digest):
-        files.sha256(bad)
-
-
-# Statistics of features.
-
-
 def feature_set(features):
     return FeatureSet(features, np.zeros((len(features), 1)), np.zeros(len(features), int))
 

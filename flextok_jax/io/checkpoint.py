@@ -4,16 +4,14 @@ Orbax writes into a temporary folder and renames it when it is complete, and not
 missing or cut short. Changed bits are left to the file system.
 """
 
+import contextlib
 import json
-import logging
 import os
-import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path, is_remote
@@ -26,8 +24,6 @@ HARMLESS = (
     r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.(path|max_unreadable)"
     r"|(checkpoint|mesh|evaluation)\..*|compute\.(attention|remat|scan)"
 )
-
-log = logging.getLogger(__name__)
 
 
 class WorkdirError(OSError):
@@ -104,10 +100,8 @@ class Checkpoints:
             config=ocp.args.JsonSave(self._config),
             extra=ocp.args.JsonSave(extra or {}),
         )
-        try:
+        with self._writing():
             self._manager.save(step, args=items, force=True)
-        except Exception as error:  # A full disk shows itself as several exceptions.
-            raise self._failed(error) from error
 
     def poll(self):
         """Raises the failure of a save in flight as soon as it is known. Costs nothing.
@@ -123,133 +117,90 @@ class Checkpoints:
         return max(self._manager.all_steps(), default=None)
 
     def _finish(self):
-        """Waits for the save in flight."""
         if self._saving is not None:
-            try:
+            with self._writing():
                 self._manager.wait_until_finished()
                 self._manager.check_for_errors()
-            except Exception as error:
-                raise self._failed(error) from error
             self._saving = None
 
-    def _failed(self, error: Exception) -> WorkdirError:
-        step, self._saving = self._saving, None
-        return WorkdirError(
-            f"checkpoint {step} could not be written to {self._folder} ({_reason(error)}). "
-            "The older ones are untouched: remove the cause (is the disk full?) and run the same "
-            "command again"
-        )
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # A full disk shows itself as several exceptions.
+            step, self._saving = self._saving, None
+            raise WorkdirError(
+                f"checkpoint {step} could not be written to {self._folder} ({_reason(error)}). "
+                "The older ones are untouched: remove the cause (is the disk full?) and run the "
+                "same command again"
+            ) from error
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to stop after this step (once per step, by all)."""
         return self._manager.reached_preemption(step)
 
     def restore(self, shapes: Any) -> Any:
-        """The newest state that can be read, on the shardings of `shapes`; None if there is none.
-
-        Newer checkpoints that cannot be read are named, with the reason, and renamed to
-        STEP.unreadable. All processes take the same one: the newest that each of them can read.
+        """The newest state, on the shardings of `shapes`; None if there is none.
 
         Raises:
-            WorkdirError: the configurations differ, or there are checkpoints and none can be read.
+            WorkdirError: the configurations differ, or the newest checkpoint cannot be read.
         """
-        failures = {}
-        # What process 0 sees; another process may see less of a file system that lags behind.
-        for step in _of_process_0(sorted(self._manager.all_steps())[::-1]):
-            saved, reason = _try_together(lambda: _read_json(self._manager, step, "config"))
-            if reason is None:
-                if found := storage.differences(saved, self._config, ignore=HARMLESS):
-                    raise WorkdirError(
-                        f"{self._folder.parent} holds a run with another configuration. "
-                        "Use a new workdir, or set these back:\n  " + "\n  ".join(found)
-                    )
-                state, reason = _try_together(lambda: self._read_state(step, shapes))
-            if reason is None:
-                self._set_aside(failures, step)
-                self.extra = _read_json(self._manager, step, "extra")
-                return state
-            failures[step] = reason
-        if failures:
-            raise _none(self._folder, failures)
-        return None
-
-    def _read_state(self, step: int, shapes: Any) -> Any:
-        # The handler without its checkpointer, which would wait for processes that cannot read.
-        folder = self._manager.directory / str(step) / "state"
-        handler = ocp.StandardCheckpointHandler()
-        handler.metadata(folder)  # Reads what only `restore_ema` needs: both take the same step.
-        return handler.restore(folder, args=ocp.args.StandardRestore(shapes))
-
-    def _set_aside(self, failures: dict[int, str], good: int):
-        for step, reason in failures.items():
-            target = f"{step}.unreadable-{int(time.time())}"
-            log.warning(
-                "checkpoint %d is unreadable (%s): continuing from checkpoint %d; the unreadable "
-                "one is now %s", step, reason, good, self._manager.directory / target,
-            )  # fmt: skip
-            if jax.process_index() == 0:
-                (self._manager.directory / str(step)).rename(self._manager.directory / target)
-        if failures:
-            multihost_utils.sync_global_devices("unreadable checkpoints set aside")
-            self._manager.reload()
-
-
-def _of_process_0(numbers: list[int]) -> list[int]:
-    """The list of process 0, in every process; the lists may be of different lengths."""
-    if jax.process_count() == 1:
-        return numbers
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
-    padded = np.array((numbers + [0] * count)[:count], np.int32)
-    return multihost_utils.broadcast_one_to_all(padded).tolist()
-
-
-def _try_together(read) -> tuple[Any, str | None]:
-    """(what `read` returns, None), or (None, why not) in every process if it fails in any."""
-    found, reason = None, None
-    try:
-        found = read()
-    except Exception as error:  # Damage shows itself as almost any exception.
-        reason = _reason(error)
-    if jax.process_count() > 1:
-        failed = np.flatnonzero(multihost_utils.process_allgather(np.bool_(reason is not None)))
-        if failed.size and reason is None:
-            found, reason = None, f"process {failed[0]} cannot read it"
-    return found, reason
+        step = self.newest()
+        if step is None:
+            return None
+        folder = self._folder / str(step)
+        with _reading(folder):
+            saved, self.extra = _read_json(folder, "config"), _read_json(folder, "extra")
+        if found := storage.differences(saved, self._config, ignore=HARMLESS):
+            raise WorkdirError(
+                f"{self._folder.parent} holds a run with another configuration. "
+                "Use a new workdir, or set these back:\n  " + "\n  ".join(found)
+            )
+        with _reading(folder):
+            state = ocp.args.StandardRestore(shapes)
+            return self._manager.restore(step, args=ocp.args.Composite(state=state)).state
 
 
 def restore_ema(workdir: str | os.PathLike) -> Averaged:
-    """The averaged parameters of the newest checkpoint that can be read; changes nothing.
+    """The averaged parameters of the newest checkpoint; changes nothing.
 
     Raises:
-        WorkdirError: the folder holds no checkpoint, or none that can be read.
+        WorkdirError: the folder holds no checkpoint, or it cannot be read.
     """
-    folder, failures = _folder(workdir), {}
-    if not folder.is_dir():
-        raise _none(folder, failures)
-    handlers = {"state": ocp.PyTreeCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
-            try:
-                tree = manager.item_metadata(step)["state"].tree["ema"]
-                numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-                args = ocp.args.PyTreeRestore(
-                    {"ema": tree}, restore_args={"ema": numpy}, partial_restore=True
-                )
-                state = manager.restore(step, args=ocp.args.Composite(state=args)).state
-                config, extra = (_read_json(manager, step, name) for name in ("config", "extra"))
-                return Averaged(state["ema"], config, step, extra)
-            except Exception as error:  # Damage shows itself as almost any exception.
-                failures[step] = _reason(error)
-                log.warning("checkpoint %d is unreadable: %s", step, failures[step])
-    raise _none(folder, failures)
+    folder = _folder(workdir)
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    if not steps:
+        raise WorkdirError(
+            f"{folder.parent} holds no checkpoint: a workdir of a training run has a folder "
+            "`checkpoints` with one folder per saved step"
+        )
+    folder, handler = folder / str(max(steps)), ocp.PyTreeCheckpointHandler()
+    with _reading(folder):
+        tree = handler.metadata(folder / "state").tree["ema"]
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(
+            {"ema": tree}, restore_args={"ema": numpy}, partial_restore=True
+        )
+        state = handler.restore(folder / "state", args=args)
+        config, extra = (_read_json(folder, name) for name in ("config", "extra"))
+        return Averaged(state["ema"], config, max(steps), extra)
 
 
-def _read_json(manager, step: int, item: str) -> dict:
-    folder = manager.directory / str(step) / item
-    if item == "extra" and not folder.exists():  # Of a workdir from before there was one.
+@contextlib.contextmanager
+def _reading(folder):
+    try:
+        yield
+    except Exception as error:  # Damage shows itself as almost any exception.
+        raise WorkdirError(
+            f"checkpoint {folder} cannot be read ({_reason(error)}). Move it out of the workdir "
+            "to use the one before it"
+        ) from error
+
+
+def _read_json(folder, item: str) -> dict:
+    if item == "extra" and not (folder / item).exists():  # Of a workdir from before there was one.
         return {}
-    return ocp.JsonCheckpointHandler().restore(folder)
+    return ocp.JsonCheckpointHandler().restore(folder / item)
 
 
 def json_config(config) -> dict:
@@ -264,16 +215,3 @@ def _folder(workdir):
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def _none(folder, failures: dict[int, str]) -> WorkdirError:
-    if not failures:
-        return WorkdirError(
-            f"{folder.parent} holds no checkpoint: a workdir of a training run has a folder "
-            "`checkpoints` with one folder per saved step"
-        )
-    lines = "\n  ".join(f"checkpoint {step}: {reason}" for step, reason in failures.items())
-    return WorkdirError(
-        f"none of the checkpoints in {folder.parent} can be read, and training does not start over "
-        f"on its own. Restore one from a backup, or use a new workdir.\n  {lines}"
-    )

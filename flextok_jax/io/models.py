@@ -8,7 +8,7 @@ from typing import Any
 from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flextok_config, names, vae_files
 from flextok_jax.io.formats.flextok_config import config_from_dict
-from flextok_jax.io.paths import as_folder
+from flextok_jax.io.paths import as_path
 from flextok_jax.nn import flextok, layout
 from flextok_jax.nn.config import TokenizerConfig, VAEConfig, from_dict, identity_vae
 
@@ -18,14 +18,12 @@ TRAINED = ("encoder", "bottleneck", "decoder")  # The parts of a tokenizer besid
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A FlexTok model and all that its file must get back when it is saved again.
+    """A FlexTok model and what its file must get back when it is saved again.
 
     Attributes:
         config: the model.
         params: {"vae", "encoder", "decoder"}, nested float32 NumPy arrays.
-        metadata: the header of the file as it was, None: to be made from `config`.
-        config_json: the text of the `config.json` that held the configuration, or None.
-        renamed: {tensor name: name in the file} where they differ.
+        metadata: the header of the file, None: to be made from `config`.
         origin: where it came from, in words.
         step: of training, None but for a workdir.
     """
@@ -33,8 +31,6 @@ class Loaded:
     config: TokenizerConfig
     params: dict[str, Any]
     metadata: dict[str, str] | None = None
-    config_json: str | None = None
-    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     origin: str = "memory"
     step: int | None = None
 
@@ -58,52 +54,42 @@ def load(source, revision: str | None = None) -> Loaded:
 def _load_file(path) -> Loaded:
     tensors, metadata = storage.read(path)
     if metadata.get("_target_") == sources.OWN_TARGET:
-        return _load_own(path, tensors, metadata)
-    tensors, renamed = names.modern(tensors)
-    config, config_json = flextok_config.parse_metadata(metadata), None
+        cfg = config_from_dict(json.loads(metadata["config"]))
+        params = names.to_params(_own_entries(cfg), tensors, path)
+        return Loaded(cfg, {"vae": {}} | params, origin=str(path))
+    tensors, config = names.modern(tensors), flextok_config.parse_metadata(metadata)
     if "encoder" not in config:
         beside = path.parent / "config.json"
         if not beside.is_file():
-            raise ValueError(
-                f"{path} has no configuration in its metadata and there is no config.json beside it"
-            )
-        config, config_json = storage.read_json(beside), beside.read_text(encoding="utf-8")
+            raise ValueError(f"{path} has no configuration in its header or a config.json beside")
+        config = storage.read_json(beside)
+        metadata = {key: str(value) for key, value in config.items()}
     cfg, problems = flextok_config.read_config(config)
-    if cfg is None:
+    if problems:
         raise ValueError(f"{path} is not understood:\n  " + "\n  ".join(problems))
-    checked = tensors
     if cfg.vae.kind != IDENTITY:
         try:
             cfg = dataclasses.replace(cfg, vae=vae_files.infer_layout(tensors, cfg.vae, "vae.vae."))
         except ValueError as error:  # What the VAE should be is unknown: check all the others.
             problems = [str(error)]
-            checked = {n: t for n, t in tensors.items() if not n.startswith("vae.")}
-    entries = _entries(cfg)
-    if problems:
-        entries = [e for e in entries if not e.name.startswith("vae.")]
-    params = {"vae": {}} | names.to_params(entries, checked, path, problems)
-    return Loaded(cfg, params, metadata, config_json, renamed, str(path))
+            cfg = dataclasses.replace(cfg, vae=identity_vae(cfg.vae.latent_channels))
+            tensors = {n: t for n, t in tensors.items() if not n.startswith("vae.")}
+    params = {"vae": {}} | names.to_params(_entries(cfg), tensors, path, problems)
+    return Loaded(cfg, params, metadata, str(path))
 
 
 def _load_workdir(path) -> Loaded:
-    found = workdirs.load(path)
-    cfg = config_from_dict(found.config)
+    exported, found = workdirs.load(path)
+    cfg = config_from_dict(exported["config"])
     params = {n: x for n, x in found.params.items() if n in TRAINED}  # No projection of REPA.
-    source, wanted = found.info["vae_source"], found.info.get("vae_fingerprint")
+    source, wanted = exported["vae_source"], exported.get("vae_fingerprint")
     params["vae"] = vae_params(source, cfg.vae)
-    fingerprint = storage.fingerprint(params["vae"])
-    if wanted not in (None, fingerprint):
+    if wanted not in (None, storage.fingerprint(params["vae"])):
         raise ValueError(
-            f"{path} was trained with another VAE than {source} is now: its sha256 is "
-            f"{fingerprint[:16]}…, not {wanted[:16]}…. Put the VAE back as it was (before a VAE is "
-            "trained further, `flextok convert` keeps a copy)"
+            f"{path} was trained with another VAE than {source} is now: put that VAE back (sha256 "
+            f"{wanted[:16]}…)"
         )
     return Loaded(cfg, params, origin=f"{path}, step {found.step}", step=found.step)
-
-
-def _entries(cfg: TokenizerConfig) -> list[names.Entry]:
-    """The table of the tensors of a model's file."""
-    return names.entries(shapes(cfg), names.flextok_name)
 
 
 @functools.lru_cache(maxsize=8)
@@ -112,13 +98,8 @@ def shapes(cfg: TokenizerConfig):
     return layout.unbox(flextok.shapes(cfg))
 
 
-def _load_own(path, tensors, metadata) -> Loaded:
-    try:
-        cfg = config_from_dict(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its header's configuration is damaged: {error}") from error
-    params = {"vae": {}} | names.to_params(_own_entries(cfg), tensors, path)
-    return Loaded(cfg, params, origin=str(path))
+def _entries(cfg: TokenizerConfig) -> list[names.Entry]:
+    return names.entries(shapes(cfg), names.flextok_name)
 
 
 def _own_entries(cfg: TokenizerConfig) -> list[names.Entry]:
@@ -132,20 +113,16 @@ def save(folder, model: Loaded):
     Returns:
         Its path.
     """
-    path = as_folder(folder) / sources.WEIGHTS
-    if not flextok_config.is_released(model.config):
-        config = json.dumps(dataclasses.asdict(model.config))
-        tensors = names.to_tensors(_own_entries(model.config), model.params)
-        storage.write(path, tensors, {"_target_": sources.OWN_TARGET, "config": config})
-        return path
-    tensors = names.to_tensors(_entries(model.config), model.params)
-    tensors = {model.renamed.get(name, name): tensor for name, tensor in tensors.items()}
-    metadata = model.metadata
-    if metadata is None:
-        metadata = {k: str(v) for k, v in flextok_config.write_config(model.config).items()}
-    storage.write(path, tensors, metadata)
-    if model.config_json is not None:
-        storage.write_text(path.parent / "config.json", model.config_json)
+    path, cfg, metadata = as_path(folder) / sources.WEIGHTS, model.config, model.metadata
+    if not flextok_config.is_released(cfg):
+        entries = _own_entries(cfg)
+        config = json.dumps(dataclasses.asdict(cfg))
+        metadata = {"_target_": sources.OWN_TARGET, "config": config}
+    else:
+        entries = _entries(cfg)
+        if metadata is None:
+            metadata = {k: str(v) for k, v in flextok_config.write_config(cfg).items()}
+    storage.write(path, names.to_tensors(entries, model.params), metadata)
     return path
 
 
@@ -187,26 +164,15 @@ def load_vae(
     sources.check_kind(path, "vae")
     if not sources.is_workdir(path):
         return vae_files.load_folder(path, scaling_factor)
-    found = workdirs.load(path)
-    cfg = from_dict(VAEConfig, found.config)
-    if scaling_factor is None:
-        scaling_factor = found.extra.get("scaling_factor") or _measured(path, found.step)
-    return dataclasses.replace(cfg, scaling_factor=scaling_factor), found.params["vae"]
-
-
-def _measured(workdir, step: int) -> float:
-    """The scaling factor in the log of an older workdir, whose checkpoints hold none."""
-    key, found, log = "eval/latents/scaling_factor", None, workdir / "metrics.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        if key in line and line.endswith("}"):
-            record = json.loads(line)
-            found = record[key] if record["step"] <= step else found
-    if found is None:
+    exported, found = workdirs.load(path)
+    factor = scaling_factor or found.extra.get("scaling_factor")
+    if factor is None:
         raise ValueError(
-            f"{workdir}, step {step}, has no scaling factor: it is measured whenever a checkpoint "
-            "is saved, but not on SIGTERM. Continue the run, or set vae.scaling_factor"
+            f"{path}, step {found.step}, has no scaling factor: it is measured whenever a "
+            "checkpoint is saved, but not on SIGTERM. Continue the run, or set vae.scaling_factor"
         )
-    return found
+    cfg = from_dict(VAEConfig, exported["config"])
+    return dataclasses.replace(cfg, scaling_factor=factor), found.params["vae"]
 
 
 # What decides a VAE's moments, beside its parameters: not its scaling factor, nor whether the

@@ -4,11 +4,9 @@ import contextlib
 import os
 import pathlib
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # Two letters or more: "C:/" is a drive.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
@@ -28,25 +26,18 @@ def as_path(text):
     text = os.fspath(text)
     if not text.strip():
         raise ValueError("a path is empty: name a file or a folder")
-    found = _ADDRESS.match(text)
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)  # Two letters or more: "C:/" is a drive.
     if found is None:
         return pathlib.Path(text).expanduser()
-    scheme = found[1]
-    if scheme not in _PACKAGES or not text.startswith(f"{scheme}://"):
-        raise ValueError(
-            f"{text!r} cannot be opened: allowed are local paths, gs://BUCKET/PATH and "
-            "s3://BUCKET/PATH"
-        )
+    package = _PACKAGES.get(found[1])
+    if package is None or not text.startswith(f"{found[1]}://"):
+        raise ValueError(f"{text!r} cannot be opened: pass a local path, gs://… or s3://…")
     import fsspec
 
     try:
-        fsspec.get_filesystem_class(scheme)
+        fsspec.get_filesystem_class(found[1])
     except ImportError as error:
-        package = _PACKAGES[scheme]
-        raise ValueError(
-            f"{text} cannot be opened: the package {package} is not installed. "
-            f"`pip install {package}`, or use a local path"
-        ) from error
+        raise ValueError(f"{text} cannot be opened: `pip install {package}`") from error
     os.environ.setdefault("EPATH_USE_TF", "false")
     from etils import epath
 
@@ -67,23 +58,5 @@ def local_copy(path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / path.name
-        copy_file(path, copy)
+        copy.write_bytes(path.read_bytes())
         yield copy
-
-
-def copy_file(source, target) -> None:
-    """Copies the bytes of one file, where either may be an address."""
-    with source.open("rb") as reading, target.open("wb") as writing:
-        shutil.copyfileobj(reading, writing)
-
-
-def as_folder(text):
-    """`as_path` of a folder to write into, which need not exist.
-
-    Raises:
-        ValueError: as `as_path`, or it is a file.
-    """
-    path = as_path(text)
-    if path.is_file():
-        raise ValueError(f"{path} is a file: pass a folder")
-    return path

@@ -17,7 +17,14 @@ KINDS = {
     "ar": "an AR model: load it with ImageGenerator.from_pretrained",
     "vae": "a VAE on its own: a tokenizer is trained with it (--config.vae.source)",
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# What a folder is that holds such a file, and what to do.
+_OTHERS = {
+    r"model_index\.json": "a whole pipeline of diffusers: name the folder `vae` inside of it",
+    r".*\.safetensors\.index\.json": "a model in several files: join them into one",
+    re.escape(VAE_WEIGHTS): "a VAE on its own",
+    r".*\.safetensors": "a model under another name: rename the file if that is meant",
+    r".*\.(bin|pt|pth|ckpt)": "a PyTorch file: convert it to safetensors with PyTorch",
+}
 
 
 def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
@@ -31,6 +38,7 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
 
     Raises:
         FileNotFoundError: nothing is there, or not all `files`; the message says what is there.
+        ValueError: a revision of a local path.
     """
     text = str(source)
     if text in DEMOS:
@@ -41,15 +49,40 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
             raise ValueError(f"revision={revision!r} is for a hub id, and {text} is a local path")
         # Not resolved: a hub cache links to files under other names.
         path = path if is_remote(path) else path.absolute()
-        if path.is_dir() and not is_workdir(path):
-            _check_complete(path, [p.name for p in path.iterdir()], files)
-        return path
-    if _HUB_ID.fullmatch(text) and not pathlib.Path(text).parent.is_dir():
-        return _fetch(text, files, optional, revision)
-    raise FileNotFoundError(
-        f"{text}: no such file or folder. A model is a file, a folder, a workdir of training, a "
-        f"hub id (owner/name) or one of the demos {', '.join(DEMOS)}"
-    )
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and not pathlib.Path(text).parent.is_dir():
+        path = _fetch(text, [*files, *optional], revision)
+    else:
+        raise FileNotFoundError(
+            f"{text}: no such file or folder. A model is a file, a folder, a workdir of training, "
+            f"a hub id (owner/name) or one of the demos {', '.join(DEMOS)}"
+        )
+    if path.is_dir() and not is_workdir(path):
+        there = sorted(p.name for p in path.iterdir())
+        if missing := [name for name in files if name not in there]:
+            raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}: {_what(there)}")
+    return path
+
+
+def _what(there: list[str]) -> str:
+    for pattern, what in _OTHERS.items():
+        if found := [name for name in there if re.fullmatch(pattern, name)]:
+            return f"its {found[0]} is of {what}"
+    return f"it has {', '.join(there[:5])}" if there else "it is empty"
+
+
+def _fetch(hub_id: str, files: list[str], revision: str | None) -> pathlib.Path:
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files)
+        )
+    except Exception as error:  # Network, rights, absence: of many types.
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise FileNotFoundError(
+            f"{hub_id} is no local path, and cannot be fetched from the Hugging Face hub ({reason})"
+            f". Check the name, or download {' and '.join(files)} by hand and pass their folder"
+        ) from error
 
 
 def weights_file(path):
@@ -69,107 +102,29 @@ def is_workdir(path) -> bool:
     return (path / "checkpoints").is_dir()
 
 
-def kind_of(source, revision: str | None = None) -> str | None:
-    """What a source holds: "tokenizer", "ar", "vae", or None for anything else."""
-    path = find(source, (), (WEIGHTS, "config.json", "config.yaml", VAE_WEIGHTS), revision)
+def kind_of(source) -> str | None:
+    """What a source holds: "tokenizer", "ar", "vae", another `model_type`, or None: unknown."""
+    path = find(source, (), (WEIGHTS, "config.json", "config.yaml", VAE_WEIGHTS))
+    file = path / "config.json"
+    config = storage.read_json(file) if file.is_file() else {}
     if is_workdir(path):
-        file = path / "config.json"
-        kind = (storage.read_json(file).get("model") or {}).get("kind") if file.is_file() else None
+        kind = (config.get("model") or {}).get("kind")
         return "tokenizer" if kind == "flextok" else kind
     if (path / VAE_WEIGHTS).is_file():
         return "vae"
     path = path / WEIGHTS if path.is_dir() else path
-    if not path.is_file() or path.suffix != ".safetensors":
-        return None
-    tensors, metadata = storage.read_header(path)
-    if any(name.startswith(AR_PREFIX) for name in tensors):
-        return "ar"
-    own = metadata.get("_target_") == OWN_TARGET
-    return "tokenizer" if own or any("module_dict." in name for name in tensors) else None
+    if path.is_file() and path.suffix == ".safetensors":
+        tensors, metadata = storage.read_header(path)
+        if any(name.startswith(AR_PREFIX) for name in tensors):
+            return "ar"
+        own = metadata.get("_target_") == OWN_TARGET
+        if own or any("module_dict." in name for name in tensors):
+            return "tokenizer"
+    return config.get("model_type")  # As transformers names its models.
 
 
 def check_kind(path, kind: str) -> None:
-    """Refuses a local source of another kind, saying what it is.
-
-    Raises:
-        ValueError: it holds another model.
-    """
+    """Raises ValueError where a local source holds another kind of model, saying which."""
     found = kind_of(path)
     if found not in (kind, None):
-        raise ValueError(f"{path} is {KINDS.get(found, repr(found))}")
-    file = path / "config.json"
-    if found is None and path.is_dir() and file.is_file():
-        other = storage.read_json(file).get("model_type")  # As transformers names its models.
-        if other is not None:
-            raise ValueError(
-                f"{path} is a model of the type {other!r}, not {KINDS[kind].split(':')[0]}"
-            )
-
-
-def _check_complete(where, there: list[str], files) -> None:
-    missing = [name for name in files if name not in there]
-    if missing:
-        raise FileNotFoundError(f"{where} holds no {' and no '.join(missing)}: {_what(there)}")
-
-
-def _what(there: list[str]) -> str:
-    """What a folder with these files is, and what to do with it."""
-    weights = [name for name in there if name.endswith(".safetensors")]
-    indices = [name for name in there if name.endswith(".safetensors.index.json")]
-    pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if "model_index.json" in there:
-        return "it is a whole pipeline of diffusers; name the folder `vae` inside of it"
-    if indices:
-        return f"its weights are cut into several files ({indices[0]}); join them into one"
-    if VAE_WEIGHTS in there:
-        return "it is a VAE on its own"
-    if weights:
-        return f"it has {', '.join(sorted(weights)[:3])}; rename the file if that is meant"
-    if pickles:
-        return f"it has {pickles[0]}, which is not read; convert it to safetensors with PyTorch"
-    return f"it has {', '.join(sorted(there)[:5])}" if there else "it is empty"
-
-
-def _fetch(hub_id: str, files, optional, revision) -> pathlib.Path:
-    import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    trouble = None  # Network, rights, absence: known after one question; then only the cache.
-
-    def fetch(name):
-        nonlocal trouble
-        if trouble is None:
-            try:  # A download without a network would repeat this for a minute.
-                address = hub.hf_hub_url(hub_id, name, revision=revision)
-                hub.get_hf_file_metadata(address, timeout=10)
-            except EntryNotFoundError:
-                raise
-            except Exception as error:
-                trouble = error
-        if trouble is None:
-            return hub.hf_hub_download(hub_id, name, revision=revision)
-        try:
-            return hub.hf_hub_download(hub_id, name, revision=revision, local_files_only=True)
-        except Exception:
-            raise trouble from None
-
-    found, problem = [], None
-    for name in (*files, *optional):
-        try:
-            found.append(pathlib.Path(fetch(name)))
-        except Exception as error:
-            problem = error
-            if name in files:
-                if isinstance(error, EntryNotFoundError):
-                    _check_complete(hub_id, hub.list_repo_files(hub_id, revision=revision), files)
-                found = []
-                break
-    if found:
-        return found[0].parent
-    wanted = " with ".join(files) or WEIGHTS
-    reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-    raise FileNotFoundError(
-        f"{hub_id} is no local path, and {wanted} could not be fetched from the Hugging Face hub "
-        f"and is not in its cache ({type(problem).__name__}: {reason}). Download it by hand into a "
-        "folder, and pass that folder"
-    ) from problem
+        raise ValueError(f"{path} is {KINDS.get(found, f'a model of the type {found!r}')}")

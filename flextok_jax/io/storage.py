@@ -7,12 +7,13 @@ import os
 import pathlib
 import re
 import tempfile
+import uuid
 from collections.abc import Iterator
 
 import numpy as np
 
 from flextok_jax.io.formats.names import flatten
-from flextok_jax.io.paths import as_path, copy_file, is_remote, local_copy
+from flextok_jax.io.paths import as_path, is_remote, local_copy
 
 
 def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -22,14 +23,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ValueError: the file is damaged, is no safetensors file, or holds a type we cannot read.
     """
     with _opened(path) as file:
-        try:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (AttributeError, KeyError, TypeError) as error:  # from NumPy, which lacks the type
-            raise ValueError(
-                f"{path} holds tensors of a type that cannot be read ({error}); convert them to "
-                "float32, float16 or bfloat16"
-            ) from error
-        return tensors, file.metadata() or {}
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def read_header(path) -> tuple[list[str], dict[str, str]]:
@@ -49,6 +43,8 @@ def _opened(path):
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); fetch it again"
         ) from error
+    except (AttributeError, KeyError, TypeError) as error:  # From NumPy, which lacks the type.
+        raise ValueError(f"{path} holds a type that cannot be read: {error}") from error
 
 
 def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -65,9 +61,8 @@ def read_json(path) -> dict:
     Raises:
         ValueError: the file holds something else.
     """
-    text = as_path(path).read_text(encoding="utf-8")
     try:
-        found = json.loads(text)
+        found = json.loads(as_path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
@@ -90,32 +85,26 @@ def write_text(path, text: str) -> None:
 def atomic(path) -> Iterator[pathlib.Path]:
     """A temporary local file that becomes `path` if the block succeeds, else it is removed.
 
-    Its bytes are on the disk before it gets its name: a machine that is lost leaves all or nothing.
-    Objects behind an address appear whole anyway.
-
     Raises:
-        ValueError: `path` is a folder.
+        ValueError: `path` is a folder, or its folder is a file.
     """
     path = as_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass the name of a file")
+    if path.parent.is_file():
+        raise ValueError(f"{path.parent} is a file: pass a folder")
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             temporary = pathlib.Path(folder) / path.name
             yield temporary
-            copy_file(temporary, path)
+            path.write_bytes(temporary.read_bytes())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = pathlib.Path(name)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # private until here
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # On the disk before it gets its name.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -141,21 +130,16 @@ def differences(
 
 
 def same_or_refuse(path, settings: dict, what: str) -> None:
-    """Writes `settings` as JSON where no file is; returns where the same is there.
-
-    Args:
-        path: the file.
-        settings: in JSON terms.
-        what: what the settings made, such as "shards": for the message.
+    """Writes `settings` (in JSON terms) where no file is; returns where the same is there.
 
     Raises:
-        ValueError: the file holds other settings; every difference is named.
+        ValueError: the file holds other settings; every difference is named. `what` says what the
+            settings made, such as "shards".
     """
     path = as_path(path)
     if not path.exists():
         return write_json(path, settings)
-    found = differences(read_json(path), settings)
-    if found:
+    if found := differences(read_json(path), settings):
         raise ValueError(
             f"{path.parent} holds {what} of other settings ({path.name}). Use another folder, or "
             "set these back:\n  " + "\n  ".join(found)

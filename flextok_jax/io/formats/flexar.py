@@ -7,16 +7,14 @@ configuration in the header of `model.safetensors`.
 """
 
 import dataclasses
-import functools
 import json
-import re
 from typing import Any
 
 from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flexar_config, names
-from flextok_jax.io.paths import as_folder
+from flextok_jax.io.paths import as_path
 from flextok_jax.nn import ar, layout
-from flextok_jax.nn.config import ARConfig
+from flextok_jax.nn.config import ARConfig, from_dict
 
 CONFIG = "config.yaml"
 METADATA = "flextok_jax.ar"  # The key of our entry in the file's header.
@@ -79,16 +77,17 @@ def load(source, revision: str | None = None) -> LoadedAR:
     path = sources.find(source, optional=(CONFIG,), revision=revision)
     sources.check_kind(path, "ar")
     if sources.is_workdir(path):
-        found = workdirs.load(path)
-        cfg, origin = ARConfig(**found.config), f"{path}, step {found.step}"
-        return LoadedAR(cfg, found.params, found.info, origin=origin, step=found.step)
+        info, found = workdirs.load(path)
+        cfg, origin = from_dict(ARConfig, info["config"]), f"{path}, step {found.step}"
+        info = {name: x for name, x in info.items() if name not in ("kind", "config")}
+        return LoadedAR(cfg, found.params, info, origin=origin, step=found.step)
     found = _load_file(sources.weights_file(path))
     return dataclasses.replace(found, origin=source) if source in sources.DEMOS else found
 
 
 def save(folder, model: LoadedAR):
     """Writes `model.safetensors` under the released names, and the `config.yaml` it came with."""
-    path = as_folder(folder) / sources.WEIGHTS
+    path = as_path(folder) / sources.WEIGHTS
     tensors = names.to_tensors(_entries(model.config), model.params)
     info = model.info | {"config": dataclasses.asdict(model.config)}
     storage.write(path, tensors, {METADATA: json.dumps(info)})
@@ -104,11 +103,8 @@ def _load_file(path) -> LoadedAR:
     if beside.is_file():
         text = beside.read_text(encoding="utf-8")
     if METADATA in metadata:
-        try:
-            info = json.loads(metadata[METADATA])
-            cfg = ARConfig(**info.pop("config"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: its header's {METADATA!r} is damaged: {error}") from error
+        info = json.loads(metadata[METADATA])
+        cfg = from_dict(ARConfig, info.pop("config"))
     else:
         facts = {}
         if text is not None:
@@ -122,39 +118,31 @@ def _load_file(path) -> LoadedAR:
 
 
 def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
-    """The configuration that names and shapes say, with the `facts` of a configuration file.
+    """The configuration that shapes and the `facts` of `config.yaml` say, and what is wrong."""
 
-    Returns:
-        (the configuration or None, what stands in its way)
-    """
-    problems, first = [], BLOCK.format(i=0)
-
-    def shape(name, rank=2, needed=True):
+    def shape(name, rank=2):
         tensor = tensors.get(name)
-        if tensor is not None and tensor.ndim == rank:
-            return tensor.shape
-        if needed:
-            found = "is missing" if tensor is None else f"has shape {tensor.shape}"
-            problems.append(f"tensor {name} {found}: it tells the model's sizes")
-        return (0,) * rank
+        return tensor.shape if tensor is not None and tensor.ndim == rank else (0,) * rank
 
-    vocab, width = shape(MODEL + "preprocessor.embedding.weight")
-    length, _ = shape(MODEL + "preprocessor.positional_embedding")
-    hidden, _ = shape(first + "mlp.fc1.weight")
-    if problems:
-        return None, problems
-    text_hidden, text_dim = shape("models.text_encoder.mlp.fc1.weight", needed=False)
-    attn = "self_attn" if text_dim else "attn"
-    (head_dim,) = shape(f"{first}{attn}.q_norm.weight", 1, needed=False)
-    pattern = re.escape(BLOCK).replace(re.escape("{i}"), r"(\d+)") + ".*"
-    blocks = {int(m[1]) for m in (re.fullmatch(pattern, name) for name in tensors) if m}
+    first = BLOCK.format(i=0)
+    sizes = {
+        "vocab_size, width": MODEL + "preprocessor.embedding.weight",
+        "num_tokens": MODEL + "preprocessor.positional_embedding",
+        "mlp_hidden": first + "mlp.fc1.weight",
+    }
+    if missing := [f"tensor {n} tells {what}" for what, n in sizes.items() if not any(shape(n))]:
+        return None, missing
+    (vocab, width), (length, _), (hidden, _) = map(shape, sizes.values())
+    text_hidden, text_dim = shape("models.text_encoder.mlp.fc1.weight")
+    (head_dim,) = shape(f"{first}{'self_attn' if text_dim else 'attn'}.q_norm.weight", 1)
+    blocks = {name.split(".")[4] for name in tensors if name.startswith(MODEL + "trunk.blocks.")}
     fields = {
         "vocab_size": vocab,
         "num_tokens": length,
         "width": width,
-        "depth": max(blocks) + 1,
+        "depth": len(blocks),
         "mlp_hidden": hidden,
-        "num_classes": shape(MODEL + "preprocessor.cls_embedding.weight", needed=False)[0],
+        "num_classes": shape(MODEL + "preprocessor.cls_embedding.weight")[0],
         "text_dim": text_dim,
         "text_hidden": text_hidden,
         "qk_norm": head_dim > 0,
@@ -169,9 +157,11 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
     if (fields["mlp"], facts.get("mlp")) == ("gelu", "gelu_tanh"):  # Tensors do not tell these.
         fields["mlp"] = "gelu_tanh"
     scale = facts.pop("qk_scale", None)
-    for name, value in facts.items():
-        if fields.setdefault(name, value) != value:
-            problems.append(f"{CONFIG} says {name}={value!r}, the tensors say {fields[name]!r}")
+    problems = [
+        f"{CONFIG} says {name}={value!r}, the tensors say {fields[name]!r}"
+        for name, value in facts.items()
+        if fields.setdefault(name, value) != value
+    ]
     try:
         cfg = ARConfig(**fields)
     except ValueError as error:
@@ -181,7 +171,6 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
     return cfg, problems
 
 
-@functools.lru_cache(maxsize=8)
 def shapes(cfg: ARConfig):
     """The shapes of a model's parameters, without making them."""
     return layout.unbox(ar.shapes(cfg))

@@ -7,29 +7,11 @@ evaluated: its values are parsed as Python literals, and a value that does not p
 import ast
 import dataclasses
 import re
-import reprlib
 
 from flextok_jax.io import storage
-from flextok_jax.io.formats.flextok_template import (
-    IDENTITY_VAE,
-    MISSING,
-    OWN,
-    OWN_KEY,
-    OWN_VAE,
-    RELEASED_VAE,
-    TEMPLATE,
-    VAES,
-    Field,
-    Free,
-)
-from flextok_jax.nn.config import (
-    KEEP_MODES,
-    Blocks,
-    TokenizerConfig,
-    from_dict,
-    identity_vae,
-    nested,
-)
+from flextok_jax.io.formats import flextok_template as released
+from flextok_jax.nn import config
+from flextok_jax.nn.config import TokenizerConfig
 
 # Arguments without effect on results, accepted with any value and anywhere.
 _NO_EFFECT = re.compile(
@@ -46,9 +28,6 @@ _ALSO = {
 }  # fmt: skip
 # Fixed arguments whose absence means the value in the template.
 _MAY_BE_ABSENT = {"flatten_patches", "use_mup_readout", "intermediate_layers", "posemb_scaling"}
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 100
 
 
 def parse_metadata(metadata: dict[str, str]) -> dict:
@@ -96,20 +75,17 @@ def from_fields(fields: dict) -> TokenizerConfig:
     for part in PARTS:
         ratio, width = fields.pop(f"{part}.mlp_ratio"), fields[f"{part}.width"]
         fields[f"{part}.mlp_hidden"] = 0 if ratio == 4 else int(2 * ratio * width / 3)
-    return from_dict(TokenizerConfig, nested(fields))
+    return config.from_dict(TokenizerConfig, config.nested(fields))
 
 
 def config_from_dict(fields: dict) -> TokenizerConfig:
-    """The configuration in the `config.json` of a workdir: `dataclasses.asdict` through JSON.
-
-    Flat ones, of earlier versions, are read as well.
-    """
+    """The configuration in a workdir's `config.json`, also a flat one of an earlier version."""
     if "levels" not in fields:
-        return from_dict(TokenizerConfig, fields)
+        return config.from_dict(TokenizerConfig, fields)
     found = {_FLAT[name]: value for name, value in fields.items() if name in _FLAT}
-    for part in PARTS:
-        for name in ("head_dim", "mlp_ratio"):
-            found[f"{part}.{name}"] = fields[name]
+    found |= {
+        f"{part}.{name}": fields[name] for part in PARTS for name in ("head_dim", "mlp_ratio")
+    }
     return from_fields(found)
 
 
@@ -118,13 +94,13 @@ def is_released(cfg: TokenizerConfig) -> bool:
     sizes = dict(width=64, depth=1, head_dim=64, mlp_hidden=0)
     kinds = {dataclasses.replace(blocks, **sizes) for blocks in (cfg.encoder, cfg.decoder)}
     flextok = cfg.bottleneck.kind == "fsq" and cfg.tokens.order == "causal" and cfg.is_flow
-    return flextok and kinds == {Blocks(**sizes)}
+    return flextok and kinds == {config.Blocks(**sizes)}
 
 
 _KINDS = {name: type(value) for name, value in to_fields(TokenizerConfig()).items()}
 
 
-def read_config(released: dict) -> tuple[TokenizerConfig | None, list[str]]:
+def read_config(given: dict) -> tuple[TokenizerConfig | None, list[str]]:
     """A released configuration -> ours.
 
     Returns:
@@ -132,37 +108,34 @@ def read_config(released: dict) -> tuple[TokenizerConfig | None, list[str]]:
         is not in the configuration: its block_out and layers stay at their defaults and are to be
         inferred from the tensors.
     """
-    problems, found = [], {}
-    vae = released.get("vae")
+    problems, found = [], {}  # found: {our field: {its value: where}}
+    vae = given.get("vae")
     target = vae.get("_target_") if isinstance(vae, dict) else None
-    template = dict(TEMPLATE)
-    if target in VAES:
-        template["vae"] = {"_target_": target, **VAES[target]}
+    template = dict(released.TEMPLATE)
+    if target in released.VAES:
+        template["vae"] = {"_target_": target, **released.VAES[target]}
     else:
-        problems.append(f"vae._target_ is {_show(target)}; known: {sorted(VAES)}")
-    if OWN_KEY in released:
-        template[OWN_KEY] = OWN
+        problems.append(f"vae._target_ is {target!r:.100}; known: {sorted(released.VAES)}")
+    if released.OWN_KEY in given:
+        template[released.OWN_KEY] = released.OWN
     for key, expected in template.items():
-        _match(released.get(key, MISSING), expected, key, found, problems)
-
-    fields = {}
-    for name, places in found.items():
-        # The length of the levels is checked against the levels themselves below.
-        values = {value for field, _, value in places if field.form != "len"}
+        _match(given.get(key, released.MISSING), expected, key, found, problems)
+    for values in found.values():
         if len(values) > 1:
-            held = ", ".join(f"{place}={value}" for _, place, value in places)
+            held = ", ".join(f"{place}={value}" for value, place in values.items())
             problems.append(f"these must be equal: {held}")
-        fields[name] = next(iter(values), None)
-    levels = fields.get("bottleneck.levels")
-    for field, place, value in found.get("bottleneck.levels", []):
-        if field.form == "len" and levels and value != len(levels):
-            problems.append(f"{place} is {value}; the quantiser has {len(levels)} levels")
-    if fields.get("tokens.keep") not in (*KEEP_MODES, None):
-        problems.append(f"size_sampling_mode {fields['tokens.keep']!r}; known: {KEEP_MODES}")
+    fields = {name: next(iter(values)) for name, values in found.items()}
+    count, levels = fields.pop(released.COUNT, None), fields.get("bottleneck.levels")
+    if levels and count not in (None, len(levels)):
+        problems.append(
+            f"{found[released.COUNT][count]} is {count}; the quantiser has {len(levels)} levels"
+        )
+    if fields.get("tokens.keep") not in (*config.KEEP_MODES, None):
+        problems.append(f"size_sampling_mode {fields['tokens.keep']!r}; known: {config.KEEP_MODES}")
     if problems:
         return None, problems
-    if target == IDENTITY_VAE:
-        identity = dataclasses.asdict(identity_vae(fields["vae.latent_channels"]))
+    if target == released.IDENTITY_VAE:
+        identity = dataclasses.asdict(config.identity_vae(fields["vae.latent_channels"]))
         fields |= {f"vae.{name}": value for name, value in identity.items()}
     try:
         return from_fields(fields), []
@@ -173,20 +146,21 @@ def read_config(released: dict) -> tuple[TokenizerConfig | None, list[str]]:
 def write_config(cfg: TokenizerConfig) -> dict:
     """Our configuration as a released one (the inverse of `read_config`)."""
     fields, plain = to_fields(cfg), to_fields(TokenizerConfig())
+    fields[released.COUNT] = len(cfg.bottleneck.levels)
     said = ("vae.latent_channels", "vae.scaling_factor", "vae.sample_posterior")  # By all VAEs.
-    standard = all(fields[k] == plain[k] for k in fields if k.startswith("vae.") and k not in said)
-    target = RELEASED_VAE if standard else OWN_VAE
-    target = IDENTITY_VAE if cfg.vae.kind == "identity" else target
-    template = TEMPLATE | {"vae": {"_target_": target, **VAES[target]}}
+    standard = all(fields[k] == plain[k] for k in plain if k.startswith("vae.") and k not in said)
+    target = released.RELEASED_VAE if standard else released.OWN_VAE
+    target = released.IDENTITY_VAE if cfg.vae.kind == "identity" else target
+    template = released.TEMPLATE | {"vae": {"_target_": target, **released.VAES[target]}}
     if cfg.sampler != TokenizerConfig().sampler:
-        template[OWN_KEY] = OWN
+        template[released.OWN_KEY] = released.OWN
     return _fill(template, fields)
 
 
 def _fill(template, fields: dict):
-    if isinstance(template, Field):
+    if isinstance(template, released.Field):
         return template.encode(fields[template.name])
-    if isinstance(template, Free):
+    if isinstance(template, released.Free):
         return template.value
     if isinstance(template, dict):
         return {key: _fill(value, fields) for key, value in template.items()}
@@ -198,34 +172,28 @@ def _match(value, expected, place, found, problems):
     name = place.rpartition(".")[2]
 
     def wrong(wanted):
-        what = "is missing" if value is MISSING else f"is {_show(value)}"
+        what = "is missing" if value is released.MISSING else f"is {value!r:.100}"
         problems.append(f"{place} {what}; {wanted}")
 
-    if isinstance(expected, Field):
-        if value is MISSING and expected.default is not MISSING:
-            value = expected.default
+    if isinstance(expected, released.Field):
+        value = expected.default if value is released.MISSING else value
         try:
-            decoded = expected.decode(value, _KINDS[expected.name])
-            found.setdefault(expected.name, []).append((expected, place, decoded))
+            decoded = expected.decode(value, _KINDS.get(expected.name, int))
+            found.setdefault(expected.name, {}).setdefault(decoded, place)
         except ValueError:
             wrong(f"needed is the {expected.name.rpartition('.')[2]}")
     elif isinstance(expected, dict) and not isinstance(value, dict):
         wrong("needed is a module")
     elif isinstance(expected, dict):
         for key, inner in expected.items():
-            _match(value.get(key, MISSING), inner, f"{place}.{key}", found, problems)
-        for key in sorted(value.keys() - expected.keys(), key=str):
+            _match(value.get(key, released.MISSING), inner, f"{place}.{key}", found, problems)
+        for key in value.keys() - expected.keys():
             if key in _ALSO:
                 _match(value[key], None, f"{place}.{key}", found, problems)
             elif not _NO_EFFECT.fullmatch(str(key)):
-                problems.append(f"{place}.{key}={_show(value[key])} is an unknown argument")
-    elif name in _ALSO or not (isinstance(expected, Free) or _NO_EFFECT.fullmatch(name)):
+                problems.append(f"{place}.{key}={value[key]!r:.100} is an unknown argument")
+    elif name in _ALSO or not (isinstance(expected, released.Free) or _NO_EFFECT.fullmatch(name)):
         may_be_absent = name in _MAY_BE_ABSENT or (name in _ALSO and expected is None)
         allowed = _ALSO.get(name, (expected,))
-        if value not in allowed and not (value is MISSING and may_be_absent):
+        if value not in allowed and not (value is released.MISSING and may_be_absent):
             wrong("implemented: " + " or ".join(map(repr, allowed)))
-
-
-def _show(value) -> str:
-    """A value of the file in an error message, short whatever it is."""
-    return _REPR.repr(value)

@@ -17,7 +17,7 @@ class Field:
     Attributes:
         name: of the field, as in `flextok_config.to_fields`; several places of a file may hold the
             same one and must agree.
-        form: how the file writes it: "value", "pair" ([x, x]), "list", "one" ([x]), "len".
+        form: how the file writes it: "value", "pair" ([x, x]), "list", "one" ([x]).
         default: what an absent argument means; without one it must be there.
     """
 
@@ -27,9 +27,9 @@ class Field:
 
     def encode(self, value):
         """The field's value as the file writes it."""
-        forms = {"pair": lambda: [value, value], "list": lambda: list(value),
-                 "one": lambda: [value], "len": lambda: len(value)}  # fmt: skip
-        return forms[self.form]() if self.form in forms else value
+        if self.form == "value":
+            return value
+        return list(value) if self.form == "list" else [value] * {"pair": 2, "one": 1}[self.form]
 
     def decode(self, value, kind: type):
         """The field's value. Sizes are positive integers; other fields are of type `kind`.
@@ -42,19 +42,12 @@ class Field:
                 return float(value)
             if kind is type(value) and (kind is not int or value > 0):
                 return value
-        elif self.form == "len":
-            if _is_size(value):
-                return value
-        elif isinstance(value, list | tuple) and all(map(_is_size, value)):
+        elif isinstance(value, list | tuple) and all(type(x) is int and x > 0 for x in value):
             if self.form == "list":
                 return tuple(value)
             if len(set(value)) == 1 and len(value) == {"pair": 2, "one": 1}[self.form]:
                 return value[0]
         raise ValueError
-
-
-def _is_size(value) -> bool:
-    return type(value) is int and value > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +60,8 @@ class Free:
 # The fields that several modules hold: widths, channels, sizes.
 _ENC, _DEC, _C = Field("encoder.width"), Field("decoder.width"), Field("vae.latent_channels")
 _GRID, _PATCH = Field("sites.grid", "list"), Field("sites.patch_size", "pair")
-_R, _F, _MODEL = Field("tokens.count"), Field("bottleneck.levels", "len"), "model."
+COUNT = "levels"  # Of the quantiser: how many.
+_R, _F, _MODEL = Field("tokens.count"), Field(COUNT), "model."
 
 
 def _module(target: str, **arguments):

@@ -4,11 +4,12 @@ A table says where each of our parameters lies in a file; the file's shapes foll
 missing, extra and misshapen tensors come out of one comparison.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
 from flextok_jax.nn.layout import path_string
 
@@ -40,23 +41,14 @@ _LEAVES = {"kernel": "weight", "scale": "weight"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One of our parameters, or one block of it, in a file.
+class Entry(NamedTuple):
+    """One of our parameters, or one block of it, in a file."""
 
-    Attributes:
-        name: the tensor's name in the file.
-        path: our parameter, "a/b/c".
-        block: index on the parameter's leading axis, None when it is not stacked.
-        third: which third of the tensor it is (0, 1, 2), None: all of it.
-        shape: the whole tensor's shape in the file.
-    """
-
-    name: str
-    path: str
-    block: int | None
-    third: int | None
-    shape: tuple[int, ...]
+    name: str  # of the tensor
+    path: str  # of our parameter, "a/b/c"
+    block: int | None  # index on the parameter's leading axis, None: not stacked
+    third: int | None  # of the tensor (0, 1, 2), None: all of it
+    shape: tuple[int, ...]  # of the whole tensor
 
 
 def _layout(path: str, rank: int) -> tuple[tuple[int, ...], int]:
@@ -80,12 +72,6 @@ def _to_file(path: str, array):
 def _from_file(path: str, tensor):
     axes, ones = _layout(path, tensor.ndim)
     return tensor[(0,) * ones].transpose(np.argsort(axes))
-
-
-def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in a file of the parameter at `path` (of one block of it)."""
-    axes, ones = _layout(path, len(shape))
-    return (1,) * ones + tuple(shape[i] for i in axes)
 
 
 def by_table(table) -> Callable[[str], str]:
@@ -133,7 +119,7 @@ def entries(params, name_of: Callable[[str], str]) -> list[Entry]:
     for path, leaf in flatten(params).items():
         name, _, third = name_of(path).partition("#")
         third, stacked = int(third) if third else None, "{i}" in name
-        shape = file_shape(path, leaf.shape[stacked:])
+        shape = _to_file(path, np.broadcast_to(0, leaf.shape[stacked:])).shape
         if third is not None:
             shape = (3 * shape[0], *shape[1:])
         for i in range(leaf.shape[0]) if stacked else (None,):
@@ -146,33 +132,6 @@ def flatten(params) -> dict:
     import jax
 
     return {path_string(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
-def unflatten(flat: dict) -> dict:
-    """The inverse of `flatten` for nested dicts."""
-    tree = {}
-    for path, leaf in flat.items():
-        node = tree
-        *modules, last = path.split("/")
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[last] = leaf
-    return tree
-
-
-def compare(entries: list[Entry], tensors: dict) -> list[str]:
-    """What is wrong with a file's tensors: a line for each missing, extra, misshapen one."""
-    wanted = {e.name: e.shape for e in entries}
-    return (
-        [f"missing tensor {n} of shape {s}" for n, s in wanted.items() if n not in tensors]
-        + [f"unknown tensor {name}" for name in tensors if name not in wanted]
-        + [
-            f"tensor {name} has shape {tuple(t.shape)}, expected {wanted[name]}"
-            for name, t in tensors.items()
-            if name in wanted and tuple(t.shape) != wanted[name]
-        ]
-        + not_finite(tensors)
-    )
 
 
 def not_finite(tensors: dict) -> list[str]:
@@ -197,7 +156,18 @@ def to_params(entries: list[Entry], tensors: dict, where, problems=()) -> dict:
         ValueError: one error lists the problems and every missing, unknown, misshapen tensor and
             every one that is not finite.
     """
-    problems = [*problems, *compare(entries, tensors)]
+    wanted = {e.name: e.shape for e in entries}
+    problems = [
+        *problems,
+        *(f"missing tensor {n} of shape {s}" for n, s in wanted.items() if n not in tensors),
+        *(f"unknown tensor {n}" for n in tensors if n not in wanted),
+        *(
+            f"tensor {n} has shape {t.shape}, expected {wanted[n]}"
+            for n, t in tensors.items()
+            if wanted.get(n, t.shape) != t.shape
+        ),
+        *not_finite(tensors),
+    ]
     if problems:
         raise ValueError(f"{where} is not understood:\n  " + "\n  ".join(problems))
     parts, stacked = {}, {e.path for e in entries if e.block is not None}
@@ -205,7 +175,8 @@ def to_params(entries: list[Entry], tensors: dict, where, problems=()) -> dict:
         tensor = np.asarray(tensors[e.name], np.float32)
         tensor = tensor if e.third is None else np.split(tensor, 3)[e.third]
         parts.setdefault(e.path, []).append(np.ascontiguousarray(_from_file(e.path, tensor)))
-    return unflatten({p: np.stack(x) if p in stacked else x[0] for p, x in parts.items()})
+    flat = {p: np.stack(x) if p in stacked else x[0] for p, x in parts.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def to_tensors(entries: list[Entry], params) -> dict:
@@ -237,25 +208,17 @@ def refused(found: dict, allowed: dict) -> list[str]:
     ]
 
 
-def modern(tensors: dict) -> tuple[dict, dict[str, str]]:
-    """Tensors under today's names, and {today's name: name in the file} where they differ.
+def modern(tensors: dict) -> dict:
+    """Tensors under today's names.
 
     Old diffusers files call the attention's layers query, key, value and proj_attn; wrapped
     modules of training runs leave `_checkpoint_wrapped_module.` in names.
-
-    Raises:
-        ValueError: a tensor is there under both names.
     """
-    renamed, out = {}, {}
-    for name, tensor in tensors.items():
-        today = re.sub(
-            r"(attentions\.0\.)(query|key|value|proj_attn)\.",
-            lambda m: f"{m[1]}{OLD_ATTENTION[m[2]]}.",
+    return {
+        re.sub(
+            r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
+            lambda m: OLD_ATTENTION[m[1]],
             name.replace("_checkpoint_wrapped_module.", ""),
-        )
-        if today in out:
-            raise ValueError(f"the tensor {today} is there twice, under an old and a new name")
-        if today != name:
-            renamed[today] = name
-        out[today] = tensor
-    return out, renamed
+        ): tensor
+        for name, tensor in tensors.items()
+    }

@@ -7,7 +7,7 @@ import jax
 
 from flextok_jax.io import storage
 from flextok_jax.io.formats import names
-from flextok_jax.io.paths import as_folder
+from flextok_jax.io.paths import as_path
 from flextok_jax.io.sources import VAE_WEIGHTS as WEIGHTS
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
@@ -19,6 +19,7 @@ _ALLOWED = {
     "latents_std": None,
     "shift_factor": None,
 }
+_BLOCK = "encoder.down_blocks.{}.resnets.0.conv1.weight"
 SCALING_FACTOR = 0.18215  # Of diffusers, for files that do not name it (Stable Diffusion's first).
 
 
@@ -35,32 +36,24 @@ def infer_layout(tensors: dict, known: VAEConfig, prefix: str = "") -> VAEConfig
         ValueError: the tensors are not those of an AutoencoderKL.
     """
 
-    def shape(name):
-        if prefix + name not in tensors:
-            raise ValueError(f"no VAE: the tensor {prefix + name} is missing")
-        shape = tensors[prefix + name].shape
-        if len(shape) != 4:
-            raise ValueError(f"no VAE: {prefix + name} has shape {shape}, expected four dimensions")
-        return shape
-
-    def count(pattern):
-        found = (re.fullmatch(re.escape(prefix) + pattern, name) for name in tensors)
-        return 1 + max((int(m[1]) for m in found if m), default=-1)
-
-    blocks = count(r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
+    vae = {n.removeprefix(prefix): t.shape for n, t in tensors.items() if n.startswith(prefix)}
+    needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", _BLOCK.format(0))
+    for name in needed:
+        if len(vae.get(name, ())) != 4:
+            raise ValueError(f"no VAE: the tensor {prefix + name} of four dimensions is missing")
+    blocks = [vae[name] for i in range(len(vae)) if (name := _BLOCK.format(i)) in vae]
+    layer = r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight"
     layout = dataclasses.replace(
         known,
-        in_channels=shape("encoder.conv_in.weight")[1],
-        latent_channels=shape("decoder.conv_in.weight")[1],
-        block_out=tuple(
-            shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(blocks)
-        ),
-        layers_per_block=count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight"),
-        mid_attention=prefix + "encoder.mid_block.attentions.0.to_q.weight" in tensors,
-        quant_conv=prefix + "quant_conv.weight" in tensors,
-        post_quant_conv=prefix + "post_quant_conv.weight" in tensors,
+        in_channels=vae[needed[0]][1],
+        latent_channels=vae[needed[1]][1],
+        block_out=tuple(shape[0] for shape in blocks),
+        layers_per_block=sum(bool(re.fullmatch(layer, name)) for name in vae),
+        mid_attention="encoder.mid_block.attentions.0.to_q.weight" in vae,
+        quant_conv="quant_conv.weight" in vae,
+        post_quant_conv="post_quant_conv.weight" in vae,
     )
-    if not blocks or any(width % layout.norm_groups for width in layout.block_out):
+    if any(width % layout.norm_groups for width in layout.block_out):
         raise ValueError(
             f"no VAE: {layout.norm_groups} groups of its norms must divide the widths of its "
             f"blocks, {layout.block_out}"
@@ -93,7 +86,7 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
     if problems:
         raise ValueError(f"{folder}/config.json: " + "; ".join(problems))
     known = VAEConfig(norm_groups=released.get("norm_num_groups", 32), scaling_factor=float(factor))
-    tensors, _ = names.modern(storage.read(folder / WEIGHTS)[0])
+    tensors = names.modern(storage.read(folder / WEIGHTS)[0])
     cfg = infer_layout(tensors, known)
     shapes = jax.eval_shape(lambda key: vae.init_vae(cfg, key), jax.random.key(0))
     return cfg, names.to_params(names.entries(shapes, names.vae_name), tensors, folder / WEIGHTS)
@@ -103,9 +96,9 @@ def save_folder(folder, cfg: VAEConfig, params):
     """Writes a VAE as diffusers reads it, its scaling factor included; returns the weights' path.
 
     Raises:
-        ValueError: the identity VAE, or `folder` is a file.
+        ValueError: the identity VAE.
     """
-    folder = as_folder(folder)
+    folder = as_path(folder)
     if cfg.kind == "identity":
         raise ValueError("the identity VAE has no file: it is no network")
     tensors = names.to_tensors(names.entries(params, names.vae_name), params)
