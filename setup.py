@@ -49,7 +49,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["flextok_jax", "flextok_jax.*"]),
-    package_data={"flextok_jax": ["demos/*/*"]},
+    package_data={"flextok_jax": ["demos/*/*", "io/formats/*.json"]},
     entry_points={"console_scripts": ["flextok = flextok_jax.cli:run"]},
     install_requires=INFERENCE,
     extras_require={

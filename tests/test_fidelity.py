@@ -37,9 +37,8 @@ def features():
 def weights(tmp_path_factory):
     """A file with the golden's random weights under the published names."""
     tensors = {"fc.bias": np.zeros(1008, np.float32)}
-    for path, leaf in names.flatten(inception.shapes()).items():
-        name = names.by_dots(path)
-        tensors[name] = MAKE.random_tensor(name, names.file_shape(path, leaf.shape))
+    for entry in names.entries(inception.shapes(), names.by_dots):
+        tensors[entry.name] = MAKE.random_tensor(entry.name, entry.shape)
     path = tmp_path_factory.mktemp("inception") / "weights.safetensors"
     save_file(tensors | {"Mixed_5b.branch1x1.bn.num_batches_tracked": np.zeros(1, np.int64)}, path)
     return path

@@ -1,23 +1,48 @@
 """The configuration inside a released FlexTok file <-> ours.
 
-One template (flextok_template.py) serves both directions. Nothing that a file names is imported or
-evaluated: its values are parsed as Python literals, and a value that does not parse stays a string.
+One template, flextok.json, serves both directions: it is the released configuration, with "$FIELD"
+where a field of ours stands. Nothing that a file names is imported or evaluated: its values are
+parsed as Python literals, and a value that does not parse stays a string.
 """
 
 import ast
 import dataclasses
+import json
+import pathlib
 import re
 
 from flextok_jax.io import storage
-from flextok_jax.io.formats import flextok_template as released
 from flextok_jax.nn import config
 from flextok_jax.nn.config import TokenizerConfig
 
+_TEMPLATE = json.loads(pathlib.Path(__file__).with_name("flextok.json").read_text())
+_RELEASED_VAE = "flextok.vae_wrapper.StableDiffusionVAE"
+# Ours only: the reference does not read these.
+_OWN_VAE, _IDENTITY_VAE = "flextok_jax.AutoencoderKL", "flextok_jax.IdentityVAE"
+_VAES = {
+    _RELEASED_VAE: _TEMPLATE["vae"],
+    _OWN_VAE: _TEMPLATE["vae"] | {"_target_": _OWN_VAE, "norm_groups": "$vae.norm_groups"},
+    _IDENTITY_VAE: {"_target_": _IDENTITY_VAE, "latent_channels": "$vae.latent_channels"},
+}
+# Our own top-level entry, written only where the sampler is not the default one.
+_OWN = {
+    "flextok_jax": {
+        name: f"$target.flow.sampler.{name}"
+        for name in ("guidance_scale", "steps", "norm_guidance", "solver")
+    }
+}
+_COUNT = "levels"  # The template's name for the number of the quantiser's levels.
+# Fields that a file may leave out: then they have our default.
+_OPTIONAL = re.compile(
+    r"(encoder|decoder)\.(head_dim|mlp_ratio)|vae\.sample_posterior"
+    r"|target\.flow\.(time_frequencies|log_normal_time|mode_scale)"
+    r"|target\.flow\.sampler\.(steps|norm_guidance|solver)"
+)
 # Arguments without effect on results, accepted with any value and anywhere.
 _NO_EFFECT = re.compile(
     r".*_keys?|_partial_|use_act_checkpoint|drop_path_rate|drop_quant_p|compile_block_mask"
     r"|pad_to_multiple|max_seq_len|dtype_override|hf_hub_path|force_vae_encode|frozen"
-    r"|weight_init_style"
+    r"|weight_init_style|size_sampling_mode"
 )
 # Arguments that may appear beside those of the template, with the values that are implemented.
 _ALSO = {
@@ -27,7 +52,8 @@ _ALSO = {
     "intermediate_layers": ([1], [], None),
 }  # fmt: skip
 # Fixed arguments whose absence means the value in the template.
-_MAY_BE_ABSENT = {"flatten_patches", "use_mup_readout", "intermediate_layers", "posemb_scaling"}
+_MAY_BE_ABSENT = {"flatten_patches", "posemb_scaling", *_ALSO}
+_MISSING = object()
 
 
 def parse_metadata(metadata: dict[str, str]) -> dict:
@@ -97,10 +123,10 @@ def is_released(cfg: TokenizerConfig) -> bool:
     return flextok and kinds == {config.Blocks(**sizes)}
 
 
-_KINDS = {name: type(value) for name, value in to_fields(TokenizerConfig()).items()}
+_DEFAULTS = to_fields(TokenizerConfig()) | {_COUNT: 0}
 
 
-def read_config(given: dict) -> tuple[TokenizerConfig | None, list[str]]:
+def read_config(released: dict) -> tuple[TokenizerConfig | None, list[str]]:
     """A released configuration -> ours.
 
     Returns:
@@ -108,33 +134,30 @@ def read_config(given: dict) -> tuple[TokenizerConfig | None, list[str]]:
         is not in the configuration: its block_out and layers stay at their defaults and are to be
         inferred from the tensors.
     """
-    problems, found = [], {}  # found: {our field: {its value: where}}
-    vae = given.get("vae")
+    problems, found, template = [], {}, dict(_TEMPLATE)  # found: {our field: {its value: where}}
+    vae = released.get("vae")
     target = vae.get("_target_") if isinstance(vae, dict) else None
-    template = dict(released.TEMPLATE)
-    if target in released.VAES:
-        template["vae"] = {"_target_": target, **released.VAES[target]}
-    else:
-        problems.append(f"vae._target_ is {target!r:.100}; known: {sorted(released.VAES)}")
-    if released.OWN_KEY in given:
-        template[released.OWN_KEY] = released.OWN
+    if target not in _VAES:
+        problems.append(f"vae._target_ is {target!r:.100}; known: {sorted(_VAES)}")
+    template["vae"] = _VAES.get(target, "")
+    if released.keys() & _OWN:
+        template |= _OWN
     for key, expected in template.items():
-        _match(given.get(key, released.MISSING), expected, key, found, problems)
+        if expected:
+            _match(released.get(key, _MISSING), expected, key, found, problems)
     for values in found.values():
         if len(values) > 1:
             held = ", ".join(f"{place}={value}" for value, place in values.items())
             problems.append(f"these must be equal: {held}")
     fields = {name: next(iter(values)) for name, values in found.items()}
-    count, levels = fields.pop(released.COUNT, None), fields.get("bottleneck.levels")
+    count, levels = fields.pop(_COUNT, None), fields.get("bottleneck.levels")
     if levels and count not in (None, len(levels)):
-        problems.append(
-            f"{found[released.COUNT][count]} is {count}; the quantiser has {len(levels)} levels"
-        )
+        problems.append(f"{found[_COUNT][count]} is {count}; there are {len(levels)} levels")
     if fields.get("tokens.keep") not in (*config.KEEP_MODES, None):
         problems.append(f"size_sampling_mode {fields['tokens.keep']!r}; known: {config.KEEP_MODES}")
     if problems:
         return None, problems
-    if target == released.IDENTITY_VAE:
+    if target == _IDENTITY_VAE:
         identity = dataclasses.asdict(config.identity_vae(fields["vae.latent_channels"]))
         fields |= {f"vae.{name}": value for name, value in identity.items()}
     try:
@@ -145,26 +168,43 @@ def read_config(given: dict) -> tuple[TokenizerConfig | None, list[str]]:
 
 def write_config(cfg: TokenizerConfig) -> dict:
     """Our configuration as a released one (the inverse of `read_config`)."""
-    fields, plain = to_fields(cfg), to_fields(TokenizerConfig())
-    fields[released.COUNT] = len(cfg.bottleneck.levels)
+    fields = to_fields(cfg) | {_COUNT: len(cfg.bottleneck.levels)}
     said = ("vae.latent_channels", "vae.scaling_factor", "vae.sample_posterior")  # By all VAEs.
-    standard = all(fields[k] == plain[k] for k in plain if k.startswith("vae.") and k not in said)
-    target = released.RELEASED_VAE if standard else released.OWN_VAE
-    target = released.IDENTITY_VAE if cfg.vae.kind == "identity" else target
-    template = released.TEMPLATE | {"vae": {"_target_": target, **released.VAES[target]}}
-    if cfg.sampler != TokenizerConfig().sampler:
-        template[released.OWN_KEY] = released.OWN
-    return _fill(template, fields)
+    network = [name for name in fields if name.startswith("vae.") and name not in said]
+    target = _RELEASED_VAE if all(fields[n] == _DEFAULTS[n] for n in network) else _OWN_VAE
+    target = _IDENTITY_VAE if cfg.vae.kind == "identity" else target
+    own = _OWN if cfg.sampler != TokenizerConfig().sampler else {}
+    return _fill(_TEMPLATE | {"vae": _VAES[target]} | own, fields)
+
+
+def _is_field(expected) -> bool:
+    return isinstance(expected, str) and expected.startswith("$")
 
 
 def _fill(template, fields: dict):
-    if isinstance(template, released.Field):
-        return template.encode(fields[template.name])
-    if isinstance(template, released.Free):
-        return template.value
     if isinstance(template, dict):
         return {key: _fill(value, fields) for key, value in template.items()}
-    return template
+    if isinstance(template, list):
+        return [_fill(value, fields) for value in template]
+    value = fields[template[1:]] if _is_field(template) else template
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _field(name: str, value):
+    """The value of our field; raises ValueError where the file's has another type.
+
+    Integers are sizes, positive; tuples hold sizes.
+    """
+    if value is _MISSING and _OPTIONAL.fullmatch(name):
+        return _DEFAULTS[name]
+    kind = type(_DEFAULTS[name])
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(_field(_COUNT, x) for x in value)
+    if kind is type(value) and (kind is not int or value > 0):
+        return value
+    raise ValueError(value)
 
 
 def _match(value, expected, place, found, problems):
@@ -172,28 +212,31 @@ def _match(value, expected, place, found, problems):
     name = place.rpartition(".")[2]
 
     def wrong(wanted):
-        what = "is missing" if value is released.MISSING else f"is {value!r:.100}"
+        what = "is missing" if value is _MISSING else f"is {value!r:.100}"
         problems.append(f"{place} {what}; {wanted}")
 
-    if isinstance(expected, released.Field):
-        value = expected.default if value is released.MISSING else value
+    if _is_field(expected):
         try:
-            decoded = expected.decode(value, _KINDS.get(expected.name, int))
-            found.setdefault(expected.name, {}).setdefault(decoded, place)
+            field = _field(expected[1:], value)
+            found.setdefault(expected[1:], {}).setdefault(field, place)
         except ValueError:
-            wrong(f"needed is the {expected.name.rpartition('.')[2]}")
+            wrong(f"needed is the {expected.rpartition('.')[2]}")
+    elif isinstance(expected, list) and any(map(_is_field, expected)):
+        if not isinstance(value, list | tuple) or len(value) != len(expected):
+            return wrong(f"needed are {len(expected)} numbers")
+        for x, inner in zip(value, expected):
+            _match(x, inner, place, found, problems)
     elif isinstance(expected, dict) and not isinstance(value, dict):
         wrong("needed is a module")
     elif isinstance(expected, dict):
         for key, inner in expected.items():
-            _match(value.get(key, released.MISSING), inner, f"{place}.{key}", found, problems)
+            _match(value.get(key, _MISSING), inner, f"{place}.{key}", found, problems)
         for key in value.keys() - expected.keys():
             if key in _ALSO:
                 _match(value[key], None, f"{place}.{key}", found, problems)
             elif not _NO_EFFECT.fullmatch(str(key)):
                 problems.append(f"{place}.{key}={value[key]!r:.100} is an unknown argument")
-    elif name in _ALSO or not (isinstance(expected, released.Free) or _NO_EFFECT.fullmatch(name)):
-        may_be_absent = name in _MAY_BE_ABSENT or (name in _ALSO and expected is None)
+    elif name in _ALSO or not _NO_EFFECT.fullmatch(name):
         allowed = _ALSO.get(name, (expected,))
-        if value not in allowed and not (value is released.MISSING and may_be_absent):
+        if value not in allowed and not (value is _MISSING and name in _MAY_BE_ABSENT):
             wrong("implemented: " + " or ".join(map(repr, allowed)))
