@@ -93,20 +93,6 @@ def test_what_config_yaml_says_beside_the_tensors():
     assert "qk_norm is a LayerNorm" in facts("ar_c2i_qknorm", qk)[2]
 
 
-def test_a_scale_of_queries_is_compared_as_a_number(tmp_path):
-    folder = TEXT / "ar_c2i_gelu"
-    shutil.copy(folder / "model.safetensors", tmp_path)
-    text = (folder / "reference.yaml").read_text()
-    for scale, fine in ((0.125, True), (0.0625, False)):
-        changed = text.replace("num_heads: 2", f"num_heads: 2\n            qk_scale: {scale}")
-        (tmp_path / "config.yaml").write_text(changed)
-        if fine:
-            assert flexar.load(tmp_path).config == flexar.load(folder).config
-        else:
-            with pytest.raises(ValueError, match="qk_scale=0.0625"):
-                flexar.load(tmp_path)
-
-
 def test_a_file_and_its_config_yaml_that_differ_are_refused(tmp_path):
     folder = TEXT / "ar_c2i_layernorm"
     tensors = load_file(folder / "model.safetensors")

@@ -31,19 +31,12 @@ class WorkdirError(OSError):
 
 
 class Averaged(NamedTuple):
-    """What inference needs of a checkpoint.
+    """What inference needs of a checkpoint."""
 
-    Attributes:
-        params: the averaged parameters, nested dictionaries of NumPy arrays.
-        config: the configuration of the run.
-        step: of training.
-        extra: what the stage saved beside its state, in JSON terms.
-    """
-
-    params: dict
-    config: dict
+    params: dict  # averaged, nested dictionaries of NumPy arrays
+    config: dict  # of the run
     step: int
-    extra: dict
+    extra: dict  # what the stage saved beside its state, in JSON terms
 
 
 class Checkpoints:
@@ -54,12 +47,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, config: dict, keep: int | None = None):
-        """Opens (or makes) DIR/checkpoints.
+        """Opens or makes DIR/checkpoints of a run with this full configuration (in JSON terms).
 
-        Args:
-            workdir: DIR.
-            config: the full configuration in JSON terms.
-            keep: how many checkpoints stay, None: all.
+        `keep` checkpoints stay, None: all.
         """
         self._folder, self._config, self.extra = _folder(workdir), config, {}
         self._manager = ocp.CheckpointManager(
@@ -91,7 +81,7 @@ class Checkpoints:
             extra: more to know of the model than its parameters say, in JSON terms.
 
         Raises:
-            WorkdirError: the save before this one, or the beginning of this one, failed.
+            WorkdirError: the save before this one, or the start of this one, failed.
         """
         self._finish()
         self._saving = step
@@ -104,11 +94,7 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def poll(self):
-        """Raises the failure of a save in flight as soon as it is known. Costs nothing.
-
-        Raises:
-            WorkdirError: it failed.
-        """
+        """Raises WorkdirError if a save in flight failed; does not wait for it."""
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self._finish()
 

@@ -1,9 +1,7 @@
 """FlexAR files: tensors under the released names <-> our parameters, and models from any source.
 
-A released folder has `model.safetensors` and `config.yaml`. Tensors tell the sizes and the kinds of
-norm and MLP; what they do not tell (head size, epsilon, guidance) is in `config.yaml`; where that
-is missing, docs/reference.md has the values ("AR models"). Files of this project hold the whole
-configuration in the header of `model.safetensors`.
+In a released folder tensors tell the sizes and the kinds of norm and MLP, `config.yaml` the head
+size, epsilon and guidance. Files of this project hold the whole configuration in their header.
 """
 
 import dataclasses
@@ -130,7 +128,8 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
         "num_tokens": MODEL + "preprocessor.positional_embedding",
         "mlp_hidden": first + "mlp.fc1.weight",
     }
-    if missing := [f"tensor {n} tells {what}" for what, n in sizes.items() if not any(shape(n))]:
+    missing = [f"missing tensor {n} ({what})" for what, n in sizes.items() if not any(shape(n))]
+    if missing:
         return None, missing
     (vocab, width), (length, _), (hidden, _) = map(shape, sizes.values())
     text_hidden, text_dim = shape("models.text_encoder.mlp.fc1.weight")
@@ -156,19 +155,15 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
         facts["head_dim"] = width // max(1, facts.pop("num_heads"))
     if (fields["mlp"], facts.get("mlp")) == ("gelu", "gelu_tanh"):  # Tensors do not tell these.
         fields["mlp"] = "gelu_tanh"
-    scale = facts.pop("qk_scale", None)
     problems = [
         f"{CONFIG} says {name}={value!r}, the tensors say {fields[name]!r}"
         for name, value in facts.items()
         if fields.setdefault(name, value) != value
     ]
     try:
-        cfg = ARConfig(**fields)
+        return ARConfig(**fields), problems
     except ValueError as error:
         return None, [*problems, str(error)]
-    if scale is not None and abs(scale - cfg.head_dim**-0.5) > 1e-6:
-        problems.append(f"{CONFIG} says qk_scale={scale}; implemented is 1 / sqrt(head size)")
-    return cfg, problems
 
 
 def shapes(cfg: ARConfig):

@@ -14,15 +14,14 @@ _CLASSES = set(
     T5EmbedderWithMLP TextToEmbedMLP MLP LinearClassifier""".split()
 )
 _ORIGINS = ("l3m.", "flextok_ar.", "torch.nn.")
-# Arguments that are a field of ARConfig, "num_heads" or "qk_scale".
+# Arguments that are a field of ARConfig or "num_heads".
 _FACTS = {
     "embed_dim": "width", "num_blocks": "depth", "codebook_size": "vocab_size",
-    "num_classes": "num_classes", "num_heads": "num_heads", "qk_scale": "qk_scale",
-    "eps": "norm_eps",
+    "num_classes": "num_classes", "num_heads": "num_heads", "eps": "norm_eps",
 }  # fmt: skip
 # Arguments with the values that are implemented.
 _FIXED = {
-    "use_bias": (False,), "qkv_bias": (False,), "post_trunk_norm": (True,),
+    "use_bias": (False,), "qkv_bias": (False,), "qk_scale": (None,), "post_trunk_norm": (True,),
     "relative_pos_embed": (None,), "rope_pos_embed": (None,), "bias": (True,),
     "elementwise_affine": (True,), "pos_embed_type": ("absolute", "sincos1d", "sincos2d"),
     "approximate": ("none", "tanh"), "use_layernorm": (False,), "use_batchnorm": (False,),
@@ -48,7 +47,7 @@ def read(text: str, path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The facts in the text of a `config.yaml`.
 
     Returns:
-        ({field of ARConfig, "num_heads" or "qk_scale": value}; {"tokenizer", "text_encoder":
+        ({field of ARConfig or "num_heads": value}; {"tokenizer", "text_encoder":
         {"source"}}, where they are named; everything that is not understood).
 
     Raises:

@@ -1,8 +1,4 @@
-"""Parameter trees <-> tensors under the names of other projects' files.
-
-A table says where each of our parameters lies in a file; the file's shapes follow from ours. So
-missing, extra and misshapen tensors come out of one comparison.
-"""
+"""Parameter trees <-> tensors under the names of other projects' files, by tables."""
 
 import re
 from collections.abc import Callable
@@ -146,15 +142,9 @@ def not_finite(tensors: dict) -> list[str]:
 def to_params(entries: list[Entry], tensors: dict, where, problems=()) -> dict:
     """Tensors of a file -> nested float32 NumPy parameters, blocks stacked.
 
-    Args:
-        entries: of the model.
-        tensors: name -> array.
-        where: the file, for the message.
-        problems: what is known to be wrong already.
-
     Raises:
-        ValueError: one error lists the problems and every missing, unknown, misshapen tensor and
-            every one that is not finite.
+        ValueError: one error for the file `where` lists the `problems` known before, and every
+            missing, unknown and misshapen tensor and every one that is not finite.
     """
     wanted = {e.name: e.shape for e in entries}
     problems = [

@@ -14,6 +14,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,16 +56,14 @@ def read(path) -> dict[str, np.ndarray]:
         with path.open("rb") as file:
             archive = zipfile.is_zipfile(file)
             file.seek(0)
-            found = _read_zip(file) if archive else _read_sequence(file)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, expected a dictionary of tensors")
+            found, data = _read_zip(file) if archive else _read_sequence(file)
         tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
         if not tensors:
             raise ValueError("it holds no tensors")
-        return {name: tensor.array() for name, tensor in tensors.items()}
+        return {name: _array(tensor, data) for name, tensor in tensors.items()}
     except _DAMAGE as error:
         reason = f"{type(error).__name__} {error}"
-        raise ValueError(f"{path} is no whole PyTorch file: {reason}") from error
+        raise ValueError(f"{path} is no whole PyTorch file of tensors: {reason}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -73,59 +72,47 @@ class _Global(str):
     """A name in a file, "module name": never looked up."""
 
 
-class _Storage:
-    """The numbers behind tensors, `data` bytes that arrive later."""
+class _Tensor(NamedTuple):
+    storage: tuple[str, np.dtype]  # the key of its bytes
+    offset: int
+    shape: tuple
+    strides: tuple
 
-    def __init__(self, dtype: str, count: int):
-        self.dtype, self.count, self.data = np.dtype(dtype), count, None
 
-
-class _Tensor:
-    """A view of a storage, which lies inside of it."""
-
-    def __init__(self, storage, offset, shape, strides):
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        count = math.prod(shape)  # Beyond the storage's: a small file would fill the memory.
-        inside = count <= storage.count and (not count or last < storage.count)
-        if not inside or min(offset, 0, *shape, *strides) < 0:
-            raise ValueError(
-                f"a tensor of shape {shape}, strides {strides}, offset {offset} is not inside of "
-                f"its storage of {storage.count} elements"
-            )
-        self._view = storage, offset, shape, strides
-
-    def array(self) -> np.ndarray:
-        storage, offset, shape, strides = self._view
-        if storage.data is None or len(storage.data) != storage.count * storage.dtype.itemsize:
-            raise ValueError("a storage is missing or cut short")
-        flat = np.frombuffer(storage.data, storage.dtype)[offset:]
-        steps = [s * storage.dtype.itemsize for s in strides]
-        return np.lib.stride_tricks.as_strided(flat, shape, steps).copy()
+def _array(tensor: _Tensor, data: dict[str, bytes]) -> np.ndarray:
+    (key, dtype), offset, shape, strides = tensor
+    flat = np.frombuffer(data[key], dtype)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    count = math.prod(shape)  # Beyond the storage's: a small file would fill the memory.
+    inside = count <= flat.size and (not count or last < flat.size)
+    if not inside or min(offset, 0, *shape, *strides) < 0:
+        raise ValueError(
+            f"a tensor of shape {shape}, strides {strides}, offset {offset} is not inside of its "
+            f"storage of {flat.size} elements"
+        )
+    steps = [s * flat.itemsize for s in strides]
+    return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps).copy()
 
 
 def _read_zip(file):
     with zipfile.ZipFile(file) as archive:
-        pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError(f"an archive with {len(pickles)} files data.pkl, one expected")
-        root = pickles[0].removesuffix("data.pkl")
+        name = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "data.pkl")
         storages = {}
-        found = _run(archive.read(pickles[0]), storages)
-        for key, storage in storages.items():
-            storage.data = archive.read(f"{root}data/{key}")
-        return found
+        found = _run(archive.read(name), storages)
+        root = name.removesuffix(".pkl")
+        return found, {key: archive.read(f"{root}/{key}") for key in storages}
 
 
 def _read_sequence(file):
     if _run(file, {}) != _MAGIC or _run(file, {}) != _PROTOCOL:
         raise ValueError("no PyTorch file")
     _run(file, {})  # Of the machine that wrote it.
-    storages = {}
+    storages, data = {}, {}
     found = _run(file, storages)
     for key in _run(file, {}):  # In the order of the bytes that follow, each after its length.
         (count,) = struct.unpack("<q", file.read(8))
-        storages[key].data = file.read(count * storages[key].dtype.itemsize)
-    return found
+        data[key] = file.read(count * storages[key].itemsize)
+    return found, data
 
 
 def _run(pickle, storages: dict):
@@ -175,13 +162,14 @@ def _run(pickle, storages: dict):
     raise ValueError("the file ends too early")
 
 
-def _storage(identity, storages: dict) -> _Storage:
+def _storage(identity, storages: dict) -> tuple[str, np.dtype]:
     """("storage", type, key, device, number of elements[, view])"""
-    kind, dtype, key, _, count, *view = identity
+    kind, dtype, key, _, _, *view = identity
     module, _, short = str(dtype).rpartition(" ")
     if kind != "storage" or module != "torch" or short not in _TYPES or any(view):
         raise ValueError(f"a storage of the kind {identity!r} is not read")
-    return storages.setdefault(key, _Storage(_TYPES[short], count))
+    storages[key] = np.dtype(_TYPES[short])
+    return key, storages[key]
 
 
 def _make(name, arguments):

@@ -24,12 +24,11 @@ SCALING_FACTOR = 0.18215  # Of diffusers, for files that do not name it (Stable 
 
 
 def infer_layout(tensors: dict, known: VAEConfig, prefix: str = "") -> VAEConfig:
-    """The VAE's configuration from the names and shapes of its tensors.
+    """The VAE's configuration, by its tensors where those tell more than `known`.
 
     Args:
         tensors: name -> array, modern attention names.
-        known: what shapes do not tell (norm_groups, scaling_factor, sample_posterior) and, where
-            there is a prefix, the latent channels.
+        known: norm_groups, scaling_factor, sample_posterior.
         prefix: of the VAE's names among them.
 
     Raises:
@@ -43,7 +42,7 @@ def infer_layout(tensors: dict, known: VAEConfig, prefix: str = "") -> VAEConfig
             raise ValueError(f"no VAE: the tensor {prefix + name} of four dimensions is missing")
     blocks = [vae[name] for i in range(len(vae)) if (name := _BLOCK.format(i)) in vae]
     layer = r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight"
-    layout = dataclasses.replace(
+    return dataclasses.replace(
         known,
         in_channels=vae[needed[0]][1],
         latent_channels=vae[needed[1]][1],
@@ -53,17 +52,6 @@ def infer_layout(tensors: dict, known: VAEConfig, prefix: str = "") -> VAEConfig
         quant_conv="quant_conv.weight" in vae,
         post_quant_conv="post_quant_conv.weight" in vae,
     )
-    if any(width % layout.norm_groups for width in layout.block_out):
-        raise ValueError(
-            f"no VAE: {layout.norm_groups} groups of its norms must divide the widths of its "
-            f"blocks, {layout.block_out}"
-        )
-    if prefix and layout.latent_channels != known.latent_channels:
-        raise ValueError(
-            f"the VAE's tensors have {layout.latent_channels} latent channels, the configuration "
-            f"says {known.latent_channels}"
-        )
-    return layout
 
 
 def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
