@@ -162,31 +162,25 @@ def test_less_common_formats_are_images(name, tmp_path):
     assert read(opened(tmp_path), 0).image.size == SMOOTH.size
 
 
-def test_dotted_names_and_links_of_a_tar_are_examples(tmp_path):
+def test_dotted_names_of_a_tar_are_examples_and_links_are_skipped(tmp_path):
     path = tar(
         tmp_path / "a.tar",
         {
-            **{name: encoded(SMOOTH) for name in ("22.05.png", "x.png", "deep/y.png")},
+            **{name: encoded(SMOOTH) for name in ("22.05.png", "x.png", "deep\\y.png")},
             **{"22.05.cls": b"3", "x.seg.png": b"", "n.heif.bak": b""},
         },
     )
     with tarfile.open(path, "a") as file:
-        for name, kind, target in (
-            ("hard.png", tarfile.LNKTYPE, "x.png"),
-            ("deep/soft.png", tarfile.SYMTYPE, "../x.png"),
-            ("lost.png", tarfile.SYMTYPE, "nowhere.png"),
-        ):
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE)):
             member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, target
+            member.type, member.linkname = kind, "x.png"
             file.addfile(member)
     source = opened(path)
-    assert {key.partition("/")[2]: label for key, label, _ in everything(source)} == {
-        "22.05": 3, "x": -1, "deep/y": -1, "hard": -1, "deep/soft": -1,
-    }  # fmt: skip
+    found = {key.partition("/")[2]: label for key, label, _ in everything(source)}
+    assert found == {"22.05": 3, "x": -1, "deep/y": -1}
     names = {name.partition("/")[2] for name in skipped(source)}
-    assert names == {"x.seg.png", "n.heif.bak", "lost.png"}
-    for i in range(5):
-        assert read(source, i).image.size == SMOOTH.size
+    assert names == {"x.seg.png", "n.heif.bak", "hard.png", "soft.png"}
+    assert [read(source, i).image.size for i in range(3)] == [SMOOTH.size] * 3
 
 
 def test_compressed_tar_files_are_refused_with_the_remedy(tmp_path):

@@ -45,7 +45,7 @@ def _look(data: sources.Data, args, out) -> None:
     if found:
         with storage.atomic(out) as temporary:
             checks.contact_sheet(found, source.classes).save(temporary)
-        print(f"  {min(checks.SHOWN, len(found))} of them are shown in {out}")
+        print(f"  some of them are shown in {out}")
     if count < len(source):
         print(f"  {len(source) - count} were not opened: --all opens every one")
     if unreadable.too_many:

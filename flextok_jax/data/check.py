@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from flextok_jax.data import decode
 from flextok_jax.data.reader import Picture
 from flextok_jax.data.source import Source
+from flextok_jax.evaluation.pictures import grid
 
-CELL, TEXT, GAP = 144, 48, 10  # Pixels of a picture, of the words below it, and between.
-COLUMNS, SHOWN, LETTERS = 8, 48, 24
+CELL, ROWS, COLUMNS = 144, 16, 8  # Pixels of a picture; pictures of the contact sheet.
 
 
 class Look(NamedTuple):
@@ -23,7 +23,7 @@ class Look(NamedTuple):
         format, mode: of the file, such as "JPEG" and "CMYK"; "array" and "RGB" without one.
         size: upright (width, height).
         embedding: its shape, None where there is none.
-        thumbnail: RGB, CELL x CELL pixels.
+        thumbnail: uint8 [CELL, CELL, 3].
         key, label, caption: as in `source.Example`.
     """
 
@@ -31,7 +31,7 @@ class Look(NamedTuple):
     mode: str
     size: tuple[int, int]
     embedding: tuple[int, ...] | None
-    thumbnail: Image.Image
+    thumbnail: np.ndarray
     key: str
     label: int
     caption: str | None
@@ -43,7 +43,7 @@ def look(source: Source, picture: Picture) -> Look:
     stored = decode.opened(picture.stored) if is_file else image
     small = max(image.size) <= CELL // 2
     way = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
-    thumbnail = ImageOps.pad(image, (CELL, CELL), way, "white")
+    thumbnail = np.asarray(ImageOps.pad(image, (CELL, CELL), way, "white"))
     embedding = source.skipped.usable(source.embedding, picture.index, picture.key)
     shape = None if embedding is None else embedding.shape
     named = picture.key, picture.label, picture.caption
@@ -98,19 +98,13 @@ def _class(label: int, classes) -> str:
 
 
 def contact_sheet(found: list[Look], classes: list[str]) -> Image.Image:
-    """At most SHOWN of the pictures, evenly chosen, with words below."""
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), SHOWN)).astype(int))
-    columns = min(COLUMNS, len(chosen))
-    rows = -(-len(chosen) // columns)
-    size = (GAP + columns * (CELL + GAP), GAP + rows * (CELL + TEXT + GAP))
-    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(11)
-    pen = ImageDraw.Draw(sheet)
-    for place, look in enumerate(found[i] for i in chosen):
-        row, column = divmod(place, columns)
-        x, y = GAP + column * (CELL + GAP), GAP + row * (CELL + TEXT + GAP)
-        sheet.paste(look.thumbnail, (x, y))
-        first = f"{look.size[0]}x{look.size[1]} {look.mode}, {_class(look.label, classes)}"
-        lines = textwrap.wrap(first, LETTERS)
-        lines += textwrap.wrap((look.caption or look.key[-48:])[:200], LETTERS)
-        pen.multiline_text((x, y + CELL + 2), "\n".join(lines[:3]), fill=(32, 32, 36), font=font)
-    return sheet
+    """At most ROWS rows of COLUMNS pictures, each row of one class."""
+    by_label: dict[int, list] = collections.defaultdict(list)
+    for look in found:
+        by_label[look.label].append(look.thumbnail)
+    labels, rows = sorted(by_label)[:ROWS], []
+    for label in labels:
+        of_class = by_label[label][: COLUMNS * (ROWS // len(labels))]
+        parts = [of_class[i : i + COLUMNS] for i in range(0, len(of_class), COLUMNS)]
+        rows += [(_class(label, classes), part) for part in parts]
+    return grid([part for _, part in rows], names=[name for name, _ in rows])

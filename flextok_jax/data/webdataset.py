@@ -27,14 +27,13 @@ FIELDS = ("image", "txt", "json", "npy")  # That are read when an example is wan
 
 
 class Index(NamedTuple):
-    """The examples with an image in one tar file, in its order.
+    """The examples with an image in one tar file, in its order; texts as bytes, UTF-8.
 
     Attributes:
-        keys: bytes [N], UTF-8.
-        offsets: int64 [N, FIELDS, (start, size)], of each field's bytes, start -1 where the example
-            has none.
-        labels: bytes [N], UTF-8 (see `source.parse_label`), empty for an unknown one.
-        skipped: bytes [M, (reason, name)], UTF-8.
+        keys: [N].
+        offsets: int64 [N, FIELDS, (start, size)], start -1 where the example has no such field.
+        labels: [N] (see `source.parse_label`), empty for an unknown one.
+        skipped: [M, (reason, name)].
     """
 
     keys: np.ndarray
@@ -58,8 +57,7 @@ class WebDatasetSource(source.Source):
         """Opens the index of every tar file.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: no such split, or a file that is no tar file.
+            FileNotFoundError, ValueError: there is none, no such split, or one is no tar file.
         """
         super().__init__()
         root = source.local(path)
@@ -182,30 +180,21 @@ def _scan(path: pathlib.Path) -> Index:
 
 
 def _members(path: pathlib.Path, skipped: Skipped) -> dict[str, tuple[int, int]]:
-    """{name: (start, size)} of the files and links in a tar file, in its order."""
-    found: dict[str, tuple[int, int] | str] = {}  # A text: the name that a link leads to.
+    """{name: (start, size)} of the files in a tar file, in its order."""
+    found: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # Or it keeps them all.
                 name = posixpath.normpath(member.name.replace("\\", "/"))
-                folder = posixpath.dirname(name) if member.issym() else ""
                 if member.issym() or member.islnk():
-                    found[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+                    skipped.add("a link: use tar --dereference --hard-dereference", name)
                 elif member.isfile() and name in found:
                     skipped.add("stored again (the first counts)", name)
                 elif member.isfile():
                     found[name] = member.offset_data, member.size
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from error
-    for name, target in list(found.items()):
-        for _ in range(8):  # A link may lead to a link.
-            target = found.get(target.lstrip("/")) if isinstance(target, str) else target
-        if isinstance(target, tuple):
-            found[name] = target
-        else:
-            skipped.add("a link to what is not in the tar file", name)
-            del found[name]
     return found
 
 
