@@ -21,23 +21,17 @@ csv.field_size_limit(2**31 - 1)
 class FolderSource(source.Source):
     """All images below a folder, sorted by path; the class is the first-level subfolder.
 
-    `path/train` and one of `path/validation`, `val` and `test` are the splits, and the classes are
-    their subfolders; see also `source.select`. Where all images lie in one such folder, its
-    subfolders are the classes. Hidden files are left out; linked folders are followed.
-
-    Beside NAME.jpg may lie its caption, NAME.txt, and the caption's embedding, NAME.npy. Or
-    metadata.csv or metadata.jsonl lists images: `file_name` (relative to where the list lies),
-    `label` or `class` (all of them whole numbers, or all names of classes; -1 or nothing: unknown)
-    and `caption` or `text`; it goes before subfolders and .txt files. What it lists and is not
-    there counts as an unreadable image.
+    Where the first level is splits (see `source.select`), or one of their names alone, the classes
+    are one level below. Captions, embeddings and lists lie beside the images, see docs/data.md.
+    What a list names and is not there counts as an unreadable image. Hidden files are left out;
+    linked folders are followed.
     """
 
     def __init__(self, path, split: str):
         """Lists the images.
 
         Raises:
-            FileNotFoundError: there is no such folder, or no image in it.
-            ValueError: no such split, or a list that is not clear.
+            FileNotFoundError, ValueError: no folder, no image, no such split, or an unclear list.
         """
         super().__init__()
         root = self._root = source.local(path)

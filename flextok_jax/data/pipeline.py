@@ -35,15 +35,12 @@ def make_pipeline(
     """Builds the pipeline that the `data` part of a config describes.
 
     Args:
-        cfg: attributes source, path, name, split, eval_split (see `sources.make_source`),
-            max_unreadable (see `Pipeline`), and for images those of `transforms.Transform`.
+        cfg: what `sources.make_source` and, for images, `transforms.Transform` read, and split,
+            eval_split, max_unreadable.
         seed: of the order and the augmentations, 0 .. 2**32 - 1.
         batch_size: of the global batch.
         train: read `cfg.split`; otherwise `cfg.eval_split`.
         process_index, process_count: this process among all; those of JAX by default.
-
-    Raises:
-        ValueError, FileNotFoundError: what is wrong with the config or the data, and the remedy.
     """
     if process_index is None or process_count is None:
         import jax
@@ -72,7 +69,6 @@ class Images:
     num_draws = NUM_DRAWS
 
     def without_randomness(self) -> "Images":
-        """The same for evaluation: random numbers have no effect."""
         return Images(self.transform.without_randomness())
 
     def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:

@@ -44,8 +44,7 @@ def write_split(
         folder: DIR/SPLIT.
         settings: in JSON terms: "num_shards", those of `source_settings`, "arrays" ({name: shape of
             one crop, None: bytes of a file}), those of MODELS (dictionaries with "origin" and
-            "fingerprint"), and all else that decides the records. Of tokens "vocab_size" and
-            "num_tokens".
+            "fingerprint"), of tokens "vocab_size" and "num_tokens", and all else that decides.
         make_shard: index -> what becomes of its images, in order; each record is written before
             the next is asked for, because a shard of features is larger than memory.
         null_text: float16 [T, E], the embedding of the empty caption, where the data set has text.
@@ -55,8 +54,7 @@ def write_split(
         The manifest so far; other parts may be missing.
 
     Raises:
-        ValueError: the folder, or another split beside it, holds what other models or settings
-            made.
+        ValueError: the folder, or another split beside it, was made by other models or settings.
         OSError: more than a tenth of all images are unreadable.
     """
     folder, settings = source.local(folder), json.loads(json.dumps({"format": FORMAT} | settings))
@@ -188,8 +186,7 @@ def read_manifest(path, split: str) -> dict:
     """The manifest of a finished split; "validation", "val" and "test" are synonyms.
 
     Raises:
-        FileNotFoundError: there is none at all.
-        ValueError: no such split, or it is not finished, or has another format.
+        FileNotFoundError, ValueError: no such split, or it is not finished, or has another format.
     """
     return _finished(path, split)[1]
 

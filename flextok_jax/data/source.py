@@ -115,7 +115,7 @@ def keys_sha256(source: Source, count: int) -> str:
 
 
 def local(path) -> pathlib.Path:
-    """A folder or file of data. Raises ValueError for an address."""
+    """A folder or file of data; a ValueError for an address."""
     path = as_path(path)
     if is_remote(path):
         raise ValueError(f"{path}: data are read from local or mounted folders; mount the bucket")

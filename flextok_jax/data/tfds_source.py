@@ -11,29 +11,21 @@ TEXTS = ("caption", "text")  # Features that are taken for the caption.
 
 
 class TfdsSource(Source):
-    """One split of a prepared data set in the array_record format.
-
-    The reference is `imagenet2012` (splits "train" and "validation").
+    """One split of a prepared data set in the array_record format, such as imagenet2012.
 
     Args:
         name: "NAME", "NAME/CONFIG" or either followed by ":VERSION"; the newest version by default.
-        split: any TFDS split, such as "train" or "train[:10%]"; "validation", "val" and "test" are
-            synonyms.
+        split: any TFDS split, such as "train[:10%]"; "validation", "val" and "test" are synonyms.
         path: the data_dir it was prepared in, which contains NAME/[CONFIG/]VERSION.
 
     Raises:
-        FileNotFoundError, ValueError: the data set is not there, not in a format with random
-            access, has no such split or no images; with the remedy.
+        FileNotFoundError, ValueError: what is missing, with the remedy.
     """
 
     def __init__(self, name: str, split: str, path: str):
         super().__init__()
-        try:
-            import tensorflow_datasets as tfds
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "data.source='tfds' needs TFDS: pip install -e '.[data]'"
-            ) from error
+        import tensorflow_datasets as tfds
+
         if not name:
             raise ValueError("data.source='tfds' needs data.name, such as 'imagenet2012'")
         builder = tfds.builder_from_directory(_find(name, path))

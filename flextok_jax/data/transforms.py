@@ -73,14 +73,10 @@ class Transform:
         return None
 
     def fit(self, image: Image.Image, draws: np.ndarray) -> np.ndarray:
-        """Brings one image to the common size, half of the images mirrored if `flip`.
+        """One RGB image of any size -> uint8 [S, S, 3], half of them mirrored if `flip`.
 
         Args:
-            image: RGB, any size.
             draws: float [NUM_DRAWS] in [0, 1).
-
-        Returns:
-            uint8 [S, S, 3].
 
         Raises:
             ValueError: the image has another size and crop is "none".
@@ -125,11 +121,7 @@ class Transform:
 
 
 def random_window(image: Image.Image, size: int, draws: np.ndarray) -> np.ndarray:
-    """A square of `size` pixels, as they are, uniform over the image; draws: float [2 or more].
-
-    Raises:
-        ValueError: the image is smaller.
-    """
+    """A square of `size` pixels, as they are, uniform over the image; draws: float [2 or more]."""
     width, height = image.size
     if min(image.size) < size:
         raise ValueError(
@@ -141,12 +133,7 @@ def random_window(image: Image.Image, size: int, draws: np.ndarray) -> np.ndarra
 
 
 def random_resized_crop(image: Image.Image, size: int, draws: np.ndarray, scale=(0.08, 1.0)):
-    """A random rectangle (`crop_box`) as uint8 [size, size, 3], bicubic and antialiased.
-
-    Args:
-        draws: float [4 * CROP_TRIES] in [0, 1).
-        scale: as in `crop_box`.
-    """
+    """A random rectangle (`crop_box`) as uint8 [size, size, 3], bicubic and antialiased."""
     box = crop_box(image.size, draws, scale)
     return np.asarray(image.resize((size, size), BICUBIC, box))
 
@@ -157,6 +144,7 @@ def crop_box(size: Sequence[int], draws: np.ndarray, scale) -> tuple[int, int, i
     Area uniform in `scale` times the image's, ratio of the sides log-uniform in 3/4..4/3, place
     uniform; the first of ten tries that fits. If none does: the largest centred rectangle of an
     allowed ratio (Szegedy et al., arXiv 1409.4842, as torchvision's RandomResizedCrop has it).
+    `draws`: float [4 * CROP_TRIES] in [0, 1).
     """
     width, height = size
     low, high = (math.log(ratio) for ratio in CROP_RATIO)

@@ -45,12 +45,9 @@ class Index(NamedTuple):
 class WebDatasetSource(source.Source):
     """The examples of all tar files below a folder, or of one tar file, in their order.
 
-    The splits are the subfolders train/ and validation/ (or val/, test/) or the files whose name
-    has such a word ("imagenet-train-0001.tar"), where there are both; otherwise as in an image
-    folder, by a hash of the key, "SHARD.tar/NAME", see `source.select`.
-
-    Reading SHARD.tar the first time writes .SHARD.tar.index.npz beside it, where that is allowed;
-    it is made again when the shard's size or time has changed.
+    The splits are words in the paths of the tar files ("val/0.tar", "imagenet-train-0001.tar"), see
+    `source.select`. Reading SHARD.tar the first time writes .SHARD.tar.index.npz beside it, where
+    that is allowed; it is made again when the shard's size or time has changed.
     """
 
     def __init__(self, path, split: str):
@@ -68,8 +65,8 @@ class WebDatasetSource(source.Source):
                 name = file.relative_to(base).as_posix()
                 self.skipped.add("compressed, without random access: gunzip it", name)
         if not files:
-            lines = [f"{str(root)!r} holds no .tar files", *self.skipped.lines()]
-            raise FileNotFoundError("\n  ".join(lines))
+            skipped = "\n  ".join(self.skipped.lines())
+            raise FileNotFoundError(f"{str(root)!r} holds no .tar files\n  {skipped}")
         indices = [read_index(file) for file in files.values()]
         keys, texts = [], []
         for name, index in zip(files, indices):
@@ -133,11 +130,7 @@ def _json(data: bytes) -> dict:
 
 
 def read_index(path: pathlib.Path) -> Index:
-    """The examples of one tar file; makes the index file if it is not there.
-
-    Raises:
-        ValueError: it is no whole tar file, or its examples are not clear; with the remedy.
-    """
+    """The examples of one tar file; makes the index file if it is not there."""
     stat = path.stat()
     stamp = np.array([stat.st_size, stat.st_mtime_ns])
     file = path.with_name(f".{path.name}.index.npz")
