@@ -4,8 +4,8 @@
     python -m benchmarks.vae_photos runs/vae_photos
 
 Prints the PSNR in dB (mean over the tiles of each validation photograph) of two ways to store a
-tile of 64 x 64 pixels: the VAE's latents (the posterior's mean, not rounded), and the tile averaged
-over areas to the smallest grid that holds at least as many numbers, enlarged bicubically when read.
+tile of 64 x 64 pixels: the VAE's latents (the posterior's mean, not rounded), and a thumbnail of at
+least as many numbers (bilinear with antialiasing), enlarged bicubically when read.
 """
 
 import argparse
@@ -15,22 +15,25 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from examples import photos
 from flextok_jax.evaluation import metrics
 from flextok_jax.io import models
 from flextok_jax.nn import vae
 from flextok_jax.nn.images import to_float
-from flextok_jax.training.vae_stage import downsampled
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def scores(params, cfg, images):
-    """PSNR [B] of the VAE and of the small image."""
+def reconstructed(params, cfg, images):
     mean, _ = vae.encode_moments(params, cfg, images)
-    small = downsampled(images, math.prod(mean.shape[1:]))
-    made = jnp.clip(vae.decode_latents(params, cfg, mean), -1, 1)
-    return metrics.psnr(made, images), metrics.psnr(jnp.clip(small, -1, 1), images)
+    return vae.decode_latents(params, cfg, mean)
+
+
+def thumbnail(tile, side):
+    """A tile reduced to side x side pixels and enlarged."""
+    small = Image.fromarray(tile).resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(small.resize(tile.shape[:2], Image.Resampling.BICUBIC))
 
 
 def main():
@@ -39,10 +42,13 @@ def main():
     args = parser.parse_args()
     cfg, params = models.load_vae(args.vae)
     tiles = photos.tiles()
-    images = to_float(np.stack([*tiles.values()]))
-    ours, small = (np.asarray(x) for x in scores(params, cfg, images))
     values = (photos.TILE // cfg.downsample) ** 2 * cfg.latent_channels
     side = math.ceil(photos.TILE * math.sqrt(values / (3 * photos.TILE**2)) - 1e-6)
+    images = np.stack([*tiles.values()])
+    thumbnails = np.stack([thumbnail(tile, side) for tile in images])
+    images, thumbnails = to_float(images), to_float(thumbnails)
+    made = jnp.clip(reconstructed(params, cfg, images), -1, 1)
+    ours, small = (np.asarray(metrics.psnr(x, images)) for x in (made, thumbnails))
     print(f"trained on {', '.join(photos.TRAIN)}")
     print(f"{values} latents a tile; small image {side} x {side} x 3 = {3 * side**2} numbers")
     print(f"{'validation':12}{'tiles':>6}{'VAE':>9}{'small':>9}{'gain':>8}")

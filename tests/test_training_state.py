@@ -111,6 +111,7 @@ def get_config(**changes):
             "max_skipped_in_row": 20,
             "profile": "",
             "compute": {"dtype": "float32"},
+            "evaluation": {"num_images": 8, "batch_size": 8},
             "data": {
                 "source": "folder", "path": folder(), "name": "",
                 "split": "train", "eval_split": "test",

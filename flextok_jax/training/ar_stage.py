@@ -20,7 +20,7 @@ from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.rng import named
-from flextok_jax.training.batches import Validation
+from flextok_jax.training.batches import Validation, bins
 
 TOKENS = "tokens"
 
@@ -61,34 +61,27 @@ class ARStage:
     """Cross-entropy of every token, conditioned on the class or the text, or on nothing."""
 
     def __init__(self, config, tokens: Tokens | None = None):
-        """Reads `model`, `compute`, `tokenizer`, `condition`, `loss`, `evaluation` and `data`.
+        """Sizes that are None in `model` are taken from the data.
 
-        The data is either tokens (`data.source="tokens"`, `data.path`: what `flextok tokenize`
-        wrote) or images, which `tokenizer.source` turns into tokens in every step. Sizes that are
-        None in `model` are taken from them. With `tokens` given (such as PAPER), the data is not
-        opened and nothing is checked.
+        That is either tokens (`data.source="tokens"`, `data.path`: what `flextok tokenize` wrote)
+        or images, which `tokenizer.source` turns into tokens in every step. With `tokens` given
+        (such as PAPER) it is not opened.
 
         Raises:
             ValueError: the model does not fit the tokens or their labels, or splits differ.
         """
-        fields = {f.name for f in dataclasses.fields(ARConfig)}
-        unknown = sorted(set(config.model) - fields)
-        if unknown:
-            raise ValueError(f"config.model has unknown keys {unknown}; allowed: {sorted(fields)}")
         self.compute = Compute(**config.compute)
         self._drop, self._loss = config.condition.null_prob, config.loss
         self._data, self._evaluation = config.data, config.evaluation
         self._source = config.tokenizer.source
-        found = tokens
+        model, found = config.model.to_dict(), tokens
         if tokens is None:
             if (config.data.source == TOKENS) == bool(self._source):
                 raise ValueError(
                     f"data.source={config.data.source!r} and tokenizer.source={self._source!r}: "
-                    "either the data is tokens, which name their tokenizer, or images and a "
-                    "tokenizer"
+                    "the data is either tokens, or images and a tokenizer"
                 )
-            found = self._online(config.model) if self._source else self._stored(config.model)
-        model = config.model.to_dict()
+            found = self._online(model) if self._source else self._stored(model)
         for name in ("vocab_size", "num_tokens", "num_classes"):
             if model[name] is None:
                 unused = name == "num_classes" and model["text_dim"]
@@ -117,7 +110,7 @@ class ARStage:
         """Of images, which the frozen tokenizer turns into tokens."""
         if as_path(self._source).exists():
             self._source = str(as_path(self._source).resolve())
-        if model.text_dim:
+        if model["text_dim"]:
             raise ValueError("a text model learns from tokens made before, with text embeddings")
         loaded, fingerprint = _tokenizer(self._source)
         cfg = self._tokenizer = loaded.config
@@ -144,8 +137,7 @@ class ARStage:
         if not self.model.text_dim:
             return {}
         source = shards.ShardSource(self._data.path, self._data.split)
-        null = encoded.padded_text(source.null_text, source.text)
-        return {"null_text": null}
+        return {"null_text": encoded.padded_text(source.null_text, source.text)}
 
     def trainable(self, path: str) -> bool:
         return True
@@ -164,31 +156,23 @@ class ARStage:
         tokens = self._tokens(frozen, batch)
         null = jax.random.bernoulli(named(key, "null"), self._drop, tokens.shape[:1])
         out = self._predict(params, tokens, self._condition(frozen, batch, null))
-        loss = mean = jnp.mean(out.loss)
+        logged = self._metrics(out, jnp.ones_like(null))
+        del logged["loss"]
+        loss = jnp.mean(out.loss)
         if self._loss.z_loss:
-            loss = mean + self._loss.z_loss * jnp.mean(jnp.square(out.log_z))
-        average = metrics.Average.from_model_output
-        by_position = self._by_position(out, jnp.ones_like(null))
-        logged = {f"loss_by_position/{name}": m for name, m in by_position.items()}
+            loss += self._loss.z_loss * jnp.mean(jnp.square(out.log_z))
         if self.model.conditional:
-            by_image = jnp.mean(out.loss, axis=1)
-            logged["loss_null"] = average(by_image, mask=null)
-        return loss, logged | {
-            "accuracy": average(out.correct.astype(jnp.float32).reshape(-1)),
-            "perplexity": Perplexity.from_model_output(mean),
-            "log_z": average(out.log_z.reshape(-1)),
-        }
+            logged["loss_null"] = _average(jnp.mean(out.loss, axis=1), null)
+        return loss, logged | {"log_z": _average(out.log_z.reshape(-1))}
 
     def _tokens(self, frozen, batch):
         """int32 [B, L]: the first L tokens of each image."""
         count = self.model.num_tokens
         if not self._source:
             return batch["tokens"][:, :count]
-        # In float32, as `flextok tokenize` by default: rounding would turn ids into their
-        # neighbours.
-        cfg, params = self._tokenizer, frozen["tokenizer"]
-        images = to_float(batch["image"])
-        return flextok.tokens_of(params, cfg, Compute(), images, count)[1]
+        # In float32, as `flextok tokenize`: rounding would turn ids into their neighbours.
+        params, images = frozen["tokenizer"], to_float(batch["image"])
+        return flextok.tokens_of(params, self._tokenizer, Compute(), images, count)[1]
 
     def _condition(self, frozen, batch, null) -> ar.ARCondition:
         """The batch's condition, null where `null` (bool [B]) or where an image has none."""
@@ -206,15 +190,18 @@ class ARStage:
         head = functools.partial(ar.head, ar.head_weights(params, hidden.dtype))
         return cross_entropy(head, hidden, tokens, self._loss.chunk)
 
-    def _by_position(self, out, mask) -> dict[str, metrics.Average]:
-        """Mean cross-entropies of the positions 1, 2, 3-4, 5-8, ..., of the images that count."""
-        bins, low = {}, 0
-        for high in flextok.lengths(self.model.num_tokens):
-            name = f"{low + 1}-{high}" if high > low + 1 else f"{high}"
-            by_image = jnp.mean(out.loss[:, low:high], axis=1)
-            bins[name] = metrics.Average.from_model_output(by_image, mask=mask)
-            low = high
-        return bins
+    def _metrics(self, out, mask) -> dict[str, metrics.Metric]:
+        """Of the images that count; by position: 1, 2, 3-4, 5-8, ..."""
+        by_image = jnp.mean(out.loss, axis=1)
+        found = {
+            "loss": _average(by_image, mask),
+            "perplexity": Perplexity.from_model_output(by_image, mask=mask),
+            "accuracy": _average(jnp.mean(out.correct.astype(jnp.float32), axis=1), mask),
+        }
+        for name, positions in bins(self.model.num_tokens).items():
+            in_bin = jnp.mean(out.loss[:, positions], axis=1)
+            found[f"loss_by_position/{name}"] = _average(in_bin, mask)
+        return found
 
     def measure(self, params, frozen, mesh):
         return {}
@@ -243,16 +230,7 @@ class ARStage:
         """Metrics of one batch."""
         tokens, mask = self._tokens(frozen, batch), batch["mask"]
         condition = self._condition(frozen, batch, jnp.zeros_like(mask))
-        out = self._predict(params, tokens, condition)
-        by_image = jnp.mean(out.loss, axis=1)
-        accuracy = jnp.mean(out.correct.astype(jnp.float32), axis=1)
-        by_position = self._by_position(out, mask)
-        return {
-            "loss": metrics.Average.from_model_output(by_image, mask=mask),
-            "perplexity": Perplexity.from_model_output(by_image, mask=mask),
-            "accuracy": metrics.Average.from_model_output(accuracy, mask=mask),
-            **{f"loss_by_position/{name}": m for name, m in by_position.items()},
-        }
+        return self._metrics(self._predict(params, tokens, condition), mask)
 
     def export_config(self):
         """What `ImageGenerator.from_pretrained` needs to rebuild the model from a workdir.
@@ -269,45 +247,49 @@ class ARStage:
         }
 
 
+def _average(values, mask=None) -> metrics.Average:
+    return metrics.Average.from_model_output(values, mask=mask)
+
+
 def _check_fit(fields: dict, tokens: Tokens) -> None:
     """Raises ValueError with every field of the model that does not fit, and both sides."""
+    classes, known = fields["num_classes"], tokens.num_classes
+    if tokens.classes:
+        fits = classes == known
+    else:
+        fits = known is None or 0 < known <= classes
     wrong = {
         "vocab_size": fields["vocab_size"] != tokens.vocab_size,
         "num_tokens": fields["num_tokens"] > tokens.num_tokens,
         "text_dim": fields["text_dim"] not in (0, tokens.text_dim),
+        "num_classes": classes and not fits,
     }
-    if fields["num_classes"] and tokens.num_classes is not None:
-        named, count = bool(tokens.classes), tokens.num_classes
-        wrong["num_classes"] = (fields["num_classes"] != count) if named else (
-            not 0 < count <= fields["num_classes"]
-        )  # fmt: skip
     faults = [
-        f"model.{name}={fields[name]}: the data has {getattr(tokens, name)}"
-        for name in wrong
-        if wrong[name]
+        f"model.{n}={fields[n]}: the data has {getattr(tokens, n)}" for n in wrong if wrong[n]
     ]
     if faults:
         raise ValueError("\n  ".join(faults))
 
 
-def _labels(splits: dict, model) -> dict:
+def _labels(splits: dict, model: dict) -> dict:
     """{"num_classes", "classes"} of sources that must agree; says how many examples have no label.
 
     Raises:
         ValueError: the classes of two splits differ.
     """
-    most, (first, *_) = None, splits
+    (first, *_), largest = splits, []
     for split, source in splits.items():
         absent = check_labels(source, None if split == first else splits[first])
-        if not model.text_dim and model.num_classes != 0:
+        if not model["text_dim"] and model["num_classes"] != 0:
             say = log.warning if 2 * absent > len(source) else log.info
             say("split %r: %d of %d examples have no label", split, absent, len(source))
         if source.labels is not None:
-            most = max(-1 if most is None else most, int(np.max(source.labels, initial=-1)))
+            largest.append(int(np.max(source.labels, initial=-1)))
     classes = tuple(splits[first].classes)
-    unlabelled = most == -1
-    count = 0 if unlabelled else len(classes) or (None if most is None else most + 1)
-    return {"num_classes": count, "classes": () if unlabelled else classes}
+    if largest and max(largest) == -1:
+        return {"num_classes": 0, "classes": ()}
+    count = len(classes) or (max(largest) + 1 if largest else None)
+    return {"num_classes": count, "classes": classes}
 
 
 @functools.lru_cache(maxsize=1)

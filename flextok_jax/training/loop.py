@@ -11,7 +11,6 @@ import time
 from typing import NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.io.checkpoint import Checkpoints, WorkdirError, json_config
@@ -37,12 +36,7 @@ class Diverged(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """How a run ended.
-
-    Attributes:
-        state: the state after the last step, which is also the newest checkpoint.
-        stopped: SIGINT or SIGTERM (also for a preemption notice), None: all steps are done.
-    """
+    """The state after the last step, and the signal that stopped the run (None: none did)."""
 
     state: TrainState
     stopped: signal.Signals | None
@@ -56,8 +50,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
     Args:
         stage: see training/stage.py.
         config: a ConfigDict.
-        workdir: DIR; gets DIR/checkpoints, DIR/config.json, DIR/metrics.jsonl,
-            DIR/tb and, if asked for, DIR/profile.
+        workdir: DIR; gets DIR/checkpoints, config.json, metrics.jsonl, tb, and profile if asked.
 
     Raises:
         SettingsError, OSError: of the configuration and of what it names, before the first step.
@@ -86,40 +79,25 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         with _settings():
             program = build(stage, config, mesh)
             state = workdirs.first_state(stage, config, program, checkpoints)
-            workdirs.check_data(workdir, checkpoints.extra, pipeline.source)
-            workdirs.describe(workdir, plain, stage, program, int(state.step))
+            start = done = int(state.step)
+            extra = checkpoints.extra | workdirs.identity(
+                workdir, checkpoints.extra, config, stage, pipeline.source, start
+            )
+            workdirs.describe(workdir, plain, extra["model"], program)
             frozen = stage.load_frozen()
         frozen = jax.device_put(layout.unbox(frozen), param_shardings(mesh, frozen))
-        start = done = int(state.step)
-
-        extra = checkpoints.extra | {"data": pipeline.source.fingerprint()}
-
-        def save(step, state, measure=True):
-            if measure:
-                measured = stage.measure(state.ema, frozen, mesh)
-                run_log.add(step, measured)
-                extra.update(measured)
-            checkpoints.save(step, state, extra)
-
-        def evaluate(step, ema):
-            for name, evaluator in evaluators.items():
-                found = evaluator(ema, frozen, mesh)
-                run_log.add(step, {f"eval/{name}/{metric}": x for metric, x in found})
-            run_log.flush()
 
         with logs.RunLog(workdir, start, total) as run_log:
             if start >= total:
-                if start > 0 and not multihost_utils.broadcast_one_to_all(run_log.evaluated):
-                    evaluate(start, state.ema)  # The run ended between saving and evaluating.
                 log.info("step %d of %d is reached: nothing left to train", start, total)
                 return Outcome(state, None)
 
             batches = on_mesh(pipeline.iterate(start), mesh)
             step_fn, batches = _compile(program.step, mesh, state, frozen, batches)
-            first_traced, last_traced = profiled_steps(config.profile, total) or (0, 0)
+            first_traced, last_traced = profiled_steps(config.profile, total)
             window = previous = stopped = None
+            timed, since = start, time.perf_counter()
             signals.catch()
-            watch = logs.Stopwatch(start)
             try:
                 for step, batch in enumerate(batches, start + 1):
                     if step == max(first_traced, start + 1) <= last_traced:
@@ -130,9 +108,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
                     window = metrics if window is None else logs.merge(window, metrics)
                     # Two steps in flight: the device never waits, and batches do not pile up.
                     if previous is not None:
-                        jax.block_until_ready(previous)
                         _check_finite(step - 1, previous, config.max_skipped_in_row)
-                        run_log.flush()
                     previous = metrics
                     if step == last_traced:
                         jax.block_until_ready(metrics)
@@ -146,23 +122,29 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
                     last = bool(stopped) or step == total
                     saving = last or _due(step, config.checkpoint.every)
                     evaluating = not stopped and (step == total or _due(step, config.eval_every))
+                    if not (saving or evaluating or step == 1 or _due(step, config.log_every)):
+                        continue
                     if last:
                         _check_finite(step, metrics, config.max_skipped_in_row)
-                    if saving or evaluating or step == 1 or _due(step, config.log_every):
-                        speed = config.batch_size / watch.lap(step, metrics)
-                        timed = {"step_time": config.batch_size / speed, "images_per_s": speed}
-                        run_log.add(step, logs.compute(window) | timed)
-                        window = None
+                    run_log.add(step, jax.device_get(logs.compute(window)))
+                    seconds = (time.perf_counter() - since) / (step - timed)
+                    speed = config.batch_size / seconds
+                    run_log.add(step, {"step_time": seconds, "images_per_s": speed})
                     if saving:
-                        save(step, state, measure=stopped != signal.SIGTERM)
+                        if stopped != signal.SIGTERM:
+                            extra |= (measured := stage.measure(state.ema, frozen, mesh))
+                            run_log.add(step, measured)
+                        checkpoints.save(step, state, extra)
                     if evaluating:
-                        evaluate(step, state.ema)
-                    if saving or evaluating:
-                        watch = logs.Stopwatch(step)
+                        for name, evaluator in evaluators.items():
+                            found = evaluator(state.ema, frozen, mesh)
+                            run_log.add(step, {f"eval/{name}/{metric}": x for metric, x in found})
+                    run_log.flush()
                     if last:
                         break
+                    window, timed, since = None, step, time.perf_counter()
             except Exception as error:
-                _save_last_good(checkpoints, save, done, state, error)
+                _save_last_good(checkpoints, done, state, extra, error)
                 raise
     if stopped:
         log.warning("stopped by %s after step %d, which is saved", stopped.name, done)
@@ -183,13 +165,11 @@ def _settings():
 
 
 def _compile(step, mesh, state, frozen, batches):
-    """The executable for these arguments, the one compilation of a run; and all the batches.
+    """The executable, the one compilation of a run; and all the batches.
 
-    Ahead of time, so that it is not timed as a step, and that a batch of another shape is an error
-    instead of another compilation; in a thread, so that Ctrl-C need not wait for it.
+    In a thread, so that Ctrl-C need not wait for it.
     """
-    first = next(batches)
-    begin = time.perf_counter()
+    first, begin = next(batches), time.perf_counter()
     lowered = step.lower(state, frozen, first)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         executable = pool.submit(lowered.compile, compiler_options(mesh)).result()
@@ -198,7 +178,7 @@ def _compile(step, mesh, state, frozen, batches):
 
 
 def _check_finite(step: int, metrics: dict, limit: int):
-    """Reports a step that was skipped; raises Diverged after `limit` of them in a row."""
+    """Waits for a step and reports that it was skipped; Diverged after `limit` in a row."""
     row, count = (int(metrics[name].total) for name in ("skipped_in_row", "skipped"))
     if row:
         log.warning(
@@ -207,21 +187,20 @@ def _check_finite(step: int, metrics: dict, limit: int):
         )  # fmt: skip
     if row >= limit:
         raise Diverged(
-            f"steps {step - row + 1} to {step} were all skipped, because their loss or gradient "
-            f"was not finite: max_skipped_in_row={limit} is reached. The last good state is saved. "
-            "Look at the data of these steps, or start a new workdir with a smaller optim.lr and "
-            "init_from=THIS_WORKDIR; a larger max_skipped_in_row lets the same run go on"
+            f"steps {step - row + 1} to {step} were skipped, their loss or gradient was not "
+            f"finite: max_skipped_in_row={limit} is reached. The last good state is saved. Look at "
+            "the data, or start a new workdir with a smaller optim.lr and init_from=THIS_WORKDIR"
         )
 
 
-def _save_last_good(checkpoints, save, done: int, state, error: Exception):
+def _save_last_good(checkpoints, done: int, state, extra: dict, error: Exception):
     """Saves the state after step `done`, if an error ends the run before that was due."""
     gone = any(x.is_deleted() for x in jax.tree.leaves(state))  # Donated to a step that failed.
     alone = jax.process_count() == 1  # Others would have to take part.
     if gone or not alone or isinstance(error, WorkdirError) or done <= (checkpoints.newest() or 0):
         return
     try:
-        save(done, state, measure=False)
+        checkpoints.save(done, state, extra)
         log.warning("step %d, the last good one, is saved", done)
-    except Exception as failure:
-        log.warning("step %d could not be saved (%s)", done, failure)
+    except WorkdirError as failure:
+        log.warning("%s", failure)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flextok_jax.nn.layout import path_string
 
@@ -36,8 +37,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
     """The update rule of `config.optim`, for a tree that holds trainable parameters only.
 
     `optim.groups` = {name: {key: value}} gives the parameters below "name/" an optimizer of their
-    own, clipping included: that of `optim` with these values instead. A group without parameters
-    is idle.
+    own, clipping included: that of `optim` with these values instead.
 
     Raises:
         ValueError: a group sets a key that it cannot.
@@ -47,14 +47,11 @@ def make_optimizer(config) -> optax.GradientTransformation:
         return _chain(config)
     rules = {name: _chain(_of_group(config, name)) for name in groups} | {_MAIN: _chain(config)}
 
-    def labels(params):
-        def label(path, _):
-            first = path_string(path).split("/")[0]
-            return first if first in groups else _MAIN
+    def label(path, _):
+        first = path_string(path).split("/")[0]
+        return first if first in groups else _MAIN
 
-        return jax.tree_util.tree_map_with_path(label, params)
-
-    return optax.partition(rules, labels)
+    return optax.partition(rules, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
 
 
 def _of_group(config, name: str):
@@ -97,11 +94,10 @@ def _direction(optim) -> optax.GradientTransformation:
     muon = optax.contrib.scale_by_muon(
         weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree)
     )
-
-    def labels(params):
-        return jax.tree.map(lambda x: "muon" if x.ndim == 4 else "adam", params)
-
-    return optax.partition({"muon": muon, "adam": adam}, labels)
+    return optax.partition(
+        {"muon": muon, "adam": adam},
+        lambda tree: jax.tree.map(lambda x: "muon" if x.ndim == 4 else "adam", tree),
+    )
 
 
 def _is_kernel(path) -> bool:
@@ -137,8 +133,8 @@ def trainable_paths(params, is_trainable, freeze: Collection[str]) -> frozenset[
     unused = [p for p in freeze if not any(re.fullmatch(p, path) for path in paths)]
     if unused:
         raise ValueError(
-            f"freeze: the patterns {unused} match no parameter. A pattern must match a whole path, "
-            f"for example 'encoder/.*'. The paths are: {', '.join(paths)}"
+            f"freeze: the patterns {unused} match no parameter; they must match a whole path, such "
+            f"as 'encoder/.*', of: {', '.join(paths)}"
         )
     kept = [p for p in paths if is_trainable(p) and not any(re.fullmatch(f, p) for f in freeze)]
     if not kept:
@@ -146,26 +142,12 @@ def trainable_paths(params, is_trainable, freeze: Collection[str]) -> frozenset[
     return frozenset(kept)
 
 
-def select(tree: dict, paths: Collection[str], prefix: str = "") -> dict:
+def select(tree: dict, paths: Collection[str]) -> dict:
     """The part of a nested dictionary whose leaves lie at `paths`; emptied branches are dropped."""
-    out = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            branch = select(value, paths, f"{prefix}{name}/")
-            if branch:
-                out[name] = branch
-        elif prefix + name in paths:
-            out[name] = value
-    return out
+    flat = flatten_dict(tree, sep="/")
+    return unflatten_dict({path: flat[path] for path in flat if path in paths}, sep="/")
 
 
 def overlay(tree: dict, part: dict) -> dict:
     """`tree` with the leaves of `part` (from `select`) put in their places."""
-    return {
-        name: value
-        if name not in part
-        else overlay(value, part[name])
-        if isinstance(value, dict)
-        else part[name]
-        for name, value in tree.items()
-    }
+    return unflatten_dict(flatten_dict(tree, keep_empty_nodes=True) | flatten_dict(part))

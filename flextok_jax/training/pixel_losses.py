@@ -29,22 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class PixelLosses:
-    """The losses above, as pure functions of parameters.
-
-    Attributes:
-        discriminator: a `PatchGAN`.
-        multiple: what image sizes must be a multiple of.
-    """
+    """The losses above, as pure functions of parameters. Images are multiples of `multiple`."""
 
     def __init__(self, weights, discriminator, lpips_paths, dtype):
-        """Reads three parts of a config.
-
-        Args:
-            weights: `reconstruction` ("l1" or "l2"), `lpips_weight`, `gan_weight` (0: there is no
-                discriminator) and `gan_start` (the first step with one).
-            discriminator: fields of `PatchGAN`.
-            lpips_paths: `vgg` and `heads`, files; both "": there is no LPIPS term.
-            dtype: of the networks' activations.
+        """Reads the parts `loss`, `discriminator` and `lpips` of a config.
 
         Raises:
             ValueError: a value is not allowed.
@@ -77,8 +65,6 @@ class PixelLosses:
         """Each gradient with respect to the reconstruction is computed once.
 
         Args:
-            params: has "discriminator" if `init` does.
-            frozen: has "lpips" if `load_frozen` does.
             images: float32 [B, H, W, 3] in [-1, 1].
             made: their reconstructions, of the same shape.
             to_last: from a gradient by `made` to (that by W,), as `jax.vjp` returns it.

@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import threading
 
 import jax
 
@@ -12,14 +11,10 @@ log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """From `catch` to its exit, remembers the first SIGINT or SIGTERM instead of dying of it.
+    """From `catch` to its exit, remembers the first SIGINT or SIGTERM in `received`.
 
-    A second Ctrl-C interrupts at once. With several processes nothing is caught here: all have to
-    stop after the same step, which JAX's preemption service arranges (`reached_preemption`).
-    Outside the main thread Python allows no handlers, and none are set.
-
-    Attributes:
-        received: the signal, or None.
+    A second Ctrl-C interrupts at once. With several processes nothing is caught here: JAX's
+    preemption service makes all stop after the same step (`reached_preemption`).
     """
 
     def __init__(self):
@@ -27,8 +22,7 @@ class StopSignals:
         self._previous = {}
 
     def catch(self):
-        """Begins to catch: before, there is nothing to save."""
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        if jax.process_count() == 1:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
 

@@ -15,28 +15,20 @@ class Stage(Protocol):
     """Pure functions over parameter trees; a stage holds its configuration and no arrays."""
 
     def init(self, key: jax.Array) -> Params:
-        """The float32 parameters at the start. Pure: it is traced and compiled with shardings.
-
-        A parameter may lie in a box that says its axes (nn/layout.py); others are replicated.
-        """
+        """The float32 parameters at the start, in boxes that say their axes (nn/layout.py)."""
 
     def init_from(self, source: str) -> Params:
-        """The same tree as `init`, without boxes, from what `config.init_from` names."""
+        """The same tree, without boxes, from what `config.init_from` names."""
 
     def load_frozen(self) -> Params:
-        """Networks that are used but not trained, {} if none.
-
-        They are sharded by the same rules as parameters, are an argument of every step, and never
-        saved.
-        """
+        """Networks that are used but not trained: an argument of every step, never saved."""
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, metrics.Metric]]:
         """The mean loss over the batch (float32 scalar), and what to log, as mergeable metrics.
 
-        All randomness comes from `key`. `step` is the int32 number of batches consumed before
-        this one, for what begins late.
+        All randomness comes from `key`; `step` is the number of batches consumed before.
         """
 
     def trainable(self, path: str) -> bool:

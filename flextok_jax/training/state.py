@@ -31,12 +31,8 @@ NEVER = jnp.iinfo(jnp.int32).max
 class TrainState:
     """What is saved, restored and donated. No keys: randomness is a function of seed and step.
 
-    Attributes:
-        step: int32, batches consumed so far.
-        params: the full parameter tree, float32.
-        ema: a tree like `params`: the moving average (a copy where a leaf is not trained).
-        opt_state: `optax.ApplyIfFiniteState`: slots of the trained leaves only, and how many steps
-            changed nothing because their loss or gradient was not finite.
+    `step` counts the batches consumed; `ema` is the moving average of `params` (a copy where a leaf
+    is not trained); `opt_state` has slots of the trained leaves only, and counts skipped steps.
     """
 
     step: jax.Array
@@ -53,12 +49,8 @@ class TrainState:
 class Program(NamedTuple):
     """What is compiled for one stage, configuration and mesh.
 
-    Attributes:
-        shapes: a TrainState of ShapeDtypeStruct with shardings: what `init` makes, `step` takes
-            and a checkpoint is restored to.
-        init: () -> TrainState, from the stage's initialisation.
-        init_from: params -> TrainState, from given parameters.
-        step: (state, frozen, batch) -> (state, metrics); `state` is donated.
+    `shapes` has shardings: what `init` makes, `step` takes and a checkpoint is restored to.
+    `step` is (state, frozen, batch) -> (state, metrics); `state` is donated.
     """
 
     shapes: TrainState
@@ -133,8 +125,7 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
     schedule = lr_schedule(config)
     micro_sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
 
-    def microbatches(x):
-        # Every `parts`-th image, so that each microbatch lies on all devices as the batch does.
+    def microbatches(x):  # Of every `parts`-th image, so that each lies on all devices.
         x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
         return jax.lax.with_sharding_constraint(x, micro_sharding)
 
@@ -196,10 +187,7 @@ def _make_step(stage, config, mesh, tx, trained, shardings):
 
 
 def ema_decay(most: float, update):
-    """The average's decay at update n = 0, 1, ...: min(most, (1 + n) / (10 + n)).
-
-    The rise lets a short run forget its random start; a long one does not notice it.
-    """
+    """min(most, (1 + n) / (10 + n)) at update n: a short run forgets its random start."""
     n = jnp.asarray(update, jnp.float32)
     return jnp.minimum(most, (1 + n) / (10 + n))
 

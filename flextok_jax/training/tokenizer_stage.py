@@ -21,7 +21,7 @@ from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.layers import is_fixed
 from flextok_jax.parallel.rng import named
-from flextok_jax.training.batches import Validation
+from flextok_jax.training.batches import Validation, bins
 from flextok_jax.training.code_usage import CodeUsage
 from flextok_jax.training.pixel_losses import PixelLosses
 
@@ -35,11 +35,10 @@ class TokenizerStage:
     """
 
     def __init__(self, config, vae_config: VAEConfig | None = None):
-        """Reads `model`, `vae`, `loss`, `repa`, `compute`, `evaluation`, `data` and `time_shift`.
+        """`vae_config` replaces that of the VAE which `vae.source` names, and nothing is read.
 
-        `vae.source` names the frozen VAE: "identity", a hub id, or a folder in the diffusers
-        layout; `vae.scaling_factor` overrides the factor that its own config has. With
-        `vae_config` nothing is looked up.
+        Raises:
+            ValueError: sizes, losses, REPA or encoded data do not fit the model.
         """
         source = config.vae.source
         if vae_config is None:
@@ -51,8 +50,7 @@ class TokenizerStage:
         if rest:
             raise ValueError(
                 f"data.image_size={config.data.image_size}: must be a multiple of {patch_pixels}, "
-                f"the patch size {config.model.sites.patch_size} times the VAE's reduction "
-                f"{vae_config.downsample}"
+                f"the patch size times the VAE's reduction {vae_config.downsample}"
             )
         model = config.model.to_dict() | {"vae": dataclasses.asdict(vae_config)}
         model["sites"] = model["sites"] | {"grid": (side, side)}
@@ -78,69 +76,47 @@ class TokenizerStage:
         """Refuses latents and features that are not what this configuration would make."""
         data, cfg = self._data, self.model.vae
         manifest = shards.read_manifest(data.path, data.split)
-        side, network = data.image_size // cfg.downsample, models.VAE_NETWORK
-        ours = {
-            "image_size": data.image_size,
-            "moments": [side, side, 2 * cfg.latent_channels],
-            "vae": {name: getattr(cfg, name) for name in network},
-        }
-        arrays, encoder = manifest["arrays"], manifest.get("vae", {})
-        theirs = {
-            "image_size": manifest["image_size"],
-            "moments": arrays.get("moments"),
-            "vae": {name: encoder.get(name) for name in network},
-        }
+        params = models.vae_params(self._vae_source, cfg)
+        ours = {"image_size": data.image_size, "vae": models.vae_identity(cfg, params)}
+        theirs = {name: manifest.get(name, {}) for name in ours}
         if self._repa.weight and not self._repa.source:
             ours["repa.width"] = self._repa.width
-            theirs["repa.width"] = (arrays.get("repa") or [None])[-1]
-        if self._vae_source != models.IDENTITY:
-            params = models.vae_params(self._vae_source, cfg)
-            ours["vae"]["fingerprint"] = storage.fingerprint(params)
-            theirs["vae"]["fingerprint"] = encoder.get("fingerprint")
+            theirs["repa.width"] = manifest["arrays"].get("repa", [0])[-1]
         shards.check_same(theirs, ours, f"{data.path}/{data.split}")
         if self._evaluation.num_images and not self._evaluation.data:
             raise ValueError(
-                f"data.source='encoded': {data.path} holds no images to evaluate on. Name some by "
-                "--config.evaluation.data=FOLDER (as in `flextok data check FOLDER`), or set "
-                "evaluation.num_images=0"
+                f"{data.path} holds no images to evaluate on: name some by evaluation.data=FOLDER, "
+                "or set evaluation.num_images=0"
             )
 
     def _check_repa(self) -> dinov2.DINOv2Config | None:
         """What features are computed by; None: they come with the data."""
         options, depth = self._repa, self.model.decoder.depth
-        if not self.model.is_flow:
-            raise ValueError(f"repa.weight={options.weight} is for model.target.kind='flow'")
-        if depth <= repa.BLOCK:
+        if not self.model.is_flow or depth <= repa.BLOCK:
             raise ValueError(
-                f"repa.weight={options.weight} needs {repa.BLOCK + 1} blocks of the decoder at "
-                f"least, model.decoder.depth={depth}"
+                f"repa.weight={options.weight} needs model.target.kind='flow' and "
+                f"{repa.BLOCK + 1} blocks of the decoder at least, model.decoder.depth={depth}"
             )
         if not options.source:
             return None
         cfg = networks.dinov2_config(options.source)
         if cfg.width != options.width or options.image_size % cfg.patch_size:
             raise ValueError(
-                f"repa.source={options.source} has features of {cfg.width} channels for images of "
-                f"a multiple of {cfg.patch_size} pixels; set repa.width={options.width} and "
-                f"repa.image_size={options.image_size} to fit"
+                f"{options.source} has features of {cfg.width} channels and patches of "
+                f"{cfg.patch_size} pixels: repa.width={options.width} and "
+                f"repa.image_size={options.image_size} do not fit"
             )
         return cfg
 
     def init(self, key):
-        """{"encoder", "decoder"}, float32, in boxes with their axes.
-
-        {"bottleneck"} where that has parameters, with REPA {"repa"}.
-        """
+        """{"encoder", "decoder"}, float32, in boxes; where they exist "bottleneck", "repa"."""
         channels = self.model.vae.latent_channels
         without_vae = dataclasses.replace(self.model, vae=identity_vae(channels))
         own = _own(flextok.init(without_vae, key)) | self._projection(key)
         return own | self._pixels.init(named(key, "discriminator"))
 
     def init_from(self, source: str):
-        """Encoder and decoder of a released FlexTok, or of a workdir of ours.
-
-        No model keeps its projection for REPA: it starts new.
-        """
+        """The parts of a released FlexTok or a workdir; projection and discriminator are new."""
         new = layout.unbox(self._projection(jax.random.key(0)))
         new |= self._pixels.init(jax.random.key(0))
         return _own(models.load(source).params) | new
@@ -191,11 +167,10 @@ class TokenizerStage:
         return loss, logged
 
     def _flow(self, params, frozen, batch, key, x0, codes, keep, step):
-        """Per image one time, one noise, and perhaps the null condition (docs/reference.md).
+        """(loss, the flow's loss [B], which images had the null condition [B], metrics).
 
-        Returns:
-            (the loss; the flow's loss of each image [B]; which of them had the null condition,
-            bool [B]; metrics).
+        Per image one time, one noise, and perhaps the null condition (docs/reference.md,
+        Objective).
         """
         cfg, flow_cfg, size = self.model, self.model.target.flow, x0.shape[0]
         if flow_cfg.log_normal_time:
@@ -242,9 +217,8 @@ class TokenizerStage:
         needed = "image" if self._dinov2 else "repa"
         if needed not in batch:
             raise ValueError(
-                f"repa.weight={self._repa.weight} with repa.source={self._repa.source!r} needs "
-                f"{needed!r} in the data, which has {sorted(batch)}: name a DINOv2 for data with "
-                "images, and none for data with features"
+                f"repa.source={self._repa.source!r} needs {needed!r} in the data, which has "
+                f"{sorted(batch)}: a DINOv2 is for data with images, none for data with features"
             )
         if not self._dinov2:
             return batch["repa"]
@@ -275,12 +249,12 @@ class TokenizerStage:
 
     def _by_tokens(self, per_image, keep, null):
         """The loss of images that kept 1, 2, 3-4, 5-8, ... tokens, and of the null condition."""
-        out, low = {}, 0
-        for high in flextok.lengths(self.model.num_tokens) if len(self.model.prefixes) > 1 else ():
-            name = f"{low + 1}-{high}" if high > low + 1 else f"{high}"
-            mask = (keep > low) & (keep <= high) & ~null
+        out = {}
+        for name, tokens in (
+            bins(self.model.num_tokens).items() if len(self.model.prefixes) > 1 else ()
+        ):
+            mask = (keep > tokens.start) & (keep <= tokens.stop) & ~null
             out[f"loss_by_tokens/{name}"] = Average.from_model_output(per_image, mask=mask)
-            low = high
         if self.model.is_flow:
             out["loss_null"] = Average.from_model_output(per_image, mask=null)
         return out
@@ -291,15 +265,14 @@ class TokenizerStage:
     def evaluators(self):
         """ "reconstruction": psnr/K (dB), mae/K, ssim/K for K = 1, 2, 4, ..., R tokens.
 
-        Means over the first validation images, as `evaluation.metrics` defines them; the default
-        guidance of the model, the posterior's mean, noise of seed 0. `flextok evaluate` measures
-        more.
+        Of the first validation images, by the posterior's mean, the model's default sampler and
+        noise of seed 0.
         """
         if not self._evaluation.num_images:
             return {}
         images = Validation(self._images(), self._evaluation)
-        lengths = flextok.lengths(self.model.num_tokens)
-        lengths = [k for k in lengths if k in self.model.prefixes]
+        prefixes = self.model.prefixes
+        lengths = [k for k in flextok.lengths(self.model.num_tokens) if k in prefixes]
 
         def stream(params, frozen, mesh):
             for i, batch in enumerate(images.batches(mesh, f", {len(lengths)} lengths")):

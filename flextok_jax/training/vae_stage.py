@@ -29,7 +29,6 @@ from flextok_jax.training.batches import Validation, on_mesh
 from flextok_jax.training.pixel_losses import PixelLosses
 
 FIRST_LOGVAR = -6.0
-MODEL_FIELDS = ("latent_channels", "block_out", "layers_per_block", "norm_groups", "mid_attention")
 
 
 class VAEStage:
@@ -37,10 +36,7 @@ class VAEStage:
 
     def __init__(self, config):
         """Reads `model`, `discriminator`, `loss`, `lpips`, `compute`, `evaluation` and `data`."""
-        unknown = sorted(set(config.model) - set(MODEL_FIELDS))
-        if unknown:
-            raise ValueError(f"config.model has unknown keys {unknown}; allowed: {MODEL_FIELDS}")
-        model = {k: tuple(v) if k == "block_out" else v for k, v in config.model.items()}
+        model = config.model.to_dict() | {"block_out": tuple(config.model.block_out)}
         self.model, self._kl_weight = VAEConfig(**model), config.loss.kl_weight
         self.dtype = jnp.dtype(config.compute.dtype)
         self.pixels = PixelLosses(config.loss, config.discriminator, config.lpips, self.dtype)
@@ -120,35 +116,26 @@ class VAEStage:
         return jnp.stack([jnp.sum(x), jnp.sum(x**2), jnp.float32(x.size)])
 
     def evaluators(self):
-        """ "reconstruction": of validation images, see `_reconstruction`."""
+        """ "reconstruction": psnr (dB), mae, ssim of validation images, by the posterior's mean."""
         if not self._evaluation.num_images:
             return {}
-        return {"reconstruction": self._reconstruction(Validation(self._data, self._evaluation))}
+        images = Validation(self._data, self._evaluation)
 
-    def _reconstruction(self, images):
-        """An evaluator: psnr (dB), mae and ssim from the posterior's mean, and NAME_downsampled.
+        def stream(params, mesh):
+            for batch in images.batches(mesh):
+                yield (
+                    "",
+                    self._decoded(params["vae"], batch["image"]),
+                    batch["image"],
+                    batch["mask"],
+                )
 
-        The latter are of the same images stored as small images of as many values.
-        """
-
-        def evaluate(params, frozen, mesh):
-            def stream():
-                for batch in images.batches(mesh):
-                    made, small = self._reconstructed(params["vae"], batch["image"])
-                    yield "", made, batch["image"], batch["mask"]
-                    yield "_downsampled", small, batch["image"], batch["mask"]
-
-            return metrics.means(stream())
-
-        return evaluate
+        return {"reconstruction": lambda params, frozen, mesh: metrics.means(stream(params, mesh))}
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _reconstructed(self, params, images):
-        """uint8 images → their reconstructions, and `downsampled` ones of as many values."""
-        images = to_float(images)
-        mean, _ = vae.encode_moments(params, self.model, images, self.dtype)
-        small = downsampled(images, math.prod(mean.shape[1:]))
-        return vae.decode_latents(params, self.model, mean, self.dtype), small
+    def _decoded(self, params, images):
+        mean, _ = vae.encode_moments(params, self.model, to_float(images), self.dtype)
+        return vae.decode_latents(params, self.model, mean, self.dtype)
 
     def export_config(self):
         """What `models.load_vae` needs beside the weights and the measured scaling factor."""
@@ -158,9 +145,8 @@ class VAEStage:
 def _first_params(cfg: VAEConfig, key):
     """The VAE's parameters at the start, from one array of random numbers (quick to compile).
 
-    Kernels: normal, variance 1 / fan-in. The log variance: -6, because with a standard deviation
-    as large as the means' the decoder would see mostly noise, and the bias that takes it away moves
-    by no more than the learning rate per step.
+    Kernels: normal, variance 1 / fan-in. Log variance: -6. With the means' own standard deviation
+    the decoder would see mostly noise for thousands of steps.
     """
     shapes = jax.eval_shape(lambda key: vae.init_vae(cfg, key), key)
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
@@ -178,23 +164,3 @@ def _first_params(cfg: VAEConfig, key):
 
     parts = [first(path, leaf.shape, x) for (path, leaf), x in zip(leaves, noises)]
     return jax.tree.unflatten(tree, parts)
-
-
-def downsampled(images, values: int):
-    """What is left of images that are stored as small images: the simplest thing to compare with.
-
-    Reduced (bilinear, antialiased) to the smallest grid with at least `values` numbers (the
-    channels counted), then enlarged (bicubic).
-
-    Args:
-        images: float32 [B, H, W, C].
-        values: how many numbers an image may take.
-
-    Returns:
-        The same shape and type.
-    """
-    B, H, W, C = images.shape
-    scale = math.sqrt(values / (H * W * C))
-    height, width = (math.ceil(n * scale - 1e-6) for n in (H, W))
-    small = jax.image.resize(images, (B, height, width, C), "linear")
-    return jax.image.resize(small, images.shape, "cubic")

@@ -1,4 +1,4 @@
-"""A workdir's lock, its first state, and its description."""
+"""A workdir: its lock, the state a run begins with, and its description."""
 
 import contextlib
 import logging
@@ -6,7 +6,6 @@ import pathlib
 
 import jax
 from clu import parameter_overview
-from ml_collections import ConfigDict
 
 from flextok_jax.io import storage
 from flextok_jax.io.checkpoint import WorkdirError
@@ -39,58 +38,46 @@ def first_state(stage, config, program, checkpoints) -> TrainState:
     if state is not None:
         log.info("continuing from step %d", state.step)
         return state
-    if config.init_from:
-        log.info("starting from %s", config.init_from)
-        return program.init_from(stage.init_from(config.init_from))
-    log.info("starting from step 0: no checkpoint was ever completed here")
-    return program.init()
+    log.info("starting from %s", config.init_from or "step 0: there is no checkpoint")
+    return program.init_from(stage.init_from(config.init_from)) if config.init_from else (
+        program.init()
+    )  # fmt: skip
 
 
-def check_data(workdir, extra: dict, source):
-    """Refuses to continue a run on other data than it was trained on.
+def identity(workdir, saved: dict, config, stage, source, step: int) -> dict:
+    """What a checkpoint says of its run: {"data", "model", "total_steps"}.
+
+    Args:
+        saved: that of the checkpoint the run goes on from, {} at the start.
+        source: of the training data.
+        step: that the run goes on after; the learning rate there depends on total_steps.
 
     Raises:
-        WorkdirError: the examples' keys are others, or in another order.
+        WorkdirError: the examples' keys or their order, or a frozen network, are not the same.
     """
-    before, now = extra.get("data"), source.fingerprint()
-    if before not in (None, now):
+    now = {"data": source.fingerprint(), "model": stage.export_config()}
+    before = {name: saved[name] for name in now if name in saved}
+    same = {name: now[name] for name in before}
+    if changed := storage.differences(before, same, ignore=r"model\..*(source|origin)"):
         raise WorkdirError(
-            f"{workdir} was trained on other data (fingerprint {before}, now {now}): the examples "
-            "are others or in another order. Put them back, or use a new workdir and init_from"
+            f"{workdir} was trained with other data (other examples, or in another order) or "
+            "another frozen network. Put that back, or use a new workdir and init_from:\n  "
+            + "\n  ".join(changed)
         )
+    old = config.copy_and_resolve_references()
+    old.total_steps = saved.get("total_steps", config.total_steps)
+    if old.total_steps != config.total_steps:
+        log.warning(
+            "total_steps=%d was %d: the learning rate of the next step is %.3g instead of %.3g",
+            config.total_steps, old.total_steps, lr_schedule(config)(step), lr_schedule(old)(step),
+        )  # fmt: skip
+    return now | {"total_steps": config.total_steps}
 
 
-def describe(workdir, plain, stage, program, step: int):
-    """Writes DIR/config.json, and the table of parameters into the log.
-
-    Warns where a run that goes on after `step` has another length and thereby learning rate.
-
-    Raises:
-        WorkdirError: a frozen network is not the one that the run was trained with.
-    """
-    path, model = workdir / "config.json", stage.export_config()
-    if step and path.exists():
-        try:
-            before = storage.read_json(path)
-            changed = storage.differences(before["model"], model, ignore=r".*(source|origin)")
-            old, new = ConfigDict(before["config"]), ConfigDict(plain)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WorkdirError(
-                f"{path} is damaged ({error}). It names the frozen networks of the run: if those "
-                "are still the same, remove it; it is written anew"
-            ) from error
-        if changed:
-            raise WorkdirError(
-                f"{workdir} was trained with another frozen network. Put that back, or use a new "
-                "workdir:\n  " + "\n  ".join(changed)
-            )
-        if old.total_steps != new.total_steps:
-            log.warning(
-                "total_steps=%d was %d: the learning rate of the next step is %.3g instead of %.3g",
-                new.total_steps, old.total_steps, lr_schedule(new)(step), lr_schedule(old)(step),
-            )  # fmt: skip
+def describe(workdir, plain: dict, model: dict, program):
+    """Writes DIR/config.json, and the table of parameters into the log."""
     if jax.process_index() == 0:
-        storage.write_json(path, {"config": plain, "model": model})
+        storage.write_json(workdir / "config.json", {"config": plain, "model": model})
         table = parameter_overview.get_parameter_overview(
             program.shapes.params, include_stats="sharding"
         )
