@@ -31,26 +31,19 @@ from jax.sharding import Mesh
 from flextok_jax import config_flag
 from flextok_jax.nn.layout import unbox
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
-from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
+from flextok_jax.parallel.sharding import batch_sharding, param_shardings
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "KIND:AxB, such as v5e:4x4")
 
 GIB, GB = 2**30, 1e9
 TEXT_LENGTH = 128  # positions of a text embedding
 
-# --- Chips ----------------------------------------------------------------------------------------
-
 
 class Chip(NamedTuple):
     """One kind of TPU (cloud.google.com/tpu/docs, "system architecture" of each version).
 
-    Attributes:
-        memory: bytes of HBM.
-        peak: bfloat16 FLOP/s.
-        bandwidth: bytes/s of the HBM.
-        interconnect: bytes/s to the other chips of the slice, all links together.
-        mxu: side of a matrix unit.
-        flops_per_cycle: of all matrix units. That of v6e is inferred.
+    Bytes of HBM, bfloat16 FLOP/s, bytes/s of the HBM and to the other chips of the slice, side of a
+    matrix unit, and FLOPs per cycle of all matrix units (that of v6e is inferred).
     """
 
     memory: int
@@ -75,9 +68,7 @@ CHIPS = {
 
 
 def topology(name: str) -> tuple[Chip, list]:
-    """The kind and the devices of "KIND:AxB", "KIND:AxBxC" or, of several slices, "N*KIND:AxB".
-
-    The devices can be compiled for; nothing can run on them.
+    """The kind and the devices (to compile for) of "KIND:AxB", or of N slices "N*KIND:AxB".
 
     Raises:
         ValueError: an unknown kind or arrangement, or libtpu is missing.
@@ -88,8 +79,8 @@ def topology(name: str) -> tuple[Chip, list]:
     kind = shape.partition(":")[0]
     if kind not in CHIPS or ":" not in shape or (slices and not slices.isdigit()):
         raise ValueError(
-            f"topology {name!r}: KIND:AxB or N*KIND:AxB, such as v5e:4x4, v5p:2x2x4 or 2*v6e:4x4; "
-            f"the kinds are {', '.join(CHIPS)}"
+            f"topology {name!r}: KIND:AxB or N*KIND:AxB, such as v5p:2x2x4 or 2*v6e:4x4, of the "
+            f"kinds {', '.join(CHIPS)}"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask.
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
@@ -101,13 +92,9 @@ def topology(name: str) -> tuple[Chip, list]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
     except Exception as error:  # The plugin raises errors of any type.
         raise ValueError(
-            f"topology {name!r}: {str(error).splitlines()[0]}\n(the TPU compiler comes with "
-            "`pip install libtpu`; arrangements: cloud.google.com/tpu/docs)"
+            f"topology {name!r}: {str(error).splitlines()[0]} (the compiler: pip install libtpu)"
         ) from error
     return CHIPS[kind], list(found.devices)
-
-
-# --- Model FLOPs ----------------------------------------------------------------------------------
 
 
 def count_flops(function: Callable, *args) -> int:
@@ -142,8 +129,6 @@ def _of_jaxpr(jaxpr) -> int:
             total += params.get("length", 1) * inside
     return total
 
-
-# --- The text of a compiled program ---------------------------------------------------------------
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
           "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
@@ -231,8 +216,8 @@ def collectives(lines: list[tuple[str, int]]) -> dict[str, dict[str, int]]:
 def kernel_cycles(lines: list[tuple[str, int]], chip: Chip) -> tuple[int, float]:
     """How many Pallas calls there are, and their cycles by the roofline.
 
-    A kernel's products fill a matrix unit by the head dimension (the number in the kernel's name),
-    and at most by half; or the memory's bandwidth is the limit.
+    Products fill a matrix unit by the head dimension (the number in the kernel's name), at most by
+    half; or the memory's bandwidth is the limit.
     """
     count, total = 0, 0.0
     for line, times in lines:
@@ -245,9 +230,6 @@ def kernel_cycles(lines: list[tuple[str, int]], chip: Chip) -> tuple[int, float]
         count += times
         total += times * max(compute, int(cost[2]) / chip.bandwidth * chip.clock)
     return count, total
-
-
-# --- The estimate ---------------------------------------------------------------------------------
 
 
 class DoesNotFit(RuntimeError):
@@ -263,13 +245,9 @@ def estimate(program, state, flops: int | None, chip: Chip, mesh: Mesh) -> dict:
         flops: model FLOPs of a call on all chips, None where they are not counted.
 
     Returns:
-        chips, mesh, versions, compile_seconds;
-        memory: bytes per chip by kind, "total" and "chip" (what there is);
-        collectives: {kind: {count, bytes}} per device and call, not part of the time;
-        collectives_seconds: their bytes at the rate of the interconnect inside a slice;
-        kernels: number of Pallas calls;
-        seconds, mfu, and without the kernels: seconds_without_kernels, mfu_without_kernels;
-        model_flops.
+        {"memory": bytes per chip by kind, "total" and "chip" (what there is); "collectives": {kind:
+        {count, bytes}} per device and call; "collectives_seconds": those bytes at the rate of the
+        interconnect, not part of "seconds"; "kernels": number of Pallas calls; ...}
 
     Raises:
         DoesNotFit: there is not enough memory.
@@ -289,11 +267,6 @@ def estimate(program, state, flops: int | None, chip: Chip, mesh: Mesh) -> dict:
     lines = list(instructions(compiled.as_text()))
     fused, (kernels, by_roofline) = cycles(lines), kernel_cycles(lines, chip)
     exchanged = collectives(lines)
-    peak = mesh.size * chip.peak
-
-    def mfu(seconds):
-        return flops and flops / (peak * seconds)
-
     seconds, without = (fused + by_roofline) / chip.clock, fused / chip.clock
     return {
         "chips": mesh.size,
@@ -306,8 +279,8 @@ def estimate(program, state, flops: int | None, chip: Chip, mesh: Mesh) -> dict:
         "kernels": kernels,
         "seconds": seconds,
         "seconds_without_kernels": without,
-        "mfu": mfu(seconds),
-        "mfu_without_kernels": mfu(without),
+        "mfu": flops and flops / (mesh.size * chip.peak * seconds),
+        "mfu_without_kernels": flops and flops / (mesh.size * chip.peak * without),
         "model_flops": flops,
     }
 
@@ -327,16 +300,8 @@ def _memory(state: dict, analysis) -> dict[str, int]:
     return kinds | {"total": sum(kinds.values())}
 
 
-# --- The training step of a configuration ---------------------------------------------------------
-
-
 def train_step(config, chip: Chip, mesh: Mesh) -> dict:
-    """`estimate` of the training step of a configuration file.
-
-    Raises:
-        ValueError: settings that do not fit each other.
-        DoesNotFit: see `estimate`.
-    """
+    """`estimate` of the training step of a configuration file."""
     from flextok_jax.training.checks import check_config
     from flextok_jax.training.state import build
 
@@ -344,10 +309,7 @@ def train_step(config, chip: Chip, mesh: Mesh) -> dict:
     stage, frozen, batch = _stage(config)
     flops = config.batch_size * model_flops(config)
     program = build(stage, config, mesh)
-    places = {"null_text": jax.tree.map(lambda _: replicated(mesh), frozen.get("null_text"))}
-    networks = {name: tree for name, tree in frozen.items() if name != "null_text"}
-    places |= param_shardings(mesh, networks)
-    frozen = placed(frozen, {name: places[name] for name in frozen})
+    frozen = placed(frozen, param_shardings(mesh, frozen))
     batch = placed(batch, {name: batch_sharding(mesh) for name in batch})
     shapes = program.shapes
     state = {"parameters": shapes.params, "averages": shapes.ema, "optimizer": shapes.opt_state}
@@ -355,10 +317,7 @@ def train_step(config, chip: Chip, mesh: Mesh) -> dict:
 
 
 def model_flops(config) -> int:
-    """FLOPs of the loss and its gradient for one example.
-
-    Attention in XLA, nothing is recomputed; also the networks that are not trained count.
-    """
+    """FLOPs of the loss and its gradient for one example, frozen networks too, nothing twice."""
     plain = config.copy_and_resolve_references()
     if config.stage != "vae":
         plain.compute.update(attention="xla", remat="none")
@@ -379,7 +338,7 @@ def placed(tree, shardings):
 
 
 def _stage(config) -> tuple:
-    """(the stage, shapes of its frozen networks, shapes of its batch); nothing is read."""
+    """(stage, shapes of its frozen networks, of its batch); nothing is read."""
     from flextok_jax.nn import lpips
     from flextok_jax.nn.config import VAEConfig
     from flextok_jax.training.ar_stage import PAPER, ARStage
@@ -415,44 +374,34 @@ def _stage(config) -> tuple:
     return stage, {"null_text": null}, batch | text
 
 
-# --- The command ----------------------------------------------------------------------------------
-
-
 def report(name: str, found: dict) -> str:
     """The estimate as text; `name`: of the topology."""
     memory = found["memory"]
-    kinds = {k: v for k, v in memory.items() if k not in ("total", "chip")}
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     versions = ", ".join(map(" ".join, found["versions"].items()))
-    lines = [
-        f"training step on {name} ({found['chips']} chips; {mesh}), estimated by the compiler; "
-        "nothing ran",
-        f"  {versions}; compiled in {found['compile_seconds']:.0f} s",
-        "memory per chip (GiB)",
-        *(f"  {kind:18}{size / GIB:8.2f}" for kind, size in kinds.items()),
-        f"  {'total':18}{memory['total'] / GIB:8.2f} of {memory['chip'] / GIB:.0f}, "
-        f"{1 - memory['total'] / memory['chip']:.0%} free",
-        "collectives per device and step (not in the time below)",
-    ]
-    for kind, row in sorted(found["collectives"].items()):
-        lines.append(f"  {kind:18}{row['bytes'] / GB:8.2f} GB in {row['count']} calls")
-    lines.append(
-        f"  {'alone':18}{found['collectives_seconds'] * 1e3:8.1f} ms at the interconnect's rate"
-    )
-    if "*" in name:
-        lines.append("  (exchange between slices is slower than that)")
     kernels = found["seconds"] - found["seconds_without_kernels"]
-    lines += [
-        f"time {found['seconds'] * 1e3:.1f} ms, of it {kernels * 1e3:.1f} ms for "
-        f"{found['kernels']} Pallas calls by their roofline",
-        f"model FLOPs {found['model_flops']:.3e}; MFU {found['mfu']:.1%} "
-        f"({found['mfu_without_kernels']:.1%} without the Pallas calls)",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"training step on {name} ({found['chips']} chips; {mesh}), estimated by the compiler",
+            f"  {versions}; compiled in {found['compile_seconds']:.0f} s",
+            "memory per chip (GiB)",
+            *(f"  {kind:18}{size / GIB:8.2f}" for kind, size in memory.items() if kind != "chip"),
+            f"  of {memory['chip'] / GIB:.0f}, {1 - memory['total'] / memory['chip']:.0%} free",
+            "collectives per device and step (not in the time below)",
+            *(
+                f"  {kind:18}{row['bytes'] / GB:8.2f} GB in {row['count']} calls"
+                for kind, row in sorted(found["collectives"].items())
+            ),
+            f"  {'alone':18}{found['collectives_seconds'] * 1e3:8.1f} ms, more between slices",
+            f"time {found['seconds'] * 1e3:.1f} ms, of it {kernels * 1e3:.1f} ms for "
+            f"{found['kernels']} Pallas calls by their roofline",
+            f"model FLOPs {found['model_flops']:.3e}; MFU {found['mfu']:.1%} "
+            f"({found['mfu_without_kernels']:.1%} without the Pallas calls)",
+        ]
+    )
 
 
 def main(argv):
-    """Compiles and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option begins with --")
     jax.config.update("jax_platforms", "cpu")  # Arrays that are made on the way are on the CPU.

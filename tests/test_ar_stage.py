@@ -118,16 +118,6 @@ def trained_path(trained):
     return json.loads((trained[0] / "config.json").read_text())["config"]["data"]["path"]
 
 
-def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, tmp_path):
-    workdir, outcome = trained
-    shutil.copytree(workdir, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    c = config(trained_path(trained))
-    again = train(ARStage(c), c, tmp_path / "run")
-    for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(outcome.state), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["c2i_d12", "t2i_d12"])
 def test_a_config_takes_a_real_step_on_tokens_when_cut_down(variant, data):

@@ -196,7 +196,7 @@ def test_the_command_prints_an_estimate():
     config = "tokenizer.py:d18_d28,enc_depth=1,dec_depth=1,width=64,batch=4,image=64"
     done = run(config, "--config.mesh.data=1", "--config.mesh.fsdp=4")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"total +\d+\.\d\d of 16", done.stdout)
+    assert re.search(r"total +\d+\.\d\d\n  of 16", done.stdout)
     assert 0 < float(re.search(r"MFU ([\d.]+)%", done.stdout)[1]) < 100
 
 

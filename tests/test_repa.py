@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import GOLDEN
-from test_processes import finish, start
 from test_tokenizer_stage import config as tokenizer_config
 from test_tokenizer_stage import digits
 
@@ -133,21 +132,6 @@ def test_only_what_comes_before_the_third_block_feels_it(stage, gradient, moved)
         assert largest[path] > 10 * largest["decoder/head/kernel"], path
 
 
-def test_features_come_from_the_images_or_with_the_data(stage, moved):
-    given = TokenizerStage(config(**ON | {"repa__source": ""}))
-    assert given.load_frozen() == {}
-    features = jax.jit(stage._targets)(unbox(stage.load_frozen()), batch())
-    assert features.shape == (8, 9, 24)
-    assert given._targets({}, {"repa": features}) is features
-    shapes = jax.eval_shape(given.loss, moved, {}, batch() | {"repa": features}, KEY, STEP)
-    assert "loss_repa" in shapes[1]
-    with pytest.raises(ValueError, match="needs 'repa' in the data"):
-        jax.eval_shape(given.loss, moved, {}, batch(), KEY, STEP)
-    moments = {"moments": jnp.zeros((8, 16, 16, 6))}
-    with pytest.raises(ValueError, match="needs 'image' in the data"):
-        jax.eval_shape(stage.loss, moved, unbox(stage.load_frozen()), moments, KEY, STEP)
-
-
 def test_training_aligns_the_features(trained):
     records = [json.loads(x) for x in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss_repa"] for record in records]
@@ -155,33 +139,6 @@ def test_training_aligns_the_features(trained):
     for record in records:
         total = record["loss_flow"] + 0.5 * record["loss_repa"]
         assert record["loss"] == pytest.approx(total, rel=1e-4)
-
-
-ON_FOUR = """
-import sys
-import conftest
-import jax
-from test_repa import recipe
-from flextok_jax.training.loop import train
-from flextok_jax.training.tokenizer_stage import TokenizerStage
-assert jax.device_count() == 4
-c = recipe()
-c.mesh.update(data=1, fsdp=2, tensor=2)
-train(TokenizerStage(c), c, sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_four_devices_train_what_one_trains(trained, tmp_path):
-    codes, outputs = finish(tmp_path, start(tmp_path, ON_FOUR, 1, 4, lambda i: [tmp_path / "4"]))
-    assert codes == [0], outputs[0]
-    one, four = (
-        [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (trained[0], tmp_path / "4")
-    )
-    for a, b in zip(one, four, strict=True):
-        for name in ("loss_flow", "loss_repa"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), (name, a["step"])
 
 
 def test_a_trained_model_leaves_the_projection_behind(trained, tmp_path):
@@ -206,3 +163,5 @@ def test_settings_that_do_not_fit_are_refused():
         TokenizerStage(config(**ON | {"repa__width": 1024}))
     with pytest.raises(ValueError, match="repa.image_size=40"):
         TokenizerStage(config(**ON | {"repa__image_size": 40}))
+    with pytest.raises(ValueError, match="repa.source=''"):
+        TokenizerStage(config(**ON | {"repa__source": ""}))

@@ -323,12 +323,6 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_made(name, valu
     assert not (tmp_path / "run").exists()
 
 
-def test_all_faults_are_named_together():
-    config = get_config(optim__lr=-1.0, ema_decay=2.0)
-    with pytest.raises(ValueError, match="(?s)ema_decay=2.*optim.lr=-1|optim.lr=-1.*ema_decay=2"):
-        checks.check_config(config, make_mesh(**config.mesh))
-
-
 def test_a_warm_up_longer_than_the_run_is_a_warning(tmp_path, caplog):
     run(tmp_path, total_steps=1, optim__warmup_steps=7)
     assert "warmup_steps=7" in caplog.text

@@ -175,11 +175,6 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine():
     np.testing.assert_allclose(rate[110:], 0.2, rtol=1e-6)
 
 
-def test_without_warm_up_the_first_rate_is_the_full_one():
-    rate = optimizer.lr_schedule(get_config(optim__warmup_steps=0))
-    np.testing.assert_allclose(rate(0), 1e-2, rtol=1e-6)
-
-
 def test_only_kernels_decay():
     mask = optimizer.decayed(start()[0].shapes.params)
     assert mask["encoder"] == {
@@ -294,13 +289,6 @@ def test_ema_follows_its_closed_form():
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)
 
 
-def test_average_starts_as_a_copy_that_shares_no_buffer():
-    _, state, _ = start()
-    assert equal(state.params, state.ema)
-    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state.params, state.ema))]
-    assert len(set(pointers)) == len(pointers)
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_non_finite_gradient_changes_nothing_and_is_counted(accumulate):
     program, state, frozen = start(optim__accumulate=accumulate)
@@ -349,7 +337,7 @@ def test_init_from_names_every_leaf_that_does_not_fit():
     del params["decoder"]["sincos"]
     with pytest.raises(ValueError) as error:
         program.init_from(params)
-    for part in ("decoder/sincos", "encoder/extra", "encoder/head/bias has shape (5,)"):
+    for part in ("decoder/sincos", "encoder/extra", "encoder/head/bias: [5] given, [4] needed"):
         assert part in str(error.value)
 
 

@@ -20,7 +20,9 @@ from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
 from flextok_jax.parallel.rng import named
+from flextok_jax.training import logs
 from flextok_jax.training.batches import Validation, bins
+from flextok_jax.training.stage import Stage
 
 TOKENS = "tokens"
 
@@ -38,12 +40,9 @@ class Perplexity(metrics.Average):
 class Tokens(NamedTuple):
     """What is known of the tokens before training.
 
-    Attributes:
-        tokenizer: the identity of what makes them, see `ARStage.export_config`.
-        vocab_size, num_tokens: ids there are, and tokens per image.
-        num_classes: of the images; 0: they have no labels; None: not known.
-        classes: names of the classes, () without names.
-        text_dim: channels of the captions' embeddings, 0 without.
+    `tokenizer` is the identity of what makes them, see `ARStage.export_config`. `num_classes` is 0
+    for images without labels, None where it is not known. `text_dim` counts the channels of the
+    captions' embeddings, 0 without.
     """
 
     tokenizer: dict
@@ -57,7 +56,7 @@ class Tokens(NamedTuple):
 PAPER = Tokens({}, vocab_size=64_000, num_tokens=256, num_classes=1000)  # Of FlexTok on ImageNet.
 
 
-class ARStage:
+class ARStage(Stage):
     """Cross-entropy of every token, conditioned on the class or the text, or on nothing."""
 
     def __init__(self, config, tokens: Tokens | None = None):
@@ -139,15 +138,11 @@ class ARStage:
         source = shards.ShardSource(self._data.path, self._data.split)
         return {"null_text": encoded.padded_text(source.null_text, source.text)}
 
-    def trainable(self, path: str) -> bool:
-        return True
-
     def loss(self, params, frozen, batch, key, step):
         """The mean of -log p(token i | tokens before i, condition) over images and positions.
 
-        The condition of an image is dropped with probability `condition.null_prob`. With
-        `loss.z_loss` the mean of that times log_z^2 is added (PaLM, arXiv 2204.02311, section 5),
-        which keeps the logits from drifting.
+        An image's condition is dropped with probability `condition.null_prob`. `loss.z_loss` times
+        the mean of log_z^2 keeps the logits from drifting (PaLM, arXiv 2204.02311, section 5).
 
         Args:
             batch: "tokens": int32 [B, k], or "image": uint8 [B, H, W, 3]; "label": int32 [B]; for
@@ -185,8 +180,7 @@ class ARStage:
         return ar.ARCondition(labels=jnp.where(null, -1, batch["label"]))
 
     def _predict(self, params, tokens, condition):
-        cfg = self.model
-        hidden = ar.hidden(params, cfg, self.compute, tokens, condition)
+        hidden = ar.hidden(params, self.model, self.compute, tokens, condition)
         head = functools.partial(ar.head, ar.head_weights(params, hidden.dtype))
         return cross_entropy(head, hidden, tokens, self._loss.chunk)
 
@@ -203,31 +197,21 @@ class ARStage:
             found[f"loss_by_position/{name}"] = _average(in_bin, mask)
         return found
 
-    def measure(self, params, frozen, mesh):
-        return {}
-
     def evaluators(self):
-        """ "validation": loss (nats), loss_by_position/BIN, accuracy, perplexity = exp(loss).
-
-        Of the first images of the validation split, each with its condition.
-        """
+        """ "validation": loss (nats), loss_by_position/BIN, accuracy, perplexity = exp(loss)."""
         if not self._evaluation.num_images:
             return {}
         images = Validation(self._data, self._evaluation)
 
         def validation(params, frozen, mesh):
-            total = None
-            for batch in images.batches(mesh):
-                found = jax.device_get(self._evaluate(params, frozen, batch))
-                total = found if total is None else {k: total[k].merge(found[k]) for k in found}
-            for name, metric in total.items():
-                yield name, float(metric.compute())
+            found = (self._evaluate(params, frozen, batch) for batch in images.batches(mesh))
+            for name, value in logs.compute(functools.reduce(logs.merge, found)).items():
+                yield name, float(value)
 
         return {"validation": validation}
 
     @functools.partial(jax.jit, static_argnums=0)
     def _evaluate(self, params, frozen, batch):
-        """Metrics of one batch."""
         tokens, mask = self._tokens(frozen, batch), batch["mask"]
         condition = self._condition(frozen, batch, jnp.zeros_like(mask))
         return self._metrics(self._predict(params, tokens, condition), mask)
@@ -235,9 +219,8 @@ class ARStage:
     def export_config(self):
         """What `ImageGenerator.from_pretrained` needs to rebuild the model from a workdir.
 
-        "tokenizer" is the identity of the tokenizer whose tokens these are: "source" as it was
-        named, "origin" and "fingerprint" (sha256 over its parameters). "classes" are the names of
-        the classes, [] without names.
+        "tokenizer" has "source" as it was named, "origin" and "fingerprint" (sha256 over the
+        parameters); "classes" are names, [] without.
         """
         return {
             "kind": "ar",
@@ -252,31 +235,21 @@ def _average(values, mask=None) -> metrics.Average:
 
 
 def _check_fit(fields: dict, tokens: Tokens) -> None:
-    """Raises ValueError with every field of the model that does not fit, and both sides."""
     classes, known = fields["num_classes"], tokens.num_classes
-    if tokens.classes:
-        fits = classes == known
-    else:
-        fits = known is None or 0 < known <= classes
+    fits = classes == known if tokens.classes else known is None or 0 < known <= classes
     wrong = {
         "vocab_size": fields["vocab_size"] != tokens.vocab_size,
         "num_tokens": fields["num_tokens"] > tokens.num_tokens,
         "text_dim": fields["text_dim"] not in (0, tokens.text_dim),
         "num_classes": classes and not fits,
     }
-    faults = [
-        f"model.{n}={fields[n]}: the data has {getattr(tokens, n)}" for n in wrong if wrong[n]
-    ]
-    if faults:
-        raise ValueError("\n  ".join(faults))
+    for name in wrong:
+        if wrong[name]:
+            raise ValueError(f"model.{name}={fields[name]}: the data has {getattr(tokens, name)}")
 
 
 def _labels(splits: dict, model: dict) -> dict:
-    """{"num_classes", "classes"} of sources that must agree; says how many examples have no label.
-
-    Raises:
-        ValueError: the classes of two splits differ.
-    """
+    """{"num_classes", "classes"} of sources, which must agree; logs how many have no label."""
     (first, *_), largest = splits, []
     for split, source in splits.items():
         absent = check_labels(source, None if split == first else splits[first])
@@ -294,6 +267,6 @@ def _labels(splits: dict, model: dict) -> dict:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(source: str) -> tuple[models.Loaded, str]:
-    """A tokenizer's file, and the sha256 over its parameters."""
+    """A tokenizer, and the sha256 over its parameters."""
     loaded = models.load(source)
     return loaded, storage.fingerprint(loaded.params)

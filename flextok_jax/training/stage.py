@@ -33,9 +33,11 @@ class Stage(Protocol):
 
     def trainable(self, path: str) -> bool:
         """False for a parameter ("a/b/c") that is never trained, decayed or averaged."""
+        return True
 
     def measure(self, params: Params, frozen: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
-        """What is measured of the averaged parameters and saved beside them; {} if nothing."""
+        """What is measured of the averaged parameters and saved beside them."""
+        return {}
 
     def evaluators(self) -> dict[str, Evaluator]:
         """Name -> function of (averaged parameters, frozen, mesh) that yields (metric, value).

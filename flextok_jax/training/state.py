@@ -11,6 +11,7 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flextok_jax.io import storage
 from flextok_jax.nn import layout
 from flextok_jax.nn.layout import path_string
 from flextok_jax.parallel.rng import named, step_key
@@ -42,7 +43,6 @@ class TrainState:
 
     @property
     def skipped(self) -> jax.Array:
-        """int32, skipped steps in all."""
         return self.opt_state.total_notfinite
 
 
@@ -82,17 +82,21 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
 
     shapes = jax.eval_shape(start, param_shapes)
     by_param, everywhere = param_shardings(mesh, boxed), replicated(mesh)
+
+    def elsewhere(slot):  # A parameter has its slot in the optimizer of another group.
+        return isinstance(slot, optax.MaskedNode)
+
     shardings = TrainState(
         step=everywhere,
         params=by_param,
         ema=by_param,
         opt_state=optax.tree.map_params(
             tx,
-            lambda slot, sharding: slot if _elsewhere(slot) else sharding,
+            lambda slot, sharding: slot if elsewhere(slot) else sharding,
             shapes.opt_state,
             select(by_param, trained),
             transform_non_params=lambda _: everywhere,
-            is_leaf=_elsewhere,
+            is_leaf=elsewhere,
         ),
     )
     shapes = jax.tree.map(
@@ -112,11 +116,6 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
     )
     init = jax.jit(lambda: start(layout.unbox(first())), out_shardings=shardings)
     return Program(shapes, init, init_from, step)
-
-
-def _elsewhere(slot) -> bool:
-    """Whether a parameter has its slot in the optimizer of another group."""
-    return isinstance(slot, optax.MaskedNode)
 
 
 def _make_step(stage, config, mesh, tx, trained, shardings):
@@ -198,10 +197,6 @@ def _check_params(params, expected):
         {path_string(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, expected)
     )
-    faults = [
-        f"{path} has shape {given.get(path, '(absent)')}, needed is {wanted.get(path, '(absent)')}"
-        for path in sorted(given.keys() | wanted.keys())
-        if given.get(path) != wanted.get(path)
-    ]
-    if faults:
-        raise ValueError("init_from does not fit this configuration:\n  " + "\n  ".join(faults))
+    given = {path: list(shape) for path, shape in given.items()}
+    if found := storage.differences(given, wanted, words=("given", "needed")):
+        raise ValueError("init_from does not fit this configuration:\n  " + "\n  ".join(found))

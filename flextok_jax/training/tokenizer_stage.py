@@ -6,7 +6,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from clu.metrics import Average
 
 from flextok_jax.data import shards
@@ -24,11 +23,12 @@ from flextok_jax.parallel.rng import named
 from flextok_jax.training.batches import Validation, bins
 from flextok_jax.training.code_usage import CodeUsage
 from flextok_jax.training.pixel_losses import PixelLosses
+from flextok_jax.training.stage import Stage
 
 TIME_BINS = 4
 
 
-class TokenizerStage:
+class TokenizerStage(Stage):
     """Latents from a random prefix of the image's tokens: by rectified flow, or in one pass.
 
     With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2.
@@ -97,6 +97,11 @@ class TokenizerStage:
                 f"repa.weight={options.weight} needs model.target.kind='flow' and "
                 f"{repa.BLOCK + 1} blocks of the decoder at least, model.decoder.depth={depth}"
             )
+        if bool(options.source) == (self._data.source == "encoded"):
+            raise ValueError(
+                f"repa.source={options.source!r}: needed for data with images, not for encoded "
+                "features"
+            )
         if not options.source:
             return None
         cfg = networks.dinov2_config(options.source)
@@ -150,8 +155,7 @@ class TokenizerStage:
         x0 = self._latents(frozen, batch, named(key, "posterior"))
         size = x0.shape[0]
         registers = flextok.encode(params, cfg, self.compute, x0)
-        shape = (*registers.shape[:2], cfg.code_dim)
-        noise = jax.random.normal(named(key, "code"), shape)
+        noise = jax.random.normal(named(key, "code"), (*registers.shape[:2], cfg.code_dim))
         found = flextok.quantize(params, cfg, registers, noise)
         keep = flow.sample_keep(named(key, "keep"), size, cfg.num_tokens, cfg.tokens.keep)
         target = self._flow if cfg.is_flow else self._values
@@ -213,13 +217,7 @@ class TokenizerStage:
         return loss, per_image, jnp.zeros(len(x0), bool), logged
 
     def _targets(self, frozen, batch):
-        """Features [B, P, E] of the images of a batch, computed or as they come."""
-        needed = "image" if self._dinov2 else "repa"
-        if needed not in batch:
-            raise ValueError(
-                f"repa.source={self._repa.source!r} needs {needed!r} in the data, which has "
-                f"{sorted(batch)}: a DINOv2 is for data with images, none for data with features"
-            )
+        """DINOv2's features [B, P, E] of a batch."""
         if not self._dinov2:
             return batch["repa"]
         size, params = self._repa.image_size, frozen["dinov2"]
@@ -240,33 +238,26 @@ class TokenizerStage:
 
     def _by_time(self, per_image, t):
         """The loss of images whose time lies in each of TIME_BINS."""
-        edges, out = np.linspace(0.0, 1.0, TIME_BINS + 1), {}
-        for low, high in zip(edges, edges[1:]):
-            mask = (t >= low) & (t < high + (high == 1))
-            name = f"loss_by_time/{low:.2f}-{high:.2f}"
-            out[name] = Average.from_model_output(per_image, mask=mask)
+        quarter, out = jnp.minimum(t * TIME_BINS, TIME_BINS - 1).astype(int), {}
+        for i in range(TIME_BINS):
+            name = f"loss_by_time/{i / TIME_BINS:.2f}-{(i + 1) / TIME_BINS:.2f}"
+            out[name] = Average.from_model_output(per_image, mask=quarter == i)
         return out
 
     def _by_tokens(self, per_image, keep, null):
         """The loss of images that kept 1, 2, 3-4, 5-8, ... tokens, and of the null condition."""
-        out = {}
-        for name, tokens in (
-            bins(self.model.num_tokens).items() if len(self.model.prefixes) > 1 else ()
-        ):
+        out, ordered = {}, len(self.model.prefixes) > 1
+        for name, tokens in bins(self.model.num_tokens).items() if ordered else ():
             mask = (keep > tokens.start) & (keep <= tokens.stop) & ~null
             out[f"loss_by_tokens/{name}"] = Average.from_model_output(per_image, mask=mask)
         if self.model.is_flow:
             out["loss_null"] = Average.from_model_output(per_image, mask=null)
         return out
 
-    def measure(self, params, frozen, mesh):
-        return {}
-
     def evaluators(self):
         """ "reconstruction": psnr/K (dB), mae/K, ssim/K for K = 1, 2, 4, ..., R tokens.
 
-        Of the first validation images, by the posterior's mean, the model's default sampler and
-        noise of seed 0.
+        With the posterior's mean, the model's default sampler and noise of seed 0.
         """
         if not self._evaluation.num_images:
             return {}
@@ -296,21 +287,16 @@ class TokenizerStage:
     @functools.partial(jax.jit, static_argnums=0)
     def _decoded(self, params, frozen, images, key, k):
         """uint8 [B, H, W, 3] → float32 [B, H, W, 3], from the first k tokens."""
-        cfg, compute = self.model, self.compute
-        params = params | {"vae": frozen.get("vae", {})}
-        images = to_float(images)
+        cfg, compute, of_vae = self.model, self.compute, frozen.get("vae", {})
         dtype = jnp.dtype(compute.dtype)
-        x0 = vae.images_to_latents(params["vae"], cfg.vae, images, dtype)
+        x0 = vae.images_to_latents(of_vae, cfg.vae, to_float(images), dtype)
         codes = flextok.quantize(params, cfg, flextok.encode(params, cfg, compute, x0)).codes
         keep = jnp.full(x0.shape[:1], k)
         x = flextok.decode(params, cfg, compute, codes, keep, jax.random.normal(key, x0.shape))
-        return vae.latents_to_images(params["vae"], cfg.vae, x, dtype)
+        return vae.latents_to_images(of_vae, cfg.vae, x, dtype)
 
     def export_config(self):
-        """What `FlexTok.from_pretrained` needs to rebuild the model from a workdir.
-
-        "vae_fingerprint" is the sha256 over the parameters of the VAE that it is trained with.
-        """
+        """What `FlexTok.from_pretrained` needs; "vae_fingerprint": sha256 over the parameters."""
         frozen = models.vae_params(self._vae_source, self.model.vae)
         return {
             "kind": "flextok",

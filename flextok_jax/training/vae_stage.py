@@ -27,11 +27,12 @@ from flextok_jax.nn.layout import path_string
 from flextok_jax.parallel.rng import named
 from flextok_jax.training.batches import Validation, on_mesh
 from flextok_jax.training.pixel_losses import PixelLosses
+from flextok_jax.training.stage import Stage
 
 FIRST_LOGVAR = -6.0
 
 
-class VAEStage:
+class VAEStage(Stage):
     """Reconstruction, KL, LPIPS and an adversarial loss that starts late."""
 
     def __init__(self, config):
@@ -63,9 +64,6 @@ class VAEStage:
     def load_frozen(self):
         """{"lpips"}, if `lpips` names its files."""
         return self.pixels.load_frozen()
-
-    def trainable(self, path: str) -> bool:
-        return True
 
     def loss(self, params, frozen, batch, key, step):
         """See above.
@@ -123,12 +121,8 @@ class VAEStage:
 
         def stream(params, mesh):
             for batch in images.batches(mesh):
-                yield (
-                    "",
-                    self._decoded(params["vae"], batch["image"]),
-                    batch["image"],
-                    batch["mask"],
-                )
+                found = self._decoded(params["vae"], batch["image"])
+                yield "", found, batch["image"], batch["mask"]
 
         return {"reconstruction": lambda params, frozen, mesh: metrics.means(stream(params, mesh))}
 
