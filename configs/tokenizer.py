@@ -83,8 +83,8 @@ def model() -> ConfigDict:
 def _digits() -> ConfigDict:
     """1 500 real 16x16 digits in pixel space: half an hour on two CPU cores.
 
-    The shipped model `demo-digits` was made by this variant at full length; its numbers lie beside
-    its weights. JAX_NUM_CPU_DEVICES=2 makes two devices of one CPU, which is a third faster.
+    The shipped model `demo-digits` is this variant at full length; its metrics lie beside its
+    weights. JAX_NUM_CPU_DEVICES=2 makes two devices of one CPU, which is a third faster.
     """
     c = tokenizer()
     c.total_steps, c.batch_size = 25_000, 32

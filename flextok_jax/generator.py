@@ -58,11 +58,11 @@ class ImageGenerator:
 
     def _warn_of_another_tokenizer(self):
         info = self._file.info if self._file else {}
-        made_by = (info.get("tokenizer") or {}).get("fingerprint")
+        learned = (info.get("tokenizer") or {}).get("fingerprint")
         # A fingerprint reads all parameters: only where there is one to compare with.
-        if made_by is not None and made_by != self.tokenizer.fingerprint:
+        if learned is not None and learned != self.tokenizer.fingerprint:
             warnings.warn(
-                f"{self.origin} learned tokens of a tokenizer with the sha256 {made_by[:16]}…, not "
+                f"{self.origin} learned tokens of a tokenizer with the sha256 {learned[:16]}…, not "
                 f"of {self.tokenizer.origin} ({self.tokenizer.fingerprint[:16]}…): where their "
                 "encoders differ, images will make no sense",
                 stacklevel=5,
@@ -142,7 +142,7 @@ class ImageGenerator:
         """Tokens, coarse to fine.
 
         Sample i depends on its condition, its prefix and its key alone, not on the rest of the
-        batch (up to rounding). A position's draw does not depend on `num_tokens` or on where the
+        batch (up to rounding). A position's sample does not depend on `num_tokens` or on where the
         prefix ends: fewer tokens are a prefix of more, and a continued prefix is the one run.
 
         Args:
@@ -154,7 +154,7 @@ class ImageGenerator:
                 number, a callable of the position (0 is the first token), an array of one per
                 position, or None for the model's own. 1 everywhere halves the cost.
             temperature: 0 is greedy.
-            top_k: draw from the k likeliest tokens (and what equals the last of them); 0 is off.
+            top_k: sample from the k likeliest tokens (and what equals the last of them); 0 is off.
             top_p: then drop the least likely tokens, while their probability together is at most
                 1 - p; 0 is off. Among equals, all are kept.
             key: a key or an int seed, from which each sample gets its own; or [B] keys or seeds,
@@ -194,8 +194,8 @@ class ImageGenerator:
             null = self._null(batch, null_embeddings, null_mask)
         condition, null = generation.pad_texts(condition, null)
         how = generation.Sampling(scales, *_check_sampling(temperature, top_k, top_p))
-        room = flextok.bucket(given, cfg.num_tokens) if given else 0
-        padded = np.zeros((batch, room), np.int32)
+        length = flextok.bucket(given, cfg.num_tokens) if given else 0
+        padded = np.zeros((batch, length), np.int32)
         if given:
             padded[:, :given] = prefix
         arrays = (condition, null, generation.sample_keys(key, batch), padded)

@@ -25,7 +25,7 @@ def shift_time(t: jax.Array, shift: float) -> jax.Array:
 
 
 def logit_normal_time(key: jax.Array, batch: int, stratified: bool = False) -> jax.Array:
-    """t = sigmoid(n), n standard normal; stratified: one draw per 1/batch quantile, shuffled."""
+    """t = sigmoid(n), n standard normal; stratified: one sample per 1/batch quantile, shuffled."""
     if not stratified:
         return jax.nn.sigmoid(jax.random.normal(key, (batch,)))
     offsets, order = jax.random.split(key)

@@ -417,7 +417,7 @@ class ARConfig:
         text_hidden: hidden width of the two layers from E to D, 0 without text.
         text_gelu_tanh: whether their GELU is the tanh approximation.
         qk_norm: whether queries and keys are normalised per head, by RMSNorm.
-        guidance_scale: what generation uses when it is not told.
+        guidance_scale: the default of generation.
     """
 
     vocab_size: int = 64000

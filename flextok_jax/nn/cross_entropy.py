@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class CrossEntropy(NamedTuple):
-    """What each position says about its target.
+    """Of each position and its target.
 
     Attributes:
         loss: float32 [B, L], -log softmax(logits)[target].

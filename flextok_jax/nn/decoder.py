@@ -76,8 +76,8 @@ class Decoder(nn.Module):
         else:
             grid = sites.grid if grid is None else grid
             query = self.param("query", layout.axes(normal, None), (width,)).astype(dtype)
-            places = layers.positions(self, sites.grid, width, grid).astype(dtype)
-            patches = jnp.broadcast_to(query[None, None] + places, (batch, *places.shape[1:]))
+            positions = layers.positions(self, sites.grid, width, grid).astype(dtype)
+            patches = jnp.broadcast_to(query[None, None] + positions, (batch, *positions.shape[1:]))
         registers, sequences = zip(*self._registers(conditions, patches.shape[1]))
         passes = tuple(s.join(patches, r) for s, r in zip(sequences, registers))
         features = None if capture is None else jnp.zeros_like(patches)

@@ -106,7 +106,7 @@ def interpolate(positions, rows: int, columns: int):
 
 
 def _cubic(new: int, old: int) -> np.ndarray:
-    """[new, old]: the weights of the old places at each new one (Keys 1981, with a = -0.75)."""
+    """[new, old]: the weights of the old positions at each new one (Keys 1981, with a = -0.75)."""
     a, place = -0.75, (np.arange(new) + 0.5) * (old / new) - 0.5
     low = np.floor(place).astype(int)
     out = np.zeros((new, old))

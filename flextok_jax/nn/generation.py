@@ -19,7 +19,7 @@ FIRST_LENGTH = 64  # Positions of the smallest cache.
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn from logits; all are arrays, so no value compiles a program anew.
+    """How a token is sampled from logits; all are arrays, so no value compiles a program anew.
 
     Attributes:
         guidance: float32 [L], scale of each position.
@@ -51,7 +51,7 @@ def generate(
     Args:
         condition: of the B sequences.
         null: their null condition, of the same shapes, or None: no guidance.
-        keys: [B] keys. The draw at a position depends on the sequence's own key and the position,
+        keys: [B] keys. The sample at a position depends on the sequence's own key and the position,
             not on the rest of the batch, nor on where the prefix ended.
         prefix: int32 [B, P], of which the first `start` count; P = 0 for none.
         start, stop: int32 [], start <= P and start < stop <= L.
@@ -100,8 +100,8 @@ def generate(
             # The head is linear: guiding the features is guiding the logits, at half the cost.
             x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(batch, 2, -1), 1, 0)
             x = (other + sampling.guidance[i] * (x - other)).astype(dtype)
-        draws = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        token = sample(ar.head(weights, x), draws, sampling)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        token = sample(ar.head(weights, x), step_keys, sampling)
         return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), caches
 
     for length in _lengths(shape[2], cfg.num_tokens):
@@ -114,9 +114,9 @@ def generate(
 
 
 def sample(logits: jax.Array, keys: jax.Array, how: Sampling) -> jax.Array:
-    """Draws from softmax(filtered logits / temperature): float32 [B, V], keys [B] -> int32 [B].
+    """Samples from softmax(filtered logits / temperature): float32 [B, V], keys [B] -> int32 [B].
 
-    The maximum of logits plus temperature times Gumbel noise is such a draw (and greedy at 0).
+    By the maximum of logits plus temperature times Gumbel noise (greedy at 0).
     """
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     kept = keep_likely(logits, how.temperature, how.top_k, how.top_p)

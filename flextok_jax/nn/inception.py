@@ -93,7 +93,7 @@ def _chain(x, *convolutions):
 
 
 class _Grid35(nn.Module):
-    """A block on 35 x 35 places."""
+    """A block on 35 x 35 positions."""
 
     pooled: int
 
@@ -112,7 +112,7 @@ class _Grid35(nn.Module):
 
 
 class _To17(nn.Module):
-    """From 35 x 35 to 17 x 17 places."""
+    """From 35 x 35 to 17 x 17 positions."""
 
     @nn.compact
     def __call__(self, x):
@@ -123,7 +123,7 @@ class _To17(nn.Module):
 
 
 class _Grid17(nn.Module):
-    """A block on 17 x 17 places."""
+    """A block on 17 x 17 positions."""
 
     inner: int
 
@@ -147,7 +147,7 @@ class _Grid17(nn.Module):
 
 
 class _To8(nn.Module):
-    """From 17 x 17 to 8 x 8 places."""
+    """From 17 x 17 to 8 x 8 positions."""
 
     @nn.compact
     def __call__(self, x):
@@ -164,7 +164,7 @@ class _To8(nn.Module):
 
 
 class _Grid8(nn.Module):
-    """A block on 8 x 8 places; `pool` is what differs between the two of them."""
+    """A block on 8 x 8 positions; `pool` is what differs between the two of them."""
 
     pool: object
 

@@ -1,4 +1,4 @@
-"""REPA: early features of the decoder are drawn towards those of a network that knows what is seen.
+"""REPA: early features of the decoder are aligned with those of a pretrained network.
 
 Yu et al., arXiv 2410.06940: patch features of the noised image, after a few blocks, pass a small
 MLP, and its mean cosine similarity to the features of the clean image is raised.
@@ -62,7 +62,7 @@ def targets(params, cfg: DINOv2Config, compute: Compute, images, size: int) -> j
 
 
 def similarity(params, features, targets, dtype) -> jax.Array:
-    """The mean cosine similarity over an image's places.
+    """The mean cosine similarity over an image's positions.
 
     Args:
         params: of the projection.
@@ -76,10 +76,10 @@ def similarity(params, features, targets, dtype) -> jax.Array:
     Raises:
         ValueError: the targets are of another width, or of a grid that is not square.
     """
-    batch, places, width = targets.shape
-    ours, theirs = math.isqrt(features.shape[1]), math.isqrt(places)
+    batch, positions, width = targets.shape
+    ours, theirs = math.isqrt(features.shape[1]), math.isqrt(positions)
     expected = params["fc3"]["bias"].shape[-1]
-    if theirs**2 != places or ours**2 != features.shape[1] or width != expected:
+    if theirs**2 != positions or ours**2 != features.shape[1] or width != expected:
         raise ValueError(
             f"REPA: targets {targets.shape} for features {features.shape}: both grids must be "
             f"square, and the projection makes {expected} channels (repa.width)"

@@ -1,6 +1,6 @@
 """Joining the processes of a run on several machines: the one place that starts jax.distributed.
 
-Explicit: every process is told who leads, how many there are and which one it is. Automatic: on
+Explicit: every process gets the coordinator, their number and its own. Automatic: on
 the TPU hosts of Google Cloud (TPU VM, GKE) and in a Slurm step of several tasks, JAX finds the same
 three itself (docs.jax.dev/en/latest/multi_process.html; variables: jax/_src/clusters). A single
 machine elsewhere starts at once: nothing is asked over the network.
@@ -77,7 +77,7 @@ def environment(env: Mapping[str, str], platforms: str | None) -> str | None:
             chips and libtpu; JAX_PLATFORMS=cpu on a TPU host makes a run of its own.
     """
     if (platforms or "").split(",")[0] == "tpu":
-        # GKE names the hosts. A TPU VM asks its metadata server, unless told not to.
+        # GKE names the hosts. A TPU VM asks its metadata server, unless forbidden.
         named = "TPU_WORKER_HOSTNAMES" in env or "TPU_PROCESS_ADDRESSES" in env
         return "tpu" if named or "TPU_SKIP_MDS_QUERY" not in env else None
     # A step of one task keeps all of its GPUs; of several, each gets that of its SLURM_LOCALID.

@@ -50,7 +50,7 @@ class Validation:
 
 
 def bins(num_tokens: int) -> dict[str, slice]:
-    """The positions 1, 2, 3-4, 5-8, ..., by which metrics are told apart: {"3-4": slice(2, 4)}."""
+    """The positions 1, 2, 3-4, 5-8, ..., of which metrics are separate: {"3-4": slice(2, 4)}."""
     edges = (0, *lengths(num_tokens))
     return {
         f"{low + 1}-{high}" if high > low + 1 else f"{high}": slice(low, high)

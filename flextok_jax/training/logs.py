@@ -94,10 +94,10 @@ def compute(window):
 
 def _lines_until(path: pathlib.Path, step: int):
     """The lines of the steps up to `step`; a crash may have torn the last line."""
-    for line in path.read_text(encoding="utf-8").splitlines(True) if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
-                yield line
+                yield line + "\n"
 
 
 def _plain(value):

@@ -39,9 +39,9 @@ def first_state(stage, config, program, checkpoints) -> TrainState:
         log.info("continuing from step %d", state.step)
         return state
     log.info("starting from %s", config.init_from or "step 0: there is no checkpoint")
-    return program.init_from(stage.init_from(config.init_from)) if config.init_from else (
-        program.init()
-    )  # fmt: skip
+    if config.init_from:
+        return program.init_from(stage.init_from(config.init_from))
+    return program.init()
 
 
 def identity(workdir, saved: dict, config, stage, source, step: int) -> dict:
