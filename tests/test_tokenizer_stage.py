@@ -153,7 +153,7 @@ def test_loss_is_the_mean_of_its_bins_and_null_images_teach_the_encoder_nothing(
         parts = [m for name, m in metrics.items() if name.startswith(prefix) or name in more]
         assert sum(m.count for m in parts) == 64
         np.testing.assert_allclose(sum(m.total for m in parts) / 64, loss, rtol=1e-5)
-    everything_null = TokenizerStage(config(model__null_prob=1.0))
+    everything_null = TokenizerStage(config(model__target__flow__null_prob=0.99999))
     gradient = jax.grad(
         lambda p: everything_null.loss(p, {}, batch, jax.random.key(1), jnp.int32(0))[0]
     )(params)
