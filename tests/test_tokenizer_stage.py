@@ -14,6 +14,7 @@ from examples.digits import arrays
 from flextok_jax import FlexTok
 from flextok_jax.io import models
 from flextok_jax.nn.config import TokenizerConfig, from_dict
+from flextok_jax.nn.layout import unbox
 from flextok_jax.training.loop import train
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
@@ -145,7 +146,7 @@ def test_loss_is_the_mean_of_its_bins_and_null_images_teach_the_encoder_nothing(
     stage = TokenizerStage(config(model__target__flow__null_prob=0.5))
     params = jax.tree.map(
         lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape),
-        stage.init(jax.random.key(0)),
+        unbox(stage.init(jax.random.key(0))),
     )
     batch = jax.tree.map(jnp.asarray, digits(64))
     loss, metrics = jax.jit(stage.loss)(params, {}, batch, jax.random.key(1), jnp.int32(0))
