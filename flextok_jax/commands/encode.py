@@ -40,13 +40,8 @@ def encode(args: options.Encode) -> None:
     source = sources.make_image_source(data, args.split)
     text = shards.null_text(data.path)
     size, encoders = make_encoders(args)
-    transform = Transform(
-        size,
-        "center" if args.crop_scale == 1 else "random",
-        crop_scale=(args.crop_scale, 1.0),
-        flip=args.flip,
-        shift=args.shift,
-    )
+    crop, scale = "center" if args.crop_scale == 1 else "random", (args.crop_scale, 1.0)
+    transform = Transform(size, crop, crop_scale=scale, flip=args.flip, shift=args.shift)
     group = max(1, min(args.limit or len(source), args.batch_size // args.crops))  # Images a batch.
     batch_size = min(args.batch_size, group * args.crops)
 
@@ -75,8 +70,7 @@ def encode(args: options.Encode) -> None:
 def _crops(args: options.Encode, transform: Transform, picture: Picture):
     """(uint8 [crops, S, S, 3], the other fields of its record) of one image.
 
-    The first crop has no randomness; the random numbers of another are a function of --seed, the
-    index of the image and the number of the crop.
+    The first crop has no randomness; another depends on --seed, the image's index and its number.
     """
     crops = []
     for crop in range(args.crops):
@@ -102,21 +96,13 @@ def _records(encoders: "list[Encoder]", images: list, batch_size: int) -> Iterat
 
 
 class Encoder(NamedTuple):
-    """What becomes of an image.
+    """What becomes of an image."""
 
-    Attributes:
-        name: of the array in a record.
-        words: for messages.
-        settings: of the manifest: the model's identity, and what else decides the result.
-        shape: of one crop's array.
-        run: uint8 [B, S, S, 3] -> [B, *shape], as it is stored.
-    """
-
-    name: str
-    words: str
-    settings: dict
-    shape: tuple[int, ...]
-    run: Callable[[np.ndarray], np.ndarray]
+    name: str  # of the array in a record
+    words: str  # for messages
+    settings: dict  # of the manifest: the model's identity, and what else decides the result
+    shape: tuple[int, ...]  # of one crop's array
+    run: Callable[[np.ndarray], np.ndarray]  # uint8 [B, S, S, 3] -> [B, *shape], as it is stored
 
 
 def make_encoders(args: options.Encode) -> tuple[int, list[Encoder]]:
@@ -161,9 +147,8 @@ def _moments(args, size: int) -> Encoder:
     settings = {"vae": {"source": _named(args.vae), **models.vae_identity(cfg, params)}}
 
     def moments(params, images):
-        return jnp.concatenate(
-            vae.encode_moments(params, cfg, to_float(images), jnp.dtype(args.dtype)), -1
-        )
+        found = vae.encode_moments(params, cfg, to_float(images), jnp.dtype(args.dtype))
+        return jnp.concatenate(found, -1)
 
     shape, run = (h, h, 2 * cfg.latent_channels), _on_devices(moments, params, params)
     return Encoder("moments", f"{h}x{h} latents", settings, shape, run)

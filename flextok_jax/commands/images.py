@@ -24,10 +24,7 @@ GRID_COLUMNS = 10
 
 
 def reconstruct(args: options.Reconstruct) -> None:
-    """Writes grid.png, k0016/NAME.png for every k and image, and metrics.json into --out.
-
-    Pictures that an interrupted run with the same settings wrote are kept.
-    """
+    """Writes grid.png, k0016/NAME.png for every k and image, and metrics.json into --out."""
     pictures = pics.Pictures(args.images, args.limit)
     out = common.out_results(args.out, args.images)
     tok = common.load_model(args)
@@ -84,10 +81,7 @@ def reconstruct(args: options.Reconstruct) -> None:
 
 
 def tokenize(args: options.Tokenize) -> None:
-    """Writes the first k tokens of every image, with the model's identity, as .npz.
-
-    With --data: shards to train on, see `flextok encode`.
-    """
+    """Writes the first k tokens of every image as .npz; with --data: see `flextok encode`."""
     if args.data:
         from flextok_jax.commands.encode import encode
 
@@ -120,10 +114,8 @@ def detokenize(args: options.Detokenize) -> None:
     tok = common.load_model(args)
     if str(saved["fingerprint"]) != tok.fingerprint:
         raise ValueError(
-            f"{args.tokens} has tokens of another model:\n"
-            f"  tokens: {saved['origin']}, sha256 {saved['fingerprint']}\n"
-            f"  --model: {tok.origin}, sha256 {tok.fingerprint}\n"
-            "Pass the model that made them, or tokenize the images again"
+            f"{args.tokens} has tokens of {saved['origin']}, sha256 {saved['fingerprint']}, not of "
+            f"--model {tok.origin}, sha256 {tok.fingerprint}: pass the model that made them"
         )
     tokens, names = saved["tokens"], saved["names"].tolist()
     counts = args.num_tokens or [tokens.shape[1]]
@@ -140,11 +132,7 @@ def detokenize(args: options.Detokenize) -> None:
 
 
 def generate(args: options.Generate) -> None:
-    """Writes grid.png, tokens.npz, generation.json, and k0016/NUMBER_classLABEL.png for every k.
-
-    The grid shows samples by class, or, for several numbers of tokens, each sample from fewer and
-    from more of its tokens.
-    """
+    """Writes grid.png, tokens.npz, generation.json, and k0016/NUMBER_classLABEL.png for every k."""
     out = common.out_results(args.out)
     gen = load_generator(args)
     tok = gen.tokenizer
@@ -188,11 +176,7 @@ def write_pictures(
     out, tok: FlexTok, tokens: np.ndarray, names: Sequence[str], counts, sampler, info: dict, args,
     texts: Sequence[dict] | None = None,
 ) -> None:  # fmt: skip
-    """Writes OUT/k0016/NAME.png of all tokens [n, K] and every k, unless they are there.
-
-    Args:
-        names, texts: of each image; the text is added to that of `info`.
-    """
+    """Writes OUT/k0016/NAME.png of all tokens [n, K] and every k, unless they are there."""
     files, size = pics.png_names(names), min(args.batch_size, len(names))
     texts = texts or [{}] * len(names)
     with tqdm(total=len(names) * len(counts), unit="image", disable=None) as bar:
@@ -221,8 +205,7 @@ def read_tokens(path) -> dict[str, np.ndarray]:
         the images, relative to their folder; "origin", "fingerprint": str, of the model.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no file of tokens, or its names lead out of a folder.
+        FileNotFoundError, ValueError: there is none, or its names lead out of a folder.
     """
     path = as_path(path)
     try:
@@ -241,9 +224,7 @@ def read_tokens(path) -> dict[str, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # A damaged archive shows itself as several exceptions.
-        raise ValueError(
-            f"{path} is no file of `flextok tokenize`, with {', '.join(FIELDS)}: {error}"
-        ) from error
+        raise ValueError(f"{path} is no file of `flextok tokenize`: {error}") from error
     return saved
 
 
@@ -262,13 +243,9 @@ def load_generator(args: options.Generate | options.Evaluate) -> ImageGenerator:
 
 
 def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -> np.ndarray:
-    """Classes of --labels: int [n].
+    """Classes of --labels, such as "3,0-9,cat", "all", or a file with one per line: int [n].
 
-    Args:
-        text: "all", numbers, ranges and names of classes by commas such as "3,0-9,cat", or a file
-            with one of these per line.
-        class_names: of class 0, 1, …, where they are known. A name is taken for itself before it
-            is taken for a number.
+    A class whose name is a number is found by its name.
     """
     if not num_classes:
         raise ValueError("the model has no classes: only class-conditional models can be used")
@@ -285,8 +262,8 @@ def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) ->
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < num_classes):
             names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
             raise ValueError(
-                f"--labels {text!r}: {part!r} is no class of the model. Allowed are all, numbers "
-                f"and ranges from 0 to {num_classes - 1} such as 0-2{names}"
+                f"--labels: {part!r} is no class. Allowed: all, numbers and ranges from 0 to "
+                f"{num_classes - 1}{names}"
             )
         labels += range(int(first), int(last) + 1)
     if not labels:

@@ -12,10 +12,7 @@ from flextok_jax.io.formats import flexar, vae_files
 
 
 def convert(args: options.Convert) -> None:
-    """Writes the released format from any source, of a workdir its averaged weights.
-
-    A VAE on its own is written in the layout of diffusers, an AR model under the released names.
-    """
+    """Writes the released format from any source, of a workdir its averaged weights."""
     out = common.out_folder(args.out)
     model, save = _load(args.model, args.scaling_factor)
     print(f"{model['origin']}\n-> {save(out)}\nsha256 {model['sha256']}")
@@ -37,11 +34,9 @@ def describe(source) -> dict:
     """What a model is, in JSON terms.
 
     Returns:
-        "kind": "tokenizer", "vae" or "ar"; "origin"; "step" of training, where it is a workdir;
-        "config": the fields of its configuration; "parameters": the number of them in each part
-        and in "total"; "sha256" over all of them. Of a tokenizer also "image_size" [H, W] and
-        "vocab_size"; of an AR model what its file knows besides, such as "tokenizer", whose tokens
-        it generates.
+        "kind": "tokenizer", "vae" or "ar"; "origin"; "step" of a workdir; "config"; "parameters",
+        their number in each part and in "total"; "sha256" over all of them. Of a tokenizer also
+        "image_size" [H, W] and "vocab_size"; of an AR model what else its file knows.
     """
     return _load(source)[0]
 

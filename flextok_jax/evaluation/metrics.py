@@ -105,10 +105,7 @@ def per_image(stream: Iterable[tuple], functions: Sequence[Function] = (compare,
         functions: each returns {metric: [B, ...]}.
 
     Returns:
-        {metric + suffix: float64 [n, ...]}, in order.
-
-    Raises:
-        ValueError: images are not finite.
+        {metric + suffix: float64 [n, ...]}, in order. ValueError where images are not finite.
     """
     found: dict[str, list] = {}
     for suffix, images, originals, mask in stream:

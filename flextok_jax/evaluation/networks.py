@@ -75,9 +75,8 @@ def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> tuple[Callable, 
     }
     params, distance = _everywhere(params, mesh), jax.jit(lpips.lpips)
 
-    def function(images, originals):
-        batch = spread_batch(mesh, (images, originals))
-        return {"lpips": distance(params, *batch)[: len(images)]}
+    def function(*both):
+        return {"lpips": distance(params, *spread_batch(mesh, both))[: len(both[0])]}
 
     return function, metadata
 

@@ -29,24 +29,19 @@ class Batch(NamedTuple):
 
 
 class Pictures:
-    """All images of a split of a data set (see `sources.parse`).
+    """The images of a split of a data set, at most the first `limit` (see `sources.parse`).
 
     Attributes:
         title: what was asked for, and the split.
         names: of all images, in the source's order (of a folder: sorted).
         classes: names of the labels, empty where the data set has none.
         unreadable: {name: reason} of those that were met so far and could not be read.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data set, or no image in it.
     """
 
     def __init__(self, images: str, limit: int | None = None, split: str | None = None):
-        """Lists the images, at most the first `limit` of them.
-
-        Args:
-            split: of the data set; None: all.
-
-        Raises:
-            FileNotFoundError, ValueError: there is no such data set, or no image in it.
-        """
         split = split or "all"
         self.title = f"{images}, {split}"
         self.unreadable: dict[str, str] = {}
@@ -60,10 +55,7 @@ class Pictures:
     def batches(self, size: int, batch_size: int) -> Iterator[Batch]:
         """Upright RGB, centre-cropped, resized to `size` x `size`; unreadable images are left out.
 
-        Only the last batch may be smaller than `batch_size`. Files are read ahead by threads.
-
-        Raises:
-            ValueError: not one image could be read.
+        The last batch may be smaller. Raises ValueError where not one image could be read.
         """
 
         def fit(picture):
@@ -142,17 +134,11 @@ def read_png(path) -> np.ndarray:
 def saved_pictures(
     paths: Sequence, metadata: Sequence[dict], make: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """Pictures in files; where one is missing, they are made, and the missing ones are written.
-
-    So an interrupted command continues. No file that exists is replaced.
+    """Pictures in files, uint8 [n, H, W, 3]; those that are missing are made and written.
 
     Args:
-        paths: of the PNG files, n of them.
         metadata: of each file.
         make: returns float [n, H, W, 3] in [-1, 1].
-
-    Returns:
-        uint8 [n, H, W, 3].
     """
     if not all(path.exists() for path in paths):
         for path, image, text in zip(paths, to_uint8(make()), metadata, strict=True):

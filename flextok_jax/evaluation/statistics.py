@@ -105,8 +105,7 @@ def inception_score(logits: np.ndarray, splits: int = SPLITS) -> tuple[float, fl
 
     Args:
         logits: [n, V] of the classifier, before the softmax; see `nn.inception` which ones.
-        splits: how many random parts, n at most, always the same ones: images are often ordered
-            by class.
+        splits: how many parts, n at most; random ones: images are often ordered by class.
 
     Returns:
         (mean, standard deviation) over the parts.
@@ -127,16 +126,14 @@ def precision_recall(real: FeatureSet, made: FeatureSet) -> tuple[float, float]:
     neighbour number NEIGHBOURS in the set, which has more images than that.
 
     Returns:
-        (precision, recall): the share of `made` in the manifold of `real`, the share of `real` in
-        that of `made`.
+        (precision, recall): the share of `made` in the manifold of `real`, and the reverse.
     """
-    return _inside(made.features, real), _inside(real.features, made)
 
+    def inside(points: FeatureSet, manifold: FeatureSet) -> float:
+        squares = _squares(points.features, manifold.features)
+        return float(np.mean(np.concatenate([(d <= manifold.radii).any(1) for d in squares])))
 
-def _inside(points, manifold: FeatureSet) -> float:
-    """The share of `points` in a manifold."""
-    squares = _squares(points, manifold.features)
-    return float(np.mean(np.concatenate([(d <= manifold.radii).any(1) for d in squares])))
+    return inside(made, real), inside(real, made)
 
 
 def _squares(a, b):

@@ -71,14 +71,12 @@ def results(out) -> tuple[list[dict], list[dict]]:
         (results, {"images": uint8 [n, S, S, 3], "titles": str [n]; of reconstructions also
         "originals"} of each).
     """
-    files = [path for path in (out / POINTS).glob("*.json") if not path.name.startswith(".")]
-    found = [(storage.read_json(path), path) for path in files]
-    found.sort(key=lambda pair: [pair[0]["metadata"]["setting"][a] or 0 for a in reversed(AXES)])
-    pictures = []
-    for _, path in found:
+    found = []
+    for path in (out / POINTS).glob("[!.]*.json"):
         with (path.parent / f"{path.stem}.npz").open("rb") as file:
-            pictures.append(dict(np.load(file, allow_pickle=False)))
-    return [result for result, _ in found], pictures
+            found.append((storage.read_json(path), dict(np.load(file, allow_pickle=False))))
+    found.sort(key=lambda pair: [pair[0]["metadata"]["setting"][a] or 0 for a in reversed(AXES)])
+    return [result for result, _ in found], [pictures for _, pictures in found]
 
 
 class Samples(NamedTuple):
@@ -112,8 +110,8 @@ class Sweep:
         The pictures are read, encoded and shown to the feature network once.
 
         Raises:
-            ValueError: not one picture could be read, they are not those of results in the folder,
-                or images are not finite.
+            ValueError: no picture can be read, they are not those of the folder's results, or
+                images are not finite.
         """
         from tqdm import tqdm
 
