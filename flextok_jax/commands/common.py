@@ -54,13 +54,9 @@ def out_file(out: str):
 
 
 def out_folder(out: str, images: str = ""):
-    """The path of --out, a folder that can be written.
+    """The path of --out, a folder that can be written, outside the folder of `images`.
 
-    Args:
-        images: the data that are read: files in their folder would be images the next time.
-
-    Raises:
-        ValueError, PermissionError: it is a file, cannot be written, or lies in that folder.
+    There, results would be images the next time. Raises ValueError or PermissionError.
     """
     path = _writable(out, folder=True)
     data = parse(images) if images else None
@@ -92,12 +88,9 @@ def _writable(out: str, folder: bool):
 
 @contextlib.contextmanager
 def results_folder(out, settings: dict, record: str = SETTINGS) -> Iterator[None]:
-    """Records in `out` all that the results depend on, or finds the same there.
+    """Records in `out` all that the results depend on; ValueError where it differs from a record.
 
     A block that fails before it writes leaves no record.
-
-    Raises:
-        ValueError: `out` holds results of other settings.
     """
     recorded = (out / record).exists()
     storage.same_or_refuse(out / record, settings, "results")
@@ -132,7 +125,6 @@ def write_shards(args, out, data, source, settings: dict, records: Callable) -> 
     """Writes the shards of --out/SPLIT that are not there yet, and their manifest.
 
     Args:
-        args: has the options of `options.Shards` and --limit.
         data, source: what is read, in words and opened.
         settings: of the manifest, beside those that all shards have.
         records: indices -> the `Record` or `Unreadable` of each example, in order.

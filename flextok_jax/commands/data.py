@@ -72,10 +72,9 @@ def _verify(data: sources.Data, split: str | None) -> None:
         for name, model in shards.models(manifest).items():
             where = model.get("source") or model.get("origin")
             print(f"  {name:<10}{where}, sha256 {model['fingerprint']}")
-        crops = f", {manifest['crops']} crops of each image" if "crops" in manifest else ""
         for name, shape in manifest["arrays"].items():
             words = "files as they are" if shape is None else "x".join(map(str, shape))
-            print(f"  {name:<10}{words}{crops}")
+            print(f"  {name:<10}{words}, {manifest.get('crops', 1)} of each image")
         print(f"  {'of':<10}{manifest['data']}, split {manifest['split']}")
         for name, why in manifest["unreadable"].items():
             print(f"  left out: {name}: {why}")

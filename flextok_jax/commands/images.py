@@ -150,7 +150,7 @@ def generate(args: options.Generate) -> None:
     seeds, size, started = pics.name_seeds(names), min(args.batch_size, len(names)), time.time()
     with common.results_folder(out, settings):
         tokens, how = [], how | {"guidance_scale": scale}
-        for first in tqdm(range(0, len(names), size), unit="batch of tokens", disable=None):
+        for first in tqdm(range(0, len(names), size), "tokens", unit="batch", disable=None):
             rows = slice(first, first + size)
             options = (counts[-1], how, args.seed, size)
             tokens.append(rec.sample_tokens(gen, wanted.take(rows), seeds[rows], *options))

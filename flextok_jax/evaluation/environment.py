@@ -8,7 +8,6 @@ import subprocess
 import jax
 
 from flextok_jax import __version__
-from flextok_jax.parallel import mesh
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "Pillow")
 ENOUGH = 50_000  # Images: FID of fewer is biased.
@@ -16,8 +15,9 @@ ENOUGH = 50_000  # Images: FID of fewer is biased.
 
 def product_precision() -> str:
     """The precision of float32 matrix products where a model does not ask for another."""
-    default = mesh.PRECISION.get(mesh.platform(None), "float32")
-    return jax.config.jax_default_matmul_precision or default
+    kind = jax.default_backend()
+    default = {"gpu": "TF32", "tpu": "bfloat16"}.get(kind, "float32")
+    return jax.config.jax_default_matmul_precision or f"{default} (the default of {kind})"
 
 
 def environment() -> dict:
