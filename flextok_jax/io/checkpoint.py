@@ -40,11 +40,7 @@ class Averaged(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: state, the configuration that made it, and a stage's extra.
-
-    Attributes:
-        extra: that of the checkpoint that `restore` read.
-    """
+    """The checkpoints of one run: state, configuration and `extra`, as `restore` read it."""
 
     def __init__(self, workdir: str | os.PathLike, config: dict, keep: int | None = None):
         """Opens or makes DIR/checkpoints of a run with this full configuration (in JSON terms).
@@ -129,7 +125,7 @@ class Checkpoints:
         """The newest state, on the shardings of `shapes`; None if there is none.
 
         Raises:
-            WorkdirError: the configurations differ, or the newest checkpoint cannot be read.
+            WorkdirError: the configurations differ, or it cannot be read.
         """
         step = self.newest()
         if step is None:
@@ -167,9 +163,8 @@ def restore_ema(workdir: str | os.PathLike) -> Averaged:
         args = ocp.args.PyTreeRestore(
             {"ema": tree}, restore_args={"ema": numpy}, partial_restore=True
         )
-        state = handler.restore(folder / "state", args=args)
-        config, extra = (_read_json(folder, name) for name in ("config", "extra"))
-        return Averaged(state["ema"], config, max(steps), extra)
+        ema = handler.restore(folder / "state", args=args)["ema"]
+        return Averaged(ema, _read_json(folder, "config"), max(steps), _read_json(folder, "extra"))
 
 
 @contextlib.contextmanager

@@ -39,9 +39,8 @@ def load(source, revision: str | None = None) -> Loaded:
     """Reads a FlexTok model from any source (see `FlexTok.from_pretrained`).
 
     Raises:
-        FileNotFoundError: nothing is there; the message says how to get it.
-        ValueError: what is there is another kind of model, or is not understood; one error lists
-            every reason.
+        FileNotFoundError: as `sources.find`.
+        ValueError: it is another kind of model, or not understood; one error lists every reason.
     """
     path = sources.find(source, optional=("config.json",), revision=revision)
     sources.check_kind(path, "tokenizer")
@@ -103,25 +102,18 @@ def _entries(cfg: TokenizerConfig) -> list[names.Entry]:
 
 
 def _own_entries(cfg: TokenizerConfig) -> list[names.Entry]:
-    """Tensors under the names of our parameters."""
     return names.entries(shapes(cfg), lambda path: path.replace("/blocks/", "/blocks/{i}/"))
 
 
 def save(folder, model: Loaded):
-    """Writes `model.safetensors`, in the released format where that can hold the model.
-
-    Returns:
-        Its path.
-    """
-    path, cfg, metadata = as_path(folder) / sources.WEIGHTS, model.config, model.metadata
-    if not flextok_config.is_released(cfg):
-        entries = _own_entries(cfg)
-        config = json.dumps(dataclasses.asdict(cfg))
-        metadata = {"_target_": sources.OWN_TARGET, "config": config}
+    """Writes `model.safetensors`, released format where that can hold the model: its path."""
+    path, cfg = as_path(folder) / sources.WEIGHTS, model.config
+    if flextok_config.is_released(cfg):
+        entries, config = _entries(cfg), flextok_config.write_config(cfg)
+        metadata = model.metadata or {k: str(v) for k, v in config.items()}
     else:
-        entries = _entries(cfg)
-        if metadata is None:
-            metadata = {k: str(v) for k, v in flextok_config.write_config(cfg).items()}
+        entries, config = _own_entries(cfg), json.dumps(dataclasses.asdict(cfg))
+        metadata = {"_target_": sources.OWN_TARGET, "config": config}
     storage.write(path, names.to_tensors(entries, model.params), metadata)
     return path
 
@@ -156,9 +148,8 @@ def load_vae(
         The configuration, and its parameters as nested float32 NumPy arrays.
 
     Raises:
-        FileNotFoundError: nothing is there; the message says how to get it.
-        ValueError: what is there is another kind of model, is not understood, or has no scaling
-            factor.
+        FileNotFoundError: as `sources.find`.
+        ValueError: it is another kind of model, not understood, or has no scaling factor.
     """
     path = sources.find(source, (sources.VAE_WEIGHTS, "config.json"), revision=revision)
     sources.check_kind(path, "vae")

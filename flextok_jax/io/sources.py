@@ -38,7 +38,7 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
 
     Raises:
         FileNotFoundError: nothing is there, or not all `files`; the message says what is there.
-        ValueError: a revision of a local path.
+        ValueError: a revision of a local path, or a file of another kind.
     """
     text = str(source)
     if text in DEMOS:
@@ -56,6 +56,8 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
             f"{text}: no such file or folder. A model is a file, a folder, a workdir of training, "
             f"a hub id (owner/name) or one of the demos {', '.join(DEMOS)}"
         )
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no safetensors file; convert a PyTorch file with PyTorch")
     if path.is_dir() and not is_workdir(path):
         there = sorted(p.name for p in path.iterdir())
         if missing := [name for name in files if name not in there]:
@@ -86,15 +88,8 @@ def _fetch(hub_id: str, files: list[str], revision: str | None) -> pathlib.Path:
 
 
 def weights_file(path):
-    """`model.safetensors` of a folder, or the file itself.
-
-    Raises:
-        ValueError: the file is no safetensors file.
-    """
-    path = path / WEIGHTS if path.is_dir() else path
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is no safetensors file; convert a PyTorch file with PyTorch")
-    return path
+    """`model.safetensors` of a folder, or the file itself."""
+    return path / WEIGHTS if path.is_dir() else path
 
 
 def is_workdir(path) -> bool:
@@ -112,8 +107,8 @@ def kind_of(source) -> str | None:
         return "tokenizer" if kind == "flextok" else kind
     if (path / VAE_WEIGHTS).is_file():
         return "vae"
-    path = path / WEIGHTS if path.is_dir() else path
-    if path.is_file() and path.suffix == ".safetensors":
+    path = weights_file(path)
+    if path.is_file():
         tensors, metadata = storage.read_header(path)
         if any(name.startswith(AR_PREFIX) for name in tensors):
             return "ar"

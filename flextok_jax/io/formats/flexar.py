@@ -68,9 +68,8 @@ def load(source, revision: str | None = None) -> LoadedAR:
     """Reads an AR model from any source (see `ImageGenerator.from_pretrained`).
 
     Raises:
-        FileNotFoundError: nothing is there; the message says how to get it.
-        ValueError: what is there is another kind of model, or is not understood; one error lists
-            every reason.
+        FileNotFoundError: as `sources.find`.
+        ValueError: it is another kind of model, or not understood; one error lists every reason.
     """
     path = sources.find(source, optional=(CONFIG,), revision=revision)
     sources.check_kind(path, "ar")
@@ -97,14 +96,12 @@ def save(folder, model: LoadedAR):
 def _load_file(path) -> LoadedAR:
     tensors, metadata = storage.read(path)
     tensors = {n: t for n, t in tensors.items() if not n.startswith(SKIPPED)}
-    beside, text, info, problems = path.parent / CONFIG, None, {}, []
-    if beside.is_file():
-        text = beside.read_text(encoding="utf-8")
+    beside, facts, info, problems = path.parent / CONFIG, {}, {}, []
+    text = beside.read_text(encoding="utf-8") if beside.is_file() else None
     if METADATA in metadata:
         info = json.loads(metadata[METADATA])
         cfg = from_dict(ARConfig, info.pop("config"))
     else:
-        facts = {}
         if text is not None:
             facts, info, problems = flexar_config.read(text, beside)
         cfg, more = _infer(tensors, facts)

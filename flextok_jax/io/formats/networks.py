@@ -1,9 +1,9 @@
 """Networks that a person names files of: DINOv2, InceptionV3 (FID) and LPIPS.
 
-Published are a folder (DINOv2) and PyTorch files, which are read as tensors and nothing else:
+Published are a folder (DINOv2) and PyTorch files:
 `pt_inception-2015-12-05-6726825d.pth`, torchvision's `vgg16-397923af.pth` and
-`weights/v0.1/vgg.pth` of the package lpips. Safetensors files with tensors under the same names
-are read as well. All parameters are nested float32 NumPy arrays.
+`weights/v0.1/vgg.pth` of the package lpips; or safetensors files with the same names. All
+parameters are nested float32 NumPy arrays.
 
 Every function raises FileNotFoundError where a file is not there, and ValueError for one that is
 not understood, with a complete list of reasons.

@@ -57,12 +57,7 @@ def infer_layout(tensors: dict, known: VAEConfig, prefix: str = "") -> VAEConfig
 def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
     """A VAE folder -> (configuration, parameters as nested float32 NumPy arrays).
 
-    Args:
-        folder: holds `config.json` and `diffusion_pytorch_model.safetensors`.
-        scaling_factor: overrides the one in `config.json`.
-
     Raises:
-        FileNotFoundError: a file is missing.
         ValueError: an option that is not implemented, or wrong tensors, all listed.
     """
     released = storage.read_json(folder / "config.json")
@@ -81,14 +76,8 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
 
 
 def save_folder(folder, cfg: VAEConfig, params):
-    """Writes a VAE as diffusers reads it, its scaling factor included; returns the weights' path.
-
-    Raises:
-        ValueError: the identity VAE.
-    """
+    """Writes a VAE as diffusers reads it; returns the path of its weights."""
     folder = as_path(folder)
-    if cfg.kind == "identity":
-        raise ValueError("the identity VAE has no file: it is no network")
     tensors = names.to_tensors(names.entries(params, names.vae_name), params)
     storage.write(folder / WEIGHTS, tensors, {"format": "pt"})
     levels = len(cfg.block_out)
