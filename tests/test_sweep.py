@@ -187,28 +187,23 @@ def test_a_stopped_sweep_goes_on_and_measures_no_setting_twice(tok, plain, tmp_p
     assert measured == [1, 16, 16]
 
 
-def test_the_pictures_are_read_and_encoded_once(tok, tmp_path, monkeypatch):
-    images, read = Pictures(digits_folder(), LIMIT, "test"), []
-    real = images.batches
-    monkeypatch.setattr(images, "batches", lambda *size: read.append(size) or real(*size))
-    sweep_of(tok, tmp_path, images).run(SETTINGS)
-    assert len(read) == 1
-    sweep_of(tok, tmp_path, images).run(SETTINGS)
-    assert len(read) == 1
-
-
-def test_unreadable_pictures_are_named_and_changed_ones_refused(tok, tmp_path):
-    folder, out = tmp_path / "images", tmp_path / "out"
+def test_pictures_are_read_once_unreadable_ones_named_and_changed_ones_refused(
+    tok, tmp_path, monkeypatch
+):
+    folder, out, read, real = tmp_path / "images", tmp_path / "out", [], Pictures.batches
+    monkeypatch.setattr(Pictures, "batches", lambda *args: read.append(args) or real(*args))
     out.mkdir()
     for i, image in enumerate(arrays("test")[0][:LIMIT]):
         pictures.write_png(folder / f"{i:02d}.png", image, {})
     (folder / "03.png").write_bytes(b"no image")
-    (result,) = sweep_of(tok, out, Pictures(str(folder))).run(SETTINGS[:1])
+    for _ in range(2):
+        result = sweep_of(tok, out, Pictures(str(folder))).run(SETTINGS)[0]
+    assert len(read) == 1
     assert result["metrics"]["count"] == result["metrics"]["real_count"] == LIMIT - 1
     assert list(result["unreadable"]) == ["03.png"]
     pictures.write_png(folder / "03.png", arrays("test")[0][20], {})
     with pytest.raises(ValueError, match="pixels_sha256"):
-        sweep_of(tok, out, Pictures(str(folder))).run(SETTINGS)
+        sweep_of(tok, out, Pictures(str(folder))).run([sweep.Setting(4, 1.0, 1)])
 
 
 def test_few_images_and_other_networks_carry_a_warning():

@@ -281,7 +281,7 @@ class Evaluate(Compute, TokenSampling, Sampling):
     steps: Counts = None  # steps of the solver, several by commas (the model's own default)
     guidance: Scales = None  # guidance scales, by commas (the model's own default)
     token_guidance: Scales = None  # of the logits, by commas (the model's own default)
-    inception: File = None  # pt_inception-2015-12-05-6726825d.pth, or .safetensors: FID and its kin
+    inception: File = None  # for FID: pt_inception-2015-12-05-6726825d.pth or .safetensors
     lpips_vgg: File = None  # vgg16-397923af.pth or .safetensors
     lpips_heads: File = None  # weights/v0.1/vgg.pth of lpips
     reference: File = None  # .npz with mu and sigma for FID, such as DIR/reference.npz (of --data)
