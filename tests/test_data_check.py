@@ -53,7 +53,7 @@ def test_it_fails_where_training_would(folder, tmp_path, capsys):
     for name, (data, _) in BROKEN.items():
         (folder / name).write_bytes(data)
     assert check(folder, tmp_path) == 2
-    assert "10% (data.max_unreadable)" in capsys.readouterr().err
+    assert "10.0% (data.max_unreadable)" in capsys.readouterr().err
 
 
 def test_a_sample_is_spread_over_the_whole(tmp_path, capsys):

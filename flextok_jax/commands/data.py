@@ -48,11 +48,7 @@ def _look(data: sources.Data, args, out) -> None:
         print(f"  some of them are shown in {out}")
     if count < len(source):
         print(f"  {len(source) - count} were not opened: --all opens every one")
-    if unreadable.too_many:
-        raise ValueError(
-            f"{len(unreadable)} of {count} images are unreadable: training would stop above "
-            f"{reader.MAX_UNREADABLE:.0%} (data.max_unreadable)"
-        )
+    unreadable.check()
 
 
 def _verify(data: sources.Data, split: str | None) -> None:

@@ -6,6 +6,6 @@ sources.py       the source that a config or a command names (`parse`, `make_sou
 decode.py        the decoder; reader.py the reader, by threads (`read_ahead`)
 transforms.py    crops and augmentations
 pipeline.py      the batch of a step (`make_pipeline`)
-records.py encoded.py     what models made of images, as bytes and in batches
+records.py       what models made of images, as bytes
 check.py         what `flextok data check` says of a data set
 """

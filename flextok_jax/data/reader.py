@@ -108,12 +108,8 @@ class UnreadableCount(dict):
 
     def check(self) -> None:
         """Raises OSError, which lists them, where more than the share are unreadable."""
-        if self.too_many:
+        if len(self) > max(1, self._share * self._total):
             raise self.error(f"more than {self._share:.1%} (data.max_unreadable)")
-
-    @property
-    def too_many(self) -> bool:
-        return len(self) > max(1, self._share * self._total)
 
     def error(self, which: str) -> OSError:
         lines = [f"  {key} ({reason})" for key, reason in sorted(self.items())]

@@ -11,7 +11,7 @@ from flextok_jax.data.tfds_source import TfdsSource
 from flextok_jax.data.webdataset import WebDatasetSource
 from flextok_jax.io.paths import as_path, is_remote
 
-ENCODED = ("tokens", "encoded")  # Not images any more; see `encoded`.
+ENCODED = ("tokens", "encoded")  # Not images any more; see `pipeline.Crops`.
 SOURCES = ("folder", "tfds", "webdataset", "array_record", *ENCODED)
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from flextok_jax.data import encoded, shards, sources
+from flextok_jax.data import shards, sources
+from flextok_jax.data.pipeline import padded_text
 from flextok_jax.data.source import check_labels
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar
@@ -136,7 +137,7 @@ class ARStage(Stage):
         if not self.model.text_dim:
             return {}
         source = shards.ShardSource(self._data.path, self._data.split)
-        return {"null_text": encoded.padded_text(source.null_text, source.text)}
+        return {"null_text": padded_text(source.null_text, source.text)}
 
     def loss(self, params, frozen, batch, key, step):
         """The mean of -log p(token i | tokens before i, condition) over images and positions.
