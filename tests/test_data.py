@@ -1,7 +1,5 @@
 """Sources and transforms."""
 
-import types
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,17 +10,6 @@ from flextok_jax.data.folder import FolderSource
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
 SPLITS = ("train", "test", "all")
-
-
-def config(**changes):
-    """The `data` part of a config."""
-    values = dict(
-        source="folder", path="", name="", split="train", eval_split="test", image_size=16,
-        crop="none", crop_scale=(0.08, 1.0), flip=False, shift=0, rotate=0.0, zoom=0.0,
-        color=0.0,
-        quarter_turns=False, max_unreadable=0.1,
-    )  # fmt: skip
-    return types.SimpleNamespace(**{**values, **changes})
 
 
 def noise(*shape):
@@ -87,15 +74,14 @@ def test_linked_folders_are_followed_and_a_circle_of_links_ends(tmp_path):
 
 
 def test_missing_and_empty_folders_and_unknown_names_say_what_to_do(tmp_path):
-    for changes, words in (
-        (dict(source="folder", path=f"{tmp_path}/no"), "no'.*--config.data.path"),
-        (dict(source="folder", path=str(tmp_path)), "no images.*\\.png"),
-        (dict(source="folder"), "--config.data.path"),
-        (dict(source="cloud"), "'cloud'; allowed are folder, tfds"),
+    for data, words in (
+        (("folder", f"{tmp_path}/no"), "no'.*--config.data.path"),
+        (("folder", str(tmp_path)), "no images.*\\.png"),
+        (("folder",), "--config.data.path"),
+        (("cloud",), "'cloud'; allowed are folder, tfds"),
     ):
-        cfg = config(**changes)
         with pytest.raises((FileNotFoundError, ValueError), match=words):
-            sources.make_source(cfg, cfg.split)
+            sources.make_source(sources.Data(*data), "train")
 
 
 # Transforms.

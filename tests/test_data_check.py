@@ -58,6 +58,7 @@ def test_it_fails_where_training_would(folder, tmp_path, capsys):
 
 def test_a_sample_is_spread_over_the_whole(tmp_path, capsys):
     folder_of(tmp_path / "in", [f"{i}.png" for i in range(12)])
+    Image.new("RGB", (4000, 1)).save(tmp_path / "in" / "0.png")
     assert check(tmp_path / "in", tmp_path, "--sample", "5") == 0
     out = capsys.readouterr().out
     assert "opened    5 images" in out and "7 were not opened: --all opens every one" in out

@@ -24,7 +24,7 @@ class Look(NamedTuple):
         size: upright (width, height).
         embedding: its shape, None where there is none.
         thumbnail: uint8 [CELL, CELL, 3].
-        key, label, caption: as in `source.Example`.
+        label, caption: as in `source.Example`.
     """
 
     format: str
@@ -32,22 +32,21 @@ class Look(NamedTuple):
     size: tuple[int, int]
     embedding: tuple[int, ...] | None
     thumbnail: np.ndarray
-    key: str
     label: int
     caption: str | None
 
 
 def look(source: Source, picture: Picture) -> Look:
     """What `summary` and `contact_sheet` say of a picture; an unusable embedding is skipped."""
-    is_file, image = isinstance(picture.stored, bytes), picture.image
-    stored = decode.opened(picture.stored) if is_file else image
-    small = max(image.size) <= CELL // 2
-    way = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
-    thumbnail = np.asarray(ImageOps.pad(image, (CELL, CELL), way, "white"))
+    size, small, stored = picture.image.size, picture.image.copy(), picture.image
+    if isinstance(picture.stored, bytes):
+        stored = decode.opened(picture.stored)
+    small.thumbnail((CELL, CELL))
+    small = np.asarray(ImageOps.pad(small, (CELL, CELL), Image.Resampling.NEAREST, "white"))
     embedding = source.skipped.usable(source.embedding, picture.index, picture.key)
     shape = None if embedding is None else embedding.shape
-    named = picture.key, picture.label, picture.caption
-    return Look(stored.format or "array", stored.mode, image.size, shape, thumbnail, *named)
+    kind = stored.format or "array", stored.mode
+    return Look(*kind, size, shape, small, picture.label, picture.caption)
 
 
 def summary(found: list[Look], classes: list[str]) -> list[tuple[str, str]]:
