@@ -19,7 +19,7 @@ from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.rng import named
 from flextok_jax.parallel.sharding import place, spread_batch
-from flextok_jax.tokenizer import FlexTok, Key
+from flextok_jax.tokenizer import FlexTok, Key, is_int
 
 Guidance = float | Callable[[int], float] | np.ndarray | None
 
@@ -180,7 +180,7 @@ class ImageGenerator:
         prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)
         given = 0 if prefix is None else prefix.shape[1]
         count = cfg.num_tokens if num_tokens is None else num_tokens
-        if not _is_int(count) or not given < count <= cfg.num_tokens:
+        if not is_int(count) or not given < count <= cfg.num_tokens:
             raise ValueError(
                 f"num_tokens={count!r}: must be an int in {given + 1}..{cfg.num_tokens}, the "
                 f"{given} tokens of the prefix counted"
@@ -275,21 +275,16 @@ class ImageGenerator:
             raise ValueError("no tokenizer: images need from_pretrained(source, tokenizer=...)")
         tokens = self.generate_tokens(labels, key=key, **sampling)
         keys = generation.sample_keys(key, len(tokens))
-        if not tok.config.is_flow:
-            return tok.detokenize(
-                tokens, steps=steps, guidance_scale=image_guidance_scale,
-                norm_guidance=norm_guidance, solver=solver,
-            )  # fmt: skip
-        shape = tok.config.latent_shape
-        noise = jax.vmap(lambda k: jax.random.normal(named(k, "noise"), shape))(keys)
-        return tok.detokenize(
-            tokens,
+        how = dict(
             steps=steps,
             guidance_scale=image_guidance_scale,
             norm_guidance=norm_guidance,
             solver=solver,
-            noise=noise,
         )
+        if tok.config.is_flow:
+            shape = tok.config.latent_shape
+            how["noise"] = jax.vmap(lambda k: jax.random.normal(named(k, "noise"), shape))(keys)
+        return tok.detokenize(tokens, **how)
 
     def save_pretrained(self, folder) -> None:
         """Writes `model.safetensors` under the released names into `folder`.
@@ -405,12 +400,8 @@ def _check_sampling(temperature, top_k, top_p) -> tuple:
     number = (int, float, np.integer, np.floating)
     if not isinstance(temperature, number) or not 0 <= temperature < np.inf:
         raise ValueError(f"temperature={temperature!r}: must be a number, 0 (greedy) or more")
-    if not _is_int(top_k) or top_k < 0:
+    if not is_int(top_k) or top_k < 0:
         raise ValueError(f"top_k={top_k!r}: must be an int, 0 (off) or more")
     if not isinstance(top_p, number) or not 0 <= top_p <= 1:
         raise ValueError(f"top_p={top_p!r}: must be a number in 0 (off) .. 1")
     return np.float32(temperature), np.int32(min(top_k, 2**31 - 1)), np.float32(top_p)
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

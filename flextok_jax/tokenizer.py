@@ -208,13 +208,10 @@ class FlexTok:
         )
         how = {name: value for name, value in how.items() if value is not None}
         if not cfg.is_flow:
-            flow_only = sorted(how) + [
-                n for n, v in (("key", key), ("noise", noise)) if v is not None
-            ]
-            if flow_only or on_step:
+            others = dict(key=key, noise=noise, on_step=on_step)
+            if useless := [*how, *(name for name, x in others.items() if x is not None)]:
                 raise ValueError(
-                    f"{', '.join(flow_only) or 'on_step'}: this model decodes in one pass, without "
-                    "noise, steps or guidance"
+                    f"{', '.join(useless)}: this model decodes in one pass, without noise or steps"
                 )
             size = self._size(image_size)
             grid = tuple(side // cfg.patch_pixels for side in size)
@@ -257,7 +254,7 @@ class FlexTok:
         cfg = self.config
         images = self._check_images(images)
         k = cfg.num_tokens if num_tokens is None else num_tokens
-        if not _is_int(k) or not 1 <= k <= cfg.num_tokens:
+        if not is_int(k) or not 1 <= k <= cfg.num_tokens:
             raise ValueError(f"num_tokens={k!r}: must be an int in 1..{cfg.num_tokens}")
         self._check_count(int(k))
         batch, height, width, _ = images.shape
@@ -315,7 +312,7 @@ class FlexTok:
     def _check_size(self, height: int, width: int):
         most, step = self.config.image_size, self.config.patch_pixels
         sides = zip((height, width), most)
-        if not all(_is_int(s) and 0 < s <= m and s % step == 0 for s, m in sides):
+        if not all(is_int(s) and 0 < s <= m and s % step == 0 for s, m in sides):
             raise ValueError(
                 f"image size {height}x{width}: each side must be a multiple of {step} pixels, at "
                 f"most {most[0]}x{most[1]}"
@@ -371,7 +368,7 @@ class FlexTok:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def _is_int(value) -> bool:
+def is_int(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

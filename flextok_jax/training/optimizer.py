@@ -34,7 +34,7 @@ def lr_schedule(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """The update rule of `config.optim`, for a tree that holds trainable parameters only.
+    """The update rule of `config.optim`, for a tree of trainable parameters only.
 
     `optim.groups` = {name: {key: value}} gives the parameters below "name/" an optimizer of their
     own, clipping included: that of `optim` with these values instead.

@@ -59,11 +59,11 @@ class TokenizerStage(Stage):
         self._pixels = PixelLosses(
             config.loss, config.discriminator, config.lpips, config.compute.dtype
         )
-        of_pixels = {name: config.loss[name] for name in ("lpips_weight", "gan_weight")}
-        if any(of_pixels.values()) and (cfg.is_flow or cfg.vae.kind != models.IDENTITY):
+        of_pixels = config.loss.lpips_weight or config.loss.gan_weight
+        if of_pixels and (cfg.is_flow or cfg.vae.kind != models.IDENTITY):
             raise ValueError(
-                f"loss: {of_pixels} are for model.target.kind='values' of pixels "
-                "(vae.source='identity'); set them to 0"
+                "loss.lpips_weight and loss.gan_weight are for model.target.kind='values' with "
+                "vae.source='identity': set them to 0"
             )
         self.compute = Compute(**config.compute)
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation

@@ -43,10 +43,9 @@ class VAEStage(Stage):
         self.pixels = PixelLosses(config.loss, config.discriminator, config.lpips, self.dtype)
         self._data, self._evaluation = config.data, config.evaluation
         multiple = math.lcm(self.model.downsample, self.pixels.multiple)
-        if config.data.image_size % multiple:
+        if (size := config.data.image_size) % multiple:
             raise ValueError(
-                f"data.image_size={config.data.image_size}: must be a multiple of {multiple}, for "
-                f"the VAE's reduction {self.model.downsample} and the discriminator's last layer"
+                f"data.image_size={size}: VAE and discriminator need a multiple of {multiple}"
             )
 
     def init(self, key):
