@@ -1,7 +1,6 @@
 """Checkpoints in DIR/checkpoints: the only file that calls Orbax.
 
-Orbax writes into a temporary folder and renames it when it is complete, and notices files that are
-missing or cut short. Changed bits are left to the file system.
+Orbax writes into a temporary folder and renames it when it is complete.
 """
 
 import contextlib
@@ -16,10 +15,8 @@ import orbax.checkpoint as ocp
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path, is_remote
 
-# Keys that may change between the runs of one workdir: where it runs and by which of several ways
-# to compute the same, what it reports, when it gives up, and how long it is (total_steps also
-# stretches the schedule of the learning rate that is still to come). Not optim.accumulate: every
-# microbatch has its own noise, so another number of them is another run.
+# Keys that may change between the runs of one workdir (total_steps also stretches the rest of the
+# learning rate's schedule). Not optim.accumulate: every microbatch has its own noise.
 HARMLESS = (
     r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.(path|max_unreadable)"
     r"|(checkpoint|mesh|evaluation)\..*|compute\.(attention|remat|scan)"
@@ -43,10 +40,7 @@ class Checkpoints:
     """The checkpoints of one run: state, configuration and `extra`, as `restore` read it."""
 
     def __init__(self, workdir: str | os.PathLike, config: dict, keep: int | None = None):
-        """Opens or makes DIR/checkpoints of a run with this full configuration (in JSON terms).
-
-        `keep` checkpoints stay, None: all.
-        """
+        """Opens or makes DIR/checkpoints; `config` in JSON terms; `keep` stay, None: all."""
         self._folder, self._config, self.extra = _folder(workdir), config, {}
         self._manager = ocp.CheckpointManager(
             self._folder,

@@ -13,12 +13,8 @@ _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 def as_path(text):
     """The path object of an argument or a setting; nothing is opened.
 
-    A local path becomes a `pathlib.Path`, an address an `etils.epath.Path`. Use what both have:
-    open, exists, is_file, is_dir, iterdir, glob, mkdir, read_text, write_text, read_bytes,
-    write_bytes, unlink, /, name, stem, suffix and parent.
-
-    Args:
-        text: a text or a path object; "~" is the home folder.
+    A local path becomes a `pathlib.Path` ("~" is the home folder), an address an
+    `etils.epath.Path`.
 
     Raises:
         ValueError: the text is empty, or an address of a kind that cannot be opened here.

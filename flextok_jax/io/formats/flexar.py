@@ -133,18 +133,13 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
     (head_dim,) = shape(f"{first}{'self_attn' if text_dim else 'attn'}.q_norm.weight", 1)
     blocks = {name.split(".")[4] for name in tensors if name.startswith(MODEL + "trunk.blocks.")}
     fields = {
-        "vocab_size": vocab,
-        "num_tokens": length,
-        "width": width,
-        "depth": len(blocks),
-        "mlp_hidden": hidden,
+        "vocab_size": vocab, "num_tokens": length, "width": width, "depth": len(blocks),
+        "mlp_hidden": hidden, "text_dim": text_dim, "text_hidden": text_hidden,
         "num_classes": shape(MODEL + "preprocessor.cls_embedding.weight")[0],
-        "text_dim": text_dim,
-        "text_hidden": text_hidden,
         "qk_norm": head_dim > 0,
         "norm": "affine" if first + "norm_1.bias" in tensors else "rms",
         "mlp": "swiglu" if first + "mlp.fc3.weight" in tensors else "gelu",
-    }
+    }  # fmt: skip
     if head_dim:
         fields["head_dim"] = head_dim
     facts = {"guidance_scale": GUIDANCE_TEXT if text_dim else GUIDANCE_CLASS} | facts

@@ -47,8 +47,8 @@ def read(text: str, path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The facts in the text of a `config.yaml`.
 
     Returns:
-        ({field of ARConfig or "num_heads": value}; {"tokenizer", "text_encoder":
-        {"source"}}, where they are named; everything that is not understood).
+        ({field of ARConfig or "num_heads": value}; {"tokenizer", "text_encoder": {"source"}}, where
+        they are named; everything that is not understood).
 
     Raises:
         ValueError: the text is no YAML mapping with a model.
@@ -113,11 +113,8 @@ def read(text: str, path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         if name == "SwiGLUFFN":
             note("mlp", "swiglu", where)
         elif name == "MLP" and part == "ffn_target":
-            note(
-                "mlp",
-                "gelu_tanh" if is_tanh(node.get("act_layer") or act, where) else "gelu",
-                where,
-            )
+            tanh = is_tanh(node.get("act_layer") or act, where)
+            note("mlp", "gelu_tanh" if tanh else "gelu", where)
         elif name in ("MLP", "TextToEmbedMLP"):
             tanh = is_tanh(node.get("act_layer"), where, name == "TextToEmbedMLP")
             note("text_gelu_tanh", tanh, where)

@@ -34,12 +34,9 @@ _DINOV2 = (
     ("norm", "layernorm"),
 )
 _DINOV2_ALLOWED = {
-    "model_type": "dinov2",
-    "hidden_act": "gelu",
-    "qkv_bias": True,
-    "use_swiglu_ffn": False,
+    "model_type": "dinov2", "hidden_act": "gelu", "qkv_bias": True, "use_swiglu_ffn": False,
     "num_channels": 3,
-}
+}  # fmt: skip
 _DINOV2_SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"
 )  # fmt: skip

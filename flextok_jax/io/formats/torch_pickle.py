@@ -1,12 +1,10 @@
 """Tensors out of a PyTorch file (`.pth`), without PyTorch, and without unpickling.
 
-A pickle is a program for a small stack machine. Here its instructions are read (`pickletools` only
-decodes them) and the few that describe nested dictionaries of tensors are followed; nothing is
-imported or called by a name found in the file. Any other instruction or name is refused.
+`pickletools` decodes the instructions of a pickle; the few that describe dictionaries of tensors
+are followed, any other is refused. Nothing is imported or called by a name found in the file.
 
-Both layouts are read: the zip archive that PyTorch writes today (`*/data.pkl` and one entry per
-storage) and the sequence of pickles that it wrote before version 1.6, as the published weights of
-VGG16 are.
+Both layouts are read: today's zip archive (`*/data.pkl` and one entry per storage) and the sequence
+of pickles before version 1.6, as the published weights of VGG16 are.
 """
 
 import math
@@ -41,13 +39,7 @@ _PUSHED = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: Fa
 
 
 def read(path) -> dict[str, np.ndarray]:
-    """All tensors of a file that holds a dictionary of them (a state dict).
-
-    Args:
-        path: a path object.
-
-    Returns:
-        Name -> array of its own; entries that are no tensors are left out.
+    """All tensors of a file that holds a dictionary of them (a state dict), by name.
 
     Raises:
         ValueError: the file is damaged, or holds anything else but tensors, numbers and texts.

@@ -13,12 +13,9 @@ from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
 
 _ALLOWED = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, "latents_std": None,
     "shift_factor": None,
-}
+}  # fmt: skip
 _BLOCK = "encoder.down_blocks.{}.resnets.0.conv1.weight"
 SCALING_FACTOR = 0.18215  # Of diffusers, for files that do not name it (Stable Diffusion's first).
 
@@ -82,20 +79,13 @@ def save_folder(folder, cfg: VAEConfig, params):
     storage.write(folder / WEIGHTS, tensors, {"format": "pt"})
     levels = len(cfg.block_out)
     config = {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": list(cfg.block_out),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": cfg.in_channels,
-        "latent_channels": cfg.latent_channels,
-        "layers_per_block": cfg.layers_per_block,
-        "mid_block_add_attention": cfg.mid_attention,
-        "norm_num_groups": cfg.norm_groups,
-        "out_channels": cfg.in_channels,
-        "scaling_factor": cfg.scaling_factor,
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(cfg.block_out),
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "in_channels": cfg.in_channels,
+        "latent_channels": cfg.latent_channels, "layers_per_block": cfg.layers_per_block,
+        "mid_block_add_attention": cfg.mid_attention, "norm_num_groups": cfg.norm_groups,
+        "out_channels": cfg.in_channels, "scaling_factor": cfg.scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_post_quant_conv": cfg.post_quant_conv,
-        "use_quant_conv": cfg.quant_conv,
-    }
+        "use_post_quant_conv": cfg.post_quant_conv, "use_quant_conv": cfg.quant_conv,
+    }  # fmt: skip
     storage.write_json(folder / "config.json", config)
     return folder / WEIGHTS
