@@ -30,10 +30,14 @@ def _look(data: sources.Data, args, out) -> None:
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
     count = len(indices)
     looks = reader.read_ahead(source, indices, functools.partial(checks.look, source))
-    looks = list(tqdm(looks, total=count, unit="image", disable=None))
-    found = [look for look in looks if isinstance(look, checks.Look)]
-    unreadable = reader.UnreadableCount(count)
-    unreadable.update(look for look in looks if isinstance(look, reader.Unreadable))
+    found, unreadable = [], reader.UnreadableCount(count)
+    for place, look in enumerate(tqdm(looks, total=count, unit="image", disable=None)):
+        if isinstance(look, reader.Unreadable):
+            unreadable[look.key] = look.reason
+        elif place % -(-count // 2000):  # Millions of pictures do not fit in memory.
+            found.append(look._replace(thumbnail=None))
+        else:
+            found.append(look)
     print(f"{data}, split {split}: {len(source)} images")
     print(f"  opened    {count} images, of which {len(unreadable)} unreadable")
     for what, words in checks.summary(found, source.classes) if found else ():
@@ -42,7 +46,7 @@ def _look(data: sources.Data, args, out) -> None:
         print(f"  skipped {line}")
     for name, why in list(unreadable.items())[: reader.MAX_LISTED]:
         print(f"  unreadable: {name}: {why}")
-    if found:
+    if any(look.thumbnail is not None for look in found):
         with storage.atomic(out) as temporary:
             checks.contact_sheet(found, source.classes).save(temporary)
         print(f"  some of them are shown in {out}")

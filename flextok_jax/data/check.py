@@ -23,7 +23,7 @@ class Look(NamedTuple):
         format, mode: of the file, such as "JPEG" and "CMYK"; "array" and "RGB" without one.
         size: upright (width, height).
         embedding: its shape, None where there is none.
-        thumbnail: uint8 [CELL, CELL, 3].
+        thumbnail: uint8 [CELL, CELL, 3]; None where it is not kept.
         label, caption: as in `source.Example`.
     """
 
@@ -31,7 +31,7 @@ class Look(NamedTuple):
     mode: str
     size: tuple[int, int]
     embedding: tuple[int, ...] | None
-    thumbnail: np.ndarray
+    thumbnail: np.ndarray | None
     label: int
     caption: str | None
 
@@ -100,7 +100,8 @@ def contact_sheet(found: list[Look], classes: list[str]) -> Image.Image:
     """At most ROWS rows of COLUMNS pictures, each row of one class."""
     by_label: dict[int, list] = collections.defaultdict(list)
     for look in found:
-        by_label[look.label].append(look.thumbnail)
+        if look.thumbnail is not None:
+            by_label[look.label].append(look.thumbnail)
     labels, rows = sorted(by_label)[:ROWS], []
     for label in labels:
         of_class = by_label[label][: COLUMNS * (ROWS // len(labels))]
