@@ -103,11 +103,6 @@ def results_folder(out, settings: dict, record: str = SETTINGS) -> Iterator[None
         raise
 
 
-def print_speed(images: int, seconds: float) -> None:
-    """How fast a long run was."""
-    print(f"{images / seconds:.2f} images/s over {seconds:.0f} s, compilation included")
-
-
 def left_out(unreadable: dict[str, str], count: int) -> None:
     """Warns of the images of `count` that could not be read: {name: reason}."""
     if unreadable:

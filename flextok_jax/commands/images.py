@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,7 +52,6 @@ def reconstruct(args: options.Reconstruct) -> None:
             names.extend(pictures.class_name(label) for label in batch.labels[:shown])
             bar.update(len(batch.names))
 
-    started = time.perf_counter()
     with common.results_folder(out, settings):
         with tqdm(total=len(pictures), unit="image", disable=None) as bar:
             means: dict = {}
@@ -77,7 +75,6 @@ def reconstruct(args: options.Reconstruct) -> None:
     print(f"{len(tokens)} images from their first k tokens, in {args.out}")
     for k in counts:
         print(f"{k:5} tokens:" + "".join(f"  {n.upper()} {x[k]:.4g}" for n, x in means.items()))
-    common.print_speed(len(tokens), time.perf_counter() - started)
 
 
 def tokenize(args: options.Tokenize) -> None:
@@ -95,7 +92,7 @@ def tokenize(args: options.Tokenize) -> None:
     tok = common.load_model(args)
     (k,) = rec.check_counts(tok, [args.num_tokens or tok.num_tokens])
     size = min(args.batch_size, len(pictures))
-    tokens, names, started = [], [], time.perf_counter()
+    tokens, names = [], []
     with tqdm(total=len(pictures), unit="image", disable=None) as bar:
         for batch in pictures.batches(rec.side(tok), size):
             tokens.append(rec.encode(tok, batch.images, k, size))
@@ -104,7 +101,6 @@ def tokenize(args: options.Tokenize) -> None:
     write_tokens(out, tok, np.concatenate(tokens), names)
     common.left_out(pictures.unreadable, len(pictures))
     print(f"{k} tokens of each of {len(names)} images in {out}")
-    common.print_speed(len(names), time.perf_counter() - started)
 
 
 def detokenize(args: options.Detokenize) -> None:
@@ -124,11 +120,9 @@ def detokenize(args: options.Detokenize) -> None:
     info = rec.metadata(tok, sampler, args.seed)
     settings = {**info, "tokens": str(args.tokens), "num_tokens": counts}
     settings["tokens_sha256"] = storage.fingerprint({"tokens": tokens})
-    started = time.perf_counter()
     with common.results_folder(out, settings):
         write_pictures(out, tok, tokens, names, counts, sampler, info, args)
     print(f"{len(names)} images from {', '.join(map(str, counts))} tokens in {args.out}")
-    common.print_speed(len(names) * len(counts), time.perf_counter() - started)
 
 
 def generate(args: options.Generate) -> None:
@@ -147,7 +141,7 @@ def generate(args: options.Generate) -> None:
     info = rec.metadata(tok, sampler, args.seed) | how | {"token_guidance": scale}
     info |= {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
     settings = {**info, "labels": labels.tolist(), "num_tokens": counts}
-    seeds, size, started = pics.name_seeds(names), min(args.batch_size, len(names)), time.time()
+    seeds, size = pics.name_seeds(names), min(args.batch_size, len(names))
     with common.results_folder(out, settings):
         tokens, how = [], how | {"guidance_scale": scale}
         for first in tqdm(range(0, len(names), size), "tokens", unit="batch", disable=None):
@@ -162,7 +156,6 @@ def generate(args: options.Generate) -> None:
         pics.write_png(out / "grid.png", sheet, png_metadata(info, counts))
         storage.write_json(out / "generation.json", settings | {"count": len(names)})
     print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
-    common.print_speed(len(names), time.time() - started)
 
 
 def png_metadata(info: dict, num_tokens) -> dict:
