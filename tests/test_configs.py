@@ -41,9 +41,12 @@ def shrunken(module, arg, workdir):
     return c, workdir
 
 
+QUICK = [x for x in CUT if x[0] is ar and "digits" in x[1]]
+
+
 @pytest.mark.parametrize(
     "module, arg",
-    [pytest.param(*x, marks=[] if "digits" in x[1] else pytest.mark.slow) for x in CUT],
+    [pytest.param(*x, marks=() if x in QUICK else pytest.mark.slow) for x in CUT],
 )
 def test_a_config_trains_and_evaluates_on_a_folder(module, arg, tmp_path):
     c, workdir = shrunken(module, arg, tmp_path)

@@ -59,6 +59,7 @@ def encoded(images, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_records_hold_what_the_models_make_of_the_crops(images, encoded):
     source = shards.ShardSource(encoded, "all")
     found = [source.record(i) for i in range(len(source))]

@@ -118,6 +118,7 @@ def test_the_model_and_the_loss_of_the_flow_start_as_without(stage, gradient):
     assert np.any(both["repa"]["fc3"]["kernel"])
 
 
+@pytest.mark.slow
 def test_only_what_comes_before_the_third_block_feels_it(stage, gradient, moved):
     """The gradient of the whole loss, less that of the flow, is REPA's alone."""
     with_repa, without = gradient

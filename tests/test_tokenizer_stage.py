@@ -162,6 +162,7 @@ def test_loss_is_the_mean_of_its_bins_and_null_images_teach_the_encoder_nothing(
     assert np.any(gradient["decoder"]["null"]) and not np.any(gradient["decoder"]["mask"])
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path):
     c = config(total_steps=60, batch_size=16, log_every=10, checkpoint__every=0)
     c.optim.update(warmup_steps=10)
