@@ -196,7 +196,7 @@ def resize(images):
 
 
 def features(params, images):
-    """What a set of images is judged by; see `InceptionV3`.
+    """Features and logits for FID, precision, recall and the Inception score; see `InceptionV3`.
 
     Args:
         images: [B, H, W, 3], colours 0..255, of any size. Numbers that others can compare with are

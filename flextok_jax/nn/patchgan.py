@@ -1,4 +1,4 @@
-"""A discriminator of patches: each output sees a part of the image and judges it real or made.
+"""A discriminator of patches: each output classifies a part of the image as real or made.
 
 Isola et al., arXiv 1611.07004 (PatchGAN): 4x4 convolutions that halve the resolution, then two that
 keep it. Where they use batch normalisation, here is GroupNorm: it needs no running state (the
