@@ -241,10 +241,10 @@ class FlexTok:
         return images if len(images) == batch else images[:batch]
 
     def save_pretrained(self, folder) -> None:
-        """Writes `model.safetensors` in the released format into `folder`.
+        """Writes `model.safetensors` into `folder`, in the released format where that can hold it.
 
-        A model that was loaded from such a file keeps its metadata. A model
-        with another VAE than the released ones is written with a `_target_` of this project.
+        A model that was loaded from such a file keeps its metadata. Another VAE than the released
+        ones, another bottleneck, order or target is written with a `_target_` of this project.
         """
         file = self._file or models.Loaded(self.config, {})
         params = jax.tree.map(np.asarray, self.params)
