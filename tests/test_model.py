@@ -53,6 +53,7 @@ def test_unrolling_and_remat_change_nothing(compute):
         assert np.abs(a - b).max() <= 2e-5 * max(np.abs(b).max(), 1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_velocity_is_within_2_percent_and_few_tokens_change():
     tok, io = golden_tokenizer(), golden_io()
     condition = Condition(

@@ -133,6 +133,7 @@ def test_only_what_comes_before_the_third_block_feels_it(stage, gradient, moved)
         assert largest[path] > 10 * largest["decoder/head/kernel"], path
 
 
+@pytest.mark.slow
 def test_training_aligns_the_features(trained):
     records = [json.loads(x) for x in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss_repa"] for record in records]
@@ -142,6 +143,7 @@ def test_training_aligns_the_features(trained):
         assert record["loss"] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_trained_model_leaves_the_projection_behind(trained, tmp_path):
     workdir, outcome = trained
     assert "repa" in outcome.state.ema

@@ -135,6 +135,7 @@ def test_any_integer_type_of_tokens_will_do(tok):
     np.testing.assert_array_equal(as_list, wanted)
 
 
+@pytest.mark.slow
 def test_smaller_images_use_the_top_left_of_the_position_table(tok):
     """A model whose tables end there gives the same."""
 

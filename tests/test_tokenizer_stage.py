@@ -134,6 +134,7 @@ def test_full_size_configs_describe_the_paper_models(variant):
         assert count > 0 and c.data.source == "folder"
 
 
+@pytest.mark.slow
 def test_the_time_shift_moves_the_images_of_a_batch_towards_noise():
     stage = TokenizerStage(config(time_shift=50.0))
     batch = jax.tree.map(jnp.asarray, digits(64))
