@@ -16,6 +16,8 @@ from examples.digits.evaluation import reconstruct, sample
 
 QUICK = dict(steps=1, guidance_scale=1.0)
 
+pytestmark = pytest.mark.slow  # The report decodes many images.
+
 
 @pytest.fixture(scope="module")
 def gen():

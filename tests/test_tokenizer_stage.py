@@ -143,6 +143,7 @@ def test_the_time_shift_moves_the_images_of_a_batch_towards_noise():
     assert metrics["loss_by_time/0.75-1.00"].count >= 60  # Without the shift about 16 of the 64.
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_of_its_bins_and_null_images_teach_the_encoder_nothing():
     stage = TokenizerStage(config(model__target__flow__null_prob=0.5))
     params = jax.tree.map(
