@@ -73,7 +73,8 @@ class Pictures:
         if found:
             yield _batch(found)
         elif not any_readable:
-            raise ValueError(f"no image of {self.title} could be read:{listed(self.unreadable)}")
+            reasons = listed(self.unreadable)
+            raise ValueError(f"none of the images could be read ({self.title}):{reasons}")
 
     def class_name(self, label: int) -> str:
         """The name of a label; "" for an unknown one."""
