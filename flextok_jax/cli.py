@@ -3,7 +3,9 @@
 import importlib
 import inspect
 import os
+import signal
 import sys
+import threading
 
 import tyro
 
@@ -11,6 +13,7 @@ from flextok_jax import __version__
 from flextok_jax.commands import options
 
 _DATA = ("array_record", "grain", "tensorflow_datasets")  # Of the extra "data" of setup.py.
+_INTERRUPTED = "interrupted: no file is half-written"
 _HELP = """usage: flextok COMMAND [OPTIONS]
 
 Images as ordered tokens: any first part of an image's tokens decodes to the
@@ -26,6 +29,8 @@ commands:
 
 def run() -> None:
     """The entry point: `main`, then the end of the process."""
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _unraisable
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -42,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
-        print("interrupted: no file is half-written", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         return 130
     except Exception as error:
         message = _message(error)
@@ -50,6 +55,29 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
+
+
+def _interrupt(*_) -> None:
+    """Ctrl-C: an exception, and the end of the process if that does not arrive within 2 seconds.
+
+    It may come during a long compilation, or be lost in a callback, whose exceptions are ignored.
+    """
+    end = threading.Timer(2, _leave)
+    end.daemon = True
+    end.start()
+    raise KeyboardInterrupt
+
+
+def _leave() -> None:
+    if storage := sys.modules.get("flextok_jax.io.storage"):
+        storage.discard_unfinished()
+    print(_INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _unraisable(found) -> None:
+    if not isinstance(found.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(found)
 
 
 def _main(argv: list[str]) -> int:

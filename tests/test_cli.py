@@ -360,6 +360,35 @@ def test_ctrl_c_in_a_terminal_ends_with_130(tmp_path):
         assert b"interrupted" in text and b"Traceback" not in text
 
 
+def test_ctrl_c_inside_a_callback_is_not_lost(tmp_path):
+    """Python ignores what a callback of the garbage collector raises; libraries install some."""
+    program = """
+import gc, pathlib, signal, sys, time
+from flextok_jax import cli
+from flextok_jax.io import storage
+
+def work(argv):
+    def callback(phase, info):
+        gc.callbacks.clear()
+        signal.raise_signal(signal.SIGINT)
+    with storage.atomic(argv[0]) as file:
+        file.write_text("half")
+        gc.callbacks.append(callback)
+        gc.collect()
+        print("the callback is over", [p.name for p in file.parent.iterdir()], flush=True)
+        time.sleep(60)
+
+cli._main = work
+cli.run()
+"""
+    args = [sys.executable, "-c", program, tmp_path / "file.txt"]
+    done = subprocess.run(args, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 130, done.stderr
+    assert "the callback is over" in done.stdout
+    assert done.stderr == "interrupted: no file is half-written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_names_that_are_no_text_are_printed(tmp_path, capsys):
     for name in (os.fsdecode(b"caf\xe9.png"), "a.png"):
         (tmp_path / name).write_bytes(b"no image")

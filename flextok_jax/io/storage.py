@@ -15,6 +15,8 @@ import numpy as np
 from flextok_jax.io.formats.names import flatten
 from flextok_jax.io.paths import as_path, is_remote, local_copy
 
+_unfinished: set[pathlib.Path] = set()  # The temporary files of `atomic`.
+
 
 def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata.
@@ -101,12 +103,20 @@ def atomic(path) -> Iterator[pathlib.Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    _unfinished.add(temporary)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # On the disk before it gets its name.
         os.replace(temporary, path)
     finally:
+        temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+
+
+def discard_unfinished() -> None:
+    """Removes what `atomic` has begun and not finished, for a process that ends at once."""
+    for temporary in tuple(_unfinished):
         temporary.unlink(missing_ok=True)
 
 
