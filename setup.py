@@ -16,6 +16,7 @@ INFERENCE = [
     "huggingface_hub>=0.30",
     "Pillow>=10.1",
     "tqdm>=4.66",
+    "tokenizers>=0.21",  # tokenizer.json of text encoders
     "PyYAML>=6.0",  # config.yaml of released AR models
     "etils[epath]>=1.9",  # paths: local, gs://, s3://
     "tyro>=1.0",  # the command line

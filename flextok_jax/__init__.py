@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from flextok_jax.data.reader import load_images as load_images
     from flextok_jax.data.reader import to_pil as to_pil
     from flextok_jax.generator import ImageGenerator as ImageGenerator
+    from flextok_jax.text import TextEncoder as TextEncoder
     from flextok_jax.tokenizer import FlexTok as FlexTok
 
 _LAZY = {
     "FlexTok": "flextok_jax.tokenizer",
     "ImageGenerator": "flextok_jax.generator",
+    "TextEncoder": "flextok_jax.text",
     "load_images": "flextok_jax.data.reader",
     "to_pil": "flextok_jax.data.reader",
 }
-__all__ = ["FlexTok", "ImageGenerator", "load_images", "to_pil"]
+__all__ = ["FlexTok", "ImageGenerator", "TextEncoder", "load_images", "to_pil"]
 
 
 def __getattr__(name: str):

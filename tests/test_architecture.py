@@ -12,7 +12,7 @@ PACKAGE = "flextok_jax"
 LEVELS = (
     ("conditions", "nn", "flow"),
     ("io", "parallel"),
-    ("tokenizer", "generator"),
+    ("tokenizer", "generator", "text"),
     ("data", "evaluation"),
     ("training",),
     ("commands", "config_flag"),
@@ -23,7 +23,9 @@ INFERENCE = LEVEL["tokenizer"]  # Levels up to this one run without the librarie
 
 # What inference imports beside the standard library: at the top of a file, and only when used.
 AT_IMPORT = {"jax", "flax", "numpy"}
-WHEN_USED = AT_IMPORT | {"safetensors", "huggingface_hub", "PIL", "tqdm", "yaml", "etils", "fsspec"}
+WHEN_USED = AT_IMPORT | {
+    "safetensors", "huggingface_hub", "PIL", "tqdm", "yaml", "etils", "fsspec", "tokenizers"
+}  # fmt: skip
 # Libraries that one place alone may import.
 ONLY_IN = {
     "orbax": "io/checkpoint.py",
@@ -70,7 +72,7 @@ def parts_imported(name: str) -> list[str]:
     if name.split(".")[0] != PACKAGE:
         return []
     part = (name.split(".") + [""])[1]
-    public = {"FlexTok": "tokenizer", "ImageGenerator": "generator"}
+    public = {"FlexTok": "tokenizer", "ImageGenerator": "generator", "TextEncoder": "text"}
     return [public.get(part, part)] if part and part != "__version__" else []
 
 

@@ -8,14 +8,16 @@ import pathlib
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.io.formats.names import flatten
 from flextok_jax.io.paths import as_path, is_remote, local_copy
 
 _unfinished: set[pathlib.Path] = set()  # The temporary files of `atomic`.
+_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # Of lazy tensors.
 
 
 def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -25,13 +27,43 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ValueError: the file is damaged, is no safetensors file, or holds a type we cannot read.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except (AttributeError, KeyError, TypeError) as error:  # From NumPy, which lacks the type.
+            raise ValueError(f"{path} holds a type that cannot be read: {error}") from error
 
 
 def read_header(path) -> tuple[list[str], dict[str, str]]:
     """The names and the metadata of a safetensors file; no tensor is read. Raises as `read`."""
     with _opened(path) as file:
         return list(file.keys()), file.metadata() or {}
+
+
+class Lazy:
+    """A tensor of an open safetensors file, which is read when NumPy asks for it."""
+
+    def __init__(self, file, name: str):
+        view = file.get_slice(name)
+        if (kind := view.get_dtype()) not in _TYPES:
+            raise ValueError(f"the tensor {name} has the type {kind}, not {', '.join(_TYPES)}")
+        self._file, self._name = file, name
+        self.shape, self.dtype = tuple(view.get_shape()), np.dtype(_TYPES[kind])
+        self.ndim = len(self.shape)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self._file.get_tensor(self._name), dtype)
+
+
+@contextlib.contextmanager
+def opened(paths, wanted: Callable[[str], bool]) -> Iterator[dict[str, Lazy]]:
+    """The wanted tensors of several safetensors files by name, while the block runs.
+
+    Raises:
+        ValueError: as `read`, or a wanted tensor is neither float32, float16 nor bfloat16.
+    """
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_opened(path)) for path in paths]
+        yield {name: Lazy(file, name) for file in files for name in file.keys() if wanted(name)}
 
 
 @contextlib.contextmanager
@@ -45,8 +77,6 @@ def _opened(path):
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); fetch it again"
         ) from error
-    except (AttributeError, KeyError, TypeError) as error:  # From NumPy, which lacks the type.
-        raise ValueError(f"{path} holds a type that cannot be read: {error}") from error
 
 
 def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

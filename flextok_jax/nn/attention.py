@@ -31,6 +31,8 @@ def attend(
     implementation: str = "xla",
     scale: float | None = None,
     normalize: bool = False,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale n(q) n(k)^T + bias) v within a sequence, computed in float32 inside.
 
@@ -42,12 +44,22 @@ def attend(
             kernel does not take the sizes, "pallas" is "xla".
         scale: of the logits; 1 / sqrt(head_dim) by default.
         normalize: whether n is LayerNorm over a head's channels (QK-norm); else it is nothing.
+        bias: float32 [1, H, T, T], added to the logits, where the sequence has none of its own.
+        mask: bool [B, T], False at padding: keys that nobody attends to.
 
     Returns:
         [B, T, D].
     """
-    (batch, length, width), bias = q.shape, sequence.key_bias()
+    batch, length, width = q.shape
     scale = head_dim**-0.5 if scale is None else scale
+    if bias is not None or mask is not None:
+        q, k, v = (x.reshape(batch, length, -1, head_dim) for x in (q, k, v))
+        keys = None if mask is None else mask[:, None, None, :]
+        if (order := sequence.mask()) is not None:
+            keys = order[None, None] if keys is None else keys & order[None, None]
+        out = jax.nn.dot_product_attention(q, k, v, bias, keys, scale=scale, implementation="xla")
+        return out.reshape(batch, length, width)
+    bias = sequence.key_bias()
     if bias is None and kernels.can_attend(implementation, length, width, head_dim):
         out = kernels.attend(q, k, v, head_dim, scale, sequence.mask(), norm=normalize)
         return checkpoint_name(out, RESIDUALS)

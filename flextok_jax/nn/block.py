@@ -1,4 +1,4 @@
-"""One Transformer block, of which the encoder, the decoder, the AR model and DINOv2 are stacks.
+"""One Transformer block, of which encoder, decoder, AR model, T5, CLIP and DINOv2 are stacks.
 
 Pre-norm residual branches: self-attention, cross-attention to a context where asked, MLP. Each of
 the options of `Blocks` changes one thing. With `modulated` every branch is shifted, scaled and
@@ -41,6 +41,23 @@ class Cache(NamedTuple):
     v: jax.Array
     cross: tuple[jax.Array, jax.Array] | None
     index: jax.Array
+
+
+class Shared(NamedTuple):
+    """What all blocks of a stack get.
+
+    Attributes:
+        embedding: [B', D] with B' = B or 1, of modulated blocks.
+        context: what blocks attend to across: (features [B, S, D], mask bool [B, S]).
+        cache: of the only pass.
+        bias, mask: of self-attention, see `attention.attend`.
+    """
+
+    embedding: jax.Array | None = None
+    context: tuple | None = None
+    cache: Cache | None = None
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
 
 
 class Norm(nn.Module):
@@ -144,7 +161,8 @@ class Attention(nn.Module):
 
         def project(name, y):
             names = ("heads", "embed") if name == "proj" else ("embed", "heads")
-            return Linear(cfg.width, names, self.dtype, cfg.bias, name=name)(y)
+            features = cfg.width if name == "proj" else cfg.inner
+            return Linear(features, names, self.dtype, cfg.bias, name=name)(y)
 
         def normed(name, y):
             if cfg.qk_norm != "rms":
@@ -160,7 +178,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """ "swiglu": fc2(silu(fc1 x) · fc3 x); "gelu" (exact) and "gelu_tanh": fc2(gelu(fc1 x))."""
+    """ "swiglu": fc2(silu(fc1 x) · fc3 x), "geglu" with tanh-GELU; the others: fc2(gelu(fc1 x))."""
 
     cfg: Blocks
     dtype: jnp.dtype
@@ -179,6 +197,11 @@ class MLP(nn.Module):
 
         if cfg.mlp == "swiglu":
             y = nn.silu(up("fc1")) * up("fc3")
+        elif cfg.mlp == "geglu":
+            y = jax.nn.gelu(up("fc1")) * up("fc3")
+        elif cfg.mlp == "quick_gelu":
+            y = up("fc1")
+            y = y * jax.nn.sigmoid(1.702 * y)
         else:
             y = jax.nn.gelu(up("fc1"), approximate=cfg.mlp == "gelu_tanh")
         down = Linear(cfg.width, ("hidden", "embed"), self.dtype, cfg.bias, (fill, 0), name="fc2")
@@ -211,17 +234,19 @@ class Block(nn.Module):
         Args:
             carry: (passes, captured, index): a tuple of [B, T, D]; what was captured or None; the
                 block's index, int32 [].
-            shared: (embedding, context, cache): [B', D] with B' = B or 1, or None; None or
-                (features [B, S, D], mask bool [B, S]); None or a `Cache`, for the only pass.
+            shared: a `Shared`, or a tuple of its first fields.
 
         Returns:
             (carry, the cache with the new positions or None).
         """
-        (passes, captured, index), (embedding, context, cache) = carry, shared
+        passes, captured, index = carry
+        embedding, context, cache, bias, mask = Shared(*shared)
         cfg, dtype, how = self.cfg, jnp.dtype(self.compute.dtype), self.compute.attention
         self_attention = Attention(cfg, dtype, name="attn")
         mlp = MLP(cfg, dtype, name="mlp")
-        scale = 8.0 / cfg.head_dim if cfg.qk_norm == "layer" else None  # the muP form
+        scale = cfg.scale
+        if scale is None and cfg.qk_norm == "layer":
+            scale = 8.0 / cfg.head_dim  # the muP form
         modulation = self._modulation(embedding, dtype)
         norms = {
             name: Norm(cfg.norm, cfg.norm_eps, name=f"norm_{i + 1}")
@@ -234,8 +259,8 @@ class Block(nn.Module):
 
         def whole(sequence, q, k, v):
             normalize = cfg.qk_norm == "layer"
-            y = attention.attend(q, k, v, cfg.head_dim, sequence, how, scale, normalize)
-            return y, None
+            how_to = (cfg.head_dim, sequence, how, scale, normalize, bias, mask)
+            return attention.attend(q, k, v, *how_to), None
 
         def continued(q, k, v):
             y, *kept = attention.attend_cached(q, k, v, cache.k, cache.v, cache.index, cfg.head_dim)

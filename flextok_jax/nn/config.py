@@ -121,14 +121,17 @@ class Blocks:
         width: D.
         depth: number of blocks.
         head_dim: channels per attention head.
-        mlp_hidden: hidden width of the MLPs; 0: int(8 D / 3) for SwiGLU, 4 D for GELU.
+        mlp_hidden: hidden width of the MLPs; 0: int(8 D / 3) for SwiGLU, 4 D for the others.
         norm: "layer" (LayerNorm without parameters), "affine" (with scale and bias), or "rms".
         norm_eps: epsilon of every norm.
         qk_norm: what normalises queries and keys per head: "layer" (without parameters; logits are
             then scaled by 8 / head_dim, the muP form), "rms", or "none".
-        mlp: "swiglu", "gelu" (exact), or "gelu_tanh".
+        mlp: "swiglu", "geglu" (the same with tanh-GELU), "gelu" (exact), "gelu_tanh", or
+            "quick_gelu".
         bias: whether projections and MLPs have biases.
         layer_scale: whether each branch is multiplied by a learned vector.
+        heads: number of attention heads; 0: D / head_dim.
+        scale: of the attention's logits; None: 1 / sqrt(head_dim), or the muP form.
     """
 
     width: int = 768
@@ -141,16 +144,19 @@ class Blocks:
     mlp: str = "swiglu"
     bias: bool = False
     layer_scale: bool = False
+    heads: int = 0
+    scale: float | None = None
 
     def __post_init__(self):
-        faults = _at_least(self, 1, "width", "depth", "head_dim") + _at_least(self, 0, "mlp_hidden")
+        faults = _at_least(self, 1, "width", "depth", "head_dim")
+        faults += _at_least(self, 0, "mlp_hidden", "heads")
         faults += _choices(
             self,
             norm=("layer", "affine", "rms"),
             qk_norm=("layer", "rms", "none"),
-            mlp=("swiglu", "gelu", "gelu_tanh"),
+            mlp=("swiglu", "geglu", "gelu", "gelu_tanh", "quick_gelu"),
         )
-        if not faults and self.width % self.head_dim:
+        if not faults and not self.heads and self.width % self.head_dim:
             faults.append(f"width={self.width}, must be a multiple of head_dim={self.head_dim}")
         if not self.norm_eps > 0:
             faults.append(f"norm_eps={self.norm_eps}, must be positive")
@@ -159,7 +165,12 @@ class Blocks:
     @property
     def num_heads(self) -> int:
         """H."""
-        return self.width // self.head_dim
+        return self.heads or self.width // self.head_dim
+
+    @property
+    def inner(self) -> int:
+        """Channels of queries, keys and values, of all heads together."""
+        return self.num_heads * self.head_dim
 
     @property
     def hidden(self) -> int:

@@ -1,7 +1,7 @@
 """Parameter trees <-> tensors under the names of other projects' files, by tables."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -130,7 +130,7 @@ def flatten(params) -> dict:
     return {path_string(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def not_finite(tensors: dict) -> list[str]:
+def not_finite(tensors: Mapping) -> list[str]:
     """A line for each tensor that holds NaN or infinity."""
     return [
         f"tensor {name} holds numbers that are not finite"
@@ -139,8 +139,10 @@ def not_finite(tensors: dict) -> list[str]:
     ]
 
 
-def to_params(entries: list[Entry], tensors: dict, where, problems=()) -> dict:
-    """Tensors of a file -> nested float32 NumPy parameters, blocks stacked.
+def to_params(entries: list[Entry], tensors: Mapping, where, problems=(), dtype=np.float32) -> dict:
+    """Tensors of a file -> nested NumPy parameters of `dtype`, blocks stacked.
+
+    `tensors` may be lazy (`storage.Lazy`): each is read once, where they are understood.
 
     Raises:
         ValueError: one error for the file `where` lists the `problems` known before, and every
@@ -156,16 +158,24 @@ def to_params(entries: list[Entry], tensors: dict, where, problems=()) -> dict:
             for n, t in tensors.items()
             if wanted.get(n, t.shape) != t.shape
         ),
-        *not_finite(tensors),
     ]
     if problems:
+        problems += not_finite(tensors)
         raise ValueError(f"{where} is not understood:\n  " + "\n  ".join(problems))
     parts, stacked = {}, {e.path for e in entries if e.block is not None}
     for e in entries:
-        tensor = np.asarray(tensors[e.name], np.float32)
+        tensor = np.asarray(tensors[e.name])
+        problems += not_finite({e.name: tensor})
         tensor = tensor if e.third is None else np.split(tensor, 3)[e.third]
-        parts.setdefault(e.path, []).append(np.ascontiguousarray(_from_file(e.path, tensor)))
-    flat = {p: np.stack(x) if p in stacked else x[0] for p, x in parts.items()}
+        tensor = np.ascontiguousarray(_from_file(e.path, tensor), dtype)
+        parts.setdefault(e.path, []).append(tensor)
+    if problems:
+        lines = "\n  ".join(dict.fromkeys(problems))
+        raise ValueError(f"{where} is not understood:\n  {lines}")
+    flat = {}
+    for path in list(parts):  # Of large models there is no room for all of them twice.
+        x = parts.pop(path)
+        flat[path] = np.stack(x) if path in stacked else x[0]
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

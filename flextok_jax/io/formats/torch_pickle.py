@@ -12,6 +12,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +39,12 @@ _PUSHED = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: Fa
            "MARK": lambda: _MARK}  # fmt: skip
 
 
-def read(path) -> dict[str, np.ndarray]:
-    """All tensors of a file that holds a dictionary of them (a state dict), by name.
+def read(path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
+    """The tensors of a file that holds a dictionary of them (a state dict), by name.
+
+    Args:
+        path: of the file.
+        wanted: name -> whether the tensor is read; of the others no byte is.
 
     Raises:
         ValueError: the file is damaged, or holds anything else but tensors, numbers and texts.
@@ -48,10 +53,7 @@ def read(path) -> dict[str, np.ndarray]:
         with path.open("rb") as file:
             archive = zipfile.is_zipfile(file)
             file.seek(0)
-            found, data = _read_zip(file) if archive else _read_sequence(file)
-        tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
-        if not tensors:
-            raise ValueError("it holds no tensors")
+            tensors, data = (_read_zip if archive else _read_sequence)(file, wanted)
         return {name: _array(tensor, data) for name, tensor in tensors.items()}
     except _DAMAGE as error:
         reason = f"{type(error).__name__} {error}"
@@ -86,25 +88,37 @@ def _array(tensor: _Tensor, data: dict[str, bytes]) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps).copy()
 
 
-def _read_zip(file):
+def _tensors(found, wanted) -> tuple[dict[str, _Tensor], set[str]]:
+    """(the wanted tensors of what a file describes, the keys of their storages)"""
+    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
+    if not tensors:
+        raise ValueError("it holds no tensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if wanted(name)}
+    return tensors, {tensor.storage[0] for tensor in tensors.values()}
+
+
+def _read_zip(file, wanted):
     with zipfile.ZipFile(file) as archive:
         name = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "data.pkl")
-        storages = {}
-        found = _run(archive.read(name), storages)
+        tensors, keys = _tensors(_run(archive.read(name), {}), wanted)
         root = name.removesuffix(".pkl")
-        return found, {key: archive.read(f"{root}/{key}") for key in storages}
+        return tensors, {key: archive.read(f"{root}/{key}") for key in keys}
 
 
-def _read_sequence(file):
+def _read_sequence(file, wanted):
     if _run(file, {}) != _MAGIC or _run(file, {}) != _PROTOCOL:
         raise ValueError("no PyTorch file")
     _run(file, {})  # Of the machine that wrote it.
     storages, data = {}, {}
-    found = _run(file, storages)
+    tensors, keys = _tensors(_run(file, storages), wanted)
     for key in _run(file, {}):  # In the order of the bytes that follow, each after its length.
         (count,) = struct.unpack("<q", file.read(8))
-        data[key] = file.read(count * storages[key].itemsize)
-    return found, data
+        size = count * storages[key].itemsize
+        if key in keys:
+            data[key] = file.read(size)
+        else:
+            file.seek(size, 1)
+    return tensors, data
 
 
 def _run(pickle, storages: dict):
