@@ -2,12 +2,15 @@
 
     python -m benchmarks.tokens
     python -m benchmarks.tokens --model d18_d28 --batch 32 --dtype bfloat16 --attention cudnn \
-        --end-to-end
+        --parts
 
 Random weights, 256x256 images, 256 tokens. "encode" is the Transformer on latents: N + K
 positions, against k = 256. "step" is one guided Euler step of the decoder: a pass of N + K + 1
 positions (N + R at k = R) and a null pass of N + 1, against the plain step, whose two passes have
 N + R positions.
+With `--parts` also the seconds of each part of an image's way to tokens and back: the VAE's
+encoder, the encoder, one guided step, one pass alone, and the VAE's decoder; and what part of the
+decoding the VAE's decoder is, after 20 guided steps and after 2 passes.
 The rows of a table run in turn, round after round, and a ratio is the median over the rounds of a
 row's time over the reference's in the same round, so that other load on the machine affects both.
 """
@@ -23,9 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax import FlexTok
 from flextok_jax.compile import count_flops
-from flextok_jax.nn import flextok
+from flextok_jax.nn import flextok, vae
 from flextok_jax.nn.config import Blocks, Compute, TokenizerConfig
 from flextok_jax.nn.decoder import Condition, unconditional
 from flextok_jax.nn.layout import unbox
@@ -91,21 +93,46 @@ def programs(cfg, compute, batch) -> dict:
             passes = given, unconditional(batch, cfg.code_dim)
         return flextok.velocities(params, cfg, compute, latents, jnp.ones((1,)), passes)
 
+    def one_pass(params, k):
+        given = Condition(codes[:, :k], jnp.full((batch,), k), jnp.zeros((batch,), bool))
+        return flextok.velocities(params, cfg, compute, latents, jnp.ones((1,)), (given,))
+
     return {
         "encode": {k: functools.partial(encode, k=k) for k in KS},
         "step": {k: functools.partial(step, k=k) for k in ("plain", *KS)},
+        "pass": {k: functools.partial(one_pass, k=k) for k in KS},
     }
 
 
-def show(name, seconds, reference, flops=None, batch=None):
+def show_parts(cfg, compute, batch, params, by_k, repeats):
+    """Prints the seconds of every part of `batch` images' way to tokens and back, for each k."""
+    dtype = jnp.dtype(compute.dtype)
+    images = jax.random.uniform(jax.random.key(3), (batch, *cfg.image_size, 3), minval=-1.0)
+    latents = jax.random.normal(jax.random.key(1), (batch, *cfg.latent_shape))
+    calls = {
+        ("VAE encode", 0): lambda p: vae.images_to_latents(p["vae"], cfg.vae, images, dtype),
+        ("VAE decode", 0): lambda p: vae.latents_to_images(p["vae"], cfg.vae, latents, dtype),
+    } | {(name, k): by_k[name][k] for name in ("encode", "step", "pass") for k in KS}
+    calls = {name: functools.partial(jax.jit(call), params) for name, call in calls.items()}
+    found = {name: np.median(x) for name, x in time_in_turn(calls, repeats).items()}
+    to_latents, to_images = found["VAE encode", 0], found["VAE decode", 0]
+    print(f"\nseconds for {batch} images; the VAE decoder's part of decoding by steps")
+    columns = ("VAE encode", "encoder", "guided step", "pass", "VAE decode")
+    print(f"{'k':>4}" + "".join(f"{name:>13}" for name in columns) + "   20 guided   2 passes")
+    for k in KS:
+        row = to_latents, *(found[name, k] for name in ("encode", "step", "pass")), to_images
+        shares = (to_images / (to_images + n * t) for n, t in ((20, row[2]), (2, row[3])))
+        cells = "".join(f"{x:>13.3f}" for x in row)
+        print(f"{k:>4}{cells}" + "".join(f"{x:>11.0%}" for x in shares), flush=True)
+
+
+def show(name, seconds, reference, flops):
     """Prints a table: ratios are to `reference`."""
-    amount = "GFLOP" if flops else "images/s"
-    print(f"\n{name:<12}{'k':>6}{amount:>12}{'ms':>12}    time / {reference}   FLOPs")
+    print(f"\n{name:<12}{'k':>6}{'GFLOP':>12}{'ms':>12}    time / {reference}   FLOPs")
     for k, each in seconds.items():
         ratio = np.median(each / seconds[reference])
-        value = flops[k] / 1e9 if flops else batch / np.median(each)
-        line = f"{'':<12}{k:>6}{value:>12.2f}{1e3 * np.median(each):>12.2f}    {ratio:>8.3f}"
-        print(line + (f"{flops[k] / flops[reference]:>12.3f}" if flops else ""), flush=True)
+        line = f"{'':<12}{k:>6}{flops[k] / 1e9:>12.2f}{1e3 * np.median(each):>12.2f}"
+        print(f"{line}    {ratio:>8.3f}{flops[k] / flops[reference]:>12.3f}", flush=True)
 
 
 def main():
@@ -117,26 +144,18 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--attention", default="xla", choices=("xla", "cudnn"))
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--end-to-end", action="store_true", help="also whole images per second")
+    parser.add_argument("--parts", action="store_true", help="also the seconds of every part")
     args = parser.parse_args()
     cfg, compute, batch = model_config(args.model), Compute(args.dtype, args.attention), args.batch
     print(f"{vars(args)}\n{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)", flush=True)
     params = random_params(flextok.shapes(cfg))
-    for name, functions in programs(cfg, compute, batch).items():
-        flops = {k: count_flops(f, params) for k, f in functions.items()}
-        calls = {k: functools.partial(jax.jit(f), params) for k, f in functions.items()}
-        reference = "plain" if name == "step" else KS[-1]
+    by_k = programs(cfg, compute, batch)
+    for name, reference in (("encode", KS[-1]), ("step", "plain")):
+        flops = {k: count_flops(f, params) for k, f in by_k[name].items()}
+        calls = {k: functools.partial(jax.jit(f), params) for k, f in by_k[name].items()}
         show(name, time_in_turn(calls, args.repeats), reference, flops)
-    if args.end_to_end:
-        tok, rng = FlexTok(cfg, params, compute), np.random.default_rng(0)
-        images = jnp.asarray(rng.integers(0, 256, (batch, *cfg.image_size, 3), dtype=np.uint8))
-        ids = rng.integers(0, cfg.vocab_size, (batch, cfg.num_tokens))
-        for name, call in {
-            "tokenize": lambda k: tok.tokenize(images, k),
-            "detokenize": lambda k: tok.detokenize(ids[:, :k]),
-        }.items():
-            calls = {k: functools.partial(call, k) for k in KS}
-            show(name, time_in_turn(calls, args.repeats), KS[-1], batch=batch)
+    if args.parts:
+        show_parts(cfg, compute, batch, params, by_k, args.repeats)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,38 @@ def test_layout_options_remove_their_parameters():
 
 
 @pytest.mark.slow
+def test_enlarging_inside_the_convolution_equals_enlarging_before_it():
+    """Also at the borders, for a height that is not the width, and for the gradients."""
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, 3, 4, 5), (3, 3, 5, 6), (6,))
+    )
+    layer = vae._UpsampledConv(6, jnp.float32)
+
+    def fused(x, kernel, bias):
+        return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+    def plain(x, kernel, bias):
+        large = x.repeat(2, axis=1).repeat(2, axis=2)
+        names = ("NHWC", "HWIO", "NHWC")
+        out = jax.lax.conv_general_dilated(large, kernel, (1, 1), "SAME", dimension_numbers=names)
+        return out + bias[None, None, None]
+
+    shape = plain(x, kernel, bias).shape
+    assert shape == (2, 6, 8, 6)
+    weights = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    found, wanted = (
+        (
+            f(x, kernel, bias),
+            *jax.grad(lambda *a, f=f: jnp.sum(weights * f(*a)), (0, 1, 2))(x, kernel, bias),
+        )
+        for f in (fused, plain)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
 def test_images_need_not_be_square():
     params, images = small_vae((1, 8, 20, 3))
     mean, logvar = encode_moments(params, SMALL, images)
