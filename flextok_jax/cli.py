@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 
 import tyro
 
@@ -31,6 +32,7 @@ def run() -> None:
     """The entry point: `main`, then the end of the process."""
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _unraisable
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -99,7 +101,7 @@ def _main(argv: list[str]) -> int:
             args = parse(words, rest)
         except SystemExit as end:  # After --help, or what was wrong.
             return end.code or 0
-        if isinstance(args, options.Compute):
+        if isinstance(args, options.Devices):
             importlib.import_module("flextok_jax.commands.common").announce(args)
         module, function = options.COMMANDS[words][1].split(":")
         getattr(importlib.import_module(f"flextok_jax.commands.{module}"), function)(args)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flextok_jax.nn.ar import ARCondition
+from flextok_jax.nn.config import ARConfig
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conditions:
@@ -68,3 +71,34 @@ def of_text(embeddings, mask, prompts: Sequence[str] = ()) -> Conditions:
         text_mask=np.asarray(mask, bool),
         names=tuple(prompts),
     )
+
+
+def check_labels(cfg: ARConfig, labels) -> np.ndarray:
+    """int32 [B]: labels of a class-conditional model. Raises ValueError for what is none."""
+    labels = np.asarray(labels)
+    if not cfg.num_classes:
+        raise ValueError("not a class-conditional model: labels must be None")
+    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {labels.shape}: must be integers [B], B >= 1"
+        )
+    wrong = labels[(labels < 0) | (labels >= cfg.num_classes)]
+    if wrong.size:
+        raise ValueError(f"label {wrong[0]}: must be in 0..{cfg.num_classes - 1}")
+    return labels.astype(np.int32)
+
+
+def check_text(cfg: ARConfig, text, mask, name: str, mask_name: str) -> ARCondition:
+    """The condition that embeddings are. Raises ValueError, with these names, for what is none."""
+    text = np.asarray(text, np.float32)
+    if text.ndim != 3 or not text.size or text.shape[2] != cfg.text_dim:
+        raise ValueError(f"{name} have shape {text.shape}: must be [B, T, {cfg.text_dim}]")
+    mask = np.ones(text.shape[:2], bool) if mask is None else np.asarray(mask)
+    if mask.shape != text.shape[:2] or not np.isin(mask, (0, 1)).all():
+        raise ValueError(
+            f"{mask_name} is {mask.dtype} of shape {mask.shape}: must be bool or 0/1 of shape "
+            f"{text.shape[:2]}"
+        )
+    if not mask.any(axis=1).all():
+        raise ValueError(f"{mask_name}: row {mask.any(axis=1).argmin()} is padding only")
+    return ARCondition(text=text, text_mask=mask.astype(bool))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flextok_jax.conditions import Conditions
+from flextok_jax.conditions import Conditions, check_labels, check_text
 from flextok_jax.io import storage
 from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, flextok, generation
@@ -19,6 +19,7 @@ from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.rng import named
 from flextok_jax.parallel.sharding import place, spread_batch
+from flextok_jax.text import TextEncoder
 from flextok_jax.tokenizer import FlexTok, Key, is_int
 
 Guidance = float | Callable[[int], float] | np.ndarray | None
@@ -41,6 +42,9 @@ class ImageGenerator:
         compute: how the AR model is run (dtype, attention).
         mesh: the devices it is spread over, None for the default device.
         origin: where it came from, in words.
+        text_encoder: what makes embeddings of prompts, None: they are given.
+        null_text: embeddings [1, T, E] and mask [1, T] of the empty prompt; the encoder's own where
+            there is one.
     """
 
     config: ARConfig
@@ -49,12 +53,21 @@ class ImageGenerator:
     compute: Compute = Compute()
     mesh: Mesh | None = None
     origin: str = "memory"
+    text_encoder: TextEncoder | None = None
+    null_text: tuple[np.ndarray, np.ndarray] | None = None
     _file: flexar.LoadedAR | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         if self.tokenizer is not None:
             _check_fit(self.config, self.tokenizer)
             self._warn_of_another_tokenizer()
+        encoder, wanted = self.text_encoder, self.config.text_dim
+        if encoder is not None and encoder.config.width != wanted:
+            reads = f"embeddings of {wanted} channels" if wanted else "no text"
+            raise ValueError(
+                f"{self.origin} reads {reads}; the text encoder {encoder.origin} makes "
+                f"{encoder.config.width} channels"
+            )
 
     def _warn_of_another_tokenizer(self):
         info = self._file.info if self._file else {}
@@ -77,6 +90,7 @@ class ImageGenerator:
         mesh: Mesh | None = None,
         attention: str = "xla",
         revision: str | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> "ImageGenerator":
         """Loads an AR model.
 
@@ -89,18 +103,22 @@ class ImageGenerator:
                 generation; what is cut over `fsdp` is gathered for every token.
             attention: of `logits`: "xla", "cudnn" (CUDA GPUs with bfloat16) or "pallas" (TPUs).
             revision: branch, tag or commit of a hub id.
+            text_encoder: of a text model, for prompts; `text_encoder_source` names which.
 
         Raises:
             FileNotFoundError: the source is not there; the message says how to get it.
             ValueError: the file is not understood (one error lists every reason), or the
-                tokenizer has other ids, or these devices do not have that attention.
+                tokenizer has other ids, or the text encoder another width, or these devices do not
+                have that attention.
         """
         compute = Compute(dtype=dtype, attention=attention)
         compute.check_platform(platform(mesh))
         file = flexar.load(source, revision)
         params = place(mesh, file.params, ar.shapes(file.config))
         file = dataclasses.replace(file, params={})  # the arrays on the devices are the ones
-        return cls(file.config, params, tokenizer, compute, mesh, file.origin, file)
+        return cls(
+            file.config, params, tokenizer, compute, mesh, file.origin, text_encoder, _file=file
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -115,7 +133,20 @@ class ImageGenerator:
     @property
     def tokenizer_source(self) -> str | None:
         """The tokenizer whose tokens it learned, as training named it; None: the file is silent."""
-        return ((self._file and self._file.info.get("tokenizer")) or {}).get("source")
+        return self._about("tokenizer").get("source")
+
+    @property
+    def text_encoder_source(self) -> str | None:
+        """The text encoder whose embeddings it learned from; None: the file is silent."""
+        return self._about("text_encoder").get("source")
+
+    @property
+    def decoding(self) -> dict:
+        """How its file wants images decoded: some of "steps", "guidance_scale", "norm_guidance"."""
+        return self._about("decoding")
+
+    def _about(self, name: str) -> dict:
+        return (self._file and self._file.info.get(name)) or {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -161,8 +192,9 @@ class ImageGenerator:
                 one per sample. None means seed 0.
             text_embeddings: [B, T, E], for text models, in place of labels.
             text_mask: bool or 0/1 [B, T], what of them is no padding; all by default.
-            null_embeddings, null_mask: [1, T', E] and [1, T'], of the empty prompt, for guidance.
-            text: prompts; needs a text encoder, which there is none of yet.
+            null_embeddings, null_mask: [1, T', E] and [1, T'], of the empty prompt, for guidance;
+                with a text encoder, or `null_text`, its own by default.
+            text: B prompts, for text models with a text encoder.
             conditions: labels or texts in one object, in place of the arguments for them.
 
         Returns:
@@ -176,7 +208,7 @@ class ImageGenerator:
             labels = conditions.labels
             text_embeddings, text_mask = conditions.text, conditions.text_mask
         if text is not None:
-            raise ValueError("text needs a text encoder, which there is none of: text_embeddings")
+            text_embeddings, text_mask = self._encode(text, text_embeddings)
         prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)
         given = 0 if prefix is None else prefix.shape[1]
         count = cfg.num_tokens if num_tokens is None else num_tokens
@@ -224,6 +256,7 @@ class ImageGenerator:
         text_mask=None,
         null_embeddings=None,
         null_mask=None,
+        text=None,
     ) -> jax.Array:
         """Teacher-forced logits: what is predicted for each token from those before it.
 
@@ -231,7 +264,9 @@ class ImageGenerator:
             tokens: int [B, k], 1 <= k <= L.
             labels: int [B]; None is the null branch.
             text_embeddings, text_mask: [B, T, E] and [B, T], for text models.
-            null_embeddings, null_mask: [1, T, E] and [1, T]: the null branch, in their place.
+            null_embeddings, null_mask: [1, T, E] and [1, T]: the null branch, in their place; with
+                a text encoder, or `null_text`, not needed for it.
+            text: B prompts, for text models with a text encoder.
 
         Returns:
             float32 [B, k, V].
@@ -241,6 +276,8 @@ class ImageGenerator:
         """
         tokens = self._check_tokens(tokens, "tokens", least=1)
         batch = len(tokens)
+        if text is not None:
+            text_embeddings, text_mask = self._encode(text, text_embeddings)
         if self.config.text_dim and text_embeddings is None:
             condition = self._null(batch, null_embeddings, null_mask)
         else:
@@ -265,7 +302,7 @@ class ImageGenerator:
         Args:
             labels, key, sampling: see `generate_tokens`. A sample's noise comes from its own key.
             steps, image_guidance_scale, norm_guidance, solver: of the tokenizer's decoder, see
-                `FlexTok.detokenize`; None for its own.
+                `FlexTok.detokenize`; None for those of `decoding`, else its own.
 
         Returns:
             float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
@@ -282,6 +319,7 @@ class ImageGenerator:
             solver=solver,
         )
         if tok.config.is_flow:
+            how |= {name: x for name, x in self.decoding.items() if how[name] is None}
             shape = tok.config.latent_shape
             how["noise"] = jax.vmap(lambda k: jax.random.normal(named(k, "noise"), shape))(keys)
         return tok.detokenize(tokens, **how)
@@ -319,8 +357,10 @@ class ImageGenerator:
         cfg = self.config
         if cfg.text_dim:
             if labels is not None or text is None:
-                raise ValueError("a text model: give text_embeddings (and text_mask), no labels")
-            condition = _check_text(cfg, text, mask, "text_embeddings", "text_mask")
+                raise ValueError(
+                    "a text model: give text (with a text encoder) or text_embeddings, no labels"
+                )
+            condition = check_text(cfg, text, mask, "text_embeddings", "text_mask")
             found = len(condition.text)
             if found == 1 and batch is not None:
                 return generation.repeat(condition, batch), batch
@@ -333,7 +373,7 @@ class ImageGenerator:
                 if cfg.num_classes:
                     condition = ARCondition(np.full(found, -1, np.int32))
             else:
-                condition = ARCondition(_check_labels(cfg, labels))
+                condition = ARCondition(check_labels(cfg, labels))
                 found = len(condition.labels)
         if batch not in (None, found):
             raise ValueError(f"{found} conditions and {batch} token sequences: must be as many")
@@ -343,15 +383,37 @@ class ImageGenerator:
         """The null condition of `batch` sequences."""
         if not self.config.text_dim:
             return ARCondition(np.full(batch, -1, np.int32))
+        if text is None and self._null_text is not None:
+            text, mask = self._null_text
         if text is None:
             raise ValueError(
                 "guidance of a text model needs null_embeddings and null_mask, of the empty "
                 "prompt; guidance_scale=1 does without"
             )
-        null = _check_text(self.config, text, mask, "null_embeddings", "null_mask")
+        null = check_text(self.config, text, mask, "null_embeddings", "null_mask")
         if len(null.text) not in (1, batch):
             raise ValueError(f"null_embeddings of {len(null.text)} prompts: must be 1")
         return generation.repeat(null, batch) if len(null.text) == 1 else null
+
+    @property
+    def _null_text(self) -> tuple[np.ndarray, np.ndarray] | None:
+        return (
+            self.text_encoder.null if self.text_encoder and not self.null_text else self.null_text
+        )
+
+    def _encode(self, prompts, embeddings) -> tuple[np.ndarray, np.ndarray]:
+        """(embeddings, mask) of prompts."""
+        if not self.config.text_dim:
+            raise ValueError("not a text model: text means nothing, give labels or nothing")
+        if embeddings is not None:
+            raise ValueError("text and text_embeddings: give one of them")
+        if self.text_encoder is None:
+            source = self.text_encoder_source or "google/flan-t5-xl"
+            raise ValueError(
+                "text needs a text encoder: from_pretrained(..., text_encoder="
+                f"TextEncoder.from_pretrained({source!r}))"
+            )
+        return self.text_encoder.encode(prompts, self._about("text_encoder").get("max_length"))
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -364,35 +426,6 @@ def _check_fit(cfg: ARConfig, tok: FlexTok) -> None:
             f"{tok.origin} {tok.config.vocab_size} ids and {tok.num_tokens} tokens: the ids must "
             "be as many, the positions at most as many"
         )
-
-
-def _check_labels(cfg: ARConfig, labels) -> np.ndarray:
-    labels = np.asarray(labels)
-    if not cfg.num_classes:
-        raise ValueError("not a class-conditional model: labels must be None")
-    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels are {labels.dtype} of shape {labels.shape}: must be integers [B], B >= 1"
-        )
-    wrong = labels[(labels < 0) | (labels >= cfg.num_classes)]
-    if wrong.size:
-        raise ValueError(f"label {wrong[0]}: must be in 0..{cfg.num_classes - 1}")
-    return labels.astype(np.int32)
-
-
-def _check_text(cfg: ARConfig, text, mask, name: str, mask_name: str) -> ARCondition:
-    text = np.asarray(text, np.float32)
-    if text.ndim != 3 or not text.size or text.shape[2] != cfg.text_dim:
-        raise ValueError(f"{name} have shape {text.shape}: must be [B, T, {cfg.text_dim}]")
-    mask = np.ones(text.shape[:2], bool) if mask is None else np.asarray(mask)
-    if mask.shape != text.shape[:2] or not np.isin(mask, (0, 1)).all():
-        raise ValueError(
-            f"{mask_name} is {mask.dtype} of shape {mask.shape}: must be bool or 0/1 of shape "
-            f"{text.shape[:2]}"
-        )
-    if not mask.any(axis=1).all():
-        raise ValueError(f"{mask_name}: row {mask.any(axis=1).argmin()} is padding only")
-    return ARCondition(text=text, text_mask=mask.astype(bool))
 
 
 def _check_sampling(temperature, top_k, top_p) -> tuple:

@@ -257,7 +257,7 @@ REFUSED = {
     "top_k": ({"labels": [0], "top_k": 1.5}, "top_k=1.5"),
     "top_p": ({"labels": [0], "top_p": 1.5}, "top_p=1.5"),
     "keys": ({"labels": [0], "key": [1, 2]}, "one per sample"),
-    "text": ({"text": ["a cat"]}, "text encoder"),
+    "text": ({"text": ["a cat"]}, "not a text model"),
     "embeddings": (TEXT, "not a text model"),
 }
 

@@ -21,7 +21,7 @@ from flextok_jax.tokenizer import FlexTok
 SETTINGS = "settings.json"
 
 
-def announce(args: options.Compute) -> None:
+def announce(args: options.Devices) -> None:
     """The first line of every long command: the devices and the type of the computation."""
     print(mesh.describe(all_devices(), args.dtype), file=sys.stderr)
 
@@ -38,11 +38,13 @@ def load_model(args: options.Compute, source: str | None = None) -> FlexTok:
     )
 
 
-def sampler(args: options.Sampling, tok: FlexTok) -> Sampler | None:
-    """How images are sampled: the model's own way, but for what the options say."""
+def sampler(args: options.Sampling, tok: FlexTok, defaults: dict | None = None) -> Sampler | None:
+    """How images are sampled: the model's own way, but for `defaults` and what the options say."""
     norm_guidance = None if args.norm_guidance else False
-    changes = {"steps": args.steps, "guidance_scale": args.guidance}
-    return default_sampler(tok, norm_guidance=norm_guidance, **changes)
+    given = {"steps": args.steps, "guidance_scale": args.guidance, "norm_guidance": norm_guidance}
+    defaults = defaults if defaults and tok.config.is_flow else {}
+    given = {name: value for name, value in given.items() if value is not None}
+    return default_sampler(tok, **(defaults | given))
 
 
 # Where results go. Commands find it out before they load a model.

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flextok_jax import conditions
-from flextok_jax.commands import common, options
+from flextok_jax.commands import common, options, text
 from flextok_jax.evaluation import metrics
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation import reconstruction as rec
@@ -128,19 +128,33 @@ def detokenize(args: options.Detokenize) -> None:
 def generate(args: options.Generate) -> None:
     """Writes grid.png, tokens.npz, generation.json, and k0016/NUMBER_classLABEL.png for every k."""
     out = common.out_results(args.out)
+    texts = text.encoded(args)
     gen = load_generator(args)
     tok = gen.tokenizer
-    labels = read_labels(args.labels, gen.config.num_classes, gen.class_names)
-    labels = np.repeat(labels, args.per_label)
-    wanted = conditions.of_labels(labels, gen.class_names)
-    names = [f"{number:06d}_class{label}.png" for number, label in enumerate(labels)]
+    if texts is None:
+        labels = read_labels(args.labels or "all", gen.config.num_classes, gen.class_names)
+        labels = np.repeat(labels, args.per_label)
+        wanted, groups = conditions.of_labels(labels, gen.class_names), labels
+        slugs = [f"class{label}" for label in labels]
+        about = {"labels": labels.tolist()}
+    else:
+        groups = np.repeat(np.arange(len(texts.conditions)), args.per_label)
+        wanted, about = texts.conditions.take(groups), texts.about
+        gen = dataclasses.replace(gen, null_text=texts.null)
+        if (found := texts.null[0].shape[2]) != gen.config.text_dim:
+            raise ValueError(
+                f"--text-encoder: it makes {found} channels, {gen.origin} reads "
+                f"{gen.config.text_dim}"
+            )
+        slugs = [text.slug(prompt) for prompt in wanted.names]
+    names = [f"{number:06d}_{slug}.png" for number, slug in enumerate(slugs)]
     counts = rec.check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
-    sampler = common.sampler(args, tok)
+    sampler = common.sampler(args, tok, gen.decoding)
     scale = gen.config.guidance_scale if args.token_guidance is None else args.token_guidance
     how = token_filters(args)
     info = rec.metadata(tok, sampler, args.seed) | how | {"token_guidance": scale}
     info |= {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
-    settings = {**info, "labels": labels.tolist(), "num_tokens": counts}
+    settings = {**info, **about, "num_tokens": counts}
     seeds, size = pics.name_seeds(names), min(args.batch_size, len(names))
     with common.results_folder(out, settings):
         tokens, how = [], how | {"guidance_scale": scale}
@@ -149,10 +163,13 @@ def generate(args: options.Generate) -> None:
             options = (counts[-1], how, args.seed, size)
             tokens.append(rec.sample_tokens(gen, wanted.take(rows), seeds[rows], *options))
         tokens = np.concatenate(tokens)
-        texts = [{"label": label, "class": name} for label, name in zip(labels, wanted.names)]
-        write_pictures(out, tok, tokens, names, counts, sampler, info, args, texts)
+        if texts is None:
+            what = [{"label": label, "class": name} for label, name in zip(labels, wanted.names)]
+        else:
+            what = [{"prompt": name} for name in wanted.names]
+        write_pictures(out, tok, tokens, names, counts, sampler, info, args, what)
         write_tokens(out / "tokens.npz", tok, tokens, names)
-        sheet = _sheet(labels, wanted.names, counts, lambda i, k: out / f"k{k:04d}" / names[i])
+        sheet = _sheet(groups, wanted.names, counts, lambda i, k: out / f"k{k:04d}" / names[i])
         pics.write_png(out / "grid.png", sheet, png_metadata(info, counts))
         storage.write_json(out / "generation.json", settings | {"count": len(names)})
     print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
@@ -241,7 +258,7 @@ def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) ->
     A class whose name is a number is found by its name.
     """
     if not num_classes:
-        raise ValueError("the model has no classes: only class-conditional models can be used")
+        raise ValueError("the model has no classes: --labels is for class-conditional models")
     if text == "all":
         return np.arange(num_classes)
     file = as_path(text)

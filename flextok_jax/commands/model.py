@@ -8,7 +8,7 @@ import jax
 
 from flextok_jax.commands import common, options
 from flextok_jax.io import models, sources, storage
-from flextok_jax.io.formats import flexar, vae_files
+from flextok_jax.io.formats import flexar, t5, vae_files
 
 
 def convert(args: options.Convert) -> None:
@@ -20,11 +20,20 @@ def convert(args: options.Convert) -> None:
 
 def info(args: options.Info) -> None:
     """Prints what a model is."""
-    model = describe(args.source)
+    try:
+        model = describe(args.source)
+    except ValueError:
+        if sources.kind_of(args.source) == "ar":  # What is not understood, for whoever mends it.
+            _print(flexar.raw(args.source))
+        raise
     if args.json:
         print(json.dumps(model, indent=2))
         return
-    lines = storage.dotted(model)
+    _print(model)
+
+
+def _print(facts: dict) -> None:
+    lines = storage.dotted(facts)
     for key, value in lines.items():
         words = f"{value:,}" if type(value) is int else value
         print(f"{key:{max(map(len, lines))}}  {words}")
@@ -34,9 +43,10 @@ def describe(source) -> dict:
     """What a model is, in JSON terms.
 
     Returns:
-        "kind": "tokenizer", "vae" or "ar"; "origin"; "step" of a workdir; "config"; "parameters",
-        their number in each part and in "total"; "sha256" over all of them. Of a tokenizer also
-        "image_size" [H, W] and "vocab_size"; of an AR model what else its file knows.
+        "kind": "tokenizer", "vae", "ar" or "t5"; "origin"; "step" of a workdir; "config";
+        "parameters", their number in each part and in "total"; "sha256" over all of them. Of a
+        tokenizer also "image_size" [H, W] and "vocab_size"; of an AR model what else its file
+        knows, and "config.yaml", all of it; of this and of T5 "assumed": what no file says.
     """
     return _load(source)[0]
 
@@ -49,18 +59,26 @@ def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
     if kind == "vae":
         cfg, params = models.load_vae(str(source), scaling_factor)
         facts, save = {"origin": str(source)}, lambda out: vae_files.save_folder(out, cfg, params)
+    elif kind == "t5":
+        found = t5.load(source)
+        cfg, params = found.config, {"encoder": found.params}
+        facts = {"origin": found.origin, "assumed": list(found.assumed) or "nothing"}
+
+        def save(out):
+            raise ValueError(f"{source} is a text encoder, in the format of transformers already")
     else:
         module = flexar if kind == "ar" else models
         model = module.load(source)
         cfg, params, save = model.config, model.params, lambda out: module.save(out, model)
         facts = {"origin": model.origin, "step": model.step}
         if kind == "ar":
-            facts |= model.info
+            facts |= model.info | {"assumed": model.assumed or "nothing"}
+            facts |= {"config.yaml": flexar.yaml_of(model.config_yaml)} if model.config_yaml else {}
         else:
             facts |= {"image_size": list(cfg.image_size), "vocab_size": cfg.vocab_size}
     sizes = {k: sum(leaf.size for leaf in jax.tree.leaves(part)) for k, part in params.items()}
     return {
-        "kind": kind if kind in ("ar", "vae") else "tokenizer",
+        "kind": kind if kind in ("ar", "vae", "t5") else "tokenizer",
         **{key: value for key, value in facts.items() if value is not None},
         "config": dataclasses.asdict(cfg),
         "parameters": sizes | {"total": sum(sizes.values())},

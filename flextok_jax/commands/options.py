@@ -62,6 +62,7 @@ _MODEL = (
     "released format, a workdir of training (its averaged weights), or demo-digits"
 )
 _AR_MODEL = "a hub id, a folder of released files, a workdir of the AR stage, or demo-digits-ar"
+_T5 = "of prompts: google/flan-t5-xl, another T5 v1.1 or Flan, or a folder of one"
 _LABELS = "classes: all, numbers, ranges and names such as 0-9,42,cat, or a file with one per line"
 _TASK = "reconstruct --data, generate images to compare with --data, or classify registers"
 _K = "tokens per image (all); the cost follows their number"
@@ -112,7 +113,7 @@ class TokenSampling:
     """How an AR model samples tokens."""
 
     tokenizer: Source = None  # of the AR model (the one that its file names)
-    per_label: Positive = 1  # samples of each label
+    per_label: Positive = 1  # samples of each label, or of each prompt
     token_guidance: Scale = None  # of the logits; 1: none, at half the cost (the model's own)
     temperature: Number = 1.0  # of the logits; 0 is greedy
     top_k: Whole = 0  # sample from the N likeliest tokens; 0: off
@@ -140,12 +141,18 @@ class Crops(Shards):
 
 
 @_options
-class Compute:
+class Devices:
     """How networks are run; commands with these options print the devices first."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    batch_size: Positive = 32  # images (or texts) at a time
+
+
+@_options
+class Compute(Devices):
+    """How networks with kernels for accelerators are run."""
+
     attention: Literal["xla", "cudnn", "pallas"] = "xla"  # cudnn: GPUs with bfloat16; pallas: TPUs
-    batch_size: Positive = 32  # images at a time
 
 
 @_options
@@ -218,6 +225,23 @@ class Encode(Compute, Crops):
 
 
 @_options
+class Embed(Devices):
+    """Captions of a folder of images to embeddings, to train text models on.
+
+    Writes NAME.npy beside each image with a caption, and null_text.npy, of the
+    empty caption, into the folder. What is there is kept.
+
+    example:
+      flextok embed --data photos --text-encoder google/flan-t5-xl
+    """
+
+    data: Annotated[
+        str, *_option("FOLDER", str, "image files with captions, see docs/data.md", None)
+    ]
+    text_encoder: Annotated[str, *_option("SOURCE", str, _T5, None)]
+
+
+@_options
 class Detokenize(Compute, Sampling):
     """A file of tokens to images.
 
@@ -237,19 +261,29 @@ class Detokenize(Compute, Sampling):
 
 @_options
 class Generate(Compute, Sampling, TokenSampling):
-    """Classes to tokens to images, with an AR model.
+    """Classes or prompts to tokens to images, with an AR model.
 
-    Writes DIR/grid.png, DIR/k0016/NUMBER_classLABEL.png and so on,
-    DIR/tokens.npz (for flextok detokenize) and DIR/generation.json. The same
-    command continues after a stop.
+    Writes DIR/grid.png, DIR/k0016/NUMBER_classLABEL.png (or NUMBER_PROMPT.png)
+    and so on, DIR/tokens.npz (for flextok detokenize) and DIR/generation.json.
+    Prompts are encoded first; then the text encoder is freed. The same command
+    continues after a stop.
 
     example:
       flextok generate --model demo-digits-ar --labels 0-9 --per-label 10 \\
           --out samples
+      flextok generate --model EPFL-VILAB/FlexAR-3B-T2I --dtype bfloat16 \\
+          --text "a red cube on a blue sphere" --out samples
     """
 
     model: Annotated[str, *_option("SOURCE", str, _AR_MODEL, None)]
-    labels: Annotated[str, *_option("LABELS", str, _LABELS, None)] = "all"
+    labels: Annotated[str | None, *_option("LABELS", str, _LABELS, "(all)")] = None
+    text: Annotated[str | None, *_option("PROMPT", str, "a prompt, for text models")] = None
+    prompts: Annotated[str | None, *_option("FILE", str, "a file with a prompt on each line")] = (
+        None
+    )
+    text_encoder: Annotated[str | None, *_option("SOURCE", str, _T5, "(the one MODEL names)")] = (
+        None
+    )
     num_tokens: Counts = None  # images from the first so many tokens, several by commas (all)
     out: Folder
 
@@ -357,8 +391,12 @@ class Convert:
 class Info:
     """What a model is: configuration, parameter counts, sha256.
 
+    Of released AR models and text encoders also all that their files say, and
+    what had to be assumed.
+
     example:
       flextok info demo-digits --json
+      flextok info EPFL-VILAB/FlexAR-3B-T2I
     """
 
     source: Positional[Tokenizer]
@@ -370,6 +408,7 @@ COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.
     "tokenize": (Tokenize, "images:tokenize"),
     "detokenize": (Detokenize, "images:detokenize"),
     "generate": (Generate, "images:generate"),
+    "embed": (Embed, "text:embed"),
     "evaluate": (Evaluate, "evaluate:evaluate"),
     "compare": (Compare, "evaluate:compare"),
     "encode": (Encode, "encode:encode"),

@@ -66,6 +66,13 @@ def opened(paths, wanted: Callable[[str], bool]) -> Iterator[dict[str, Lazy]]:
         yield {name: Lazy(file, name) for file in files for name in file.keys() if wanted(name)}
 
 
+def read_shapes(path) -> dict[str, str]:
+    """Type and shape of every tensor of a safetensors file, such as "F32 [3, 4]"."""
+    with _opened(path) as file:
+        views = {name: file.get_slice(name) for name in file.keys()}
+        return {name: f"{x.get_dtype()} {x.get_shape()}" for name, x in views.items()}
+
+
 @contextlib.contextmanager
 def _opened(path):
     from safetensors import SafetensorError, safe_open

@@ -6,6 +6,7 @@ size, epsilon and guidance. Files of this project hold the whole configuration i
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from flextok_jax.io import sources, storage, workdirs
@@ -19,6 +20,7 @@ METADATA = "flextok_jax.ar"  # The key of our entry in the file's header.
 SKIPPED = ("models.image_tokenizer.", "models.text_encoder.t5_embedder.")
 MODEL = sources.AR_PREFIX
 BLOCK = MODEL + "trunk.blocks.{i}."
+TEXT_FC1 = "models.text_encoder.mlp.fc1.weight"
 # Guidance of released models whose configuration does not name it.
 GUIDANCE_TEXT, GUIDANCE_CLASS = 3.0, 1.5
 
@@ -50,10 +52,12 @@ class LoadedAR:
         config: the model.
         params: {"ar": …}, nested float32 NumPy arrays.
         info: further facts in JSON terms: "tokenizer" (its "source" and "fingerprint"),
-            "text_encoder" (the "source").
+            "text_encoder" (the "source", and "max_length" of prompts), "decoding" (of images: some
+            of "steps", "guidance_scale" and "norm_guidance").
         config_yaml: the text of the released `config.yaml`, or None.
         origin: where it came from, in words.
         step: of training, None but for a workdir.
+        assumed: fields of the configuration that no file says.
     """
 
     config: ARConfig
@@ -62,6 +66,7 @@ class LoadedAR:
     config_yaml: str | None = None
     origin: str = "memory"
     step: int | None = None
+    assumed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(source, revision: str | None = None) -> LoadedAR:
@@ -96,7 +101,7 @@ def save(folder, model: LoadedAR):
 def _load_file(path) -> LoadedAR:
     tensors, metadata = storage.read(path)
     tensors = {n: t for n, t in tensors.items() if not n.startswith(SKIPPED)}
-    beside, facts, info, problems = path.parent / CONFIG, {}, {}, []
+    beside, facts, info, problems, assumed = path.parent / CONFIG, {}, {}, [], {}
     text = beside.read_text(encoding="utf-8") if beside.is_file() else None
     if METADATA in metadata:
         info = json.loads(metadata[METADATA])
@@ -104,16 +109,66 @@ def _load_file(path) -> LoadedAR:
     else:
         if text is not None:
             facts, info, problems = flexar_config.read(text, beside)
-        cfg, more = _infer(tensors, facts)
+        cfg, assumed, more = _infer(tensors, facts)
         problems += more
     if cfg is None:
         raise ValueError(f"{path} is not understood:\n  " + "\n  ".join(problems))
     params = names.to_params(_entries(cfg), tensors, path, problems)
-    return LoadedAR(cfg, params, info, text, str(path))
+    return LoadedAR(cfg, params, info, text, str(path), assumed=assumed)
 
 
-def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
-    """The configuration that shapes and the `facts` of `config.yaml` say, and what is wrong."""
+def about(source) -> dict:
+    """What a source says beside its tensors, without reading them; see `LoadedAR.info`.
+
+    Also "text": whether it is a text model.
+    """
+    path = sources.find(source, optional=(CONFIG,))
+    sources.check_kind(path, "ar")
+    if sources.is_workdir(path):
+        model = storage.read_json(path / "config.json").get("model") or {}
+        return model | {"text": bool((model.get("config") or {}).get("text_dim"))}
+    file = sources.weights_file(path)
+    tensors, metadata = storage.read_header(file)
+    beside, info = file.parent / CONFIG, {}
+    if METADATA in metadata:
+        info = json.loads(metadata[METADATA])
+    elif beside.is_file():
+        info = flexar_config.read(beside.read_text(encoding="utf-8"), beside)[1]
+    return info | {"text": TEXT_FC1 in tensors}
+
+
+def raw(source) -> dict:
+    """What a file holds, understood or not.
+
+    "tensors": type and shape of those outside of blocks and of the first block; "blocks": how many;
+    "config.yaml".
+    """
+    file = sources.weights_file(sources.find(source, optional=(CONFIG,)))
+    shapes = storage.read_shapes(file)
+    blocks = {name.split(".")[4] for name in shapes if name.startswith(MODEL + "trunk.blocks.")}
+    kept = {
+        name: shape
+        for name, shape in sorted(shapes.items())
+        if not re.match(r".*\.blocks?\.(?!0\.)\d+\.", name)
+    }
+    beside = file.parent / CONFIG
+    text = beside.read_text(encoding="utf-8") if beside.is_file() else ""
+    return {"tensors": kept, "blocks": len(blocks), CONFIG: yaml_of(text)}
+
+
+def yaml_of(text: str):
+    """The content of a config.yaml; its text where it is none."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _infer(tensors, facts: dict) -> tuple[ARConfig | None, dict, list[str]]:
+    """(the configuration that shapes and the `facts` of `config.yaml` say; what neither says of it;
+    what is wrong)."""
 
     def shape(name, rank=2):
         tensor = tensors.get(name)
@@ -127,9 +182,9 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
     }
     missing = [f"missing tensor {n} ({what})" for what, n in sizes.items() if not any(shape(n))]
     if missing:
-        return None, missing
+        return None, {}, missing
     (vocab, width), (length, _), (hidden, _) = map(shape, sizes.values())
-    text_hidden, text_dim = shape("models.text_encoder.mlp.fc1.weight")
+    text_hidden, text_dim = shape(TEXT_FC1)
     (head_dim,) = shape(f"{first}{'self_attn' if text_dim else 'attn'}.q_norm.weight", 1)
     blocks = {name.split(".")[4] for name in tensors if name.startswith(MODEL + "trunk.blocks.")}
     fields = {
@@ -142,6 +197,11 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
     }  # fmt: skip
     if head_dim:
         fields["head_dim"] = head_dim
+    told = {*fields, *facts} | ({"head_dim"} if "num_heads" in facts else set())
+    silent = {"head_dim", "norm_eps", "guidance_scale", *(["text_gelu_tanh"] if text_dim else [])}
+    silent -= told
+    if fields["mlp"] == "gelu" and "mlp" not in facts:
+        silent.add("mlp")
     facts = {"guidance_scale": GUIDANCE_TEXT if text_dim else GUIDANCE_CLASS} | facts
     if "num_heads" in facts:
         facts["head_dim"] = width // max(1, facts.pop("num_heads"))
@@ -153,9 +213,10 @@ def _infer(tensors, facts: dict) -> tuple[ARConfig | None, list[str]]:
         if fields.setdefault(name, value) != value
     ]
     try:
-        return ARConfig(**fields), problems
+        cfg = ARConfig(**fields)
     except ValueError as error:
-        return None, [*problems, str(error)]
+        return None, {}, [*problems, str(error)]
+    return cfg, {name: getattr(cfg, name) for name in sorted(silent)}, problems
 
 
 def shapes(cfg: ARConfig):

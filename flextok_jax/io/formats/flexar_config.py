@@ -37,9 +37,15 @@ _FREE = set(
     ffn_dropout_rate cond_dropout_prob inplace init_std init_style weight_init_style
     gpt_proj_rescale encoder_num_blocks""".split()
 )
-# Networks from files of their own: {where: (the key that names the file, our name)}.
+# Networks from files of their own, {where: (our name, {our fact: its key})}, and how samples are
+# decoded by default.
 _OTHER_NETWORKS = {
-    "image_tokenizer": ("model_id", "tokenizer"), "t5_embedder": ("hf_hub_path", "text_encoder")
+    "image_tokenizer": ("tokenizer", {"source": "model_id"}),
+    "t5_embedder": ("text_encoder", {"source": "hf_hub_path", "max_length": "encoder_seqlen_max"}),
+}
+_DECODING = {
+    "steps": "timesteps", "guidance_scale": "tokenizer_cfg_factor",
+    "norm_guidance": "tokenizer_perform_norm_guidance",
 }  # fmt: skip
 
 
@@ -47,8 +53,9 @@ def read(text: str, path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The facts in the text of a `config.yaml`.
 
     Returns:
-        ({field of ARConfig or "num_heads": value}; {"tokenizer", "text_encoder": {"source"}}, where
-        they are named; everything that is not understood).
+        ({field of ARConfig or "num_heads": value}; what is named of {"tokenizer": {"source"},
+        "text_encoder": {"source", "max_length"}, "decoding": {"steps", "guidance_scale",
+        "norm_guidance"}}; everything that is not understood).
 
     Raises:
         ValueError: the text is no YAML mapping with a model.
@@ -82,9 +89,9 @@ def read(text: str, path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
             if key not in _OTHER_NETWORKS:
                 visit(child, f"{where}.{key}", act)
             elif isinstance(child, dict):
-                named_by, ours = _OTHER_NETWORKS[key]
-                if isinstance(source := _resolve(child.get(named_by), root), str):
-                    others[ours] = {"source": source}
+                ours, keys = _OTHER_NETWORKS[key]
+                found = {name: _resolve(child.get(theirs), root) for name, theirs in keys.items()}
+                others[ours] = {k: v for k, v in found.items() if v is not None}
 
     def look_up(node, where, act):
         target, part = str(node["_target_"]), where.rpartition(".")[2]
@@ -130,6 +137,8 @@ def read(text: str, path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     generation = root.get("generation") or {}
     if generation.get("cfg_factor") is not None:
         note("guidance_scale", generation["cfg_factor"], "generation.cfg_factor")
+    found = {name: generation.get(theirs) for name, theirs in _DECODING.items()}
+    others["decoding"] = {name: value for name, value in found.items() if value is not None}
     return facts, others, problems
 
 
