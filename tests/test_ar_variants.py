@@ -87,7 +87,9 @@ def test_what_config_yaml_says_beside_the_tensors():
     assert facts("ar_c2i_gelu", tanh)[0]["mlp"] == "gelu_tanh"
     silu = (tanh[0], tanh[1].replace("torch.nn.GELU", "torch.nn.SiLU"))
     assert "torch.nn.SiLU" in facts("ar_c2i_gelu", silu)[2]
-    assert facts("ar_t2i_gelu")[1] == {"text_encoder": {"source": "google/flan-t5-xl"}}
+    assert facts("ar_t2i_gelu")[1] == {
+        "text_encoder": {"source": "google/flan-t5-xl", "max_length": 7}
+    }
     qk = ("qk_norm:\n              _target_: l3m.model.layers.normalization.RMSNorm",
           "qk_norm:\n              _target_: torch.nn.LayerNorm")  # fmt: skip
     assert "qk_norm is a LayerNorm" in facts("ar_c2i_qknorm", qk)[2]

@@ -51,14 +51,17 @@ def _generation(args, out) -> None:
         "samples": {"per_label": args.per_label, "labels": classes, **filters},
     }
     scales = _scales(args.token_guidance, gen.config.guidance_scale)
-    _sweep(args, out, gen.tokenizer, counts, info, samples, scales)
+    _sweep(args, out, gen.tokenizer, counts, info, samples, scales, gen.decoding)
 
 
-def _sweep(args, out, tok, counts, info: dict, samples=None, token_scales=(None,)) -> None:
+def _sweep(
+    args, out, tok, counts, info: dict, samples=None, token_scales=(None,), decoding=None
+) -> None:
     """What reconstruction and generation share."""
     given = {"steps": args.steps, "guidance_scale": args.guidance}
     given = {name: value[0] for name, value in given.items() if value}  # The settings vary them.
-    sampler = default_sampler(tok, norm_guidance=None if args.norm_guidance else False, **given)
+    given |= {} if args.norm_guidance else {"norm_guidance": False}
+    sampler = default_sampler(tok, **((decoding or {}) | given))
     steps = _scales(args.steps, sampler and sampler.steps)
     guidances = _scales(args.guidance, sampler and sampler.guidance_scale)
     settings = sweep.grid(counts, guidances, steps, token_scales)

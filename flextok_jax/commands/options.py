@@ -226,7 +226,7 @@ class Encode(Compute, Crops):
 
 @_options
 class Embed(Devices):
-    """Captions of a folder of images to embeddings, to train text models on.
+    """Captions beside images to embeddings, to train text models.
 
     Writes NAME.npy beside each image with a caption, and null_text.npy, of the
     empty caption, into the folder. What is there is kept.

@@ -138,7 +138,8 @@ def read(text: str, path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     if generation.get("cfg_factor") is not None:
         note("guidance_scale", generation["cfg_factor"], "generation.cfg_factor")
     found = {name: generation.get(theirs) for name, theirs in _DECODING.items()}
-    others["decoding"] = {name: value for name, value in found.items() if value is not None}
+    if found := {name: value for name, value in found.items() if value is not None}:
+        others["decoding"] = found
     return facts, others, problems
 
 
