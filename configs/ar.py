@@ -52,6 +52,11 @@ def _base() -> ConfigDict:
         compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
         tokenizer=dict(source=""),  # images are tokenised in every step; "": data is tokens
         condition=dict(null_prob=0.1),  # [paper]: class dropout
+        # Of a text model: whose embeddings the data has (`flextok embed`), or "": a T5 of these
+        # sizes is trained with the model, on the captions of the data.
+        text_encoder=dict(
+            source="", length=32, vocab_size=1024, depth=2, num_heads=2, head_dim=32, mlp_hidden=128
+        ),
         loss=dict(
             chunk=32,  # positions whose logits exist at a time; no effect on the result
             z_loss=0.0,  # 1e-4 (PaLM) where logits drift
@@ -107,6 +112,18 @@ def _digits() -> ConfigDict:
     return c
 
 
+def _digits_text() -> ConfigDict:
+    """Digits by text: captions such as "the digit three", a T5 of 0.2 million parameters with it.
+
+    Everything else is as in `digits`. Measured: `python -m examples.digits.prompts WORKDIR`.
+    """
+    c = _digits()
+    c.data.path = digits.folder(captions=True)
+    c.model.update(num_classes=0, text_dim=64, text_hidden=128, guidance_scale=1.5)
+    c.text_encoder.update(length=16, vocab_size=320)
+    return c
+
+
 def _full(depth: int, text: bool) -> ConfigDict:
     """The full-size models: width 64 d, d heads, on tokens of ImageNet by class, or by text.
 
@@ -127,6 +144,7 @@ def _full(depth: int, text: bool) -> ConfigDict:
     if text:
         # Flan-T5-XL, 2048 channels, and a hidden width of 2048; scale 3 [released].
         c.model.update(num_classes=0, text_dim=2048, text_hidden=2048, guidance_scale=3.0)
+        c.text_encoder.source = "google/flan-t5-xl"  # [released]
     return c
 
 
@@ -145,7 +163,7 @@ def _text(c: ConfigDict, value: int):
     c.model.text_dim = c.model.text_hidden = value
 
 
-VARIANTS = {"digits": _digits}
+VARIANTS = {"digits": _digits, "digits_text": _digits_text}
 VARIANTS |= {f"c2i_d{d}": functools.partial(_full, d, text=False) for d in C2I}
 VARIANTS |= {f"t2i_d{d}": functools.partial(_full, d, text=True) for d in T2I}
 SIZES = {

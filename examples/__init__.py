@@ -12,8 +12,8 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def image_folder(name: str, images: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> str:
-    """A folder of PNG files, written on first use.
+def image_folder(name: str, images: Callable[[], Iterable[tuple[str, np.ndarray | str]]]) -> str:
+    """A folder of PNG files, and of texts beside them, written on first use.
 
     It lies in `.cache/examples` of the repository, or in the folder that the environment variable
     FLEXTOK_EXAMPLES names. It appears as a whole or not at all, so several processes may ask at
@@ -21,7 +21,7 @@ def image_folder(name: str, images: Callable[[], Iterable[tuple[str, np.ndarray]
 
     Args:
         name: of the folder.
-        images: yields (path below the folder, uint8 [H, W, 3]).
+        images: yields (path below the folder, uint8 [H, W, 3] or a text).
 
     Returns:
         its absolute path.
@@ -37,7 +37,10 @@ def image_folder(name: str, images: Callable[[], Iterable[tuple[str, np.ndarray]
         for path, image in images():
             file = temporary / path
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(file)
+            if isinstance(image, str):
+                file.write_text(image, encoding="utf-8")
+            else:
+                Image.fromarray(image).save(file)
         temporary.rename(folder)
     except OSError:
         if not folder.is_dir():  # Otherwise another process was faster.

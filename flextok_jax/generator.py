@@ -103,7 +103,8 @@ class ImageGenerator:
                 generation; what is cut over `fsdp` is gathered for every token.
             attention: of `logits`: "xla", "cudnn" (CUDA GPUs with bfloat16) or "pallas" (TPUs).
             revision: branch, tag or commit of a hub id.
-            text_encoder: of a text model, for prompts; `text_encoder_source` names which.
+            text_encoder: of a text model, for prompts; `text_encoder_source` names which. A model
+                that was trained with its own has it already.
 
         Raises:
             FileNotFoundError: the source is not there; the message says how to get it.
@@ -114,7 +115,11 @@ class ImageGenerator:
         compute = Compute(dtype=dtype, attention=attention)
         compute.check_platform(platform(mesh))
         file = flexar.load(source, revision)
-        params = place(mesh, file.params, ar.shapes(file.config))
+        params = place(mesh, {"ar": file.params["ar"]}, ar.shapes(file.config))
+        if "text_encoder" in file.params:
+            if text_encoder is not None:
+                raise ValueError(f"{file.origin} has its own text encoder: give no text_encoder")
+            text_encoder = TextEncoder.inside(file, dtype, mesh)
         file = dataclasses.replace(file, params={})  # the arrays on the devices are the ones
         return cls(
             file.config, params, tokenizer, compute, mesh, file.origin, text_encoder, _file=file
@@ -335,7 +340,14 @@ class ImageGenerator:
         if info.get("tokenizer") is None and self.tokenizer is not None:
             tok = self.tokenizer
             info["tokenizer"] = {"fingerprint": tok.fingerprint}
-        params = jax.tree.map(np.asarray, self.params)
+        params = self.params
+        if flexar.text_encoder_config(info) is not None:
+            if self.text_encoder is None:
+                raise ValueError(
+                    "the model's own text encoder was taken away: text_encoder is None"
+                )
+            params = params | {"text_encoder": self.text_encoder.params}
+        params = jax.tree.map(np.asarray, params)
         flexar.save(folder, dataclasses.replace(file, params=params, info=info))
 
     def _check_tokens(self, tokens, name: str, least: int) -> np.ndarray:

@@ -35,7 +35,7 @@ NEXT = {  # What to do with a finished workdir.
     "vae": "python -m flextok_jax.main --config=configs/tokenizer.py:VARIANT "
     "--config.vae.source={0} --workdir=NEW_DIR",
     "tokenizer": "flextok reconstruct --model {0} --images FOLDER --out OUT",
-    "ar": "flextok generate --model {0} --labels 0,1 --out OUT",
+    "ar": "flextok generate --model {0} --out OUT (of a text model with --text PROMPT)",
 }
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and logs")

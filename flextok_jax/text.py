@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flextok_jax.io import storage
+from flextok_jax.io import sources, storage
+from flextok_jax.io.formats import flexar, text_tokens
 from flextok_jax.io.formats import t5 as files
-from flextok_jax.io.formats import text_tokens
 from flextok_jax.nn import t5
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.t5 import T5Config
@@ -64,7 +64,8 @@ class TextEncoder:
 
         Args:
             source: a hub id such as "google/flan-t5-xl", or a folder with `config.json`,
-                `tokenizer.json` and the weights (safetensors or PyTorch, one file or several).
+                `tokenizer.json` and the weights (safetensors or PyTorch, one file or several); or
+                an AR model of this project that was trained with its own text encoder.
             dtype: "float32" or "bfloat16", of the parameters and of matrix products. The residual
                 stream, norms and the softmax are float32.
             mesh: spread batches and parameters over these devices.
@@ -79,11 +80,27 @@ class TextEncoder:
                 "dtype='float16': T5's activations exceed 65504, what float16 holds, and become "
                 "infinite. Use 'bfloat16', which is as small, or 'float32'"
             )
+        if sources.is_local(source) and sources.kind_of(source) == "ar":
+            return cls.inside(flexar.load(source, revision), dtype, mesh)
         compute = Compute(dtype=dtype)
         found = files.load(source, np.dtype(jax.numpy.dtype(dtype)), revision)
         tokenizer = text_tokens.parse(found.tokenizer, found.origin)
         params = place(mesh, found.params, t5.shapes(found.config))
         return cls(found.config, params, tokenizer, compute, mesh, found.origin)
+
+    @classmethod
+    def inside(cls, file: flexar.LoadedAR, dtype: str = "float32", mesh: Mesh | None = None):
+        """The text encoder that was trained with an AR model. Its parameters stay float32.
+
+        Raises:
+            ValueError: the AR model's file holds none.
+        """
+        cfg = flexar.text_encoder_config(file.info)
+        if cfg is None:
+            raise ValueError(f"{file.origin} holds no text encoder: it was trained with another's")
+        tokenizer = text_tokens.parse(file.info["text_encoder"]["tokenizer"], file.origin)
+        params = place(mesh, file.params["text_encoder"], t5.shapes(cfg))
+        return cls(cfg, params, tokenizer, Compute(dtype=dtype), mesh, file.origin)
 
     @functools.cached_property
     def fingerprint(self) -> str:

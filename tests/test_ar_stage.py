@@ -206,10 +206,10 @@ def test_an_image_without_a_caption_gets_the_null_text(data):
 
     kept = np.zeros(8, bool)
     for given, null in ((absent, kept), (batch, ~kept)):
-        condition = stage._condition(frozen, given, null)
+        condition = stage._condition({}, frozen, given, null)
         np.testing.assert_array_equal(condition.text, np.zeros((8, 3, TEXT)))
         assert condition.text_mask.tolist() == [[True, True, False]] * 8
-    condition = stage._condition(frozen, batch, kept)
+    condition = stage._condition({}, frozen, batch, kept)
     np.testing.assert_array_equal(condition.text, text)
     assert condition.text_mask.all()
 

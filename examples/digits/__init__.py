@@ -13,6 +13,7 @@ import numpy as np
 from examples import image_folder
 
 NUM_TRAIN = 1500
+WORDS = "zero one two three four five six seven eight nine".split()
 
 
 def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -34,9 +35,24 @@ def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
     return _splits()[split]
 
 
-def folder() -> str:
-    """The path of {train,test}/{0..9}/NNNN.png; NNNN is the index in `arrays`."""
-    return image_folder("digits", _files)
+def folder(captions: bool = False) -> str:
+    """The path of {train,test}/{0..9}/NNNN.png; NNNN is the index in `arrays`.
+
+    With `captions` another one, where NNNN.txt beside an image is one of `captions_of` its digit.
+    """
+    return (
+        image_folder("digits_captions", _captioned) if captions else image_folder("digits", _files)
+    )
+
+
+def captions_of(digit: int) -> list[str]:
+    """What a person may call a digit: "7", "seven", "a seven", "the digit seven", …"""
+    word = WORDS[digit]
+    article = "an" if word == "eight" else "a"
+    return [
+        str(digit), word, f"{article} {word}", f"the digit {word}", f"the number {digit}",
+        f"a handwritten {word}",
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -58,6 +74,14 @@ def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for array in found[split]:
             array.setflags(write=False)
     return found
+
+
+def _captioned():
+    random = np.random.RandomState(0)
+    for path, image in _files():
+        yield path, image
+        choices = captions_of(int(path.split("/")[1]))
+        yield path.removesuffix(".png") + ".txt", choices[random.randint(len(choices))]
 
 
 def _files():

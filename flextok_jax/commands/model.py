@@ -73,6 +73,8 @@ def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
         facts = {"origin": model.origin, "step": model.step}
         if kind == "ar":
             facts |= model.info | {"assumed": model.assumed or "nothing"}
+            if "tokenizer" in facts.get("text_encoder", {}):  # Long, and no fact.
+                facts["text_encoder"] = facts["text_encoder"] | {"tokenizer": "inside"}
             facts |= {"config.yaml": flexar.yaml_of(model.config_yaml)} if model.config_yaml else {}
         else:
             facts |= {"image_size": list(cfg.image_size), "vocab_size": cfg.vocab_size}

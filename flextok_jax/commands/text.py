@@ -55,7 +55,9 @@ def encoded(args: options.Generate) -> Texts | None:
         raise ValueError(f"{args.model} is a text model: give --text or --prompts, not --labels")
     prompts = [args.text] if args.prompts is None else read_prompts(args.prompts)
     named = about.get("text_encoder") or {}
-    source = args.text_encoder or named.get("source")
+    if args.text_encoder and "config" in named:
+        raise ValueError(f"{args.model} has its own text encoder: leave --text-encoder out")
+    source = args.model if "config" in named else args.text_encoder or named.get("source")
     if not source:
         raise ValueError(f"{args.model} names no text encoder: pass --text-encoder SOURCE")
     encoder = _encoder(args, source)
@@ -138,7 +140,7 @@ def embed(args: options.Embed) -> None:
 def _caption(source, index: int) -> tuple[str, str | None]:
     """(the key of an image, its caption, None also where its file cannot be read)"""
     try:
-        return source.key(index), source.read(index).caption
+        return source.key(index), source.caption(index)
     except OSError:
         return source.key(index), None
 

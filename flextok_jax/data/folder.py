@@ -66,12 +66,17 @@ class FolderSource(source.Source):
 
     def read(self, index: int) -> Example:
         key = self._keys[index]
-        image, caption = (self._root / key).read_bytes(), self._captions.get(key)
-        if caption is None and (beside := self._besides(key, ".txt")):
-            caption = self.skipped.usable(self._caption, beside, beside)
-        return Example(image, int(self.labels[index]), caption, key)
+        image = (self._root / key).read_bytes()
+        return Example(image, int(self.labels[index]), self.caption(index), key)
 
-    def _caption(self, beside: str) -> str | None:
+    def caption(self, index: int) -> str | None:
+        key = self._keys[index]
+        caption = self._captions.get(key)
+        if caption is None and (beside := self._besides(key, ".txt")):
+            caption = self.skipped.usable(self._read_caption, beside, beside)
+        return caption
+
+    def _read_caption(self, beside: str) -> str | None:
         try:
             return source.parse_caption((self._root / beside).read_bytes())
         except OSError as error:

@@ -12,7 +12,7 @@ for another step, and the global batch is the same for any number of processes.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from flextok_jax.data.decode import reason
 from flextok_jax.data.reader import Unreadable, UnreadableCount
 from flextok_jax.data.source import Source, log
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
+
+CaptionArrays = Callable[[str | None], dict]  # A caption, or None -> arrays of an example.
 
 
 def make_pipeline(
@@ -31,6 +33,7 @@ def make_pipeline(
     train: bool,
     process_index: int | None = None,
     process_count: int | None = None,
+    text: CaptionArrays | None = None,
 ) -> "Pipeline":
     """Builds the pipeline that the `data` part of a config describes.
 
@@ -41,6 +44,7 @@ def make_pipeline(
         batch_size: of the global batch.
         train: read `cfg.split`; otherwise `cfg.eval_split`.
         process_index, process_count: this process among all; those of JAX by default.
+        text: what becomes of a caption, None: captions are not used.
     """
     if process_index is None or process_count is None:
         import jax
@@ -50,10 +54,10 @@ def make_pipeline(
     for line in source.skipped.lines() if train else ():
         log.warning("%s: skipped %s", cfg.path, line)
     if cfg.source in sources.ENCODED:
-        examples = Crops.of(cfg.source, source)
+        examples = Crops.of(cfg.source, source, text)
     else:
         names = (field.name for field in dataclasses.fields(Transform))
-        examples = Images(Transform(**{name: getattr(cfg, name) for name in names}))
+        examples = Images(Transform(**{name: getattr(cfg, name) for name in names}), text)
     process = process_index, process_count
     return Pipeline(source, examples, seed, batch_size, process, cfg.max_unreadable)
 
@@ -62,14 +66,16 @@ def make_pipeline(
 class Images:
     """How images become a batch: "image" uint8 [B, S, S, 3] and "label" int32 [B].
 
-    An example gets `num_draws` uniform random numbers in [0, 1).
+    With `captions` also the arrays that it makes of each. An example gets `num_draws` uniform
+    random numbers in [0, 1).
     """
 
     transform: Transform
+    captions: CaptionArrays | None = None
     num_draws = NUM_DRAWS
 
     def without_randomness(self) -> "Images":
-        return Images(self.transform.without_randomness())
+        return Images(self.transform.without_randomness(), self.captions)
 
     def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
         """One example. Raises ValueError where the settings do not fit the image."""
@@ -80,7 +86,8 @@ class Images:
             image = self.transform.fit(found.image, draws)
         except ValueError as error:
             raise ValueError(f"{found.key}: {error}") from None
-        return {"image": image, "label": np.int32(found.label)}
+        text = self.captions(found.caption) if self.captions else {}
+        return {"image": image, "label": np.int32(found.label), **text}
 
     def augment(self, batch: dict, draws: np.ndarray) -> dict:
         """What is done for a whole batch; draws: [B, num_draws]."""
@@ -93,7 +100,7 @@ class Crops:
 
     A batch holds the arrays of `names`, [B, ...] each ("tokens" int32, all others float16),
     "label" int32 [B], and for a data set with text "text" float16 [B, T, E], "text_mask" bool
-    [B, T].
+    [B, T]; in place of these with `captions` the arrays that it makes of each.
 
     It is a random crop, or crop 0, the plain one. `names` are the arrays that are wanted, `text` is
     (T, E) or None.
@@ -101,17 +108,18 @@ class Crops:
 
     names: tuple[str, ...]
     text: tuple[int, int] | None
+    captions: CaptionArrays | None = None
     random: bool = True
     num_draws = 1
 
     @classmethod
-    def of(cls, kind: str, source) -> "Crops":
+    def of(cls, kind: str, source, captions: CaptionArrays | None = None) -> "Crops":
         """The tokens of a `shards.ShardSource`, or all its other arrays ("encoded")."""
         arrays = source.manifest["arrays"]
         names = tuple(name for name in arrays if (name == "tokens") == (kind == "tokens"))
         if not names:
             raise ValueError(f"data.source is {kind!r}, but the data has {', '.join(arrays)} only")
-        return cls(names, source.text)
+        return cls(names, None if captions else source.text, captions)
 
     def without_randomness(self) -> "Crops":
         return dataclasses.replace(self, random=False)
@@ -126,6 +134,8 @@ class Crops:
             crops = record.arrays[name]
             crop = crops[int(draws[0] * len(crops)) if self.random else 0]
             out[name] = crop.astype(np.int32 if name == "tokens" else np.float16)
+        if self.captions:
+            return out | self.captions(record.caption)
         return out if self.text is None else out | padded_text(record.embedding, self.text)
 
     def augment(self, batch: dict, draws: np.ndarray) -> dict:

@@ -289,6 +289,9 @@ class ShardSource(Source):
         image = record.arrays["image"].tobytes()
         return Example(image, record.label, record.caption, record.key)
 
+    def caption(self, index: int) -> str | None:
+        return self.record(index).caption
+
     def embedding(self, index: int) -> np.ndarray | None:
         return self.record(index).embedding
 

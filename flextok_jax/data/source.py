@@ -97,6 +97,10 @@ class Source:
         """An example. Any exception means that it cannot be read."""
         raise NotImplementedError
 
+    def caption(self, index: int) -> str | None:
+        """The caption of an example, None where there is none. Raises as `read`."""
+        return self.read(index).caption
+
     def embedding(self, index: int) -> np.ndarray | None:
         """float16 [T, E] of the caption; None where there is none. Raises as `read_embedding`."""
         return None

@@ -92,6 +92,11 @@ def weights_file(path):
     return path / WEIGHTS if path.is_dir() else path
 
 
+def is_local(source) -> bool:
+    """Whether a source is a demo or a path that exists: no hub id."""
+    return str(source) in DEMOS or as_path(source).exists()
+
+
 def is_workdir(path) -> bool:
     """Whether a folder is a workdir of training."""
     return (path / "checkpoints").is_dir()

@@ -10,22 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from flextok_jax.data import shards, sources
+from flextok_jax.data import reader, shards, sources
 from flextok_jax.data.pipeline import padded_text
 from flextok_jax.data.source import check_labels
 from flextok_jax.io import models, storage
-from flextok_jax.io.formats import flexar
+from flextok_jax.io.formats import flexar, text_tokens
 from flextok_jax.io.paths import as_path
-from flextok_jax.nn import ar, flextok, layout
+from flextok_jax.nn import ar, flextok, layout, t5
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
+from flextok_jax.nn.t5 import T5Config
 from flextok_jax.parallel.rng import named
 from flextok_jax.training import logs
 from flextok_jax.training.batches import Validation, bins
 from flextok_jax.training.stage import Stage
 
 TOKENS = "tokens"
+CAPTIONS = 100_000  # How many at most a tokenizer of texts is made of.
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,12 @@ class ARStage(Stage):
         self._data, self._evaluation = config.data, config.evaluation
         self._source = config.tokenizer.source
         model, found = config.model.to_dict(), tokens
+        self._text_source, self._t5, text = config.text_encoder.source, None, config.text_encoder
+        if model["text_dim"] and not self._text_source:
+            sizes = text.to_dict()
+            self._text_length = sizes.pop("length")
+            del sizes["source"]
+            self._t5 = T5Config(width=model["text_dim"], **sizes)
         if tokens is None:
             if (config.data.source == TOKENS) == bool(self._source):
                 raise ValueError(
@@ -87,6 +95,11 @@ class ARStage(Stage):
                 unused = name == "num_classes" and model["text_dim"]
                 model[name] = 0 if unused else getattr(found, name) or 0
         if tokens is None:
+            if self._t5:
+                found = found._replace(text_dim=model["text_dim"])
+                _ = (
+                    self._text_tokenizer
+                )  # Says what is wrong with the captions before anything runs.
             _check_fit(model, found)
         self.model, self._tokens_info = ARConfig(**model), found
 
@@ -110,8 +123,11 @@ class ARStage(Stage):
         """Of images, which the frozen tokenizer turns into tokens."""
         if as_path(self._source).exists():
             self._source = str(as_path(self._source).resolve())
-        if model["text_dim"]:
-            raise ValueError("a text model learns from tokens made before, with text embeddings")
+        if model["text_dim"] and not self._t5:
+            raise ValueError(
+                "embeddings of captions come with tokens made before; of images the model learns "
+                "with text_encoder.source='', a text encoder that is trained with it"
+            )
         loaded, fingerprint = _tokenizer(self._source)
         cfg = self._tokenizer = loaded.config
         size = self._data.image_size
@@ -120,13 +136,50 @@ class ARStage(Stage):
         info = {"source": self._source, "origin": loaded.origin, "fingerprint": fingerprint}
         return Tokens(info, cfg.vocab_size, cfg.num_tokens, **_labels(self._sources(), model))
 
+    @functools.cached_property
+    def _text_tokenizer(self) -> str:
+        """The tokenizer.json of a text encoder that is trained: of the captions of the training."""
+        source = sources.make_source(self._data, self._data.split)
+        count = min(len(source), CAPTIONS)
+        rows = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+        found = [text for text in reader.ahead(source.caption, rows) if text]
+        if not found:
+            raise ValueError(
+                f"{self._data.path}: no image has a caption, and text_encoder.source='' trains a "
+                "text encoder on captions (docs/data.md)"
+            )
+        return text_tokens.train(found, self._t5.vocab_size)
+
+    @functools.cached_property
+    def captions(self):
+        """Of a text encoder that is trained: caption -> "text_ids" int32 [T], "text_mask" [T].
+
+        None is the empty caption.
+        """
+        if not self._t5:
+            return None
+        tokenizer, length = text_tokens.parse(self._text_tokenizer, "tokenizer"), self._text_length
+
+        def arrays(caption: str | None) -> dict:
+            row = text_tokens.cut(tokenizer.encode(caption or "").ids, length)
+            ids, mask = text_tokens.padded([row], length)
+            return {"text_ids": ids[0], "text_mask": mask[0]}
+
+        return arrays
+
     def init(self, key):
-        """{"ar"}, float32."""
-        return ar.init(self.model, key)
+        """{"ar"}, and {"text_encoder"} where it is trained, float32."""
+        params = ar.init(self.model, key)
+        if self._t5:
+            params["text_encoder"] = t5.init(self._t5, named(key, "text_encoder"))
+        return params
 
     def init_from(self, source: str):
         """The AR model of a released folder, or of a workdir of ours."""
-        return flexar.load(source).params
+        params = flexar.load(source).params
+        if self._t5 and "text_encoder" not in params:
+            raise ValueError(f"init_from={source}: it holds no text encoder to go on with")
+        return params
 
     def load_frozen(self):
         """{"tokenizer"}: VAE and encoder, where images are tokenised in the step; {"null_text"}."""
@@ -134,7 +187,7 @@ class ARStage(Stage):
             params, like = _tokenizer(self._source)[0].params, flextok.shapes(self._tokenizer)
             parts = {n: params[n] for n in ("vae", "encoder", "bottleneck") if n in params}
             return {"tokenizer": layout.box(parts, {n: like[n] for n in parts})}
-        if not self.model.text_dim:
+        if not self.model.text_dim or self._t5:
             return {}
         source = shards.ShardSource(self._data.path, self._data.split)
         return {"null_text": padded_text(source.null_text, source.text)}
@@ -147,11 +200,12 @@ class ARStage(Stage):
 
         Args:
             batch: "tokens": int32 [B, k], or "image": uint8 [B, H, W, 3]; "label": int32 [B]; for
-                a text model "text": [B, T, E] and "text_mask": bool [B, T].
+                a text model "text": [B, T, E] (or what `captions` makes) and "text_mask": bool
+                [B, T].
         """
         tokens = self._tokens(frozen, batch)
         null = jax.random.bernoulli(named(key, "null"), self._drop, tokens.shape[:1])
-        out = self._predict(params, tokens, self._condition(frozen, batch, null))
+        out = self._predict(params, tokens, self._condition(params, frozen, batch, null))
         logged = self._metrics(out, jnp.ones_like(null))
         del logged["loss"]
         loss = jnp.mean(out.loss)
@@ -170,8 +224,17 @@ class ARStage(Stage):
         params, images = frozen["tokenizer"], to_float(batch["image"])
         return flextok.tokens_of(params, self._tokenizer, Compute(), images, count)[1]
 
-    def _condition(self, frozen, batch, null) -> ar.ARCondition:
+    def _condition(self, params, frozen, batch, null) -> ar.ARCondition:
         """The batch's condition, null where `null` (bool [B]) or where an image has none."""
+        if self._t5:
+            rest = self.captions(None)
+            ids, mask = (
+                jnp.where(null[:, None], jnp.asarray(rest[name])[None], batch[name])
+                for name in ("text_ids", "text_mask")
+            )
+            compute = dataclasses.replace(self.compute, attention="xla")
+            text = t5.encode(params["text_encoder"], self._t5, compute, ids, mask)
+            return ar.ARCondition(text=text, text_mask=mask)
         if self.model.text_dim:
             null |= ~jnp.any(batch["text_mask"], axis=1)
             rest = frozen["null_text"]
@@ -202,7 +265,7 @@ class ARStage(Stage):
         """ "validation": loss (nats), loss_by_position/BIN, accuracy, perplexity = exp(loss)."""
         if not self._evaluation.num_images:
             return {}
-        images = Validation(self._data, self._evaluation)
+        images = Validation(self._data, self._evaluation, self.captions)
 
         def validation(params, frozen, mesh):
             found = (self._evaluate(params, frozen, batch) for batch in images.batches(mesh))
@@ -214,21 +277,31 @@ class ARStage(Stage):
     @functools.partial(jax.jit, static_argnums=0)
     def _evaluate(self, params, frozen, batch):
         tokens, mask = self._tokens(frozen, batch), batch["mask"]
-        condition = self._condition(frozen, batch, jnp.zeros_like(mask))
+        condition = self._condition(params, frozen, batch, jnp.zeros_like(mask))
         return self._metrics(self._predict(params, tokens, condition), mask)
 
     def export_config(self):
         """What `ImageGenerator.from_pretrained` needs to rebuild the model from a workdir.
 
         "tokenizer" has "source" as it was named, "origin" and "fingerprint" (sha256 over the
-        parameters); "classes" are names, [] without.
+        parameters); "classes" are names, [] without; "text_encoder" of a text model, see
+        `flexar.LoadedAR`.
         """
-        return {
+        found = {
             "kind": "ar",
             "config": dataclasses.asdict(self.model),
             "tokenizer": self._tokens_info.tokenizer,
             "classes": list(self._tokens_info.classes) if self.model.num_classes else [],
         }
+        if self._t5:
+            found["text_encoder"] = {
+                "config": dataclasses.asdict(self._t5),
+                "tokenizer": self._text_tokenizer,
+                "max_length": self._text_length,
+            }
+        elif self.model.text_dim:
+            found["text_encoder"] = {"source": self._text_source}
+        return found
 
 
 def _average(values, mask=None) -> metrics.Average:

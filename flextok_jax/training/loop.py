@@ -67,7 +67,11 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
             log.warning("optim.warmup_steps=%d is longer than total_steps=%d", warmup, total)
         evaluators = stage.evaluators()
         pipeline = make_pipeline(
-            config.data, seed=config.seed, batch_size=config.batch_size, train=True
+            config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            train=True,
+            text=stage.captions,
         )
     plain, signals = json_config(config), StopSignals()
     with (

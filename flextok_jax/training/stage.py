@@ -14,6 +14,9 @@ Evaluator = Callable[[Params, Params, jax.sharding.Mesh], Iterator[tuple[str, fl
 class Stage(Protocol):
     """Pure functions over parameter trees; a stage holds its configuration and no arrays."""
 
+    # What becomes of a caption in a batch (see data/pipeline.py); None: captions are not used.
+    captions: Callable[[str | None], dict] | None = None
+
     def init(self, key: jax.Array) -> Params:
         """The float32 parameters at the start, in boxes that say their axes (nn/layout.py)."""
 

@@ -10,14 +10,16 @@ import re
 from typing import Any
 
 from flextok_jax.io import sources, storage, workdirs
-from flextok_jax.io.formats import flexar_config, names
+from flextok_jax.io.formats import flexar_config, names, t5
 from flextok_jax.io.paths import as_path
 from flextok_jax.nn import ar, layout
 from flextok_jax.nn.config import ARConfig, from_dict
+from flextok_jax.nn.t5 import T5Config
 
 CONFIG = "config.yaml"
 METADATA = "flextok_jax.ar"  # The key of our entry in the file's header.
 SKIPPED = ("models.image_tokenizer.", "models.text_encoder.t5_embedder.")
+T5_PREFIX = "models.text_encoder.t5_embedder.model."  # Of a text encoder trained with the model.
 MODEL = sources.AR_PREFIX
 BLOCK = MODEL + "trunk.blocks.{i}."
 TEXT_FC1 = "models.text_encoder.mlp.fc1.weight"
@@ -50,9 +52,11 @@ class LoadedAR:
 
     Attributes:
         config: the model.
-        params: {"ar": …}, nested float32 NumPy arrays.
+        params: {"ar": …}, and {"text_encoder": …} where one was trained with it; nested float32
+            NumPy arrays.
         info: further facts in JSON terms: "tokenizer" (its "source" and "fingerprint"),
-            "text_encoder" (the "source", and "max_length" of prompts), "decoding" (of images: some
+            "text_encoder" (the "source", and "max_length" of prompts; of one inside the file its
+            "config" and the text of its tokenizer.json, "tokenizer"), "decoding" (of images: some
             of "steps", "guidance_scale" and "norm_guidance").
         config_yaml: the text of the released `config.yaml`, or None.
         origin: where it came from, in words.
@@ -91,6 +95,9 @@ def save(folder, model: LoadedAR):
     """Writes `model.safetensors` under the released names, and the `config.yaml` it came with."""
     path = as_path(folder) / sources.WEIGHTS
     tensors = names.to_tensors(_entries(model.config), model.params)
+    if (inside := text_encoder_config(model.info)) is not None:
+        text = names.to_tensors(t5.entries(inside), model.params["text_encoder"])
+        tensors |= {T5_PREFIX + name: tensor for name, tensor in text.items()}
     info = model.info | {"config": dataclasses.asdict(model.config)}
     storage.write(path, tensors, {METADATA: json.dumps(info)})
     if model.config_yaml is not None:
@@ -99,8 +106,8 @@ def save(folder, model: LoadedAR):
 
 
 def _load_file(path) -> LoadedAR:
-    tensors, metadata = storage.read(path)
-    tensors = {n: t for n, t in tensors.items() if not n.startswith(SKIPPED)}
+    everything, metadata = storage.read(path)
+    tensors = {n: t for n, t in everything.items() if not n.startswith(SKIPPED)}
     beside, facts, info, problems, assumed = path.parent / CONFIG, {}, {}, [], {}
     text = beside.read_text(encoding="utf-8") if beside.is_file() else None
     if METADATA in metadata:
@@ -114,7 +121,16 @@ def _load_file(path) -> LoadedAR:
     if cfg is None:
         raise ValueError(f"{path} is not understood:\n  " + "\n  ".join(problems))
     params = names.to_params(_entries(cfg), tensors, path, problems)
+    if (inside := text_encoder_config(info)) is not None:
+        own = {n.removeprefix(T5_PREFIX): t for n, t in everything.items() if T5_PREFIX in n}
+        params["text_encoder"] = names.to_params(t5.entries(inside), own, path)
     return LoadedAR(cfg, params, info, text, str(path), assumed=assumed)
+
+
+def text_encoder_config(info: dict) -> T5Config | None:
+    """The configuration of the text encoder inside a file; None: there is none."""
+    found = (info.get("text_encoder") or {}).get("config")
+    return None if found is None else from_dict(T5Config, found)
 
 
 def about(source) -> dict:

@@ -205,8 +205,3 @@ def _torch(paths) -> Iterator[Mapping]:
         with local_copy(path) as local:
             found |= torch_pickle.read(local, _wanted)
     yield found
-
-
-def saved(cfg: T5Config, params, prefix: str) -> dict:
-    """The tensors of an encoder, each name after `prefix`."""
-    return {prefix + name: t for name, t in names.to_tensors(entries(cfg), params).items()}

@@ -47,7 +47,12 @@ def ids_of(tokenizer, prompts: Sequence[str], max_length: int) -> list[list[int]
                 "and the end of the text are used",
                 stacklevel=4,
             )
-    return [ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]] for ids in found]
+    return [cut(ids, max_length) for ids in found]
+
+
+def cut(ids: list[int], length: int) -> list[int]:
+    """At most so many ids: the first ones and the last."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, pad: int = 0) -> tuple:
@@ -84,7 +89,7 @@ def train(captions: Iterable[str], vocab_size: int) -> str:
         show_progress=False,
     )
     counts = collections.Counter(captions)
-    made.train_from_iterable((c for c in sorted(counts) for _ in range(counts[c])), trainer)
+    made.train_from_iterator((c for c in sorted(counts) for _ in range(counts[c])), trainer)
     made.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", special_tokens=[(END, made.token_to_id(END))]
     )
