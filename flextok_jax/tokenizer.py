@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from flextok_jax import lengths
 from flextok_jax.flow import sampler as flow_sampler
 from flextok_jax.io import models, storage
 from flextok_jax.nn import flextok, vae
@@ -215,7 +216,7 @@ class FlexTok:
                 )
             size = self._size(image_size)
             grid = tuple(side // cfg.patch_pixels for side in size)
-            with self._on_mesh():
+            with self.on_mesh():
                 tokens, keep = spread_batch(self.mesh, (tokens, keep))
                 latents = _values(self.params, tokens, keep, cfg, self.compute, grid)
                 return self._images(latents, batch)
@@ -224,7 +225,7 @@ class FlexTok:
         flags = dict(guided=sampler.guided, normalized=sampler.normalized, solver=sampler.solver)
         # One program for any number of steps: all of them, or one at a time to look at.
         each = 1 if on_step else sampler.steps
-        with self._on_mesh():
+        with self.on_mesh():
             tokens, keep, noise = spread_batch(self.mesh, (tokens, keep, noise))
             state = flow_sampler.start(noise)
             for first in range(0, sampler.steps, each):
@@ -235,6 +236,55 @@ class FlexTok:
                 if on_step:
                     on_step(first + 1, self._images(state.clean, batch))
             return self._images(state.x, batch)
+
+    def choose_length(
+        self,
+        images,
+        criterion="flow",
+        target: float | None = None,
+        within: float | None = None,
+        counts: Sequence[int] | None = None,
+        rule: str = "first",
+        samples: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | Callable[[float], float] | None = None,
+        norm_guidance: bool | None = None,
+        key: Key = None,
+        batch_size: int = 32,
+    ) -> "lengths.Lengths":
+        """The smallest number of tokens of each image that meets a target.
+
+        Args:
+            images: as for `tokenize`.
+            criterion: "flow": what the tokens explain of the flow's loss, 0 for none and 1 for all
+                R of them, without sampling; "latent": relative squared error of decoded latents;
+                "psnr" (dB) or "mae" of decoded images; a network, see `criteria`; or a function
+                (images float32 [n, H, W, 3] in [-1, 1], originals) -> [n], larger is better.
+            target: the value to be reached, in the criterion's unit; or else
+            within: how much worse than with the largest of `counts` the value may be.
+            counts: ascending numbers of tokens to choose from; 1, 2, 4, ... up to R by default.
+            rule: "first": the smallest number that meets, though a larger one may fail; "stable":
+                the smallest for which it and all larger numbers meet.
+            samples: noises that the criterion is averaged over: 16 by default for "flow", else 1.
+                An image's noises follow from the key and its index; all numbers share them.
+            steps, guidance_scale, norm_guidance: of decoding, as for `detokenize`.
+            key: a key or an int seed for the noise; None means seed 0.
+            batch_size: images at a time; it does not change the result.
+
+        Returns:
+            `num_tokens` int32 [B], `met` bool [B], `values`, `counts`, `tokens`; see
+            `lengths.Lengths`. `detokenize(found.tokens, found.num_tokens)` makes the images.
+
+        Raises:
+            ValueError: arguments that do not fit the model or each other, or a criterion whose
+                values are not finite or have a wrong shape.
+        """
+        how = dict(steps=steps, guidance_scale=guidance_scale, norm_guidance=norm_guidance)
+        how = {name: value for name, value in how.items() if value is not None}
+        return lengths.choose(
+            self, self._check_images(images), criterion, target, within, counts, rule, samples,
+            how, _key(0 if key is None else key), batch_size,
+        )  # fmt: skip
 
     def _images(self, latents, batch: int) -> jax.Array:
         images = _to_images(self.params, latents, self.config, self.compute)
@@ -264,7 +314,7 @@ class FlexTok:
             shape = (batch, height // down, width // down, cfg.vae.latent_channels)
             noise = jax.random.normal(_key(key), shape)
         count = flextok.bucket(int(k), cfg.num_tokens)
-        with self._on_mesh():
+        with self.on_mesh():
             images, noise = spread_batch(self.mesh, (images, noise))
             found = _encode(self.params, images, noise, cfg, self.compute, count)
 
@@ -364,7 +414,8 @@ class FlexTok:
             raise ValueError(f"noise has shape {noise.shape}: must be {shape}")
         return noise
 
-    def _on_mesh(self):
+    def on_mesh(self):
+        """The context in which computations run on the devices of `mesh`."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 

@@ -12,7 +12,7 @@ PACKAGE = "flextok_jax"
 LEVELS = (
     ("conditions", "nn", "flow"),
     ("io", "parallel"),
-    ("tokenizer", "generator", "text"),
+    ("tokenizer", "generator", "text", "lengths", "criteria"),
     ("data", "evaluation"),
     ("training",),
     ("commands", "config_flag"),

@@ -11,21 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from scipy.stats import entropy
 
-from flextok_jax.nn.images import to_float, to_uint8
+from flextok_jax.nn.images import mae, psnr, to_float, to_uint8
 
-SMALLEST_ERROR = 1e-10  # Mean squared; caps the PSNR of equal images at 106 dB.
 WINDOW, SIGMA = 11, 1.5  # Of SSIM, in pixels.
-
-
-def psnr(images, originals):
-    """Peak signal-to-noise ratio per image, 10 log10(2^2 / MSE): dB [B]."""
-    error = jnp.mean(jnp.square(images - originals), axis=(1, 2, 3))
-    return 10 * jnp.log10(4 / jnp.maximum(error, SMALLEST_ERROR))
-
-
-def mae(images, originals):
-    """Mean absolute error per image, of a range of 2: [B]."""
-    return jnp.mean(jnp.abs(images - originals), axis=(1, 2, 3))
 
 
 def ssim(images, originals):

@@ -119,8 +119,8 @@ def _cubic(new: int, old: int) -> np.ndarray:
     return out.astype(np.float32)
 
 
-def patch_features(params, cfg: DINOv2Config, compute: Compute, images) -> jax.Array:
-    """What is where: images [B, H, W, 3] in [-1, 1] -> float32 [B, P, D], row after row.
+def features(params, cfg: DINOv2Config, compute: Compute, images) -> jax.Array:
+    """Images [B, H, W, 3] in [-1, 1] -> float32 [B, 1 + P, D]: the class token's, then patches'.
 
     Args:
         images: H and W multiples of the patch size; there are positions for 518 x 518 pixels in
@@ -136,7 +136,12 @@ def patch_features(params, cfg: DINOv2Config, compute: Compute, images) -> jax.A
         )
     mean, std = (jnp.asarray(x)[None, None, None] for x in (MEAN, STD))
     x = ((images.astype(jnp.float32) + 1) / 2 - mean) / std
-    return DINOv2(cfg, compute).apply({"params": params}, x)[:, 1:]
+    return DINOv2(cfg, compute).apply({"params": params}, x)
+
+
+def patch_features(params, cfg: DINOv2Config, compute: Compute, images) -> jax.Array:
+    """What is where: the features of patches, [B, P, D], row after row; see `features`."""
+    return features(params, cfg, compute, images)[:, 1:]
 
 
 def shapes(cfg: DINOv2Config):

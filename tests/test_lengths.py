@@ -1,0 +1,227 @@
+"""The smallest number of tokens: what is chosen on given curves, and what the curves are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import GOLDEN, TINY, changed, random_params, relative, tiny_tokenizer
+from test_lpips import files  # noqa: F401 (a fixture)
+from test_recompilation import lowered
+
+from flextok_jax import FlexTok, criteria, lengths
+from flextok_jax.flow import path
+from flextok_jax.nn import flextok
+from flextok_jax.nn.config import Compute
+from flextok_jax.nn.decoder import Condition
+from flextok_jax.nn.images import psnr, to_float
+
+CFG = changed(TINY, tokens__count=8, encoder__depth=1, decoder__depth=1)
+COUNTS = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return FlexTok(CFG, random_params(CFG))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+
+
+# What is chosen.
+
+CURVES = {  # Values at 1, 2, 4, 8 tokens: (first, stable) for the target 5, None: not met.
+    "rises": ([1, 5, 6, 7], (2, 2)),
+    "dips": ([5, 4, 6, 7], (1, 4)),
+    "falls at the end": ([1, 6, 6, 4], (2, None)),
+    "always": ([5, 5, 5, 5], (1, 1)),
+    "never": ([1, 2, 3, 4], (None, None)),
+    "at the end": ([1, 2, 3, 5], (8, 8)),
+}
+
+
+def chosen(curves, counts=COUNTS, **how):
+    """`lengths.smallest` on whole curves [n, counts], and the calls that it makes."""
+    calls = []
+
+    def values(rows, k):
+        calls.append((k, len(rows)))
+        return np.asarray(curves, np.float32)[rows, counts.index(k)]
+
+    return *lengths.smallest(values, len(curves), counts, **how), calls
+
+
+@pytest.mark.parametrize("larger", [True, False])
+@pytest.mark.parametrize("rule", lengths.RULES)
+def test_the_smallest_count_that_meets(rule, larger):
+    curves = np.array([curve for curve, _ in CURVES.values()])
+    wanted = [pair[lengths.RULES.index(rule)] for _, pair in CURVES.values()]
+    sign = 1 if larger else -1
+    k, met, found, _ = chosen(sign * curves, target=5 * sign, rule=rule, larger_is_better=larger)
+    assert met.tolist() == [x is not None for x in wanted]
+    assert k.tolist() == [x or 8 for x in wanted] and k.dtype == np.int32
+    known = ~np.isnan(found)
+    np.testing.assert_array_equal(found[known], (sign * curves)[known])
+
+
+def test_images_that_are_decided_leave():
+    curves = [curve for curve, _ in CURVES.values()]
+    *_, calls = chosen(curves, target=5)
+    assert calls == [(1, 6), (2, 4), (4, 2), (8, 2)]
+    *_, calls = chosen(curves, target=5, rule="stable")
+    assert calls == [(8, 6), (4, 4), (2, 3), (1, 2)]
+    *_, calls = chosen(curves, within=0)
+    assert calls[0] == (8, 6) and [k for k, _ in calls] == [8, 1, 2, 4]
+    *_, calls = chosen([[5, 4, 3, 2]], target=1)
+    assert calls == [(1, 1)]
+
+
+@pytest.mark.parametrize("larger", [True, False])
+def test_rules_on_random_curves_equal_their_definitions(larger):
+    rng, delta = np.random.default_rng(1), 0.25
+    curves = rng.integers(0, 9, (200, 4)) / 8
+    sign = 1 if larger else -1
+    limits = {"target": np.full(200, 0.5 * sign), "within": sign * curves[:, -1] - delta}
+    for name, limit in limits.items():
+        how = {name: 0.5 if name == "target" else delta}
+        meets = sign * curves >= limit[:, None]
+        stable = np.logical_and.accumulate(meets[:, ::-1], axis=1)[:, ::-1]
+        picks = []
+        for rule, ok in (("first", meets), ("stable", stable)):
+            k, met, *_ = chosen(curves, rule=rule, larger_is_better=larger, **how)
+            wanted = np.where(ok.any(1), ok.argmax(1), 3)
+            np.testing.assert_array_equal(k, np.array(COUNTS)[wanted])
+            np.testing.assert_array_equal(met, ok.any(1))
+            picks.append(k)
+        assert (picks[0] <= picks[1]).all() and (picks[0] < picks[1]).any()
+        assert name == "target" or met.all()
+
+
+# What the values are.
+
+
+def noise(key, seed, draw, shape=(8, 8, 3)):
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, seed), draw), shape)
+
+
+def test_flow_is_the_share_of_the_loss_that_tokens_explain(tok, images):
+    """Against one image and one time at a time, with all R registers."""
+    draws, key = 3, jax.random.key(4)
+    how = dict(counts=(1, 3, 8), samples=draws, key=4, batch_size=3)
+    found = tok.choose_length(images, target=9e9, **how)
+    codes = flextok.codes_of(tok.params, CFG, jnp.asarray(found.tokens))
+    x0 = to_float(images)
+    t = path.mode_time((np.arange(draws) + 0.5) / draws, CFG.target.flow.mode_scale)
+    velocity = jax.jit(functools.partial(flextok.velocities, tok.params, CFG, Compute()))
+
+    def loss(i, k):
+        total = 0.0
+        condition = Condition(codes[i : i + 1], jnp.array([k]), jnp.array([k == 0]))
+        for draw in range(draws):
+            eps = noise(key, i, draw)
+            x_t = t[draw] * eps + (1 - t[draw]) * x0[i]
+            (v,) = velocity(x_t[None], t[draw : draw + 1], (condition,))
+            total += float(jnp.mean((v[0] - (eps - x0[i])) ** 2)) / draws
+        return total
+
+    for i in (0, 6):
+        null, full = loss(i, 0), loss(i, 8)
+        gain = max(null - full, lengths.LEAST * null)
+        wanted = [(null - loss(i, k)) / gain for k in (1, 3, 8)]
+        np.testing.assert_allclose(found.values[i], wanted, rtol=2e-3, atol=2e-3)
+    assert found.values.dtype == np.float32 and found.counts == (1, 3, 8)
+    assert not found.met.any() and (found.num_tokens == 8).all()
+    np.testing.assert_array_equal(found.tokens, tok.tokenize(images))
+
+
+def test_decoded_criteria_are_those_of_detokenize(tok, images):
+    """Each image has its noise, the same at every number of tokens; `samples` are averaged."""
+    key, how = jax.random.key(2), dict(steps=2, guidance_scale=2.0)
+    find = functools.partial(tok.choose_length, images, counts=(2, 8), key=2, samples=2, **how)
+    found = find("psnr", target=1e9)
+    squared = find("latent", target=-1)  # The latents are the pixels.
+    own = find(lambda a, b: -np.abs(a - b).mean((1, 2, 3)), target=1e9)
+    np.testing.assert_allclose(-own.values, find("mae", target=-1).values, rtol=1e-5)
+    for column, k in enumerate((2, 8)):
+        made, raw = 0.0, 0.0
+        for draw in range(2):
+            eps = jnp.stack([noise(key, i, draw) for i in range(7)])
+            decoded = tok.detokenize(found.tokens, k, noise=eps, **how)
+            made += psnr(decoded.clip(-1, 1), to_float(images)) / 2
+            error = (decoded - to_float(images)) ** 2
+            raw += error.sum((1, 2, 3)) / (to_float(images) ** 2).sum((1, 2, 3)) / 2
+        assert relative(found.values[:, column], made) < 1e-4
+        assert relative(squared.values[:, column], raw) < 1e-4
+
+
+def test_the_size_of_batches_changes_nothing_and_each_length_is_one_program(tok, images):
+    def choose(criterion, batch_size, **how):
+        how = dict(counts=(1, 3, 4, 8), batch_size=batch_size, key=1) | how
+        with lowered() as programs:
+            found = tok.choose_length(images, criterion, **how)
+        return found, [x for x in programs if "_decode" in x or "flow_loss" in x]
+
+    whole, programs = choose("psnr", 7, within=0.2, steps=2)
+    assert len(programs) == 3, programs  # Of 1, 4 and 8 tokens.
+    assert len(set(whole.num_tokens.tolist())) > 1  # Or else nobody leaves.
+    parts, programs = choose("psnr", 3, within=0.2, steps=2)
+    assert len(programs) == 3, programs
+    np.testing.assert_array_equal(parts.num_tokens, whole.num_tokens)
+    np.testing.assert_allclose(parts.values, whole.values, rtol=1e-4)
+    _, programs = choose("flow", 4, target=2.0, samples=2)
+    assert len(programs) == 4, programs  # And the null condition.
+
+
+def test_networks_of_files_are_criteria(files):  # noqa: F811
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    dino, lpips = criteria.dino(GOLDEN / "dinov2", size=30), criteria.lpips(*files)
+    cosine = dino.function(dino.params, images, images[[0, 0]])
+    assert cosine[0] == pytest.approx(1, abs=1e-5) and cosine[1] < 0.9999
+    distance = lpips.function(lpips.params, images, images[[0, 0]])
+    assert distance[0] == 0 and distance[1] > 0 and not lpips.larger_is_better
+
+
+# What is refused.
+
+
+def test_arguments_that_do_not_fit_are_refused(tok, images):
+    def refused(match, criterion="flow", model=tok, **how):
+        with pytest.raises(ValueError, match=match):
+            model.choose_length(images, criterion, **how)
+
+    for counts in ((2, 1), (1, 1), (0, 1), (1, 9), (), (1.5,)):
+        refused("ascending", counts=counts, within=0.1)
+    refused("target=None and within=None")
+    refused("target=1 and within=1", target=1, within=1)
+    refused("target=nan", target=float("nan"))
+    refused("within=-1", within=-1)
+    refused("rule='last'.*first, stable", within=0.1, rule="last")
+    refused("'ssim'.*flow, latent, psnr, mae, lpips, dino.*function", "ssim", within=0.1)
+    refused(r"criteria.lpips\(vgg, heads\)", "lpips", within=0.1)
+    refused("steps: .*'flow' samples nothing", within=0.1, steps=4)
+    refused("samples=0", within=0.1, samples=0)
+    one_pass = tiny_tokenizer(changed(CFG, target__kind="values"))
+    refused("'flow'.*one pass", model=one_pass, within=0.1)
+    refused("steps.*one pass", "psnr", model=one_pass, within=0.1, steps=3)
+    refused("samples=2.*1, because", "psnr", model=one_pass, within=0.1, samples=2)
+    assert one_pass.choose_length(images, "psnr", within=50.0).num_tokens.tolist() == [1] * 7
+    unordered = tiny_tokenizer(changed(CFG, tokens__order="full", tokens__keep="fixed"))
+    refused("not ordered", model=unordered, within=0.1)
+
+
+def test_a_function_that_returns_nonsense_is_named(tok, images):
+    def broken(a, b):
+        return np.full(len(a), np.nan)
+
+    def scalar(a, b):
+        return np.float32(1)
+
+    for function, match in (
+        (broken, "broken.*finite.*image 0 from 1 "),
+        (scalar, r"scalar.*\(7,\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tok.choose_length(images, function, target=1, steps=1)
