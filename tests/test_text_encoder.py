@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from test_sharding import BIG, MESH, boxes
 
 from flextok_jax import TextEncoder
-from flextok_jax.io import sources
+from flextok_jax.io import sources, storage
 from flextok_jax.io.formats import t5 as files
+from flextok_jax.io.formats import weights
 from flextok_jax.nn import layout, t5
 from flextok_jax.parallel.mesh import make_mesh
 
@@ -110,7 +111,7 @@ def test_published_sizes_have_the_published_numbers_of_parameters(sizes, count):
 # Files.
 
 
-def split(out, write=save_file, index=files.INDEX, name="model-{}.safetensors"):
+def split(out, write=save_file, index=weights.INDEX, name="model-{}.safetensors"):
     """t5_b in three files, of which the last holds nothing of the encoder, and is not there."""
     out.mkdir()
     for file in ("config.json", "tokenizer.json"):
@@ -132,13 +133,13 @@ def split(out, write=save_file, index=files.INDEX, name="model-{}.safetensors"):
 def test_only_files_and_tensors_of_the_encoder_are_read(tmp_path, monkeypatch):
     wanted = TextEncoder.from_pretrained(folder("t5_b")).fingerprint
     place, read = split(tmp_path / "in"), []
-    monkeypatch.setattr(files.storage.Lazy, "__array__", counted(read))
+    monkeypatch.setattr(storage.Lazy, "__array__", counted(read))
     assert TextEncoder.from_pretrained(place).fingerprint == wanted
     assert len(read) == 4 * 9 + 3 and all(name.startswith(("enc", "shared")) for name in read)
 
 
 def counted(read):
-    real = files.storage.Lazy.__array__
+    real = storage.Lazy.__array__
 
     def array(self, *args, **options):
         read.append(self._name)
@@ -200,7 +201,7 @@ def write_torch(tensors, path):
 
 def test_pytorch_files_are_read_by_the_names_of_the_encoder(tmp_path):
     wanted = TextEncoder.from_pretrained(folder("t5_b")).fingerprint
-    place = split(tmp_path / "in", write_torch, files.TORCH_INDEX, "pytorch_model-{}.bin")
+    place = split(tmp_path / "in", write_torch, weights.TORCH_INDEX, "pytorch_model-{}.bin")
     assert TextEncoder.from_pretrained(place).fingerprint == wanted
 
 

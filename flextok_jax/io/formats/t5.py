@@ -5,23 +5,19 @@ files with an index, or the same as PyTorch files. Of the weights only the encod
 several files those that hold some of it, and of each of them its tensors alone.
 """
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from flextok_jax.io import sources, storage
-from flextok_jax.io.formats import names, text_tokens, torch_pickle
-from flextok_jax.io.paths import local_copy
+from flextok_jax.io.formats import names, text_tokens, weights
 from flextok_jax.nn import layout, t5
 from flextok_jax.nn.t5 import T5Config
 
 CONFIG = "config.json"
-TORCH = "pytorch_model.bin"
-INDEX, TORCH_INDEX = f"{sources.WEIGHTS}.index.json", f"{TORCH}.index.json"
 EMBED, ALIAS = "shared.weight", "encoder.embed_tokens.weight"
 _BLOCK = "encoder.block.{i}."
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -78,8 +74,7 @@ def load(source, dtype=np.float32, revision: str | None = None) -> LoadedT5:
         FileNotFoundError: as `sources.find`, or there is no tokenizer.json.
         ValueError: it is not understood; one error lists every reason.
     """
-    indices = (INDEX, TORCH_INDEX)
-    folder = sources.find(source, (CONFIG,), (text_tokens.FILE, *indices), revision)
+    folder = sources.find(source, (CONFIG,), (text_tokens.FILE, *weights.INDICES), revision)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: name the folder with {CONFIG} and its weights")
     found = storage.read_json(folder / CONFIG)
@@ -92,7 +87,7 @@ def load(source, dtype=np.float32, revision: str | None = None) -> LoadedT5:
             "vocabulary of all English T5 models is the same"
         )
     text = (folder / text_tokens.FILE).read_text(encoding="utf-8")
-    with _tensors(source, folder, revision) as tensors:
+    with weights.opened(source, folder, _wanted, revision) as tensors:
         cfg, params = read(tensors, folder, found, dtype)
     assumed = [ASSUMED_GELU] if found.get("feed_forward_proj") != "gated-gelu" else []
     if "relative_attention_max_distance" not in found:
@@ -168,40 +163,3 @@ def _config(tensors, found: dict, problems: list[str]) -> T5Config | None:
 
 def _wanted(name: str) -> bool:
     return name.startswith(("shared.", "encoder."))
-
-
-@contextlib.contextmanager
-def _tensors(source, folder, revision) -> Iterator[Mapping]:
-    """The encoder's tensors, from the best of the files there are."""
-    for index, opened in ((INDEX, _safetensors), (TORCH_INDEX, _torch)):
-        single = index.removesuffix(".index.json")
-        path = folder / index
-        if path.is_file():
-            needed = storage.read_json(path).get("weight_map") or {}
-            needed = sorted({file for name, file in needed.items() if _wanted(name)})
-            if not needed or any("/" in file or "\\" in file for file in needed):
-                raise ValueError(f"{path} names no files of an encoder beside it")
-        else:
-            needed = [single]
-            with contextlib.suppress(FileNotFoundError):
-                folder = sources.find(source, (), (single,), revision)
-            if not (folder / single).is_file():
-                continue
-        folder = sources.find(source, needed, revision=revision)
-        with opened([folder / file for file in needed]) as tensors:
-            yield tensors
-        return
-    raise FileNotFoundError(f"{folder} holds no {sources.WEIGHTS} or {TORCH}, and no index of them")
-
-
-def _safetensors(paths) -> contextlib.AbstractContextManager[Mapping]:
-    return storage.opened(paths, _wanted)
-
-
-@contextlib.contextmanager
-def _torch(paths) -> Iterator[Mapping]:
-    found: dict[str, np.ndarray] = {}
-    for path in paths:
-        with local_copy(path) as local:
-            found |= torch_pickle.read(local, _wanted)
-    yield found
