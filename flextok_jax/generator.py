@@ -300,14 +300,17 @@ class ImageGenerator:
         norm_guidance: bool | None = None,
         solver: str | None = None,
         key: Key = None,
+        time_shift: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         **sampling,
     ) -> jax.Array:
         """Images: `generate_tokens`, then the tokenizer's `detokenize`.
 
         Args:
             labels, key, sampling: see `generate_tokens`. A sample's noise comes from its own key.
-            steps, image_guidance_scale, norm_guidance, solver: of the tokenizer's decoder, see
-                `FlexTok.detokenize`; None for those of `decoding`, else its own.
+            steps, image_guidance_scale, norm_guidance, solver, time_shift, guidance_interval: of
+                the tokenizer's decoder, see `FlexTok.detokenize`; None for those of `decoding`,
+                else its own.
 
         Returns:
             float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
@@ -322,6 +325,8 @@ class ImageGenerator:
             guidance_scale=image_guidance_scale,
             norm_guidance=norm_guidance,
             solver=solver,
+            time_shift=time_shift,
+            guidance_interval=guidance_interval,
         )
         if tok.config.is_flow:
             how |= {name: x for name, x in self.decoding.items() if how[name] is None}

@@ -32,12 +32,12 @@ def _encode(params, images, noise, cfg: TokenizerConfig, compute: Compute, count
     return flextok.tokens_of(params, cfg, compute, images, count, noise)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "compute", "guided", "normalized", "solver"))
-def _flow(params, tokens, keep, state, schedule, first, stop, cfg, compute, **how):
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "method"))
+def _flow(params, tokens, keep, state, schedule, first, stop, cfg, compute, method):
     """Steps first .. stop - 1 of the flow from the first keep [B] of the tokens [B, K, …]."""
     codes = flextok.codes_of(params, cfg, tokens)
     return flextok.flow_steps(
-        params, cfg, compute, codes, keep, state, schedule, first, stop, **how
+        params, cfg, compute, codes, keep, state, schedule, first, stop, method
     )
 
 
@@ -171,6 +171,8 @@ class FlexTok:
         key: Key = None,
         noise=None,
         on_step: Callable[[int, jax.Array], None] | None = None,
+        time_shift: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> jax.Array:
         """Tokens to images.
 
@@ -182,11 +184,14 @@ class FlexTok:
             guidance_scale: a float, or a callable of t (1 is noise, 0 is data). 1 turns guidance
                 off and halves the cost.
             norm_guidance: adaptive projected guidance (APG) in place of plain guidance.
-            solver: "euler" or "midpoint".
+            solver: "euler", "midpoint" or "multistep".
             key: a key or an int seed for the noise; None means seed 0.
             noise: [B, h, w, C] latents of noise, in place of `key`.
             on_step: called after each step with its number, from 1, and the images (as returned)
                 that the flow then points to.
+            time_shift: above 1 there are more steps near noise, below 1 near data.
+            guidance_interval: (low, high), the times at which there is guidance; elsewhere a step
+                costs one pass. See `flow.sampler.Sampler`.
 
         Returns:
             float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
@@ -205,8 +210,9 @@ class FlexTok:
         fill = [(0, 0), (0, max(0, count - given))] + [(0, 0)] * (tokens.ndim - 2)
         tokens = np.pad(tokens, fill)
         how = dict(
-            steps=steps, guidance_scale=guidance_scale, norm_guidance=norm_guidance, solver=solver
-        )
+            steps=steps, guidance_scale=guidance_scale, norm_guidance=norm_guidance, solver=solver,
+            time_shift=time_shift, guidance_interval=guidance_interval,
+        )  # fmt: skip
         how = {name: value for name, value in how.items() if value is not None}
         if not cfg.is_flow:
             others = dict(key=key, noise=noise, on_step=on_step)
@@ -222,7 +228,6 @@ class FlexTok:
                 return self._images(latents, batch)
         sampler = dataclasses.replace(cfg.sampler, **how)
         schedule, noise = sampler.schedule(), self._noise(noise, key, batch, image_size)
-        flags = dict(guided=sampler.guided, normalized=sampler.normalized, solver=sampler.solver)
         # One program for any number of steps: all of them, or one at a time to look at.
         each = 1 if on_step else sampler.steps
         with self.on_mesh():
@@ -231,7 +236,7 @@ class FlexTok:
             for first in range(0, sampler.steps, each):
                 state = _flow(
                     self.params, tokens, keep, state, schedule, np.int32(first),
-                    np.int32(first + each), cfg=cfg, compute=self.compute, **flags,
+                    np.int32(first + each), cfg=cfg, compute=self.compute, method=sampler.method,
                 )  # fmt: skip
                 if on_step:
                     on_step(first + 1, self._images(state.clean, batch))

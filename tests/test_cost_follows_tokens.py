@@ -1,5 +1,6 @@
 """Short sequences equal long ones: prefixes of registers, and the folding identity."""
 
+import dataclasses
 import functools
 
 import jax
@@ -35,18 +36,20 @@ def plain_latents(params, codes, keep, noise, how):
     if how.guided:
         conditions.append(Condition(codes, keep, jnp.ones(batch, bool)))
 
-    def step(x, t):
+    def step(x, t, guided):
         # One pass at a time, each image with its own time.
         t = jnp.broadcast_to(t, (batch,))
-        return tuple(flextok.velocities(params, TINY, Compute(), x, t, (c,))[0] for c in conditions)
+        return tuple(
+            flextok.velocities(params, TINY, Compute(), x, t, (c,))[0]
+            for c in (conditions if guided else conditions[:1])
+        )
 
     start, steps = sampler.start(noise), how.schedule()
-    return sampler.integrate(step, start, steps, 0, how.steps, how.guided, how.normalized).x
+    return sampler.integrate(step, start, steps, 0, how.steps, how.method).x
 
 
-def plain_decode(tok, tokens, keep, noise, scale, normalized, steps=3):
+def plain_decode(tok, tokens, keep, noise, how):
     codes = flextok.codes_of(tok.params, TINY, jnp.asarray(tokens))
-    how = sampler.Sampler(steps, scale, normalized)
     return plain_latents(tok.params, codes, jnp.asarray(keep), noise, how)
 
 
@@ -56,16 +59,24 @@ def test_first_registers_do_not_need_the_others(tok, images, k):
     np.testing.assert_array_equal(tok.tokenize(images, k), tok.tokenize(images)[:, :k])
 
 
-@pytest.mark.parametrize("keep", [*KS, (1, 7, R), (2, 2, 3)])
-@pytest.mark.parametrize("scale, normalized", [(1.0, False), (3.0, False), (7.5, True)])
-def test_folded_decoding_equals_the_plain_path(tok, images, keep, scale, normalized):
+LATE = sampler.Sampler(3, 3.0, False, "multistep", guidance_interval=(0.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    "keep, how",
+    [(2, LATE)]
+    + [
+        (keep, sampler.Sampler(3, scale, normalized))
+        for scale, normalized in [(1.0, False), (3.0, False), (7.5, True)]
+        for keep in [*KS, (1, 7, R), (2, 2, 3)]
+    ],
+)
+def test_folded_decoding_equals_the_plain_path(tok, images, keep, how):
     tokens = np.asarray(tok.tokenize(images))
     noise = jax.random.normal(jax.random.key(5), (3, 8, 8, 3))
-    ours = tok.detokenize(
-        tokens, keep, steps=3, guidance_scale=scale, norm_guidance=normalized, noise=noise
-    )
+    ours = tok.detokenize(tokens, keep, noise=noise, **dataclasses.asdict(how))
     keep = np.broadcast_to(np.asarray(keep, np.int32), (3,))
-    plain = plain_decode(tok, tokens, keep, noise, scale, normalized)
+    plain = plain_decode(tok, tokens, keep, noise, how)
     assert relative(ours, plain) < 1e-5
 
 

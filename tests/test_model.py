@@ -1,6 +1,7 @@
 """The model: running it another way changes nothing; closed forms of its parts."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -135,12 +136,13 @@ def test_shifted_times_divide_the_ratio_of_signal_to_noise_by_the_shift():
 
 
 def integrated(velocities, noise, how):
-    """The end of a flow without guidance."""
-    steps = how.schedule()
-    state = sampler.start(noise)
-    return sampler.integrate(
-        velocities, state, steps, 0, how.steps, False, False, how.solver
-    )  # fmt: skip
+    """The end of a flow whose velocities are (x, t) -> (v_cond, ...)."""
+    state, steps = sampler.start(noise), how.schedule()
+
+    def both(x, t, guided):
+        return velocities(x, t)[: 2 if guided else 1]
+
+    return sampler.integrate(both, state, steps, 0, how.steps, how.method)
 
 
 @pytest.mark.parametrize("solver", sampler.SOLVERS)
@@ -151,14 +153,49 @@ def test_solvers_are_exact_for_a_constant_velocity(solver):
     np.testing.assert_allclose(found.x, noise - 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2)])
-def test_the_error_of_a_solver_falls_with_its_order(solver, order):
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("multistep", 2)])
+def test_the_error_of_a_solver_falls_with_its_order(solver, order, shift):
     """dx/dt = x from t = 1 to 0 takes 1 to 1/e."""
     x, errors = jnp.ones((1, 1, 1, 1)), []
-    for steps in (8, 16):
-        end = integrated(lambda x, t: (x,), x, Sampler(steps, 1.0, solver=solver)).x
+    for steps in (16, 32):
+        how = Sampler(steps, 1.0, solver=solver, time_shift=shift)
+        end = integrated(lambda x, t: (x,), x, how).x
         errors.append(abs(float(end[0, 0, 0, 0]) - np.exp(-1)))
     assert 0.8 * 2**order < errors[0] / errors[1] < 1.25 * 2**order
+
+
+def test_multistep_is_exact_for_a_velocity_linear_in_time_but_for_its_first_step():
+    """dx/dt = 3 + 4 t takes x to x - 5 from t = 1 to 0."""
+    how = Sampler(5, 1.0, solver="multistep", time_shift=1.5)
+    x, first = jnp.zeros((1, 1, 1, 1)), float(how.schedule().lengths[0])
+    end = integrated(lambda x, t: (jnp.full_like(x, 3 + 4 * t[0]),), x, how).x
+    np.testing.assert_allclose(end, -5 - 2 * first**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_outside_its_interval_guidance_is_off_and_costs_nothing(normalized):
+    """Five of the ten steps begin between 0.25 and 0.75: they alone run a null pass."""
+    passes = []
+
+    def velocities(x, t, guided):
+        jax.debug.callback(lambda _, n=1 + guided: passes.append(n), t)
+        return (x, 3 * x - t[0])[: 1 + guided]
+
+    def end(interval, scale):
+        how = Sampler(10, scale, normalized, guidance_interval=interval)
+        x = jax.random.normal(jax.random.key(0), (2, 2, 2, 1))
+        state, steps = sampler.start(x), how.schedule()
+        found = sampler.integrate(velocities, state, steps, 0, 10, how.method).x
+        jax.effects_barrier()
+        return found
+
+    within = end((0.25, 0.75), 4.0)
+    assert sorted(passes) == [1] * 5 + [2] * 5
+    if not normalized:  # The momentum of APG rests outside.
+        same = end((0.0, 1.0), lambda t: 4.0 if 0.25 < t < 0.75 else 1.0)
+        np.testing.assert_allclose(within, same, rtol=1e-5)
+    np.testing.assert_allclose(end((0.0, 0.05), 4.0), end((0.0, 1.0), 1.0), rtol=1e-6)
 
 
 def test_a_schedule_calls_guidance_by_time_and_its_steps_do_not_compile_anew():
@@ -166,8 +203,15 @@ def test_a_schedule_calls_guidance_by_time_and_its_steps_do_not_compile_anew():
     np.testing.assert_allclose(schedule.scales[:4], [2, 1.5, 1, 0.5])
     np.testing.assert_allclose(schedule.times[:4], [1, 0.75, 0.5, 0.25])
     assert {len(Sampler(steps).schedule().times) for steps in (1, 20, 64)} == {64}
-    for wrong in (dict(steps=0), dict(steps=True), dict(solver="rk9"), dict(guidance_scale="x")):
-        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+    for wrong in (
+        dict(steps=0),
+        dict(steps=True),
+        dict(solver="rk9"),
+        dict(guidance_scale="x"),
+        dict(time_shift=0.0),
+        dict(guidance_interval=(0.5, 0.2)),
+    ):
+        with pytest.raises(ValueError, match=re.escape(str(next(iter(wrong.values()))))):
             Sampler(**wrong)
     with pytest.raises(ValueError, match="finite"):
         Sampler(2, lambda t: float("nan")).schedule()

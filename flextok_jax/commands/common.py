@@ -40,11 +40,21 @@ def load_model(args: options.Compute, source: str | None = None) -> FlexTok:
 
 def sampler(args: options.Sampling, tok: FlexTok, defaults: dict | None = None) -> Sampler | None:
     """How images are sampled: the model's own way, but for `defaults` and what the options say."""
-    norm_guidance = None if args.norm_guidance else False
-    given = {"steps": args.steps, "guidance_scale": args.guidance, "norm_guidance": norm_guidance}
-    defaults = defaults if defaults and tok.config.is_flow else {}
+    given = {"steps": args.steps, "guidance_scale": args.guidance}
     given = {name: value for name, value in given.items() if value is not None}
-    return default_sampler(tok, **(defaults | given))
+    defaults = defaults if defaults and tok.config.is_flow else {}
+    return default_sampler(tok, **(defaults | given | sampling(args)))
+
+
+def sampling(args: options.Sampling) -> dict:
+    """What the options say of fields of `Sampler` that no command varies."""
+    given = {
+        "norm_guidance": None if args.norm_guidance else False,
+        "solver": args.solver,
+        "time_shift": args.time_shift,
+        "guidance_interval": args.guidance_interval,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 # Where results go. Commands find it out before they load a model.

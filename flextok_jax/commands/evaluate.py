@@ -11,7 +11,13 @@ from flextok_jax.commands.images import load_generator, token_filters
 from flextok_jax.evaluation import networks, probe, statistics, sweep, sweep_report
 from flextok_jax.evaluation.environment import environment, product_precision
 from flextok_jax.evaluation.pictures import Pictures
-from flextok_jax.evaluation.reconstruction import check_counts, default_sampler, identity, side
+from flextok_jax.evaluation.reconstruction import (
+    check_counts,
+    default_sampler,
+    identity,
+    metadata,
+    side,
+)
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
 
@@ -60,8 +66,7 @@ def _sweep(
     """What reconstruction and generation share."""
     given = {"steps": args.steps, "guidance_scale": args.guidance}
     given = {name: value[0] for name, value in given.items() if value}  # The settings vary them.
-    given |= {} if args.norm_guidance else {"norm_guidance": False}
-    sampler = default_sampler(tok, **((decoding or {}) | given))
+    sampler = default_sampler(tok, **((decoding or {}) | given | common.sampling(args)))
     steps = _scales(args.steps, sampler and sampler.steps)
     guidances = _scales(args.guidance, sampler and sampler.guidance_scale)
     settings = sweep.grid(counts, guidances, steps, token_scales)
@@ -71,8 +76,9 @@ def _sweep(
     found = _networks(args)
     reference, reference_metadata = _reference(args, found)
     batch_size = min(args.batch_size, len(samples.labels if samples else pictures))
-    sampling = {"norm_guidance": sampler and sampler.norm_guidance, "seed": args.seed}
-    sampling["solver"] = sampler.solver if sampler else "one pass"
+    sampling = metadata(tok, sampler, args.seed) | {"seed": args.seed}
+    for name in ("model", "dtype", "steps", "guidance"):  # Said elsewhere, or varied.
+        sampling.pop(name, None)
     shared = {
         **_setup(args, tok),
         "data": _data_metadata(pictures),

@@ -84,6 +84,8 @@ Number = Annotated[float, *_option("X", _number, None, None)]
 Count = Annotated[int | None, *_option("N", _positive)]
 Scale = Annotated[float | None, *_option("SCALE", _number)]
 Scales = Annotated[tuple[float, ...] | None, *_option("SCALE[,SCALE...]", _several(_number))]
+Solver = Annotated[Literal["euler", "midpoint", "multistep"] | None, arg(help_behavior_hint="")]
+Interval = Annotated[tuple[float, ...] | None, *_option("LOW,HIGH", _several(_number))]
 Process = Annotated[tuple[int, int], *_option("I/N", _process, "process I, from 0, of N (0/1)")]
 Task = Literal["reconstruction", "generation", "probe"]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
@@ -105,6 +107,9 @@ class Sampling:
     steps: Count = None  # steps of the solver (the model's own default)
     guidance: Scale = None  # guidance scale; 1: none, at half the cost (the model's own default)
     norm_guidance: Flag = True  # plain guidance instead of adaptive projected guidance
+    guidance_interval: Interval = None  # guide from time LOW (0: data) to HIGH (1: noise) only
+    solver: Solver = None  # multistep: second order at the cost of euler (the model's own default)
+    time_shift: Scale = None  # above 1: more steps near noise (the model's own default)
     seed: Seed = 0  # of the noise
 
 

@@ -44,6 +44,8 @@ def metadata(tok: FlexTok, sampler: Sampler | None, seed: int) -> dict:
         "guidance": sampler.guidance_scale,
         "norm_guidance": sampler.normalized,
         "solver": sampler.solver,
+        "time_shift": sampler.time_shift,
+        "guidance_interval": list(sampler.guidance_interval),
         "seed": seed,
     }
 

@@ -14,7 +14,7 @@ def mode_time(u: jax.Array, scale: float) -> jax.Array:
     return 1.0 - u - scale * (jnp.square(jnp.cos(jnp.pi * u / 2)) - 1.0 + u)
 
 
-def shift_time(t: jax.Array, shift: float) -> jax.Array:
+def shift_time(t, shift: float):
     """Times moved towards noise: t' = s t / (1 + (s - 1) t), any shape (arXiv 2403.03206, eq. 23).
 
     An image whose pixels repeat each other m-fold shows through noise sqrt(m) times as strong, so

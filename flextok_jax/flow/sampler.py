@@ -1,6 +1,7 @@
 """Sampling a flow: a sampler is a value; times, solvers, guidance, adaptive projected guidance."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax.flow.path import shift_time
+
 APG_MOMENTUM = -0.5  # Sadat et al., arXiv 2410.02416, applied to velocities
 APG_NORM = 2.5
-SOLVERS = {"euler": 1, "midpoint": 2}  # evaluations of the velocity per step
+SOLVERS = {"euler": 1, "midpoint": 2, "multistep": 1}  # evaluations of the velocity per step
 LENGTH = 64  # Schedules are padded to a multiple of it, so that steps do not compile anew.
 
 
@@ -19,19 +22,26 @@ class Sampler:
     """How a flow is sampled.
 
     Attributes:
-        steps: number of steps from noise (t = 1) to data (t = 0), on a uniform grid of times.
+        steps: number of steps from noise (t = 1) to data (t = 0).
         guidance_scale: g, a number, or a callable of t; 1 is no guidance, at half the cost.
         norm_guidance: adaptive projected guidance (APG) in place of plain guidance.
-        solver: "euler", or "midpoint" (second order, two evaluations per step).
+        solver: "euler"; "midpoint" (second order, two evaluations per step); "multistep" (second
+            order, one evaluation per step: see `multistep_weights`).
+        time_shift: s > 0, moves the uniform grid of times by t -> s t / (1 + (s - 1) t); above 1
+            there are more steps near noise, below 1 near data.
+        guidance_interval: (low, high). Steps that begin at a time outside are not guided and have
+            no null pass (arXiv 2404.07724).
     """
 
     steps: int = 20
     guidance_scale: float | Callable[[float], float] = 7.5
     norm_guidance: bool = True
     solver: str = "euler"
+    time_shift: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        steps, scale = self.steps, self.guidance_scale
+        steps, scale, interval = self.steps, self.guidance_scale, self.guidance_interval
         if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"steps={steps!r}: must be an int, at least 1")
         if self.solver not in SOLVERS:
@@ -40,6 +50,12 @@ class Sampler:
             raise ValueError(f"guidance_scale={scale!r}: must be a number or a callable of t")
         if not callable(scale) and not np.isfinite(scale):
             raise ValueError(f"guidance_scale={scale!r}: must be finite")
+        if not 0 < self.time_shift < np.inf:
+            raise ValueError(f"time_shift={self.time_shift!r}: must be positive and finite")
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(
+                f"guidance_interval={interval!r}: must be two times, 0 <= low <= high <= 1"
+            )
 
     @property
     def guided(self) -> bool:
@@ -51,9 +67,15 @@ class Sampler:
         """Whether guidance is APG."""
         return bool(self.norm_guidance) and self.guided
 
+    @property
+    def method(self) -> "Method":
+        """What is compiled of it."""
+        partly = self.guided and tuple(self.guidance_interval) != (0, 1)
+        return Method(self.solver, self.guided, self.normalized, partly)
+
     def times(self) -> np.ndarray:
         """float64 [steps + 1], falling from 1 to 0."""
-        return 1.0 - np.arange(self.steps + 1) / self.steps
+        return shift_time(1.0 - np.arange(self.steps + 1) / self.steps, self.time_shift)
 
     def schedule(self) -> "Schedule":
         """Times and scales as arrays.
@@ -61,8 +83,9 @@ class Sampler:
         Raises:
             ValueError: a callable scale gives something that is not finite.
         """
-        times, scale = self.times(), self.guidance_scale
+        times, scale, (low, high) = self.times(), self.guidance_scale, self.guidance_interval
         every = [scale(float(t)) if callable(scale) else scale for t in times[:-1]]
+        every = [g if low <= t <= high else 1.0 for g, t in zip(every, times)]
         scales = np.asarray(every, np.float32)
         if not np.isfinite(scales).all():
             raise ValueError(f"guidance_scale={scale!r} gives {scales}: must be finite")
@@ -71,7 +94,24 @@ class Sampler:
         def padded(x):
             return np.pad(x.astype(np.float32), (0, fill))
 
-        return Schedule(padded(times[:-1]), padded(times[:-1] - times[1:]), padded(scales))
+        lengths, weights = times[:-1] - times[1:], multistep_weights(times)
+        return Schedule(*map(padded, (times[:-1], lengths, scales, weights)))
+
+
+class Method(NamedTuple):
+    """What of a sampler decides the program.
+
+    Attributes:
+        solver: one of SOLVERS.
+        guided: whether there is a null pass.
+        normalized: APG in place of plain guidance.
+        partly: no null pass in steps whose scale is 1.
+    """
+
+    solver: str = "euler"
+    guided: bool = False
+    normalized: bool = False
+    partly: bool = False
 
 
 class Schedule(NamedTuple):
@@ -81,11 +121,30 @@ class Schedule(NamedTuple):
         times: float32 [S], where a step begins.
         lengths: float32 [S], how far it goes.
         scales: float32 [S], guidance scale.
+        weights: float32 [S], see `multistep_weights`.
     """
 
     times: jax.Array
     lengths: jax.Array
     scales: jax.Array
+    weights: jax.Array
+
+
+def multistep_weights(times: np.ndarray) -> np.ndarray:
+    """How much a step subtracts of the difference between its velocity and the one before.
+
+    Adams-Bashforth of second order with steps of any length: the velocity is continued on the line
+    through its last two values, which adds h^2 / (2 h_before) times their difference to an Euler
+    step. The first step is an Euler step.
+
+    Args:
+        times: float64 [steps + 1], falling from 1 to 0.
+
+    Returns:
+        float64 [steps].
+    """
+    lengths = times[:-1] - times[1:]
+    return np.append(0.0, lengths[1:] ** 2 / (2 * lengths[:-1]))
 
 
 class State(NamedTuple):
@@ -95,17 +154,19 @@ class State(NamedTuple):
         x: float32 [B, h, w, C].
         momentum: of APG, like x.
         clean: the data that the last velocity points to, like x.
+        velocity: the last one, like x; for "multistep".
     """
 
     x: jax.Array
     momentum: jax.Array
     clean: jax.Array
+    velocity: jax.Array
 
 
 def start(noise: jax.Array) -> State:
     """The state before the first step."""
     x = jnp.asarray(noise, jnp.float32)
-    return State(x, jnp.zeros_like(x), jnp.zeros_like(x))
+    return State(x, *(jnp.zeros_like(x) for _ in range(3)))
 
 
 def classifier_free(v_cond, v_null, scale):
@@ -142,36 +203,41 @@ def integrate(
     schedule: Schedule,
     first,
     stop,
-    guided: bool,
-    normalized: bool,
-    solver: str = "euler",
+    method: Method,
 ) -> State:
     """Steps `first` .. `stop` - 1, in float32.
 
     Args:
-        velocities: (x [B, ...], t [1]) -> (v_cond, v_null) if guided, else (v_cond,).
+        velocities: (x [B, ...], t [1], guided) -> (v_cond, v_null) if guided, else (v_cond,).
         state: before step `first`.
         schedule: see `Sampler.schedule`.
         first, stop: int32 []; traced, so that their number does not compile anew.
-        guided: whether there is a null pass.
-        normalized: APG in place of plain guidance.
-        solver: one of SOLVERS.
+        method: static.
     """
 
-    def velocity(x, t, scale, momentum):
-        v, *null = (v.astype(jnp.float32) for v in velocities(x, t.reshape(1)))
-        if guided and normalized:
+    def evaluate(guided, x, t, scale, momentum):
+        v, *null = (v.astype(jnp.float32) for v in velocities(x, t.reshape(1), guided))
+        if guided and method.normalized:
             return adaptive_projected(v, null[0], scale, momentum)
         return (classifier_free(v, null[0], scale) if guided else v), momentum
 
+    def velocity(x, t, scale, momentum):
+        if not method.partly:
+            return evaluate(method.guided, x, t, scale, momentum)
+        ways = (functools.partial(evaluate, guided) for guided in (True, False))
+        return jax.lax.cond(scale != 1, *ways, x, t, scale, momentum)
+
     def step(i, state):
-        x, momentum, _ = state
-        t, length, scale = (a[i] for a in schedule)
+        x, momentum, _, before = state
+        t, length, scale, weight = (a[i] for a in schedule)
         v, momentum = velocity(x, t, scale, momentum)
-        clean = x - t * v
-        if solver == "midpoint":
+        clean, last = x - t * v, v
+        if method.solver == "midpoint":
             v, momentum = velocity(x - 0.5 * length * v, t - 0.5 * length, scale, momentum)
-        return State(x - length * v, momentum, clean)
+        x = x - length * v
+        if method.solver == "multistep":
+            x = x - weight * (last - before)
+        return State(x, momentum, clean, last)
 
     schedule = Schedule(*(jnp.asarray(a) for a in schedule))
     return jax.lax.fori_loop(first, stop, step, state)

@@ -101,24 +101,32 @@ def values(params, cfg: TokenizerConfig, compute: Compute, codes, keep, grid=Non
 
 
 def flow_steps(
-    params, cfg: TokenizerConfig, compute: Compute, codes, keep, state, schedule, first, stop, **how
+    params,
+    cfg: TokenizerConfig,
+    compute: Compute,
+    codes,
+    keep,
+    state,
+    schedule,
+    first,
+    stop,
+    method,
 ) -> sampler.State:
     """Steps of the flow from codes to scaled latents.
 
     Args:
         codes: float32 [B, K, F], K <= R: positions beyond K are folded into one.
         keep: int32 [B], tokens kept of each image, at most K.
-        state, schedule, first, stop, how: see `sampler.integrate`.
+        state, schedule, first, stop, method: see `sampler.integrate`.
     """
     batch = codes.shape[0]
-    conditions = (Condition(codes, keep, jnp.zeros((batch,), bool)),)
-    if how["guided"]:
-        conditions += (unconditional(batch, cfg.code_dim),)
+    given = (Condition(codes, keep, jnp.zeros((batch,), bool)),)
+    both = (*given, unconditional(batch, cfg.code_dim))
 
-    def step(x, t):
-        return velocities(params, cfg, compute, x, t, conditions)
+    def step(x, t, guided):
+        return velocities(params, cfg, compute, x, t, both if guided else given)
 
-    return sampler.integrate(step, state, schedule, first, stop, **how)
+    return sampler.integrate(step, state, schedule, first, stop, method)
 
 
 def decode(params, cfg: TokenizerConfig, compute: Compute, codes, keep, noise, how=None):
@@ -133,6 +141,7 @@ def decode(params, cfg: TokenizerConfig, compute: Compute, codes, keep, noise, h
         grid = tuple(side // cfg.sites.patch_size for side in noise.shape[1:3])
         return values(params, cfg, compute, codes, keep, grid)
     how = cfg.sampler if how is None else how
-    flags = dict(guided=how.guided, normalized=how.normalized, solver=how.solver)
     state, steps = sampler.start(noise), how.schedule()
-    return flow_steps(params, cfg, compute, codes, keep, state, steps, 0, how.steps, **flags).x
+    return flow_steps(
+        params, cfg, compute, codes, keep, state, steps, 0, how.steps, how.method
+    ).x  # fmt: skip

@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 
+from flextok_jax.flow.sampler import Sampler
 from flextok_jax.io import storage
 from flextok_jax.nn import config
 from flextok_jax.nn.config import TokenizerConfig
@@ -24,19 +25,16 @@ _VAES = {
     _OWN_VAE: _TEMPLATE["vae"] | {"_target_": _OWN_VAE, "norm_groups": "$vae.norm_groups"},
     _IDENTITY_VAE: {"_target_": _IDENTITY_VAE, "latent_channels": "$vae.latent_channels"},
 }
+SAMPLER = tuple(field.name for field in dataclasses.fields(Sampler))
 # Our own top-level entry, written only where the sampler is not the default one.
-_OWN = {
-    "flextok_jax": {
-        name: f"$target.flow.sampler.{name}"
-        for name in ("guidance_scale", "steps", "norm_guidance", "solver")
-    }
-}
+_OWN = {"flextok_jax": {name: f"$target.flow.sampler.{name}" for name in SAMPLER}}
+_INTERVAL = "target.flow.sampler.guidance_interval"
 _COUNT = "levels"  # The template's name for the number of the quantiser's levels.
 # Fields that a file may leave out: then they have our default.
 _OPTIONAL = re.compile(
     r"(encoder|decoder)\.(head_dim|mlp_ratio)|vae\.sample_posterior"
     r"|target\.flow\.(time_frequencies|log_normal_time|mode_scale)"
-    r"|target\.flow\.sampler\.(steps|norm_guidance|solver)"
+    r"|target\.flow\.sampler\.(?!guidance_scale)\w+"
 )
 # Arguments without effect on results, accepted with any value and anywhere.
 _NO_EFFECT = re.compile(
@@ -193,7 +191,7 @@ def _fill(template, fields: dict):
 def _field(name: str, value):
     """The value of our field; raises ValueError where the file's has another type.
 
-    Integers are sizes, positive; tuples hold sizes.
+    Integers are sizes, positive; tuples hold sizes or floats.
     """
     if value is _MISSING and _OPTIONAL.fullmatch(name):
         return _DEFAULTS[name]
@@ -201,7 +199,8 @@ def _field(name: str, value):
     if kind is float and type(value) in (int, float):
         return float(value)
     if kind is tuple and isinstance(value, list | tuple):
-        return tuple(_field(_COUNT, x) for x in value)
+        same = "target.flow.sampler.time_shift" if name == _INTERVAL else _COUNT
+        return tuple(_field(same, x) for x in value)
     if kind is type(value) and (kind is not int or value > 0):
         return value
     raise ValueError(value)
