@@ -275,7 +275,7 @@ def _facts(both) -> dict[str, str]:
     facts = {
         "Data": "the 1 797 digits of scikit-learn (UCI), 8x8 enlarged to 16x16 pixels",
         "Classifier": "a small convolutional network, trained on the 1 500 training digits",
-        "Sampling": "the models' own settings (Euler steps, guidance), temperature 1, key 0",
+        "Sampling": "the models' own settings (solver, steps, guidance), temperature 1, key 0",
         "Machine": f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}; "
         f"computed on {jax.devices()[0].device_kind}",
         "Versions": f"flextok_jax {__version__}, jax {jax.__version__}, "

@@ -226,7 +226,7 @@ class FlexTok:
                 tokens, keep = spread_batch(self.mesh, (tokens, keep))
                 latents = _values(self.params, tokens, keep, cfg, self.compute, grid)
                 return self._images(latents, batch)
-        sampler = dataclasses.replace(cfg.sampler, **how)
+        sampler = cfg.sampler_with(**how)
         schedule, noise = sampler.schedule(), self._noise(noise, key, batch, image_size)
         # One program for any number of steps: all of them, or one at a time to look at.
         each = 1 if on_step else sampler.steps

@@ -103,6 +103,10 @@ def test_values_of_options_arrive_as_their_types():
     given = cli.parse("reconstruct", [*needed, *given.split()])
     assert (given.num_tokens, given.steps, given.guidance) == ((4, 1), 5, 1.5)
     assert (given.norm_guidance, given.seed, given.limit) == (False, 3, 2)
+    given = "--solver multistep --time-shift 0.5 --guidance-interval 0.1,0.9".split()
+    given = cli.parse("detokenize", [*needed[:2], *needed[4:], "--tokens", "t.npz", *given])
+    assert (given.solver, given.time_shift) == ("multistep", 0.5)
+    assert given.guidance_interval == (0.1, 0.9)
     data = "--model m --data d --out o --flip --process 1/2".split()
     assert cli.parse("tokenize", data).flip and cli.parse("tokenize", data).process == (1, 2)
     sweep = "--model m --data d --out o --steps 5,10 --guidance 1,2.5".split()
@@ -151,7 +155,8 @@ def test_reconstruct_writes_a_grid_pictures_with_their_origin_and_metrics(
 ):
     out = tmp_path / "out"
     arguments = ["reconstruct", "--model", model, "--images", images, "--out", out, *FAST]
-    assert run(*arguments, "--num-tokens", "1,4", "--seed", "4") == 0
+    how = "--num-tokens 1,4 --seed 4 --solver multistep --time-shift 0.5 --guidance-interval 0,0.7"
+    assert run(*arguments, *how.split()) == 0
     text, err = capsys.readouterr()
     assert "cpu" in err.splitlines()[0] and "float32" in err.splitlines()[0]
     assert "broken.jpg: UnidentifiedImageError" in err and "PSNR" in text
@@ -162,6 +167,7 @@ def test_reconstruct_writes_a_grid_pictures_with_their_origin_and_metrics(
     assert found == sorted(["grid.png", *(f"k{k:04d}/{n}" for k in (1, 4) for n in NAMES)])
     with Image.open(out / "k0004" / "a.png") as picture:
         expected = {"model": tok.origin, "num_tokens": "4", "steps": "2", "guidance": "1.5"}
+        expected |= {"solver": "multistep", "time_shift": "0.5", "guidance_interval": "[0.0, 0.7]"}
         assert picture.text | expected | {"seed": "4"} == picture.text
         assert picture.size == (8, 8)
     (batch,) = Pictures(images).batches(8, 8)  # The metrics are those of the written pictures.

@@ -36,7 +36,7 @@ def plain_latents(params, codes, keep, noise, how):
     if how.guided:
         conditions.append(Condition(codes, keep, jnp.ones(batch, bool)))
 
-    def step(x, t, guided):
+    def step(x, t, length, guided):
         # One pass at a time, each image with its own time.
         t = jnp.broadcast_to(t, (batch,))
         return tuple(

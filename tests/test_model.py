@@ -139,7 +139,7 @@ def integrated(velocities, noise, how):
     """The end of a flow whose velocities are (x, t) -> (v_cond, ...)."""
     state, steps = sampler.start(noise), how.schedule()
 
-    def both(x, t, guided):
+    def both(x, t, length, guided):
         return velocities(x, t)[: 2 if guided else 1]
 
     return sampler.integrate(both, state, steps, 0, how.steps, how.method)
@@ -178,7 +178,7 @@ def test_outside_its_interval_guidance_is_off_and_costs_nothing(normalized):
     """Five of the ten steps begin between 0.25 and 0.75: they alone run a null pass."""
     passes = []
 
-    def velocities(x, t, guided):
+    def velocities(x, t, length, guided):
         jax.debug.callback(lambda _, n=1 + guided: passes.append(n), t)
         return (x, 3 * x - t[0])[: 1 + guided]
 

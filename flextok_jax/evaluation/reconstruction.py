@@ -21,7 +21,7 @@ def default_sampler(tok: FlexTok, **changes) -> Sampler | None:
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     if tok.config.is_flow:
-        return dataclasses.replace(tok.config.sampler, **changes)
+        return tok.config.sampler_with(**changes)
     if changes:
         raise ValueError(
             f"{', '.join(changes)}: {tok.origin} decodes in one pass, without sampling"

@@ -208,32 +208,35 @@ def integrate(
     """Steps `first` .. `stop` - 1, in float32.
 
     Args:
-        velocities: (x [B, ...], t [1], guided) -> (v_cond, v_null) if guided, else (v_cond,).
+        velocities: (x [B, ...], t [1], length [1], guided) -> (v_cond, v_null) if guided, else
+            (v_cond,). `length` is that of the step, for decoders that write a step's average.
         state: before step `first`.
         schedule: see `Sampler.schedule`.
         first, stop: int32 []; traced, so that their number does not compile anew.
         method: static.
     """
 
-    def evaluate(guided, x, t, scale, momentum):
-        v, *null = (v.astype(jnp.float32) for v in velocities(x, t.reshape(1), guided))
+    def evaluate(guided, x, t, length, scale, momentum):
+        found = velocities(x, t.reshape(1), length.reshape(1), guided)
+        v, *null = (v.astype(jnp.float32) for v in found)
         if guided and method.normalized:
             return adaptive_projected(v, null[0], scale, momentum)
         return (classifier_free(v, null[0], scale) if guided else v), momentum
 
-    def velocity(x, t, scale, momentum):
+    def velocity(*where):
         if not method.partly:
-            return evaluate(method.guided, x, t, scale, momentum)
+            return evaluate(method.guided, *where)
         ways = (functools.partial(evaluate, guided) for guided in (True, False))
-        return jax.lax.cond(scale != 1, *ways, x, t, scale, momentum)
+        return jax.lax.cond(where[3] != 1, *ways, *where)
 
     def step(i, state):
         x, momentum, _, before = state
         t, length, scale, weight = (a[i] for a in schedule)
-        v, momentum = velocity(x, t, scale, momentum)
+        v, momentum = velocity(x, t, length, scale, momentum)
         clean, last = x - t * v, v
         if method.solver == "midpoint":
-            v, momentum = velocity(x - 0.5 * length * v, t - 0.5 * length, scale, momentum)
+            middle = x - 0.5 * length * v, t - 0.5 * length
+            v, momentum = velocity(*middle, length, scale, momentum)
         x = x - length * v
         if method.solver == "multistep":
             x = x - weight * (last - before)

@@ -294,6 +294,8 @@ class Flow:
         mode_scale: s of the "mode" time sampling.
         log_normal_time: time is sampled logit-normally instead.
         null_prob: probability per image of the null condition in training.
+        jumps: whether the decoder is told how far a step goes, and writes the average velocity over
+            it: a few Euler steps then decode. Guidance is part of what it learned.
         sampler: how images are sampled when it is not said otherwise.
     """
 
@@ -302,12 +304,19 @@ class Flow:
     mode_scale: float = 0.25
     log_normal_time: bool = False
     null_prob: float = 0.2
+    jumps: bool = False
     sampler: Sampler = Sampler()
 
     def __post_init__(self):
         faults = (
             [] if 0 <= self.null_prob < 1 else [f"null_prob={self.null_prob}, must be in [0, 1)"]
         )
+        how = self.sampler
+        if self.jumps and (how.solver != "euler" or how.guided):
+            faults.append(
+                f"solver={how.solver!r}, guidance_scale={how.guidance_scale}: a decoder of whole "
+                "steps needs solver='euler' and guidance_scale=1, because guidance is built in"
+            )
         for name in ("max_timestep", "time_frequencies"):
             if not getattr(self, name) > 0:
                 faults.append(f"{name}={getattr(self, name)}, must be positive")
@@ -386,6 +395,11 @@ class TokenizerConfig:
     def sampler(self) -> Sampler:
         """The model's own way to sample."""
         return self.target.flow.sampler
+
+    def sampler_with(self, **changes) -> Sampler:
+        """The same with some fields changed. Raises ValueError where the model cannot."""
+        sampler = dataclasses.replace(self.sampler, **changes)
+        return dataclasses.replace(self.target.flow, sampler=sampler).sampler
 
     @property
     def num_patches(self) -> int:

@@ -49,7 +49,13 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, conditions: tuple[Condition, ...], x_t=None, t=None, capture=None, grid=None
+        self,
+        conditions: tuple[Condition, ...],
+        x_t=None,
+        t=None,
+        capture=None,
+        grid=None,
+        length=None,
     ):
         """What the target is, under several conditions.
 
@@ -60,6 +66,8 @@ class Decoder(nn.Module):
                 once). 1 is noise, 0 is data. For the target "flow".
             capture: also return the first pass's patch features after this block (for REPA).
             grid: patches (rows, columns), for the target "values"; the full grid by default.
+            length: of a flow with `jumps`, float32 as t: the velocity is the average over the step
+                from t to t - length. 0 by default: the velocity at t.
 
         Returns:
             A tuple of float32 [B, h, w, C], one per condition: velocities or latents. With
@@ -69,7 +77,7 @@ class Decoder(nn.Module):
         sites, embedding, batch = cfg.sites, None, conditions[0].codes.shape[0]
         if cfg.is_flow:
             grid = tuple(side // sites.patch_size for side in x_t.shape[1:3])
-            embedding = self._time_embedding(t)
+            embedding = self._time_embedding(t, length)
             embed = layers.PatchEmbed(sites.grid, sites.patch_size, width, dtype)
             nn.share_scope(self, embed)
             patches = embed(x_t)
@@ -91,13 +99,20 @@ class Decoder(nn.Module):
         made = self._head(patches, embedding, [side * sites.patch_size for side in grid])
         return made if capture is None else (made, features)
 
-    def _time_embedding(self, t):
+    def _time_embedding(self, t, length):
         flow, width = self.cfg.target.flow, self.cfg.decoder.width
-        x = layers.time_frequencies(t, flow.time_frequencies, flow.max_timestep)
-        first, second = (
-            layers.dense(width, jnp.float32, f"time_mlp_{i}", names=(None, "embed")) for i in (0, 1)
-        )
-        return second(nn.silu(first(x)))
+
+        def dense(name, init=layers.xavier):
+            return layers.dense(width, jnp.float32, name, init, names=(None, "embed"))
+
+        def frequencies(x):
+            return layers.time_frequencies(x, flow.time_frequencies, flow.max_timestep)
+
+        hidden = dense("time_mlp_0")(frequencies(t))
+        if flow.jumps:  # Zero at first: distillation begins at the velocity of the teacher.
+            length = jnp.zeros_like(t) if length is None else length
+            hidden = hidden + dense("length_mlp", zeros)(frequencies(length))
+        return dense("time_mlp_1")(nn.silu(hidden))
 
     def _registers(self, conditions, num_patches):
         """Register vectors [B, M, D] of each condition, and the sequence of its pass."""

@@ -86,10 +86,12 @@ def tokens_of(params, cfg: TokenizerConfig, compute: Compute, images, count=None
     return registers, found.codes if found.ids is None else found.ids
 
 
-def velocities(params, cfg: TokenizerConfig, compute: Compute, x_t, t, conditions, capture=None):
+def velocities(
+    params, cfg: TokenizerConfig, compute: Compute, x_t, t, conditions, capture=None, length=None
+):
     """The velocities of a flow, one per condition; see `Decoder.__call__`."""
     decoder = Decoder(cfg, compute)
-    return decoder.apply({"params": params["decoder"]}, conditions, x_t, t, capture)
+    return decoder.apply({"params": params["decoder"]}, conditions, x_t, t, capture, length=length)
 
 
 def values(params, cfg: TokenizerConfig, compute: Compute, codes, keep, grid=None) -> jax.Array:
@@ -123,8 +125,9 @@ def flow_steps(
     given = (Condition(codes, keep, jnp.zeros((batch,), bool)),)
     both = (*given, unconditional(batch, cfg.code_dim))
 
-    def step(x, t, guided):
-        return velocities(params, cfg, compute, x, t, both if guided else given)
+    def step(x, t, length, guided):
+        conditions = both if guided else given
+        return velocities(params, cfg, compute, x, t, conditions, length=length)
 
     return sampler.integrate(step, state, schedule, first, stop, method)
 
