@@ -49,7 +49,7 @@ def test_the_shipped_tokenizer_is_as_good_as_its_page_says(tok):
 def test_the_shipped_generator_makes_new_digits_of_the_class_asked_for(tok):
     gen = ImageGenerator.from_pretrained("demo-digits-ar", tokenizer=tok)
     found = sample(gen, 10)
-    assert found.correct.sum() >= 85  # of 100; 934 of 1 000 by its page
+    assert found.correct.sum() >= 85  # of 100; 932 of 1 000 by its page
     assert found.distance > 0.9 * found.validation_distance and found.closer < 0.2  # copies: 1
 
 
