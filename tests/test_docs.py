@@ -7,9 +7,10 @@ import re
 import shlex
 
 import pytest
+import test_text_to_image
 from common import ROOT, TINY, tiny_tokenizer
 
-from flextok_jax import FlexTok, cli
+from flextok_jax import FlexTok, ImageGenerator, TextEncoder, cli
 from flextok_jax.commands import options
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,13 +46,24 @@ ALL = {page.name: list(commands(page)) for page in PAGES}
 
 @pytest.mark.parametrize("text", list(snippets()))
 def test_snippets_run(text, tmp_path, monkeypatch):
-    """As printed, but for the weights of the hub: a tiny model takes their place."""
-    load = FlexTok.from_pretrained
+    """As printed, but for the weights of the hub: tiny models take their place."""
+    tiny = {
+        FlexTok: lambda: tiny_tokenizer(TINY),
+        ImageGenerator: test_text_to_image.generator,
+        TextEncoder: test_text_to_image.encoder,
+    }
 
-    def from_pretrained(source, **settings):
-        return tiny_tokenizer(TINY) if source.startswith("EPFL-VILAB/") else load(source)
+    def patch(cls, made):
+        load = cls.from_pretrained
 
-    monkeypatch.setattr(FlexTok, "from_pretrained", from_pretrained)
+        def from_pretrained(source, **settings):
+            hub = str(source).startswith(("EPFL-VILAB/", "google/"))
+            return made() if hub else load(source, **settings)
+
+        monkeypatch.setattr(cls, "from_pretrained", from_pretrained)
+
+    for cls, made in tiny.items():
+        patch(cls, made)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     exec(compile(text, "snippet", "exec"), {})
