@@ -54,10 +54,10 @@ import json, pathlib, sys
 import conftest
 import jax
 import numpy as np
-from common import TINY, random_params, tiny_generator, tiny_tokenizer
+from common import GOLDEN, TINY, random_params, tiny_generator, tiny_tokenizer
 from test_sweep import CFG, SETTINGS, sweep_of
 from test_meshes import RUNS, configs, run
-from flextok_jax import FlexTok, ImageGenerator
+from flextok_jax import FlexTok, ImageGenerator, TextEncoder
 from flextok_jax.io.checkpoint import Checkpoints
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.nn import ar, flextok
@@ -81,6 +81,10 @@ generated = dict(
     error=float(np.abs(again - images).max() / np.abs(images).max()),
     rows=embed.addressable_shards[0].data.shape[0] / embed.shape[0],
 )
+
+encoders = [TextEncoder.from_pretrained(GOLDEN / "text" / "t5_a", mesh=m) for m in (None, mesh)]
+(wanted, mask), (found, _) = (encoder.encode(["a red cube", "", "cat"]) for encoder in encoders)
+generated["text_error"] = float(np.abs(found - wanted)[mask].max() / np.abs(wanted[mask]).max())
 
 swept = []
 for count in (1, 2, 8):
@@ -141,6 +145,7 @@ def test_generation_gives_the_same_tokens_and_images(runs):
     found = runs[1]["generated"]
     assert found["same_tokens"] and found["error"] < 1e-5
     assert found["rows"] == 1 / 2  # the vocabulary over `tensor`
+    assert found["text_error"] < 1e-5
 
 
 def test_an_evaluation_gives_the_same_numbers_on_one_two_and_eight_devices(runs):
