@@ -206,7 +206,8 @@ class ImageGenerator:
             int32 [B, num_tokens], the prefix first.
 
         Raises:
-            ValueError: an argument has a wrong type, shape or value, or does not suit the model.
+            ValueError: an argument has a wrong type, shape or value, or does not suit the model; or
+                its logits are not finite.
         """
         cfg = self.config
         if conditions is not None:
@@ -251,7 +252,13 @@ class ImageGenerator:
                 stop=np.int32(count),
             )
         # Cut on the host: on the device each length would be a program of its own.
-        return jax.device_put(np.asarray(tokens)[:batch, :count])
+        tokens = np.asarray(tokens)[:batch, :count]
+        if wrong := int(np.sum((tokens < 0).any(axis=1))):
+            raise ValueError(
+                f"{self.origin}: the logits are not finite, for {wrong} of {batch} samples. Check "
+                "the model's parameters, or try float32"
+            )
+        return jax.device_put(tokens)
 
     def logits(
         self,

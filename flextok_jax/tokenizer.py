@@ -26,10 +26,11 @@ MOST = 2.0  # What a float image may reach, as decoded ones do; it is clipped to
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "count"))
 def _encode(params, images, noise, cfg: TokenizerConfig, compute: Compute, count: int):
-    """uint8 or float images -> (registers [B, count, …], tokens [B, count, …])."""
+    """uint8 or float images -> (registers, tokens [B, count, …], bool [B]: all are finite)."""
     if images.dtype == jnp.uint8:
         images = to_float(images)
-    return flextok.tokens_of(params, cfg, compute, images, count, noise)
+    registers, tokens = flextok.tokens_of(params, cfg, compute, images, count, noise)
+    return registers, tokens, jnp.isfinite(registers).all(axis=(1, 2))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "method"))
@@ -50,8 +51,10 @@ def _values(params, tokens, keep, cfg, compute, grid):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"))
 def _to_images(params, latents, cfg, compute):
-    """Scaled latents [B, h, w, C] -> images [B, H, W, 3]."""
-    return vae.latents_to_images(params["vae"], cfg.vae, latents, jnp.dtype(compute.dtype))
+    """Scaled latents [B, h, w, C] -> (images [B, H, W, 3], bool [B]: all of it is finite)."""
+    dtype = jnp.dtype(compute.dtype)
+    images = vae.latents_to_images(params["vae"], cfg.vae, latents, dtype)
+    return images, jnp.isfinite(images).all(axis=(1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +154,8 @@ class FlexTok:
             int32 [B, k]; of a continuous bottleneck float32 [B, k, F].
 
         Raises:
-            ValueError: a wrong shape, type, range, or number of tokens.
+            ValueError: a wrong shape, type, range, or number of tokens; or the encoder's output is
+                not finite.
         """
         return self._run_encoder(images, num_tokens, key)[1]
 
@@ -198,7 +202,7 @@ class FlexTok:
 
         Raises:
             ValueError: ids out of range, a wrong shape, a number of tokens outside 1..k, or
-                arguments of a flow for a model that decodes in one pass.
+                arguments of a flow for a model that decodes in one pass; or images are not finite.
         """
         cfg = self.config
         tokens = self._check_tokens(tokens)
@@ -292,8 +296,16 @@ class FlexTok:
         )  # fmt: skip
 
     def _images(self, latents, batch: int) -> jax.Array:
-        images = _to_images(self.params, latents, self.config, self.compute)
+        images, finite = _to_images(self.params, latents, self.config, self.compute)
+        self._check_finite(finite, batch, "the decoder")
         return images if len(images) == batch else images[:batch]
+
+    def _check_finite(self, finite, batch: int, part: str):
+        if wrong := int(np.sum(~np.asarray(finite)[:batch])):
+            raise ValueError(
+                f"{self.origin}: {part} made numbers that are not finite, for {wrong} of {batch} "
+                "images. Check the model's parameters, or try float32"
+            )
 
     def save_pretrained(self, folder) -> None:
         """Writes `model.safetensors` into `folder`, in the released format where that can hold it.
@@ -321,7 +333,8 @@ class FlexTok:
         count = flextok.bucket(int(k), cfg.num_tokens)
         with self.on_mesh():
             images, noise = spread_batch(self.mesh, (images, noise))
-            found = _encode(self.params, images, noise, cfg, self.compute, count)
+            *found, finite = _encode(self.params, images, noise, cfg, self.compute, count)
+        self._check_finite(finite, batch, "the encoder")
 
         def cut(x):
             # On the host: a device would compile a program for every k.

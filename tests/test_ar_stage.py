@@ -311,6 +311,17 @@ def test_a_run_on_images_trains_and_leaves_the_tokenizer_out_of_its_state(
 # What is refused.
 
 
+def test_examples_without_text_are_counted_and_most_of_them_a_warning(data, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="flextok_jax"):
+        ARStage(config(data["t2i"], "t2i_d12"))
+    assert "'train': 1 of 24 examples have no embedding" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    for split in ("train", "test"):
+        write(tmp_path, split, text=True, count=1)
+    ARStage(config(tmp_path, "t2i_d12"))
+    assert ["1 of 1" in r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
 def test_sizes_and_classes_are_those_of_the_data(tokenizer, images, data, tmp_path, caplog):
     stage = ARStage(online(tokenizer, images))
     cfg = stage.model

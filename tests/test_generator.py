@@ -268,6 +268,14 @@ def test_what_does_not_suit_is_refused(arguments, message):
         tiny().generate_tokens(**arguments)
 
 
+def test_logits_that_are_not_finite_make_no_tokens():
+    gen = tiny()
+    head = gen.params["ar"] | {"head": jax.tree.map(lambda x: x * np.nan, gen.params["ar"]["head"])}
+    gen = dataclasses.replace(gen, params={"ar": head}, origin="MODEL")
+    with pytest.raises(ValueError, match="MODEL: the logits are not finite, for 2 of 2"):
+        gen.generate_tokens([0, 1], num_tokens=2)
+
+
 def test_text_models_refuse_what_does_not_suit():
     gen, io, condition, null = golden("t2i")
     for arguments, message in (

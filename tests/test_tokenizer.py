@@ -127,6 +127,19 @@ def test_arguments_of_detokenize_that_do_not_fit_are_refused(tok, arguments, mes
         tok.detokenize(**{"tokens": tokens(), **arguments})
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_numbers_that_are_not_finite_are_no_result(tok, part):
+    params = tok.params | {part: jax.tree.map(lambda x: x * np.nan, tok.params[part])}
+    bad = dataclasses.replace(tok, params=params, origin="MODEL")
+    calls = {
+        "encoder": [lambda: bad.tokenize(pixels()), lambda: bad.registers(pixels())],
+        "decoder": [lambda: bad.detokenize(tokens(), steps=2)],
+    }
+    for call in calls[part]:
+        with pytest.raises(ValueError, match=f"MODEL: the {part} .*not finite, for 2 of 2"):
+            call()
+
+
 def test_any_integer_type_of_tokens_will_do(tok):
     wanted = tok.detokenize(tokens(), steps=2)
     for ids in (tokens().astype(np.uint8), tokens().astype(np.int64), jnp.asarray(tokens())):

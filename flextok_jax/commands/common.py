@@ -3,13 +3,14 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from tqdm import tqdm
 
 from flextok_jax.commands import options
 from flextok_jax.data import shards
+from flextok_jax.data.source import Skipped
 from flextok_jax.data.sources import parse
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation.reconstruction import Sampler, default_sampler
@@ -60,21 +61,34 @@ def sampling(args: options.Sampling) -> dict:
 # Where results go. Commands find it out before they load a model.
 
 
-def out_file(out: str):
-    """The path of --out, a file that can be written. Raises as `out_folder`."""
-    return _writable(out, folder=False)
+def out_file(out: str, images: str = "", ours: Callable = lambda path: False):
+    """The path of --out, a file that can be written. Raises as `out_folder`.
+
+    A file that is there is replaced only where `ours(path)`: where the same command made it.
+    """
+    path = _outside(_writable(out, folder=False), images)
+    if path.exists() and not ours(path):
+        raise ValueError(f"{path} is another file: pass another name, or remove it")
+    return path
 
 
-def out_folder(out: str, images: str = ""):
+def out_folder(out: str, images: str = "", new: Sequence[str] = ()):
     """The path of --out, a folder that can be written, outside the folder of `images`.
 
-    There, results would be images the next time. Raises ValueError or PermissionError.
+    There, results would be images the next time. No file `new` may be in it. Raises ValueError or
+    PermissionError.
     """
-    path = _writable(out, folder=True)
+    path = _outside(_writable(out, folder=True), images)
+    if there := [name for name in new if (path / name).exists()]:
+        raise ValueError(f"--out {out} holds {there[0]}: pass another folder or remove that")
+    return path
+
+
+def _outside(path, images: str):
     data = parse(images) if images else None
     if data and data.source == "folder" and not is_remote(path):
         if path.resolve().is_relative_to(data.path):
-            raise ValueError(f"--out {out} lies in the image folder {images}: pass another folder")
+            raise ValueError(f"{path} lies in the image folder {images}: write to another one")
     return path
 
 
@@ -115,8 +129,10 @@ def results_folder(out, settings: dict, record: str = SETTINGS) -> Iterator[None
         raise
 
 
-def left_out(unreadable: dict[str, str], count: int) -> None:
-    """Warns of the images of `count` that could not be read: {name: reason}."""
+def left_out(skipped: Skipped, unreadable: dict[str, str], count: int) -> None:
+    """Warns of what was skipped, and of the images of `count` that could not be read, by name."""
+    for line in skipped.lines():
+        print(f"warning: skipped {line}", file=sys.stderr)
     if unreadable:
         print(
             f"warning: {len(unreadable)} of {count} images could not be read and were left out:"
@@ -153,9 +169,7 @@ def write_shards(args, out, data, source, settings: dict, records: Callable) -> 
                 bar.update()
 
         manifest = shards.write_split(folder, settings, make_shard, text, args.process)
-    for line in source.skipped.lines():
-        print(f"warning: skipped {line}", file=sys.stderr)
-    left_out(manifest["unreadable"], count)
+    left_out(source.skipped, manifest["unreadable"], count)
     done, wanted = len(manifest["shards"]), manifest["num_shards"]
     if done < wanted:
         print(f"{done} of {wanted} shards are in {folder}; the other processes write the rest")

@@ -1,6 +1,5 @@
 """`flextok data check` and `flextok data pack`: what is in a data set, and one in shards."""
 
-import functools
 import io
 
 import numpy as np
@@ -10,12 +9,14 @@ from flextok_jax.commands import common, options
 from flextok_jax.data import check as checks
 from flextok_jax.data import reader, shards, sources
 from flextok_jax.data.records import Record
-from flextok_jax.io import storage
+from flextok_jax.evaluation import pictures as pics
+
+SHEET = {"Software": "flextok data check"}  # Text in the contact sheet's file.
 
 
 def check(args: options.Check) -> None:
     """Opens images and prints what they are; verifies shards."""
-    out = common.out_file(args.out)
+    out = common.out_file(args.out, args.source, lambda path: pics.is_png_of(path, SHEET))
     data = sources.parse(args.source)
     if data.source in (*sources.ENCODED, "array_record"):
         _verify(data, args.split)
@@ -29,7 +30,7 @@ def _look(data: sources.Data, args, out) -> None:
     count = len(source) if args.all else min(args.sample, len(source))
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
     count = len(indices)
-    looks = reader.read_ahead(source, indices, functools.partial(checks.look, source))
+    looks = reader.read_ahead(source, indices, checks.look, text=True)
     found, unreadable = [], reader.UnreadableCount(count)
     for place, look in enumerate(tqdm(looks, total=count, unit="image", disable=None)):
         if isinstance(look, reader.Unreadable):
@@ -47,8 +48,7 @@ def _look(data: sources.Data, args, out) -> None:
     for name, why in list(unreadable.items())[: reader.MAX_LISTED]:
         print(f"  unreadable: {name}: {why}")
     if any(look.thumbnail is not None for look in found):
-        with storage.atomic(out) as temporary:
-            checks.contact_sheet(found, source.classes).save(temporary)
+        pics.write_png(out, checks.contact_sheet(found, source.classes), SHEET)
         print(f"  some of them are shown in {out}")
     if count < len(source):
         print(f"  {len(source) - count} were not opened: --all opens every one")

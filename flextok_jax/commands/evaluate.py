@@ -34,6 +34,8 @@ CLASSIFIER = (
 def evaluate(args: options.Evaluate) -> None:
     """Writes results, each with its metadata, and report.html into --out."""
     out = common.out_results(args.out, args.data)
+    if args.export:
+        common.out_file(args.export)
     task = {"reconstruction": _reconstruction, "generation": _generation, "probe": _probe}
     task[args.task](args, out)
 
@@ -96,7 +98,7 @@ def _sweep(
     )  # fmt: skip
     with common.results_folder(out, shared):
         results = run.run(settings)
-    common.left_out(pictures.unreadable, len(pictures))
+    common.left_out(pictures.skipped, pictures.unreadable, len(pictures))
     sweep_report.write(out / "report.html", *sweep.results(out))
     _print(results)
     print(f"Results are in {out / sweep.POINTS}, the report in {out / 'report.html'}")
@@ -121,7 +123,7 @@ def _probe(args, out) -> None:
         result = {"metadata": settings | environment(), "metrics": found, "warnings": []}
         storage.write_json(out / "probe.json", result)
     for part in (train, test):
-        common.left_out(part.unreadable, len(part))
+        common.left_out(part.skipped, part.unreadable, len(part))
     print(f"Accuracy of a linear probe of the first k registers, {found['count']} images:")
     for k, accuracy in found["accuracy"].items():
         print(f"{k:8} {accuracy:8.1%}")

@@ -1,5 +1,6 @@
 """Images to tokens and back: `flextok reconstruct`, `tokenize`, `detokenize` and `generate`."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from flextok_jax import conditions
 from flextok_jax.commands import common, options, text
+from flextok_jax.data.source import composed
 from flextok_jax.evaluation import metrics
 from flextok_jax.evaluation import pictures as pics
 from flextok_jax.evaluation import reconstruction as rec
@@ -71,7 +73,7 @@ def reconstruct(args: options.Reconstruct) -> None:
             **metrics.codes(tokens, tok.config.vocab_size, counts),
         }
         storage.write_json(out / "metrics.json", result)
-    common.left_out(pictures.unreadable, len(pictures))
+    common.left_out(pictures.skipped, pictures.unreadable, len(pictures))
     print(f"{len(tokens)} images from their first k tokens, in {args.out}")
     for k in counts:
         print(f"{k:5} tokens:" + "".join(f"  {n.upper()} {x[k]:.4g}" for n, x in means.items()))
@@ -87,7 +89,7 @@ def tokenize(args: options.Tokenize) -> None:
     for field in dataclasses.fields(options.Crops):
         if getattr(args, field.name) != field.default:
             raise ValueError(f"--{field.name.replace('_', '-')} goes with --data, not --images")
-    out = common.out_file(args.out)
+    out = common.out_file(args.out, ours=_holds_tokens)
     pictures = pics.Pictures(args.images, args.limit)
     tok = common.load_model(args)
     (k,) = rec.check_counts(tok, [args.num_tokens or tok.num_tokens])
@@ -99,7 +101,7 @@ def tokenize(args: options.Tokenize) -> None:
             names += batch.names
             bar.update(len(batch.names))
     write_tokens(out, tok, np.concatenate(tokens), names)
-    common.left_out(pictures.unreadable, len(pictures))
+    common.left_out(pictures.skipped, pictures.unreadable, len(pictures))
     print(f"{k} tokens of each of {len(names)} images in {out}")
 
 
@@ -238,6 +240,12 @@ def read_tokens(path) -> dict[str, np.ndarray]:
     return saved
 
 
+def _holds_tokens(path) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(read_tokens(path))
+    return False
+
+
 def token_filters(args: options.TokenSampling) -> dict:
     """Arguments of `ImageGenerator.generate_tokens` beside the scale of guidance."""
     return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
@@ -266,8 +274,8 @@ def read_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) ->
     labels = []
     for part in filter(None, map(str.strip, parts)):
         first, _, last = part.partition("-")
-        if part in class_names:
-            first = last = str(class_names.index(part))
+        if composed(part) in class_names:
+            first = last = str(class_names.index(composed(part)))
         last = last or first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < num_classes):
             names = f" or one of {', '.join(class_names[:20])}" if class_names else ""

@@ -10,10 +10,12 @@ from flextok_jax.commands import common, options
 from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import flexar, t5, vae_files
 
+WRITTEN = (sources.WEIGHTS, sources.VAE_WEIGHTS, "config.json", flexar.CONFIG)  # By `convert`.
+
 
 def convert(args: options.Convert) -> None:
     """Writes the released format from any source, of a workdir its averaged weights."""
-    out = common.out_folder(args.out)
+    out = common.out_folder(args.out, new=WRITTEN)
     model, save = _load(args.model, args.scaling_factor)
     print(f"{model['origin']}\n-> {save(out)}\nsha256 {model['sha256']}")
 
@@ -21,7 +23,7 @@ def convert(args: options.Convert) -> None:
 def info(args: options.Info) -> None:
     """Prints what a model is."""
     try:
-        model = describe(args.source)
+        model = describe(args.source, args.scaling_factor)
     except ValueError:
         if sources.kind_of(args.source) == "ar":  # What is not understood, for whoever mends it.
             _print(flexar.raw(args.source))
@@ -39,7 +41,7 @@ def _print(facts: dict) -> None:
         print(f"{key:{max(map(len, lines))}}  {words}")
 
 
-def describe(source) -> dict:
+def describe(source, scaling_factor: float | None = None) -> dict:
     """What a model is, in JSON terms.
 
     Returns:
@@ -48,7 +50,7 @@ def describe(source) -> dict:
         tokenizer also "image_size" [H, W] and "vocab_size"; of an AR model what else its file
         knows, and "config.yaml", all of it; of this and of T5 "assumed": what no file says.
     """
-    return _load(source)[0]
+    return _load(source, scaling_factor)[0]
 
 
 def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:

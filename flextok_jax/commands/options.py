@@ -26,8 +26,16 @@ def _checked(kind: type, allowed: Callable, words: str) -> Callable:
 _positive = _checked(int, lambda x: x >= 1, "a whole number from 1 on")
 _whole = _checked(int, lambda x: x >= 0, "a whole number from 0 on")
 _seed = _checked(int, lambda x: 0 <= x < 2**32, f"a whole number from 0 to {2**32 - 1}")
-_number = _checked(float, lambda x: True, "a finite number")
 _share = _checked(float, lambda x: 0 < x <= 1, "a share above 0, at most 1")
+_scale = _checked(float, lambda x: x >= 0, "a number from 0 on")
+_factor = _checked(float, lambda x: x > 0, "a number above 0")
+_probability = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
 
 
 def _process(text: str) -> tuple[int, int]:
@@ -41,7 +49,9 @@ def _several(convert: Callable) -> Callable[[str], tuple]:
     return lambda text: tuple(convert(part) for part in text.split(","))
 
 
-def _option(metavar: str, convert: Callable = str, help: str | None = None, hint: str | None = ""):
+def _option(
+    metavar: str, convert: Callable = _text, help: str | None = None, hint: str | None = ""
+):
     """An option with one value; `hint` follows the help, None: the default, or "required"."""
     spec = PrimitiveConstructorSpec(
         nargs=1,
@@ -67,9 +77,9 @@ _LABELS = "classes: all, numbers, ranges and names such as 0-9,42,cat, or a file
 _TASK = "reconstruct --data, generate images to compare with --data, or classify registers"
 _K = "tokens per image (all); the cost follows their number"
 
-Tokenizer = Annotated[str, *_option("SOURCE", str, _MODEL, None)]
-Data = Annotated[str, *_option("DATA", str, _DATA, None)]
-Folder = Annotated[str, *_option("DIR", str, "folder for the results", None)]
+Tokenizer = Annotated[str, *_option("SOURCE", _text, _MODEL, None)]
+Data = Annotated[str, *_option("DATA", _text, _DATA, None)]
+Folder = Annotated[str, *_option("DIR", _text, "folder for the results", None)]
 Source = Annotated[str | None, *_option("SOURCE")]
 File = Annotated[str | None, *_option("FILE")]
 Split = Annotated[str | None, *_option("SPLIT")]
@@ -80,12 +90,14 @@ Whole = Annotated[int, *_option("N", _whole, None, None)]
 Positive = Annotated[int, *_option("N", _positive, None, None)]
 Seed = Annotated[int, *_option("N", _seed, None, None)]
 Share = Annotated[float, *_option("SHARE", _share, None, None)]
-Number = Annotated[float, *_option("X", _number, None, None)]
+Probability = Annotated[float, *_option("P", _probability, None, None)]
+Temperature = Annotated[float, *_option("X", _scale, None, None)]
 Count = Annotated[int | None, *_option("N", _positive)]
-Scale = Annotated[float | None, *_option("SCALE", _number)]
-Scales = Annotated[tuple[float, ...] | None, *_option("SCALE[,SCALE...]", _several(_number))]
+Scale = Annotated[float | None, *_option("SCALE", _scale)]
+Scales = Annotated[tuple[float, ...] | None, *_option("SCALE[,SCALE...]", _several(_scale))]
+Factor = Annotated[float | None, *_option("FACTOR", _factor)]
 Solver = Annotated[Literal["euler", "midpoint", "multistep"] | None, arg(help_behavior_hint="")]
-Interval = Annotated[tuple[float, ...] | None, *_option("LOW,HIGH", _several(_number))]
+Interval = Annotated[tuple[float, ...] | None, *_option("LOW,HIGH", _several(_probability))]
 Process = Annotated[tuple[int, int], *_option("I/N", _process, "process I, from 0, of N (0/1)")]
 Task = Literal["reconstruction", "generation", "probe"]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
@@ -120,9 +132,9 @@ class TokenSampling:
     tokenizer: Source = None  # of the AR model (the one that its file names)
     per_label: Positive = 1  # samples of each label, or of each prompt
     token_guidance: Scale = None  # of the logits; 1: none, at half the cost (the model's own)
-    temperature: Number = 1.0  # of the logits; 0 is greedy
+    temperature: Temperature = 1.0  # of the logits; 0 is greedy
     top_k: Whole = 0  # sample from the N likeliest tokens; 0: off
-    top_p: Number = 0.0  # sample from the likeliest tokens up to a probability of X; 0: off
+    top_p: Probability = 0.0  # sample from the likeliest tokens, together P; 0: off
 
 
 @_options
@@ -198,8 +210,8 @@ class Tokenize(Compute, Crops):
     """
 
     model: Tokenizer
-    images: Annotated[str | None, *_option("DATA", str, "as --data"), _IMAGES_OR_DATA] = None
-    data: Annotated[str | None, *_option("DATA", str, _DATA), _IMAGES_OR_DATA] = None
+    images: Annotated[str | None, *_option("DATA", _text, "as --data"), _IMAGES_OR_DATA] = None
+    data: Annotated[str | None, *_option("DATA", _text, _DATA), _IMAGES_OR_DATA] = None
     limit: Limit = None
     num_tokens: Tokens = None
     out: Annotated[str, *_option("OUT", hint=None)]  # FILE.npz for --images, a folder for --data
@@ -241,9 +253,9 @@ class Embed(Devices):
     """
 
     data: Annotated[
-        str, *_option("FOLDER", str, "image files with captions, see docs/data.md", None)
+        str, *_option("FOLDER", _text, "image files with captions, see docs/data.md", None)
     ]
-    text_encoder: Annotated[str, *_option("SOURCE", str, _T5, None)]
+    text_encoder: Annotated[str, *_option("SOURCE", _text, _T5, None)]
 
 
 @_options
@@ -259,7 +271,7 @@ class Detokenize(Compute, Sampling):
     """
 
     model: Tokenizer
-    tokens: Annotated[str, *_option("FILE.npz", str, "of flextok tokenize or generate", None)]
+    tokens: Annotated[str, *_option("FILE.npz", _text, "of flextok tokenize or generate", None)]
     num_tokens: Counts = None  # use only the first so many, several by commas (all there are)
     out: Folder
 
@@ -280,13 +292,13 @@ class Generate(Compute, Sampling, TokenSampling):
           --text "a red cube on a blue sphere" --out samples
     """
 
-    model: Annotated[str, *_option("SOURCE", str, _AR_MODEL, None)]
-    labels: Annotated[str | None, *_option("LABELS", str, _LABELS, "(all)")] = None
-    text: Annotated[str | None, *_option("PROMPT", str, "a prompt, for text models")] = None
-    prompts: Annotated[str | None, *_option("FILE", str, "a file with a prompt on each line")] = (
+    model: Annotated[str, *_option("SOURCE", _text, _AR_MODEL, None)]
+    labels: Annotated[str | None, *_option("LABELS", _text, _LABELS, "(all)")] = None
+    text: Annotated[str | None, *_option("PROMPT", _text, "a prompt, for text models")] = None
+    prompts: Annotated[str | None, *_option("FILE", _text, "a file with a prompt on each line")] = (
         None
     )
-    text_encoder: Annotated[str | None, *_option("SOURCE", str, _T5, "(the one MODEL names)")] = (
+    text_encoder: Annotated[str | None, *_option("SOURCE", _text, _T5, "(the one MODEL names)")] = (
         None
     )
     num_tokens: Counts = None  # images from the first so many tokens, several by commas (all)
@@ -388,7 +400,7 @@ class Convert:
     """
 
     model: Tokenizer
-    scaling_factor: Scale = None  # of a VAE whose files have none
+    scaling_factor: Factor = None  # of a VAE whose files have none
     out: Folder
 
 
@@ -405,6 +417,7 @@ class Info:
     """
 
     source: Positional[Tokenizer]
+    scaling_factor: Factor = None  # of a VAE whose files have none
     json: Flag = False  # everything, as JSON
 
 

@@ -10,7 +10,6 @@ from PIL import Image, ImageOps
 
 from flextok_jax.data import decode
 from flextok_jax.data.reader import Picture
-from flextok_jax.data.source import Source
 from flextok_jax.evaluation.pictures import grid
 
 CELL, ROWS, COLUMNS = 144, 16, 8  # Pixels of a picture; pictures of the contact sheet.
@@ -36,15 +35,14 @@ class Look(NamedTuple):
     caption: str | None
 
 
-def look(source: Source, picture: Picture) -> Look:
-    """What `summary` and `contact_sheet` say of a picture; an unusable embedding is skipped."""
+def look(picture: Picture) -> Look:
+    """What `summary` and `contact_sheet` say of a picture."""
     size, small, stored = picture.image.size, picture.image.copy(), picture.image
     if isinstance(picture.stored, bytes):
         stored = decode.opened(picture.stored)
     small.thumbnail((CELL, CELL))
     small = np.asarray(ImageOps.pad(small, (CELL, CELL), Image.Resampling.NEAREST, "white"))
-    embedding = source.skipped.usable(source.embedding, picture.index, picture.key)
-    shape = None if embedding is None else embedding.shape
+    shape = None if picture.embedding is None else picture.embedding.shape
     kind = stored.format or "array", stored.mode
     return Look(*kind, size, shape, small, picture.label, picture.caption)
 

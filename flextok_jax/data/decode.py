@@ -20,6 +20,10 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # The size of a PNG file's metadata must not cost the picture.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 
+# Pillow warns of broken EXIF without the name of a file.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112  # The EXIF tag of the camera's rotation.
 _T = Image.Transpose
 _UPRIGHT = {
@@ -35,9 +39,22 @@ def opened(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
+        if data.startswith(_PNG):
+            return Image.open(io.BytesIO(_bare_png(data)))
         if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1"):
             raise ValueError("HEIC images need: pip install pillow-heif") from None
         raise
+
+
+def _bare_png(data: bytes) -> bytes:
+    """A PNG file without metadata and profiles, of which a broken one would cost the picture."""
+    kept, place = [_PNG], len(_PNG)
+    while place < len(data):
+        stop = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[place:stop])
+        place = stop
+    return b"".join(kept)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -5,13 +5,12 @@ import io
 import json
 import os
 import pathlib
-import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
 
 from flextok_jax.data import source
-from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example
+from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, composed
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
@@ -46,7 +45,8 @@ class FolderSource(source.Source):
         everything = sorted(images | listed.keys())
         if not everything:
             endings = " ".join(IMAGE_SUFFIXES)
-            raise FileNotFoundError(f"{str(root)!r} and its subfolders hold no images ({endings})")
+            words = f"{str(root)!r} and its subfolders hold no images ({endings})"
+            raise FileNotFoundError("\n  ".join([words, *self.skipped.lines()]))
         parts = [key.split("/")[0] for key in everything]
         used, named = source.select(everything, parts, split, str(root), self.skipped)
         self._keys = [key for key, use in zip(everything, used) if use]
@@ -60,7 +60,7 @@ class FolderSource(source.Source):
             for key, part in zip(everything, parts):
                 inside = key.split("/")[bool(below) : -1]
                 if inside and (part in splits or not named):
-                    texts[key] = inside[0]
+                    texts[key] = composed(inside[0])
             self.classes = source.sorted_classes(texts.values())
         self.labels = source.label_numbers(map(texts.get, self._keys), self.classes)
 
@@ -88,7 +88,7 @@ class FolderSource(source.Source):
 
     def _besides(self, key: str, suffix: str) -> str | None:
         """The path of the caption or embedding of an image, if it has one."""
-        return self._beside.get(_composed(os.path.splitext(key)[0] + suffix))
+        return self._beside.get(composed(os.path.splitext(key)[0] + suffix))
 
     def _walk(self) -> set[str]:
         """The paths of all images below the root; what lies beside them is noted."""
@@ -107,24 +107,28 @@ class FolderSource(source.Source):
                 if suffix in IMAGE_SUFFIXES:
                     images.add(key)
                 elif suffix in (".txt", ".npy"):
-                    self._beside[_composed(os.path.splitext(key)[0] + suffix)] = key
+                    self._beside[composed(os.path.splitext(key)[0] + suffix)] = key
                 elif name not in METADATA:
                     self.skipped.add(f"no image by its ending {suffix or '(none)'}", key)
         return images
 
     def _listed(self, images: set[str]) -> dict[str, tuple[str | None, str | None]]:
         """{path below the root: (label, caption)}, of the lists of the root and of its splits."""
-        found, composed = {}, {_composed(key): key for key in images}
+        found, names = {}, {composed(key): key for key in images}
         for folder in ("", TRAIN, *VALIDATION):
             files = (self._root / folder / name for name in METADATA)
             file = next((file for file in files if file.is_file()), None)
             for number, row in _rows(file) if file else ():
-                where, name = f"{file}, line {number}", str(row.get("file_name") or "")
-                path = pathlib.PurePosixPath(name.replace("\\", "/"))
-                if not name or path.is_absolute() or ".." in path.parts:
-                    raise ValueError(f"{where}: file_name is {name!r}; name a file of this folder")
+                where, name = f"{file}, line {number}", row.get("file_name")
+                text = isinstance(name, str) and name
+                path = pathlib.PurePosixPath(name.replace("\\", "/") if text else "/")
+                if path.is_absolute() or ".." in path.parts:
+                    raise ValueError(
+                        f"{where}: file_name is {name!r}; name a file of this folder. The line has "
+                        + ", ".join(row)
+                    )
                 exact, key = ((folder / p).as_posix() for p in (pathlib.PurePosixPath(name), path))
-                key = exact if exact in images else composed.get(_composed(key), key)
+                key = exact if exact in images else names.get(composed(key), key)
                 if key in found:
                     self.skipped.add("listed again (the first line counts)", where)
                     continue
@@ -134,11 +138,6 @@ class FolderSource(source.Source):
                     self.skipped.usable(source.parse_caption, caption, where),
                 )
         return found
-
-
-def _composed(key: str) -> str:
-    """The same name however its accents are stored (macOS decomposes them)."""
-    return unicodedata.normalize("NFC", key)
 
 
 def _rows(file: pathlib.Path) -> Iterable[tuple[int, dict]]:

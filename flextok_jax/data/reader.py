@@ -24,7 +24,7 @@ class Picture(NamedTuple):
     Attributes:
         image: upright RGB.
         index: its number in the source.
-        embedding: float16 [T, E] of the caption, where it was asked for and there is one.
+        embedding: float16 [T, E] of the caption, where it was asked for and a usable one is there.
         stored: bytes of a file, or uint8 [H, W, 3], as the source has it.
     """
 
@@ -49,9 +49,11 @@ def read(source: Source, index: int, least=None, text=False) -> Picture | Unread
     try:
         example = source.read(index)
         image = decode.upright(example.image, least)
-        embedding = source.embedding(index) if text else None
     except Exception as error:  # Files break in any way there is.
         return Unreadable(source.key(index), decode.reason(error))
+    embedding = None
+    if text:
+        embedding = source.skipped.usable(source.embedding, index, source.key(index))
     return Picture(image, index, embedding, *example)
 
 

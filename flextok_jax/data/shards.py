@@ -109,7 +109,7 @@ def _write_shard(path: pathlib.Path, made, count: UnreadableCount, channels: int
 
     for leftover in path.parent.glob(f".{path.stem}.*"):  # Of a killed run.
         leftover.unlink()
-    keys, labels, unreadable, longest = [], [], {}, 0
+    keys, labels, unreadable, longest, texts = [], [], {}, 0, 0
     with storage.atomic(path) as temporary:
         # One record per group: they are read one by one, in any order.
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
@@ -121,7 +121,7 @@ def _write_shard(path: pathlib.Path, made, count: UnreadableCount, channels: int
                     continue
                 if record.embedding is not None:
                     length, width = record.embedding.shape
-                    longest = max(longest, length)
+                    longest, texts = max(longest, length), texts + 1
                     if channels not in (None, width):
                         raise ValueError(f"{record.key}: {width} channels, {NULL_TEXT} {channels}")
                 writer.write(to_bytes(record))
@@ -135,6 +135,7 @@ def _write_shard(path: pathlib.Path, made, count: UnreadableCount, channels: int
             "records": len(keys),
             "max_label": max(labels, default=-1),
             "max_text": longest,
+            "texts": texts,
             "unreadable": unreadable,
             "keys": keys,
             "labels": labels,
@@ -229,6 +230,7 @@ class ShardSource(Source):
         manifest: see `write_split`; of "all" without a folder of that name: of the first split.
         text: (T, E): tokens of the longest caption (at most MAX_TEXT), channels; None without text.
         null_text: float16 [T0, E], the embedding of the empty caption, None without text.
+        without_text: how many examples have no embedding of a caption.
     """
 
     def __init__(self, path, split: str):
@@ -249,7 +251,7 @@ class ShardSource(Source):
         self.classes = self.manifest.get("classes", [])
         if any(manifest.get("classes", []) != self.classes for manifest in opened.values()):
             raise ValueError(f"{root}: its splits have different classes; name one of {splits}")
-        files, labels, longest, self._keys = [], [], 0, []
+        files, labels, longest, self._keys, self.without_text = [], [], 0, [], 0
         for folder, manifest in opened.items():
             for key, reason in manifest["unreadable"].items():
                 self.skipped.add(f"left out when the shards were written: {reason}", key)
@@ -262,6 +264,7 @@ class ShardSource(Source):
                         "command that wrote it again"
                     )
                 longest = max(longest, info["max_text"])
+                self.without_text += info["records"] - info.get("texts", info["records"])
                 if info["max_text"] > MAX_TEXT:
                     self.skipped.add(f"captions are cut after {MAX_TEXT} tokens", str(file))
                 if info["records"]:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import pathlib
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -126,6 +127,11 @@ def local(path) -> pathlib.Path:
     return path
 
 
+def composed(name: str) -> str:
+    """The same name however its accents are stored: in NFC (macOS decomposes them)."""
+    return unicodedata.normalize("NFC", name)
+
+
 # Splits.
 
 
@@ -182,19 +188,23 @@ def select(
 
 
 def parse_label(value) -> str | None:
-    """A label as text, None for an unknown one; of a whole number its digits.
+    """A label as text (NFC), None for an unknown one; of a whole number its digits.
 
     Also where it was stored as a float, as pandas does with a column that has gaps: "1.0" is "1".
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8-sig", "surrogateescape")
-    if isinstance(value, list | dict):
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool | float | list | dict):
         raise ValueError("the label is neither a whole number nor a name")
-    text = "" if value is None else str(value).strip()
+    text = "" if value is None else composed(str(value).strip())
     if number := re.fullmatch(r"(-?)0*([0-9]+)(\.0*)?", text):
         if len(number[2]) > 10 or int(number[2]) > MAX_LABEL:
             raise ValueError(f"the label is larger than {MAX_LABEL}")
         text = number[1] + number[2]
+        if number[1] and text != "-1":
+            raise ValueError("the label is negative (only -1, unknown, may be)")
     return None if text in ("", "-1") else text
 
 
@@ -249,13 +259,19 @@ def read_embedding(file) -> np.ndarray:
     """
     try:
         array = np.load(file, allow_pickle=False)
-        has = f"has type {array.dtype} and shape {list(array.shape)}"
+        is_array = isinstance(array, np.ndarray)  # And no archive of several.
     except Exception:  # NumPy raises nearly anything for a broken file.
-        raise ValueError("the embedding is no .npy file of numbers") from None
+        is_array = False
+    if not is_array:
+        raise ValueError("the embedding is no .npy file of numbers")
     if array.dtype.kind != "f" or array.ndim != 2 or not array.size:
-        raise ValueError(f"the embedding {has}; store float16 or float32 [tokens, channels]")
-    if not (most := np.abs(array).max()) <= np.finfo(np.float16).max:  # Nor NaN.
-        raise ValueError(f"the embedding reaches {most:g}; float16 holds at most 65504")
+        empty = "" if array.size else "empty "
+        raise ValueError(
+            f"the embedding is {empty}{array.dtype} with {array.ndim} axes; store float16 or "
+            "float32 [tokens, channels]"
+        )
+    if not np.abs(array).max() <= np.finfo(np.float16).max:
+        raise ValueError("the embedding holds NaN or values beyond 65504, the most of float16")
     return array.astype(np.float16)
 
 

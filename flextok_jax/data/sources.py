@@ -58,7 +58,7 @@ def _kind(path: pathlib.Path) -> str:
         if "image" in arrays:
             return "array_record"
         return "encoded" if "moments" in arrays else "tokens"
-    patterns = ("*.tar", "*/*.tar", "*.tar.gz", "*.tgz")
+    patterns = "*.tar", "*/*.tar", "*.tgz", *(f"*.tar.{x}" for x in ("gz", "xz", "bz2", "zst"))
     tar = next((file for pattern in patterns for file in path.glob(pattern)), None)
     if tar is None:
         return "webdataset" if path.suffix == ".tar" else "folder"

@@ -4,7 +4,8 @@ The files of a shard that share a name up to its first dot are one example (the 
 github.com/webdataset/webdataset): `n01440764_18.jpg` the image, `.cls` its label as text, `.txt`
 the caption, `.npy` the caption's embedding, `.json` a dictionary with `label` or `class`, and
 `caption` or `text`. Where there is no such image, names are cut at their last dot: `22.05.png` is
-the example `22.05`. Other files, such as `x.seg.png` beside `x.png`, are left alone and counted.
+the example `22.05`. Links lead to other members of the same tar file. Other files, such as
+`x.seg.png` beside `x.png`, are left alone and counted.
 """
 
 import io
@@ -24,6 +25,7 @@ from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, 
 from flextok_jax.io import storage
 
 FIELDS = ("image", "txt", "json", "npy")  # That are read when an example is wanted.
+VERSION = 2  # Of the index: of what counts as an example.
 
 
 class Index(NamedTuple):
@@ -63,7 +65,7 @@ class WebDatasetSource(source.Source):
         for file in inside:
             if re.search(r"^[^.].*(\.tar\.\w+|\.tgz)$", file.name):
                 name = file.relative_to(base).as_posix()
-                self.skipped.add("compressed, without random access: gunzip it", name)
+                self.skipped.add("compressed, without random access: unpack it to .tar", name)
         if not files:
             skipped = "\n  ".join(self.skipped.lines())
             raise FileNotFoundError(f"{str(root)!r} holds no .tar files\n  {skipped}")
@@ -132,7 +134,7 @@ def _json(data: bytes) -> dict:
 def read_index(path: pathlib.Path) -> Index:
     """The examples of one tar file; makes the index file if it is not there."""
     stat = path.stat()
-    stamp = np.array([stat.st_size, stat.st_mtime_ns])
+    stamp = np.array([VERSION, stat.st_size, stat.st_mtime_ns])
     file = path.with_name(f".{path.name}.index.npz")
     try:
         with np.load(file, allow_pickle=False) as found:
@@ -174,21 +176,39 @@ def _scan(path: pathlib.Path) -> Index:
 
 def _members(path: pathlib.Path, skipped: Skipped) -> dict[str, tuple[int, int]]:
     """{name: (start, size)} of the files in a tar file, in its order."""
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[int, int] | str] = {}  # A link's value is the name that it leads to.
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # Or it keeps them all.
-                name = posixpath.normpath(member.name.replace("\\", "/"))
-                if member.issym() or member.islnk():
-                    skipped.add("a link: use tar --dereference --hard-dereference", name)
-                elif member.isfile() and name in found:
+                name, value = _normal(member.name), (member.offset_data, member.size)
+                if member.issym():
+                    value = _normal(posixpath.join(posixpath.dirname(name), member.linkname))
+                elif member.islnk():
+                    value = _normal(member.linkname)
+                elif not member.isfile():
+                    continue
+                if name in found:
                     skipped.add("stored again (the first counts)", name)
-                elif member.isfile():
-                    found[name] = member.offset_data, member.size
+                else:
+                    found[name] = value
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from error
-    return found
+    members = {}
+    for name, value in found.items():
+        passed = set()
+        while isinstance(value, str) and value not in passed:
+            passed.add(value)
+            value = found.get(value)
+        if isinstance(value, tuple):
+            members[name] = value
+        else:
+            skipped.add("a link to what is no file of this tar file: use tar --dereference", name)
+    return members
+
+
+def _normal(name: str) -> str:
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def _examples(path: pathlib.Path, skipped: Skipped) -> dict[str, dict[str, tuple[int, int]]]:

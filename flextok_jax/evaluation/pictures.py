@@ -36,6 +36,7 @@ class Pictures:
         names: of all images, in the source's order (of a folder: sorted).
         classes: names of the labels, empty where the data set has none.
         unreadable: {name: reason} of those that were met so far and could not be read.
+        skipped: what the data set has and is not used (`source.Skipped`).
 
     Raises:
         FileNotFoundError, ValueError: there is no such data set, or no image in it.
@@ -47,7 +48,7 @@ class Pictures:
         self.unreadable: dict[str, str] = {}
         self._source = sources.make_image_source(sources.parse(str(images)), split)
         self.names = [self._source.key(i) for i in range(len(self._source))][:limit]
-        self.classes = tuple(self._source.classes)
+        self.classes, self.skipped = tuple(self._source.classes), self._source.skipped
 
     def __len__(self) -> int:
         return len(self.names)
@@ -122,6 +123,17 @@ def write_png(path, picture, metadata: dict) -> None:
         picture = Image.fromarray(picture)
     with storage.atomic(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=text)
+
+
+def is_png_of(path, metadata: dict) -> bool:
+    """Whether a file is a picture of `write_png` with this metadata among its own."""
+    from PIL import Image
+
+    try:
+        with as_path(path).open("rb") as file, Image.open(file) as image:
+            return metadata.items() <= getattr(image, "text", {}).items()
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def read_png(path) -> np.ndarray:

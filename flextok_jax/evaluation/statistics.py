@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import log_softmax, logsumexp
 
 from flextok_jax.io import storage
-from flextok_jax.io.paths import local_copy
+from flextok_jax.io.paths import as_path, local_copy
 
 NEIGHBOURS = 3  # Of precision and recall.
 SPLITS = 10  # Of the Inception score.
@@ -162,6 +162,7 @@ def read_gaussian(path) -> tuple[Gaussian, str]:
         FileNotFoundError: there is no such file.
         ValueError: it holds no such arrays, or values that are not finite.
     """
+    path = as_path(path)
     try:
         with local_copy(path) as local, np.load(local, allow_pickle=False) as found:
             mean, covariance = (found[name].astype(np.float64) for name in ("mu", "sigma"))

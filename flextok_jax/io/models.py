@@ -156,11 +156,12 @@ def load_vae(
     if not sources.is_workdir(path):
         return vae_files.load_folder(path, scaling_factor)
     exported, found = workdirs.load(path)
-    factor = scaling_factor or found.extra.get("scaling_factor")
+    factor = found.extra.get("scaling_factor") if scaling_factor is None else scaling_factor
     if factor is None:
         raise ValueError(
             f"{path}, step {found.step}, has no scaling factor: it is measured whenever a "
-            "checkpoint is saved, but not on SIGTERM. Continue the run, or set vae.scaling_factor"
+            "checkpoint is saved, but not on SIGTERM. Continue the run, or set vae.scaling_factor "
+            "(of a command: --scaling-factor)"
         )
     cfg = from_dict(VAEConfig, exported["config"])
     return dataclasses.replace(cfg, scaling_factor=factor), found.params["vae"]

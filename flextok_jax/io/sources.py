@@ -22,6 +22,9 @@ _OTHERS = {
     r"model_index\.json": "a whole pipeline of diffusers: name the folder `vae` inside of it",
     r".*\.safetensors\.index\.json": "a model in several files: join them into one",
     re.escape(VAE_WEIGHTS): "a VAE on its own",
+    re.escape(WEIGHTS): "another kind of model than a VAE",
+    r"diffusion_pytorch_model\..+\.safetensors": f"a VAE in another precision: rename it to "
+    f"{VAE_WEIGHTS}",
     r".*\.safetensors": "a model under another name: rename the file if that is meant",
     r".*\.(bin|pt|pth|ckpt)": "a PyTorch file: convert it to safetensors with PyTorch",
 }

@@ -57,7 +57,7 @@ def generate(
         start, stop: int32 [], start <= P and start < stop <= L.
 
     Returns:
-        int32 [B, L]: the prefix, the new tokens, and zeros.
+        int32 [B, L]: the prefix, the new tokens (-1 where logits are not finite), and zeros.
     """
     dtype = jnp.dtype(compute.dtype)
     batch, given = prefix.shape
@@ -101,7 +101,9 @@ def generate(
             x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(batch, 2, -1), 1, 0)
             x = (other + sampling.guidance[i] * (x - other)).astype(dtype)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        token = sample(ar.head(weights, x), step_keys, sampling)
+        logits = ar.head(weights, x)
+        token = sample(logits, step_keys, sampling)
+        token = jnp.where(jnp.isfinite(logits).all(axis=-1), token, -1)
         return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), caches
 
     for length in _lengths(shape[2], cfg.num_tokens):

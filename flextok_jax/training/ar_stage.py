@@ -113,6 +113,8 @@ class ARStage(Stage):
         """Of tokens that were made before."""
         found, splits = None, self._sources()
         for split, source in splits.items():
+            if model["text_dim"]:
+                _say_missing(split, source.without_text, len(source), "embedding of a caption")
             same = {key: source.manifest[key] for key in ("tokenizer", "vocab_size", "num_tokens")}
             shards.check_same(found or same, same, f"{self._data.path}/{split}")
             found = same
@@ -328,8 +330,7 @@ def _labels(splits: dict, model: dict) -> dict:
     for split, source in splits.items():
         absent = check_labels(source, None if split == first else splits[first])
         if not model["text_dim"] and model["num_classes"] != 0:
-            say = log.warning if 2 * absent > len(source) else log.info
-            say("split %r: %d of %d examples have no label", split, absent, len(source))
+            _say_missing(split, absent, len(source), "label")
         if source.labels is not None:
             largest.append(int(np.max(source.labels, initial=-1)))
     classes = tuple(splits[first].classes)
@@ -337,6 +338,11 @@ def _labels(splits: dict, model: dict) -> dict:
         return {"num_classes": 0, "classes": ()}
     count = len(classes) or (max(largest) + 1 if largest else None)
     return {"num_classes": count, "classes": classes}
+
+
+def _say_missing(split: str, absent: int, count: int, what: str) -> None:
+    say = log.warning if 2 * absent > count else log.info
+    say("split %r: %d of %d examples have no %s", split, absent, count, what)
 
 
 @functools.lru_cache(maxsize=1)

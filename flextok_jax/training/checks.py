@@ -17,14 +17,16 @@ RANGES = {
     "[1, inf)": "batch_size log_every max_skipped_in_row checkpoint.keep data.image_size loss.chunk"
     " discriminator.* evaluation.batch_size evaluation.num_latents optim.accumulate"
     " optim.mup_base_width model.*patch_size model.block_out model.latent_channels"
-    " model.layers_per_block model.norm_groups",
+    " model.layers_per_block model.norm_groups repa.image_size repa.width",
     "[0, inf)": "eval_every checkpoint.every data.shift evaluation.num_images loss.*_weight "
-    "loss.gan_start loss.z_loss optim.*warmup_steps optim.*weight_decay repa.*",
-    "(0, inf)": "time_shift optim.*eps optim.*grad_clip vae.scaling_factor",
+    "loss.gan_start loss.z_loss optim.*warmup_steps optim.*weight_decay repa.weight"
+    " *guidance_scale",
+    "(0, inf)": "time_shift optim.eps optim.*.eps optim.*grad_clip vae.scaling_factor",
     "[0, 1)": "ema_decay condition.null_prob data.zoom optim.*b1 optim.*b2",
     "(0, 1]": "data.crop_scale optim.*lr",
     "[0, 1]": "data.max_unreadable data.color optim.*final_lr_fraction",
     "[0, 180]": "data.rotate",
+    "[-1, 1.75]": "*.mode_scale",  # Where the times stay in [0, 1] (arXiv 2403.03206).
     "(-inf, inf)": "model.*",
 }
 

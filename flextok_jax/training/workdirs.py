@@ -17,12 +17,19 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path):
-    """Keeps a second run out of a workdir. The system releases the lock however a process ends."""
+    """Keeps a second run out of a workdir. The system releases the lock however a process ends.
+
+    Raises:
+        WorkdirError: another run holds it, or the folder has a file of ours without a run of ours.
+    """
     if jax.process_index() != 0:
         yield
         return
     import fcntl
 
+    for name in ("config.json", "metrics.jsonl"):
+        if (workdir / name).exists() and not (workdir / "checkpoints").is_dir():
+            raise WorkdirError(f"{workdir} holds {name} but no run: use a new workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("w") as file:
         try:

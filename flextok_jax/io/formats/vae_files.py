@@ -62,7 +62,9 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
     factor = factor if scaling_factor is None else scaling_factor
     problems = names.refused(released, _ALLOWED)
     if not isinstance(factor, int | float):
-        problems.append(f"scaling_factor={factor!r}: set a number (vae.scaling_factor)")
+        problems.append(
+            f"scaling_factor={factor!r}: set vae.scaling_factor (of a command: --scaling-factor)"
+        )
     if problems:
         raise ValueError(f"{folder}/config.json: " + "; ".join(problems))
     known = VAEConfig(norm_groups=released.get("norm_num_groups", 32), scaling_factor=float(factor))
