@@ -2,9 +2,11 @@
 
 import ast
 import pathlib
+import runpy
 import sys
 
 import pytest
+import setuptools
 from common import ROOT
 
 PACKAGE = "flextok_jax"
@@ -112,6 +114,16 @@ def test_inference_stands_on_few_libraries(path):
         if library != PACKAGE and library not in sys.stdlib_module_names:
             allowed = WHEN_USED if lazy else AT_IMPORT
             assert library in allowed, f"{name}: allowed here are {sorted(allowed)}"
+
+
+def test_data_libraries_that_not_every_platform_has_are_extras(monkeypatch):
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    needed, extras = " ".join(given["install_requires"]), given["extras_require"]
+    for name in ("array_record", "grain", "tensorflow-datasets"):
+        assert name not in needed and any(x.startswith(name) for x in extras["data"])
+        assert any(x.startswith(name) for x in extras["train"])
 
 
 def test_the_check_sees_upward_and_lazy_imports(tmp_path, monkeypatch):

@@ -118,12 +118,26 @@ def test_values_of_options_arrive_as_their_types():
     [
         ("--num-tokens", "0"), ("--num-tokens", "1,x"), ("--steps", "0"), ("--seed", "-1"),
         ("--seed", str(2**32)), ("--guidance", "nan"), ("--batch-size", "2.5"), ("--dtype", "int8"),
+        ("--guidance", "-2"),
     ],
 )  # fmt: skip
 def test_values_that_make_no_sense_are_named(option, value, capsys):
     needed = ["reconstruct", "--model", "m", "--images", "i", "--out", "o"]
     error = refused(capsys, *needed, option, value)
     assert option in error and value.split(",")[-1] in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"evaluate --data i --{name}" for name in ("export", "inception", "reference")),
+        *("generate --tokenizer", "generate --labels", "encode --data i --vae"),
+        "reconstruct --images",
+    ],
+)
+def test_an_empty_path_is_not_taken_for_none(words, capsys):
+    error = refused(capsys, *words.split(), " ", "--model", "m", "--out", "o")
+    assert words.split()[-1] in error and "empty" in error
 
 
 def test_images_and_a_data_set_are_one_or_the_other(model, images, tmp_path, capsys):
@@ -323,6 +337,25 @@ def test_what_cannot_be_read_or_written_is_refused_before_the_work(
         assert str(tmp_path) in refused(capsys, command, "--model", model, *given)
 
 
+def test_files_of_others_are_not_replaced(model, images, tmp_path, capsys):
+    evaluate = ["evaluate", "--data", images, "--num-tokens", 1, "--out", tmp_path / "e", *FAST]
+    commands = [
+        (["tokenize", "--model", model, "--images", images, "--out"], True),
+        (["data", "check", images, "--out"], True),
+        ([*evaluate, "--model", model, "--export"], False),
+    ]
+    for number, (command, again) in enumerate(commands):
+        file, own = tmp_path / f"cat{number}.png", tmp_path / f"own{number}.png"
+        file.write_bytes(b"a cat")
+        assert str(file) in refused(capsys, *command, file)
+        assert file.read_bytes() == b"a cat"
+        assert run(*command, own) == 0 and (run(*command, own) == 0) is again
+    assert "image folder" in refused(capsys, "data", "check", images, "--out", f"{images}/x.png")
+    out = tmp_path / "model"
+    assert run("convert", "--model", model, "--out", out) == 0
+    assert "model.safetensors" in refused(capsys, "convert", "--model", model, "--out", out)
+
+
 # How it ends.
 
 
@@ -428,8 +461,9 @@ def test_released_files_need_no_library_of_training(model, images, tmp_path):
 import sys
 class Absent:
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in ("grain", "clu", "ml_collections", "tensorflow_datasets",
-                                      "orbax", "optax", "sklearn", "tensorboardX", "matplotlib"):
+        if name.partition(".")[0] in ("grain", "array_record", "clu", "ml_collections", "optax",
+                                      "orbax", "tensorflow_datasets", "sklearn", "tensorboardX",
+                                      "matplotlib"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 from flextok_jax.cli import main

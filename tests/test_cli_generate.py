@@ -124,7 +124,7 @@ def test_labels_may_come_from_a_file(tmp_path):
         (["--labels", "3-1"], "3-1"),
         (["--labels", "horse"], "horse"),
         (["--num-tokens", "17"], "17"),
-        (["--top-p", "2"], "top_p"),
+        (["--top-p", "2"], "'2'"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(models, tmp_path, capsys, arguments, named):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -292,6 +293,7 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch):
         (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "several files"),
         (["pytorch_model.bin", "config.json"], "pytorch_model.bin.*convert"),
         (["config.json", vae_files.WEIGHTS], "VAE"),
+        (["diffusion_pytorch_model.fp16.safetensors"], f"fp16.*rename it to {vae_files.WEIGHTS}"),
         (["a.txt"], "a.txt"),
         ([], "empty"),
     ],
@@ -486,7 +488,9 @@ def test_a_vae_folder_loads_and_encodes_as_its_reference():
     [
         ({"act_fn": "relu"}, "act_fn='relu'"),
         ({"shift_factor": 0.1, "_class_name": "VQModel"}, "VQModel.*shift_factor=0.1"),
-        ({"scaling_factor": None}, "scaling_factor=None"),
+        ({"scaling_factor": None}, "scaling_factor=None.*--scaling-factor"),
+        ({"scaling_factor": -1.0}, "scaling_factor=-1.0"),
+        ({"scaling_factor": math.nan}, "scaling_factor=nan"),
         ({"norm_num_groups": 24}, "24"),
     ],
 )

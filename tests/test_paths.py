@@ -1,5 +1,6 @@
 """Paths and addresses, atomic writes, and the comparing of settings."""
 
+import errno
 import pathlib
 
 import numpy as np
@@ -69,6 +70,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         storage.write_json(tmp_path, {})
     with pytest.raises(ValueError, match="is a file"):
         storage.write_json(path / "y.json", {})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, storage.FULL), RuntimeError(f"write() failed: {storage.FULL}; x")],
+)
+def test_a_full_disk_is_named_whoever_writes(error, tmp_path):
+    with pytest.raises(OSError, match="x.json .*disk is full"):
+        with storage.atomic(tmp_path / "x.json") as temporary:
+            temporary.write_text("half")
+            raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_differences():

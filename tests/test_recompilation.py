@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from common import TINY, changed, tiny_generator, tiny_tokenizer
 
-from flextok_jax import FlexTok
+from flextok_jax import FlexTok, conditions
+from flextok_jax.evaluation import reconstruction
 
 CFG = changed(TINY, tokens__count=8, encoder__depth=1, decoder__depth=1)
 LENGTHS = range(1, CFG.num_tokens + 1)
@@ -52,6 +53,24 @@ def test_tokenize_and_detokenize(tok):
             for k in LENGTHS:
                 np.asarray(call(k))
         assert len(programs) <= MOST, programs
+
+
+def test_a_last_batch_that_is_not_full(tok):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    gen, seeds = tiny_generator(CFG), np.arange(4, dtype=np.uint32)
+
+    def run(count):
+        tokens = reconstruction.encode(tok, images[:count], 4, batch_size=4)
+        how = (4, seeds[:count], tok.config.sampler, 0, 4)
+        reconstruction.decode(tok, tokens, *how)
+        labels = conditions.of_labels(seeds[:count])
+        reconstruction.sample_tokens(gen, labels, seeds[:count], 4, {}, 0, batch_size=4)
+
+    run(4)
+    with lowered() as programs:
+        for count in (3, 1):
+            run(count)
+    assert not programs
 
 
 def test_generate():

@@ -14,7 +14,7 @@ from common import CONFIGS, shipped
 
 from flextok_jax.io.formats.names import flatten
 from flextok_jax.nn import dinov2, layout, repa
-from flextok_jax.parallel import sharding
+from flextok_jax.parallel import mesh, sharding
 from flextok_jax.parallel.mesh import AXES, make_mesh
 from flextok_jax.training.optimizer import trainable_paths
 from flextok_jax.training.state import build
@@ -91,6 +91,20 @@ def test_what_has_no_axes_is_replicated_and_what_does_not_divide_stays_whole():
         layout.spec(layout.Axes(jnp.zeros(3), ("embed", None)), MESH)
     again = layout.box(layout.unbox(tree), tree)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_the_devices_are_named_and_a_cpu_in_place_of_a_gpu_is_a_warning(monkeypatch, caplog):
+    assert mesh.describe(dtype="bfloat16") == "1 x cpu, bfloat16"
+    assert not caplog.records
+    monkeypatch.setattr(mesh, "_installed", lambda package: package == "jax-cuda13-plugin")
+    assert mesh.describe() == "1 x cpu, float32" and not caplog.records  # The CPU was asked for.
+    with jax.default_matmul_precision("tensorfloat32"):
+        jax.config.update("jax_platforms", None)
+        try:
+            assert mesh.describe() == "1 x cpu, float32 (matrix products in tensorfloat32)"
+        finally:
+            jax.config.update("jax_platforms", "cpu")
+    assert "CUDA" in caplog.text
 
 
 def test_mesh_sizes_that_do_not_fit_are_refused():

@@ -1,8 +1,10 @@
 """Sweeps of an evaluation: their metrics, their metadata, resuming, the report and the commands."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -106,6 +108,16 @@ def test_a_sweep_measures_what_the_definitions_say(tok, plain):
         assert shown["titles"].tolist() == [f"class {label}" for label in labels[rows]]
     saved, _ = statistics.read_gaussian(out / sweep.REFERENCE)
     np.testing.assert_allclose(saved.covariance, real.gaussian.covariance, rtol=1e-4, atol=1e-6)
+
+
+def test_a_full_disk_is_an_error_before_images_are_written(tok, tmp_path, monkeypatch):
+    def full(descriptor, offset, length):
+        assert length == LIMIT * 16 * 16 * 3
+        raise OSError(errno.ENOSPC, storage.FULL)
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=storage.FULL):
+        sweep_of(tok, tmp_path).run(SETTINGS)
 
 
 def test_metrics_are_saved_with_the_full_setup(plain):

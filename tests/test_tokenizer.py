@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import pytest
 from common import GOLDEN, ROOT, TINY, changed, relative, small_vae, tiny_tokenizer
 
 from flextok_jax import FlexTok
+from flextok_jax.nn import flextok
+from flextok_jax.nn.config import Compute
 
 R, SIDE, IDS = TINY.num_tokens, 8, 200
 WITH_VAE = dataclasses.replace(TINY, vae=small_vae())
@@ -53,6 +56,34 @@ def test_uint8_images_equal_the_same_images_as_floats(tok):
     for images in (floats, jnp.asarray(floats), floats.astype(np.float64), jnp.asarray(whole)):
         np.testing.assert_array_equal(tok.tokenize(images), tok.tokenize(whole))
         assert relative(tok.registers(images), tok.registers(whole)) < 1e-5
+
+
+def test_floats_from_0_to_1_are_warned_of_where_they_were_passed(tok):
+    with pytest.warns(UserWarning, match=r"0..1.*\(2 x - 1\)") as told:
+        tok.tokenize(pixels() / np.float32(255))
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tok.tokenize(pixels() / np.float32(127.5) - 1)
+
+
+def test_ids_are_decided_by_products_of_the_highest_precision():
+    """Whatever is set for all others: TF32 and bfloat16 products change ids."""
+    tok = tiny_tokenizer(changed(WITH_VAE, encoder__depth=1))
+
+    def lowered(compute):
+        def tokenize(images):
+            return flextok.tokens_of(tok.params, tok.config, compute, images)[1]
+
+        with jax.default_matmul_precision("bfloat16"):
+            return jax.jit(tokenize).lower(np.zeros((1, 16, 16, 3), np.float32)).as_text()
+
+    products = [
+        line for line in lowered(Compute()).splitlines()
+        if "stablehlo.dot_general" in line or "stablehlo.convolution" in line
+    ]  # fmt: skip
+    assert len(products) > 20 and all("HIGHEST" in line for line in products), products
+    assert "HIGHEST" not in lowered(Compute("bfloat16"))
 
 
 BAD_IMAGES = {

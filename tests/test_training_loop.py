@@ -198,6 +198,13 @@ def test_metrics_are_averaged_between_records(whole, tmp_path):
     assert found[1]["lr"] == each[2]["lr"]
 
 
+def test_a_folder_of_others_is_no_workdir(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WorkdirError, match="config.json"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_another_configuration_leaves_the_workdir_as_it_was(whole):
     workdir = whole[0]
     before = (workdir / "config.json").read_text(), (workdir / "metrics.jsonl").read_text()
@@ -280,13 +287,16 @@ def test_profile_records_the_steps_it_names_and_not_those_of_the_past(tmp_path):
         ("log_every", 0),
         ("max_skipped_in_row", 0),
         ("model.guidance_scale", math.inf),
+        ("model.guidance_scale", -2.0),
         ("model.block_out", (8, 0)),
         ("optim.accumulate", 3),
         ("optim.b1", 1.0),
         ("optim.final_lr_fraction", 5.0),
         ("optim.grad_clip", 0.0),
+        ("optim.eps", 0.0),
         ("optim.groups.d.lr", math.nan),
         ("optim.lr", -1.0),
+        ("optim.warmup_steps", -1),
         ("profile", "0:2"),
         ("profile", "2:7"),
         ("profile", "7"),
@@ -307,7 +317,7 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_made(name, valu
             vae=dict(scaling_factor=1.0),
         )
     )
-    config.optim.groups = dict(d=dict(lr=0.1))
+    config.optim.groups, config.optim.warmup_steps = dict(d=dict(lr=0.1)), 0
     checks.check_config(config, make_mesh(**config.mesh))
     config.update_from_flattened_dict({name: value})
     with pytest.raises(loop.SettingsError, match=f"{name}="):

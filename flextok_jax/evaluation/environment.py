@@ -8,6 +8,7 @@ import subprocess
 import jax
 
 from flextok_jax import __version__
+from flextok_jax.parallel.mesh import PRECISION
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "Pillow")
 ENOUGH = 50_000  # Images: FID of fewer is biased.
@@ -16,8 +17,8 @@ ENOUGH = 50_000  # Images: FID of fewer is biased.
 def product_precision() -> str:
     """The precision of float32 matrix products where a model does not ask for another."""
     kind = jax.default_backend()
-    default = {"gpu": "TF32", "tpu": "bfloat16"}.get(kind, "float32")
-    return jax.config.jax_default_matmul_precision or f"{default} (the default of {kind})"
+    default = f"{PRECISION.get(kind, 'float32')} (the default of {kind})"
+    return jax.config.jax_default_matmul_precision or default
 
 
 def environment() -> dict:

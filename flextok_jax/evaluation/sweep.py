@@ -8,6 +8,7 @@ the real images' features). A setting whose result is there is not measured agai
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 import sys
 import tempfile
@@ -134,6 +135,8 @@ class Sweep:
         """uint8 [count, S, S, 3] in a temporary file: many images do not fit into memory."""
         file = tempfile.TemporaryFile(dir=None if is_remote(self.out) else self.out)
         size = rec.side(self.tok)
+        if hasattr(os, "posix_fallocate"):  # Else a full disk ends the process by a signal.
+            os.posix_fallocate(file.fileno(), 0, count * size * size * 3)
         return np.memmap(file, np.uint8, "w+", shape=(count, size, size, 3))
 
     def _read(self, bar, num_tokens: int) -> types.SimpleNamespace:

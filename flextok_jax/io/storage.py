@@ -1,6 +1,7 @@
 """Files: whole reads, atomic writes, comparing settings, and the identity of parameters."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from flextok_jax.io.formats.names import flatten
 from flextok_jax.io.paths import as_path, is_remote, local_copy
 
+FULL = os.strerror(errno.ENOSPC)
 _unfinished: set[pathlib.Path] = set()  # The temporary files of `atomic`.
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # Of lazy tensors.
 
@@ -126,6 +128,7 @@ def atomic(path) -> Iterator[pathlib.Path]:
 
     Raises:
         ValueError: `path` is a folder, or its folder is a file.
+        OSError: the disk is full, as whichever library writes the file says it.
     """
     path = as_path(path)
     if path.is_dir():
@@ -146,6 +149,10 @@ def atomic(path) -> Iterator[pathlib.Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # On the disk before it gets its name.
         os.replace(temporary, path)
+    except Exception as error:
+        if FULL in str(error):
+            raise OSError(f"{path} cannot be written: the disk is full") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
