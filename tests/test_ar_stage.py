@@ -301,8 +301,10 @@ def test_a_run_on_images_trains_and_leaves_the_tokenizer_out_of_its_state(
     assert set(outcome.state.params) == {"ar"} and int(outcome.state.skipped) == 0
     *_, last = lines(tmp_path)
     assert np.isfinite(last["eval/validation/loss"])
-    c.total_steps = 3
-    stage = ARStage(c)
+    shutil.copytree(tokenizer, tmp_path / "moved")
+    c.total_steps, c.tokenizer.source = 3, str(tmp_path / "moved")
+    assert int(train(ARStage(c), c, tmp_path).state.step) == 3
+    c.total_steps, stage = 4, ARStage(c)
     stage.export_config()["tokenizer"]["fingerprint"] = "other"
     with pytest.raises(WorkdirError, match="tokenizer.fingerprint: "):
         train(stage, c, tmp_path)

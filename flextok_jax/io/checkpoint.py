@@ -16,9 +16,11 @@ from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path, is_remote
 
 # Keys that may change between the runs of one workdir (total_steps also stretches the rest of the
-# learning rate's schedule). Not optim.accumulate: every microbatch has its own noise.
+# learning rate's schedule). Not optim.accumulate: every microbatch has its own noise. A frozen
+# network is known by the sha256 of its parameters, wherever it lies (see training/workdirs.py).
 HARMLESS = (
     r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.(path|max_unreadable)"
+    r"|(vae|tokenizer)\.source"
     r"|(checkpoint|mesh|evaluation)\..*|compute\.(attention|remat|scan)"
 )
 
