@@ -294,7 +294,7 @@ class Generate(Compute, Sampling, TokenSampling):
 
     model: Annotated[str, *_option("SOURCE", _text, _AR_MODEL, None)]
     labels: Annotated[str | None, *_option("LABELS", _text, _LABELS, "(all)")] = None
-    text: Annotated[str | None, *_option("PROMPT", _text, "a prompt, for text models")] = None
+    text: Annotated[str | None, *_option("PROMPT", str, "a prompt, for text models")] = None
     prompts: Annotated[str | None, *_option("FILE", _text, "a file with a prompt on each line")] = (
         None
     )

@@ -11,6 +11,7 @@ from flextok_jax import conditions
 from flextok_jax.commands import common, options
 from flextok_jax.conditions import Conditions
 from flextok_jax.data import reader, shards, sources
+from flextok_jax.data.records import stored_floats
 from flextok_jax.evaluation import reconstruction as rec
 from flextok_jax.io import storage
 from flextok_jax.io.formats import flexar
@@ -146,9 +147,13 @@ def _caption(source, index: int) -> tuple[str, str | None]:
 
 
 def write_npy(path, embedding: np.ndarray) -> None:
-    """Writes float16 [T, E], whole or not at all."""
+    """Writes float16 [T, E], whole or not at all. Raises ValueError where that is not finite."""
+    try:
+        embedding = stored_floats(embedding)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     with storage.atomic(path) as temporary, temporary.open("wb") as file:
-        np.save(file, embedding.astype(np.float16))
+        np.save(file, embedding)
 
 
 def _write(encoder: TextEncoder, todo: list, size: int) -> int:
