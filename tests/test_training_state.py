@@ -36,6 +36,8 @@ class Coder(nn.Module):
 class ToyStage:
     """See training/stage.py."""
 
+    captions = None
+
     def __init__(self, config):
         self.noise = config.noise
         self.encoder = Coder("patch_emb", 12, 4)

@@ -121,7 +121,7 @@ class Sampling:
     norm_guidance: Flag = True  # plain guidance instead of adaptive projected guidance
     guidance_interval: Interval = None  # guide from time LOW (0: data) to HIGH (1: noise) only
     solver: Solver = None  # multistep: second order at the cost of euler (the model's own default)
-    time_shift: Scale = None  # above 1: more steps near noise (the model's own default)
+    time_shift: Factor = None  # above 1: more steps near noise (the model's own default)
     seed: Seed = 0  # of the noise
 
 
