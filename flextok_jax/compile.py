@@ -366,6 +366,9 @@ def _stage(config) -> tuple:
     batch = {"tokens": array(jnp.int32, stage.model.num_tokens)}
     if not stage.model.text_dim:
         return stage, {}, batch | {"label": array(jnp.int32)}
+    if stage.captions:
+        text = {name: array(x.dtype, *x.shape) for name, x in stage.captions(None).items()}
+        return stage, {}, batch | text
     text = {
         "text": array(jnp.bfloat16, TEXT_LENGTH, stage.model.text_dim),
         "text_mask": array(jnp.bool_, TEXT_LENGTH),

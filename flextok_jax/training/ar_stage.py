@@ -77,12 +77,10 @@ class ARStage(Stage):
         self._data, self._evaluation = config.data, config.evaluation
         self._source = config.tokenizer.source
         model, found = config.model.to_dict(), tokens
-        self._text_source, self._t5, text = config.text_encoder.source, None, config.text_encoder
+        text, self._t5 = config.text_encoder.to_dict(), None
+        self._text_source, self._text_length = text.pop("source"), text.pop("length")
         if model["text_dim"] and not self._text_source:
-            sizes = text.to_dict()
-            self._text_length = sizes.pop("length")
-            del sizes["source"]
-            self._t5 = T5Config(width=model["text_dim"], **sizes)
+            self._t5 = T5Config(width=model["text_dim"], **text)
         if tokens is None:
             if (config.data.source == TOKENS) == bool(self._source):
                 raise ValueError(
@@ -95,11 +93,8 @@ class ARStage(Stage):
                 unused = name == "num_classes" and model["text_dim"]
                 model[name] = 0 if unused else getattr(found, name) or 0
         if tokens is None:
-            if self._t5:
+            if self.captions:  # It says what is wrong with them before anything runs.
                 found = found._replace(text_dim=model["text_dim"])
-                _ = (
-                    self._text_tokenizer
-                )  # Says what is wrong with the captions before anything runs.
             _check_fit(model, found)
         self.model, self._tokens_info = ARConfig(**model), found
 
