@@ -1,7 +1,7 @@
 """What an image from its first k tokens is measured by, for `FlexTok.choose_length`.
 
-"flow", "latent", "psnr" and "mae" need no file. `lpips` and `dino` are networks of the user's
-files.
+"flow", "latent", "psnr" and "mae" need no file. `lpips`, `dino` and `clip` are networks of the
+user's files.
 """
 
 import dataclasses
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.io import storage
+from flextok_jax.io.formats import clip as clip_files
 from flextok_jax.io.formats import networks
+from flextok_jax.nn import clip as clip_network
 from flextok_jax.nn import dinov2 as dinov2_network
 from flextok_jax.nn import lpips as lpips_network
 from flextok_jax.nn.config import Compute
@@ -55,7 +57,7 @@ NAMED = {
     "psnr": Criterion("psnr", jax.jit(lambda params, *both: psnr(*both))),
     "mae": Criterion("mae", jax.jit(lambda params, *both: mae(*both)), False),
 }
-OF_FILES = {"lpips": "lpips(vgg, heads)", "dino": "dino(source)"}
+OF_FILES = {"lpips": "lpips(vgg, heads)", "dino": "dino(source)", "clip": "clip(source)"}
 
 
 def find(criterion) -> Criterion:
@@ -100,12 +102,28 @@ def dino(source, size: int = 224) -> Criterion:
     cfg, params = networks.load_dinov2(source)
     side = max(1, round(size / cfg.patch_size)) * cfg.patch_size
 
-    def cosine(params, decoded, originals):
-        both = jnp.concatenate([decoded, originals])
-        both = jax.image.resize(both, (len(both), side, side, 3), "cubic")
-        first = dinov2_network.features(params, cfg, Compute(), both)[:, 0]
-        first = first / jnp.maximum(jnp.linalg.norm(first, axis=-1, keepdims=True), TINY)
-        return jnp.sum(first[: len(decoded)] * first[len(decoded) :], axis=-1)
+    def features(params, images):
+        images = jax.image.resize(images, (len(images), side, side, 3), "cubic")
+        return dinov2_network.features(params, cfg, Compute(), images)[:, 0]
 
-    metadata = {"sha256": storage.fingerprint(params), "size": side}
-    return Criterion("dino", jax.jit(cosine), True, "images", jax.device_put(params), metadata)
+    return _cosine("dino", features, params, size=side)
+
+
+def clip(source) -> Criterion:
+    """The cosine of CLIP's vectors of images, see `formats.clip.load` for the source."""
+    found = clip_files.load(source)
+
+    def features(params, images):
+        return clip_network.image_features(params, found.config, Compute(), images)
+
+    return _cosine("clip", features, {"vision": found.params["vision"]})
+
+
+def _cosine(name: str, features: Callable, params: dict, **metadata) -> Criterion:
+    def cosine(params, *both):
+        a, b = (features(params, images) for images in both)
+        norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+        return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, TINY)
+
+    metadata = {"sha256": storage.fingerprint(params), **metadata}
+    return Criterion(name, jax.jit(cosine), True, "images", jax.device_put(params), metadata)

@@ -184,6 +184,37 @@ def test_the_loss_is_the_mean_of_its_bins_and_the_chunk_changes_nothing(data):
     np.testing.assert_allclose(jax.jit(whole.loss)(*args)[0], loss, rtol=1e-5)
 
 
+def test_positions_from_an_images_length_on_do_not_count(data):
+    """In the loss, its gradient by the logits, and evaluation."""
+    stage = ARStage(config(data["c2i"], loss__z_loss=0.1, condition__null_prob=0.0))
+    params, batch = layout.unbox(stage.init(jax.random.key(0))), batch_of(stage)
+    short = batch | {"length": jnp.array([1, 3, 16, 20, 8, 2, 7, 5])}
+    counted = np.arange(LENGTH) < np.asarray(short["length"])[:, None]
+    condition = stage._condition(params, {}, batch, jnp.zeros(8, bool))
+    head = jax.jit(stage._predict)(params, batch["tokens"], condition)
+    by_hand = np.asarray(head.loss)[counted].mean() + 0.1 * (head.log_z[counted] ** 2).mean()
+
+    def loss(batch, moved=0.0):
+        stage._predict = lambda *_: jax.tree.map(lambda x: x + moved, head)
+        value, logged = stage.loss(params, {}, batch, jax.random.key(1), jnp.int32(0))
+        del stage._predict
+        return value, logged
+
+    value, logged = loss(short)
+    assert value == pytest.approx(float(by_hand), rel=1e-5)
+    bin_of = np.asarray(head.loss)[:, 4:8][counted[:, 4:8]].mean()
+    assert logged["loss_by_position/5-8"].compute() == pytest.approx(float(bin_of), rel=1e-5)
+    gradient = np.asarray(jax.grad(lambda x: loss(short, x)[0])(jnp.zeros((8, LENGTH))))
+    assert (gradient[counted] > 0).all() and (gradient[~counted] == 0).all()
+    full = batch | {"length": jnp.full(8, LENGTH)}
+    assert loss(full)[0] == loss(batch)[0] == pytest.approx(float(head.loss.mean()
+        + 0.1 * (head.log_z**2).mean()), rel=1e-5)  # fmt: skip
+    mask = np.arange(8) < 3
+    found = stage._evaluate(params, {}, short | {"mask": jnp.asarray(mask)})
+    wanted = np.asarray(head.loss)[counted & mask[:, None]].mean()
+    assert found["loss"].compute() == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_dropped_conditions_are_the_null_condition(data):
     always, never = (ARStage(config(data["c2i"], condition__null_prob=p)) for p in (1.0, 0.0))
     params, batch = layout.unbox(always.init(jax.random.key(0))), batch_of(always)

@@ -1,16 +1,22 @@
 """The smallest number of tokens: what is chosen on given curves, and what the curves are."""
 
 import functools
+import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import GOLDEN, TINY, changed, random_params, relative, tiny_tokenizer
+from PIL import Image
 from test_lpips import files  # noqa: F401 (a fixture)
 from test_recompilation import lowered
 
-from flextok_jax import FlexTok, criteria, lengths
+from flextok_jax import FlexTok, cli, criteria, lengths
+from flextok_jax.commands import lengths as command
+from flextok_jax.data import shards
+from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.flow import path
 from flextok_jax.nn import flextok
 from flextok_jax.nn.config import Compute
@@ -177,9 +183,10 @@ def test_the_size_of_batches_changes_nothing_and_each_length_is_one_program(tok,
 
 def test_networks_of_files_are_criteria(files):  # noqa: F811
     images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
-    dino, lpips = criteria.dino(GOLDEN / "dinov2", size=30), criteria.lpips(*files)
-    cosine = dino.function(dino.params, images, images[[0, 0]])
-    assert cosine[0] == pytest.approx(1, abs=1e-5) and cosine[1] < 0.9999
+    lpips, clip = criteria.lpips(*files), criteria.clip(GOLDEN / "text" / "clip_gelu")
+    for network in (criteria.dino(GOLDEN / "dinov2", size=30), clip):
+        cosine = network.function(network.params, images, images[[0, 0]])
+        assert cosine[0] == pytest.approx(1, abs=1e-5) and cosine[1] < 0.9999
     distance = lpips.function(lpips.params, images, images[[0, 0]])
     assert distance[0] == 0 and distance[1] > 0 and not lpips.larger_is_better
 
@@ -199,7 +206,7 @@ def test_arguments_that_do_not_fit_are_refused(tok, images):
     refused("target=nan", target=float("nan"))
     refused("within=-1", within=-1)
     refused("rule='last'.*first, stable", within=0.1, rule="last")
-    refused("'ssim'.*flow, latent, psnr, mae, lpips, dino.*function", "ssim", within=0.1)
+    refused("'ssim'.*flow, latent, psnr, mae, lpips, dino, clip.*function", "ssim", within=0.1)
     refused(r"criteria.lpips\(vgg, heads\)", "lpips", within=0.1)
     refused("steps: .*'flow' samples nothing", within=0.1, steps=4)
     refused("samples=0", within=0.1, samples=0)
@@ -225,3 +232,124 @@ def test_a_function_that_returns_nonsense_is_named(tok, images):
     ):
         with pytest.raises(ValueError, match=match):
             tok.choose_length(images, function, target=1, steps=1)
+
+
+# The commands.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tok):
+    folder = tmp_path_factory.mktemp("model")
+    tok.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, images):
+    """Seven images and a broken one, of two classes."""
+    root = tmp_path_factory.mktemp("images")
+    for i, image in enumerate(images):
+        path = root / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    (root / "class0" / "x.png").write_bytes(b"this is no image")
+    return str(root)
+
+
+def run(*arguments) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def test_lengths_are_chosen_continued_and_used(model, folder, tok, tmp_path, monkeypatch, capsys):
+    """lengths, then tokenize of images and of a data set, then detokenize and a batch."""
+    given, fast = ["--model", model], ["--steps", 2, "--guidance", 1]
+    args = ["lengths", *given, "--images", folder, "--criterion", "psnr", "--within", 0.2, *fast]
+    assert run(*args, "--out", tmp_path / "whole") == 0
+    assert "1 of 8 images" in capsys.readouterr().err
+    found = json.loads((tmp_path / "whole" / "lengths.json").read_text())
+    chosen = {one["name"]: one["k"] for one in found["lengths"]}
+    assert len(chosen) == 7 and len(set(chosen.values())) > 1
+    assert found["share_met"] == 1 and found["mean_tokens"] == np.mean(list(chosen.values()))
+    with np.load(tmp_path / "whole" / "curves.npz") as curves:
+        assert curves["values"].shape == (7, 4) and curves["counts"].tolist() == list(COUNTS)
+        at = np.searchsorted(COUNTS, curves["num_tokens"])
+        values = [one["value"] for one in found["lengths"]]
+        np.testing.assert_allclose(curves["values"][np.arange(7), at], values)
+    assert Image.open(tmp_path / "whole" / "lengths.png").text["criterion"] == "psnr"
+
+    # Interrupted and continued in batches of another size: the same.
+    monkeypatch.setattr(command, "GROUP", 1)
+    real, calls = lengths.choose, []
+
+    def choose(tok, images, *rest, **more):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(tok, images, *rest, **more)
+
+    monkeypatch.setattr(lengths, "choose", choose)
+    again = [*args, "--out", tmp_path / "again", "--batch-size", 4]
+    assert run(*again) == 130 and run(*again) == 0 and calls == [4, 3, 3]
+    assert run(*again) == 0 and len(calls) == 3  # Nothing is left to do.
+    same = json.loads((tmp_path / "again" / "lengths.json").read_text())["lengths"]
+    assert {one["name"]: one["k"] for one in same} == chosen
+    np.testing.assert_allclose([one["value"] for one in same], values, rtol=1e-4)
+    assert run(*again, "--rule", "stable") == 2
+
+    file = tmp_path / "whole" / "lengths.json"
+    tokens = tmp_path / "tokens.npz"
+    assert run("tokenize", *given, "--images", folder, "--lengths", file, "--out", tokens) == 0
+    with np.load(tokens) as saved:
+        known = dict(zip(saved["names"].tolist(), saved["lengths"].tolist()))
+        assert known == chosen and saved["tokens"].shape == (7, 8)
+        own = dict(zip(saved["names"].tolist(), saved["tokens"]))
+    more = ["--tokens", tokens, *fast]
+    assert run("detokenize", *given, *more, "--out", tmp_path / "own") == 0
+    assert run("detokenize", *given, *more, "--num-tokens", "1,2,4,8", "--out", tmp_path / "k") == 0
+    for name, k in chosen.items():
+        a, b = Image.open(tmp_path / "own/own" / name), Image.open(tmp_path / f"k/k{k:04}" / name)
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+        assert a.text["num_tokens"] == b.text["num_tokens"] == str(k)
+
+    data = ["--data", folder, "--split", "all", "--lengths", file, "--out", tmp_path / "shards"]
+    assert run("tokenize", *given, *data, "--crops", 2, "--crop-scale", 1) == 0
+    source = shards.ShardSource(tmp_path / "shards", "all")
+    assert {source.key(i): source.record(i).length for i in range(7)} == chosen
+    cfg = types.SimpleNamespace(
+        source="tokens", path=str(tmp_path / "shards"), split="all", eval_split="all",
+        max_unreadable=0.1,
+    )  # fmt: skip
+    (batch,) = make_pipeline(cfg, seed=0, batch_size=7, train=False).eval_batches(7)
+    assert batch["length"].tolist() == list(chosen.values())
+    np.testing.assert_array_equal(batch["tokens"], np.stack([own[name] for name in chosen]))
+    del data[4:6]
+    assert run("tokenize", *given, *data, "--crops", 2, "--crop-scale", 1) == 2  # No lengths now.
+
+
+def test_what_does_not_fit_is_named(model, folder, images, tmp_path, capsys):
+    def refused(*arguments):
+        capsys.readouterr()
+        assert run(*arguments) == 2
+        return capsys.readouterr().err
+
+    args = ["lengths", "--model", model, "--images", folder, "--out", tmp_path / "out"]
+    assert "--within" in refused(*args)
+    assert "--within" in refused(*args, "--within", 0, "--target", 1)
+    assert "ascending" in refused(*args, "--within", 0, "--counts", "2,1")
+    assert "--steps" in refused(*args, "--within", 0, "--steps", 2)
+    assert "--lpips-heads" in refused(*args, "--within", 0, "--criterion", "lpips")
+    assert not (tmp_path / "out").exists()
+    # A target that nobody reaches is a result.
+    few = [*args, "--criterion", "mae", "--target", 0, "--limit", 2, "--steps", 1, "--guidance", 1]
+    assert run(*few, "--counts", 1) == 0
+    assert "0.0% meet" in capsys.readouterr().out
+    file = tmp_path / "out" / "lengths.json"
+    use = ["--lengths", file, "--out", tmp_path / "x.npz"]
+    assert "6 of 8" in refused("tokenize", "--model", model, "--images", folder, *use)
+    other = tmp_path / "other"
+    FlexTok(CFG, random_params(CFG, seed=1)).save_pretrained(other)
+    assert "sha256" in refused("tokenize", "--model", other, "--images", folder, *use)
+    file.write_text("{}")
+    assert "no lengths.json" in refused("tokenize", "--model", model, "--images", folder, *use)
+    assert "--model" in refused("encode", "--vae", "v", "--data", folder, "--lengths", file,
+                                "--out", tmp_path / "y")  # fmt: skip

@@ -1,11 +1,15 @@
 """What several commands do with their options."""
 
 import contextlib
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from flextok_jax.commands import options
@@ -139,6 +143,56 @@ def left_out(skipped: Skipped, unreadable: dict[str, str], count: int) -> None:
             f"{pics.listed(unreadable)}",
             file=sys.stderr,
         )
+
+
+def write_arrays(path, **arrays) -> None:
+    """Writes an .npz file, whole or not at all."""
+    with storage.atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+# Lengths of images in tokens.
+
+
+class KnownLengths(NamedTuple):
+    """The file of `flextok lengths`: {name: length}, and what the lengths are, in JSON terms."""
+
+    path: str
+    lengths: dict[str, int]
+    settings: dict
+
+    def of(self, names: Sequence[str]) -> np.ndarray:
+        """int32 [n], of images by name. Raises ValueError with those that have none."""
+        if missing := {name: "it is not in the file" for name in names if name not in self.lengths}:
+            raise ValueError(
+                f"--lengths {self.path} has no length for {len(missing)} of {len(names)} images: "
+                f"run flextok lengths on the same images{pics.listed(missing)}"
+            )
+        return np.array([self.lengths[name] for name in names], np.int32)
+
+
+def read_lengths(path: str, tok: FlexTok, names: Sequence[str]) -> KnownLengths:
+    """The lengths in a file, of these images by the tokens of this model.
+
+    Raises:
+        FileNotFoundError, ValueError: it is no such file, of another model, or lacks images.
+    """
+    found = storage.read_json(path)
+    try:
+        lengths = {one["name"]: int(one["k"]) for one in found["lengths"]}
+        model, unreadable = found["model"], found["unreadable"]
+        settings = {key: found[key] for key in ("criterion", "target", "within", "rule")}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is no lengths.json of `flextok lengths`") from None
+    if model["fingerprint"] != tok.fingerprint:
+        raise ValueError(
+            f"{path} has lengths of {model['origin']}, sha256 {model['fingerprint']}, not of "
+            f"--model {tok.origin}, sha256 {tok.fingerprint}: pass the model that they are of"
+        )
+    digest = hashlib.sha256(json.dumps(lengths, sort_keys=True).encode()).hexdigest()
+    known = KnownLengths(path, lengths, settings | {"sha256": digest})
+    known.of([name for name in names if name not in unreadable])
+    return known
 
 
 # Shards.

@@ -39,7 +39,8 @@ def encode(args: options.Encode) -> None:
     data = sources.parse(args.data)
     source = sources.make_image_source(data, args.split)
     text = shards.null_text(data.path)
-    size, encoders = make_encoders(args)
+    keys = [source.key(i) for i in range(min(len(source), args.limit or len(source)))]
+    size, encoders, known = make_encoders(args, keys)
     crop, scale = "center" if args.crop_scale == 1 else "random", (args.crop_scale, 1.0)
     transform = Transform(size, crop, crop_scale=scale, flip=args.flip, shift=args.shift)
     group = max(1, min(args.limit or len(source), args.batch_size // args.crops))  # Images a batch.
@@ -52,7 +53,7 @@ def encode(args: options.Encode) -> None:
             images = [image for image in batch if not isinstance(image, Unreadable)]
             yield from (image for image in batch if isinstance(image, Unreadable))
             if images:
-                yield from _records(encoders, images, batch_size)
+                yield from _records(encoders, images, batch_size, known)
 
     settings = {
         **{key: value for e in encoders for key, value in e.settings.items()},
@@ -83,7 +84,9 @@ def _crops(args: options.Encode, transform: Transform, picture: Picture):
     return np.stack(crops), {name: getattr(picture, name) for name in names}
 
 
-def _records(encoders: "list[Encoder]", images: list, batch_size: int) -> Iterator[Record]:
+def _records(
+    encoders: "list[Encoder]", images: list, batch_size: int, known: common.KnownLengths | None
+) -> Iterator[Record]:
     """The records of some images of `_crops`, encoded `batch_size` crops at a time."""
     crops = np.concatenate([part for part, _ in images])
     batches = [crops[i : i + batch_size] for i in range(0, len(crops), batch_size)]
@@ -92,6 +95,8 @@ def _records(encoders: "list[Encoder]", images: list, batch_size: int) -> Iterat
         found = np.concatenate([e.run(padded(b, batch_size))[: len(b)] for b in batches])
         arrays[e.name] = np.split(found, len(images))
     for i, (_, fields) in enumerate(images):
+        if known:
+            fields["length"] = int(known.of([fields["key"]])[0])
         yield Record(arrays={name: parts[i] for name, parts in arrays.items()}, **fields)
 
 
@@ -105,15 +110,24 @@ class Encoder(NamedTuple):
     run: Callable[[np.ndarray], np.ndarray]  # uint8 [B, S, S, 3] -> [B, *shape], as it is stored
 
 
-def make_encoders(args: options.Encode) -> tuple[int, list[Encoder]]:
-    """The side S of the images, and an encoder for each of --model, --vae and --dinov2."""
-    made, size = [], args.image_size
+def make_encoders(args: options.Encode, keys: list[str]):
+    """What becomes of the images with these keys.
+
+    Returns:
+        (the side S of the images, a list with an `Encoder` for each of --model, --vae and --dinov2,
+        the lengths in --lengths or None).
+    """
+    made, size, known = [], args.image_size, None
+    if args.lengths and not args.model:
+        raise ValueError(f"--lengths {args.lengths}: lengths of tokens, name --model too")
     if args.model:
         tok = common.load_model(args)
         if size not in (None, side(tok)):
             raise ValueError(f"--image-size {size}: the tokenizer {args.model} has {side(tok)}")
         size = side(tok)
-        made.append(_tokens(args, tok))
+        if args.lengths:
+            known = common.read_lengths(args.lengths, tok, keys)
+        made.append(_tokens(args, tok, known))
     size = size or IMAGE_SIZE
     if args.vae:
         made.append(_moments(args, size))
@@ -121,17 +135,17 @@ def make_encoders(args: options.Encode) -> tuple[int, list[Encoder]]:
         made.append(_features(args))
     if not made:
         raise ValueError("nothing to encode with: name --model (a tokenizer), --vae or --dinov2")
-    return size, made
+    return size, made, known
 
 
-def _tokens(args, tok) -> Encoder:
+def _tokens(args, tok, known: common.KnownLengths | None) -> Encoder:
     (k,) = check_counts(tok, [args.num_tokens or tok.num_tokens])
     vocab_size = tok.config.vocab_size
     settings = {
         "tokenizer": {"source": _named(args.model), **identity(tok)},
         "vocab_size": vocab_size,
         "num_tokens": k,
-    }
+    } | ({"lengths": known.settings} if known else {})
 
     def run(images):
         return stored_tokens(np.asarray(tok.tokenize(images, k)), vocab_size)

@@ -21,6 +21,8 @@ from flextok_jax.io.paths import as_path
 from flextok_jax.tokenizer import FlexTok
 
 FIELDS = ("tokens", "names", "origin", "fingerprint")
+LENGTHS = "lengths"  # A field that a file of tokens may have.
+OWN = "own"  # The folder of images from their own lengths.
 GRID_COLUMNS = 10
 
 
@@ -93,6 +95,7 @@ def tokenize(args: options.Tokenize) -> None:
     pictures = pics.Pictures(args.images, args.limit)
     tok = common.load_model(args)
     (k,) = rec.check_counts(tok, [args.num_tokens or tok.num_tokens])
+    known = common.read_lengths(args.lengths, tok, pictures.names) if args.lengths else None
     size = min(args.batch_size, len(pictures))
     tokens, names = [], []
     with tqdm(total=len(pictures), unit="image", disable=None) as bar:
@@ -100,9 +103,11 @@ def tokenize(args: options.Tokenize) -> None:
             tokens.append(rec.encode(tok, batch.images, k, size))
             names += batch.names
             bar.update(len(batch.names))
-    write_tokens(out, tok, np.concatenate(tokens), names)
+    lengths = None if known is None else known.of(names).clip(max=k)
+    write_tokens(out, tok, np.concatenate(tokens), names, lengths)
     common.left_out(pictures.skipped, pictures.unreadable, len(pictures))
-    print(f"{k} tokens of each of {len(names)} images in {out}")
+    mean = "" if lengths is None else f" with lengths of {lengths.mean():.4g} on average"
+    print(f"{k} tokens of each of {len(names)} images{mean} in {out}")
 
 
 def detokenize(args: options.Detokenize) -> None:
@@ -116,15 +121,21 @@ def detokenize(args: options.Detokenize) -> None:
             f"--model {tok.origin}, sha256 {tok.fingerprint}: pass the model that made them"
         )
     tokens, names = saved["tokens"], saved["names"].tolist()
-    counts = args.num_tokens or [tokens.shape[1]]
-    counts = rec.check_counts(tok, counts, available=tokens.shape[1])
+    if own := LENGTHS in saved and not args.num_tokens:
+        counts, words = [saved[LENGTHS]], "their own numbers of"
+    else:
+        counts = args.num_tokens or [tokens.shape[1]]
+        counts = rec.check_counts(tok, counts, available=tokens.shape[1])
+        words = ", ".join(map(str, counts))
     sampler = common.sampler(args, tok)
     info = rec.metadata(tok, sampler, args.seed)
-    settings = {**info, "tokens": str(args.tokens), "num_tokens": counts}
+    settings = {**info, "tokens": str(args.tokens), "num_tokens": OWN if own else counts}
     settings["tokens_sha256"] = storage.fingerprint({"tokens": tokens})
+    if own:
+        settings["lengths_sha256"] = storage.fingerprint({LENGTHS: saved[LENGTHS]})
     with common.results_folder(out, settings):
         write_pictures(out, tok, tokens, names, counts, sampler, info, args)
-    print(f"{len(names)} images from {', '.join(map(str, counts))} tokens in {args.out}")
+    print(f"{len(names)} images from {words} tokens in {args.out}")
 
 
 def generate(args: options.Generate) -> None:
@@ -188,7 +199,10 @@ def write_pictures(
     out, tok: FlexTok, tokens: np.ndarray, names: Sequence[str], counts, sampler, info: dict, args,
     texts: Sequence[dict] | None = None,
 ) -> None:  # fmt: skip
-    """Writes OUT/k0016/NAME.png of all tokens [n, K] and every k, unless they are there."""
+    """Writes OUT/k0016/NAME.png of all tokens [n, K] and every k, unless they are there.
+
+    `counts` may also hold int [n], the length of each image: OUT/own/NAME.png.
+    """
     files, size = pics.png_names(names), min(args.batch_size, len(names))
     texts = texts or [{}] * len(names)
     with tqdm(total=len(names) * len(counts), unit="image", disable=None) as bar:
@@ -196,17 +210,19 @@ def write_pictures(
             rows = slice(first, first + size)
             options = (pics.name_seeds(names[rows]), sampler, args.seed, size)
             for k in counts:
-                paths = [out / f"k{k:04d}" / name for name in files[rows]]
-                text = [png_metadata(info, k) | more for more in texts[rows]]
-                make = functools.partial(rec.decode, tok, tokens[rows], k, *options)
+                folder = out / (f"k{k:04d}" if np.ndim(k) == 0 else OWN)
+                paths = [folder / name for name in files[rows]]
+                each = np.broadcast_to(k, len(names))[rows]
+                text = [png_metadata(info, int(n)) | more for n, more in zip(each, texts[rows])]
+                make = functools.partial(rec.decode, tok, tokens[rows], each, *options)
                 pics.saved_pictures(paths, text, make)
                 bar.update(len(paths))
 
 
-def write_tokens(path, tok, tokens: np.ndarray, names: list[str]) -> None:
+def write_tokens(path, tok, tokens: np.ndarray, names: list[str], lengths=None) -> None:
     """Writes the file of `read_tokens`, whole or not at all."""
-    with storage.atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, tokens=tokens, names=np.array(names), **rec.identity(tok))
+    more = {} if lengths is None else {LENGTHS: lengths}
+    common.write_arrays(path, tokens=tokens, names=np.array(names), **rec.identity(tok), **more)
 
 
 def read_tokens(path) -> dict[str, np.ndarray]:
@@ -214,7 +230,8 @@ def read_tokens(path) -> dict[str, np.ndarray]:
 
     Returns:
         "tokens": int32 [n, k], or float32 [n, k, F] of a model without ids; "names": str [n], of
-        the images, relative to their folder; "origin", "fingerprint": str, of the model.
+        the images, relative to their folder; "origin", "fingerprint": str, of the model; perhaps
+        "lengths": int32 [n], how many of its tokens an image is made of.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or its names lead out of a folder.
@@ -222,13 +239,19 @@ def read_tokens(path) -> dict[str, np.ndarray]:
     path = as_path(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            saved = {field: arrays[field] for field in FIELDS}
+            more = {LENGTHS} & set(arrays)
+            saved = {field: arrays[field] for field in (*FIELDS, *more)}
         tokens, names = saved["tokens"], saved["names"]
         kind = {2: np.integer, 3: np.floating}.get(tokens.ndim, np.void)  # Ids, or codes.
         if not (tokens.size and np.issubdtype(tokens.dtype, kind)):
             raise ValueError(f"its tokens are {tokens.dtype} of shape {tokens.shape}")
         if names.shape != tokens.shape[:1] or names.dtype.kind != "U":
             raise ValueError(f"its names are {names.dtype} of shape {names.shape}")
+        lengths = saved.get(LENGTHS, np.ones(len(names), int))
+        if lengths.shape != names.shape or lengths.dtype.kind not in "iu":
+            raise ValueError(f"its lengths are {lengths.dtype} of shape {lengths.shape}")
+        if not 1 <= lengths.min() <= lengths.max() <= tokens.shape[1]:
+            raise ValueError(f"its lengths are not all in 1..{tokens.shape[1]}")
         for name in names.tolist():
             inside = pathlib.PurePosixPath(name)
             if not inside.parts or inside.is_absolute() or {"..", "\\"} & {*inside.parts, *name}:

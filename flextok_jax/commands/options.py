@@ -27,6 +27,7 @@ _positive = _checked(int, lambda x: x >= 1, "a whole number from 1 on")
 _whole = _checked(int, lambda x: x >= 0, "a whole number from 0 on")
 _seed = _checked(int, lambda x: 0 <= x < 2**32, f"a whole number from 0 to {2**32 - 1}")
 _share = _checked(float, lambda x: 0 < x <= 1, "a share above 0, at most 1")
+_number = _checked(float, lambda x: True, "a finite number")
 _scale = _checked(float, lambda x: x >= 0, "a number from 0 on")
 _factor = _checked(float, lambda x: x > 0, "a number above 0")
 _probability = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
@@ -75,6 +76,13 @@ _AR_MODEL = "a hub id, a folder of released files, a workdir of the AR stage, or
 _T5 = "of prompts: google/flan-t5-xl, another T5 v1.1 or Flan, or a folder of one"
 _LABELS = "classes: all, numbers, ranges and names such as 0-9,42,cat, or a file with one per line"
 _TASK = "reconstruct --data, generate images to compare with --data, or classify registers"
+_TARGET = "a value of the criterion to reach"
+_WITHIN = "how much worse than with all tokens it may be"
+_RULE = "first: the smallest number that meets; stable: it and all larger ones meet"
+_CRITERION = (
+    "flow: share of the flow's loss that tokens explain, without sampling; latent: relative error "
+    "of latents; psnr (dB), mae, lpips; dino, clip: cosine of features"
+)
 _K = "tokens per image (all); the cost follows their number"
 
 Tokenizer = Annotated[str, *_option("SOURCE", _text, _MODEL, None)]
@@ -100,6 +108,9 @@ Solver = Annotated[Literal["euler", "midpoint", "multistep"] | None, arg(help_be
 Interval = Annotated[tuple[float, ...] | None, *_option("LOW,HIGH", _several(_probability))]
 Process = Annotated[tuple[int, int], *_option("I/N", _process, "process I, from 0, of N (0/1)")]
 Task = Literal["reconstruction", "generation", "probe"]
+Criterion = Annotated[
+    Literal["flow", "latent", "psnr", "mae", "lpips", "dino", "clip"], arg(help=_CRITERION)
+]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
 
 
@@ -192,6 +203,9 @@ class Reconstruct(Compute, Sampling):
 
 
 _IMAGES_OR_DATA = create_mutex_group(required=True, title="one of")
+_TARGET_OR_WITHIN = create_mutex_group(required=True, title="one of")
+_LENGTHS = "lengths.json of flextok lengths: a length for each image"
+LengthsFile = Annotated[str | None, *_option("FILE", _text, _LENGTHS)]
 
 
 @_options
@@ -207,6 +221,8 @@ class Tokenize(Compute, Crops):
           --images my_photos --num-tokens 16 --out tokens.npz
       flextok tokenize --model runs/mine --data my_photos --split train \\
           --crops 10 --flip --out photo_tokens
+      flextok tokenize --model demo-digits --images FOLDER \\
+          --lengths chosen/lengths.json --out tokens.npz
     """
 
     model: Tokenizer
@@ -214,6 +230,7 @@ class Tokenize(Compute, Crops):
     data: Annotated[str | None, *_option("DATA", _text, _DATA), _IMAGES_OR_DATA] = None
     limit: Limit = None
     num_tokens: Tokens = None
+    lengths: LengthsFile = None
     out: Annotated[str, *_option("OUT", hint=None)]  # FILE.npz for --images, a folder for --data
 
 
@@ -234,6 +251,7 @@ class Encode(Compute, Crops):
     limit: Limit = None
     model: Source = None  # tokens: a tokenizer, as in flextok tokenize
     num_tokens: Tokens = None
+    lengths: LengthsFile = None
     vae: Source = None  # moments: a workdir of the VAE stage, a diffusers folder, or a hub id
     dinov2: Source = None  # features for REPA: facebook/dinov2-large or a folder
     dinov2_size: Positive = 518  # pixels of a side for DINOv2 (large: 2.8 MB per crop; 224: 0.5 MB)
@@ -262,8 +280,9 @@ class Embed(Devices):
 class Detokenize(Compute, Sampling):
     """A file of tokens to images.
 
-    Writes DIR/k0016/NAME.png and so on, with the model that made the tokens.
-    The same command continues after a stop.
+    Writes DIR/k0016/NAME.png and so on, with the model that made the tokens; of
+    tokens with a length for each image DIR/own/NAME.png, from so many. The same
+    command continues after a stop.
 
     example:
       flextok detokenize --model EPFL-VILAB/flextok_d12_d12_in1k \\
@@ -272,7 +291,39 @@ class Detokenize(Compute, Sampling):
 
     model: Tokenizer
     tokens: Annotated[str, *_option("FILE.npz", _text, "of flextok tokenize or generate", None)]
-    num_tokens: Counts = None  # use only the first so many, several by commas (all there are)
+    num_tokens: Counts = None  # use the first so many, several by commas (own lengths, or all)
+    out: Folder
+
+
+@_options
+class Lengths(Compute, Sampling):
+    """The smallest number of tokens of each image that meets a target.
+
+    Writes DIR/lengths.json (name, k, met, value), DIR/curves.npz (all values)
+    and DIR/lengths.png (a histogram, and images from fewest to most tokens).
+    The same command continues after a stop.
+
+    example:
+      flextok lengths --model demo-digits --images FOLDER --within 0.05 \\
+          --out chosen
+      flextok lengths --model runs/mine --images FOLDER --criterion psnr \\
+          --target 20 --rule stable --out chosen
+    """
+
+    model: Tokenizer
+    images: Data
+    split: Split = None  # train, test or all; of TFDS any of its own (all)
+    limit: Limit = None
+    criterion: Criterion = "flow"
+    target: Annotated[float | None, *_option("X", _number, _TARGET), _TARGET_OR_WITHIN] = None
+    within: Annotated[float | None, *_option("X", _scale, _WITHIN), _TARGET_OR_WITHIN] = None
+    rule: Annotated[Literal["first", "stable"], arg(help=_RULE)] = "first"
+    counts: Counts = None  # numbers of tokens to choose from, by commas (1, 2, 4, ... up to all)
+    samples: Count = None  # noises that the criterion is averaged over (flow: 16, else 1)
+    lpips_vgg: File = None  # vgg16-397923af.pth or .safetensors
+    lpips_heads: File = None  # weights/v0.1/vgg.pth of lpips
+    dinov2: Source = None  # for dino: facebook/dinov2-large or a folder
+    clip: Source = None  # openai/clip-vit-base-patch32, another CLIP, or a folder
     out: Folder
 
 
@@ -425,6 +476,7 @@ COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.
     "reconstruct": (Reconstruct, "images:reconstruct"),
     "tokenize": (Tokenize, "images:tokenize"),
     "detokenize": (Detokenize, "images:detokenize"),
+    "lengths": (Lengths, "lengths:lengths"),
     "generate": (Generate, "images:generate"),
     "embed": (Embed, "text:embed"),
     "evaluate": (Evaluate, "evaluate:evaluate"),

@@ -99,8 +99,9 @@ class Crops:
     """How records become a batch (as `Images`): one crop of each image.
 
     A batch holds the arrays of `names`, [B, ...] each ("tokens" int32, all others float16),
-    "label" int32 [B], and for a data set with text "text" float16 [B, T, E], "text_mask" bool
-    [B, T]; in place of these with `captions` the arrays that it makes of each.
+    "length" int32 [B] of tokens that have lengths, "label" int32 [B], and for a data set with text
+    "text" float16 [B, T, E], "text_mask" bool [B, T]; in place of these with `captions` the arrays
+    that it makes of each.
 
     It is a random crop, or crop 0, the plain one. `names` are the arrays that are wanted, `text` is
     (T, E) or None.
@@ -134,6 +135,9 @@ class Crops:
             crops = record.arrays[name]
             crop = crops[int(draws[0] * len(crops)) if self.random else 0]
             out[name] = crop.astype(np.int32 if name == "tokens" else np.float16)
+        if source.has_lengths and "tokens" in out:
+            most = len(out["tokens"])
+            out["length"] = np.int32(most if record.length is None else record.length)
         if self.captions:
             return out | self.captions(record.caption)
         return out if self.text is None else out | padded_text(record.embedding, self.text)

@@ -6,6 +6,7 @@ A record is a safetensors blob (no code, no pickle) with
     label       int32 [], -1 unknown
     caption     uint8 [n], UTF-8, where there is one
     embedding   float16 [T, E], of the caption, where the data set has text
+    length      int32 [], of the image's tokens, where they have lengths
 
 and its content, either `image`, uint8 [n], the bytes of an image file, or some of
 
@@ -34,6 +35,7 @@ class Record:
         label: the class, -1 unknown.
         caption: None where there is none.
         embedding: float [T, E], of the caption, without padding; None where there is none.
+        length: how many of the tokens stand for the image; None: all.
     """
 
     key: str
@@ -41,6 +43,7 @@ class Record:
     label: int = -1
     caption: str | None = None
     embedding: np.ndarray | None = None
+    length: int | None = None
 
 
 def to_bytes(record: Record) -> bytes:
@@ -54,6 +57,8 @@ def to_bytes(record: Record) -> bytes:
         arrays["caption"] = _from_text(record.caption)
     if record.embedding is not None:
         arrays["embedding"] = np.ascontiguousarray(record.embedding, np.float16)
+    if record.length is not None:
+        arrays["length"] = np.array(record.length, np.int32)
     return save(arrays)
 
 
@@ -64,7 +69,8 @@ def from_bytes(data: bytes) -> Record:
     arrays = load(data)
     key, label = _to_text(arrays.pop("key")), int(arrays.pop("label"))
     caption, embedding = arrays.pop("caption", None), arrays.pop("embedding", None)
-    return Record(key, arrays, label, None if caption is None else _to_text(caption), embedding)
+    caption, length = None if caption is None else _to_text(caption), arrays.pop("length", None)
+    return Record(key, arrays, label, caption, embedding, None if length is None else int(length))
 
 
 def stored_tokens(ids: np.ndarray, vocab_size: int) -> np.ndarray:

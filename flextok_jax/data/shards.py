@@ -44,7 +44,8 @@ def write_split(
         folder: DIR/SPLIT.
         settings: in JSON terms: "num_shards", those of `source_settings`, "arrays" ({name: shape of
             one crop, None: bytes of a file}), those of MODELS (dictionaries with "origin" and
-            "fingerprint"), of tokens "vocab_size" and "num_tokens", and all else that decides.
+            "fingerprint"), of tokens "vocab_size", "num_tokens" and perhaps "lengths" (which: then
+            records have one), and all else that decides.
         make_shard: index -> what becomes of its images, in order; each record is written before
             the next is asked for, because a shard of features is larger than memory.
         null_text: float16 [T, E], the embedding of the empty caption, where the data set has text.
@@ -228,6 +229,7 @@ class ShardSource(Source):
 
     Attributes:
         manifest: see `write_split`; of "all" without a folder of that name: of the first split.
+        has_lengths: whether tokens have a length for each image.
         text: (T, E): tokens of the longest caption (at most MAX_TEXT), channels; None without text.
         null_text: float16 [T0, E], the embedding of the empty caption, None without text.
         without_text: how many examples have no embedding of a caption.
@@ -251,6 +253,7 @@ class ShardSource(Source):
         self.classes = self.manifest.get("classes", [])
         if any(manifest.get("classes", []) != self.classes for manifest in opened.values()):
             raise ValueError(f"{root}: its splits have different classes; name one of {splits}")
+        self.has_lengths = any(manifest.get("lengths") for manifest in opened.values())
         files, labels, longest, self._keys, self.without_text = [], [], 0, [], 0
         for folder, manifest in opened.items():
             for key, reason in manifest["unreadable"].items():

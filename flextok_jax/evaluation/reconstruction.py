@@ -89,7 +89,7 @@ def encode(tok: FlexTok, images: np.ndarray, num_tokens: int, batch_size: int) -
 def decode(
     tok: FlexTok,
     tokens: np.ndarray,
-    num_tokens: int,
+    num_tokens: int | np.ndarray,
     seeds: np.ndarray,
     sampler: Sampler | None,
     seed: int,
@@ -99,7 +99,7 @@ def decode(
 
     Args:
         sampler: None for a model that decodes in one pass.
-        num_tokens: how many of the tokens are used.
+        num_tokens: how many of the tokens are used, of all images or int [n] of each.
         seeds: uint32 [n], one per image, see `pictures.name_seeds`: an image's noise is a function
             of `seed` and of its own seed, so that the size of the batches changes nothing.
         batch_size: the number of images it is run as, n or more.
@@ -109,7 +109,9 @@ def decode(
         latent = (*(s // cfg.vae.downsample for s in cfg.image_size), cfg.vae.latent_channels)
         how = dataclasses.asdict(sampler)
         how["noise"] = _noise(np.uint32(seed), padded(seeds, batch_size), latent)
-    images = tok.detokenize(padded(tokens[:, :num_tokens], batch_size), **how)
+    most, keep = int(np.max(num_tokens)), np.broadcast_to(num_tokens, (len(tokens),))
+    tokens_of = padded(tokens[:, :most], batch_size)
+    images = tok.detokenize(tokens_of, padded(keep, batch_size), **how)
     return np.clip(np.asarray(images)[: len(tokens)], -1, 1)
 
 

@@ -192,25 +192,28 @@ class ARStage(Stage):
     def loss(self, params, frozen, batch, key, step):
         """The mean of -log p(token i | tokens before i, condition) over images and positions.
 
+        Positions from an image's length on, where its tokens have one, do not count.
+
         An image's condition is dropped with probability `condition.null_prob`. `loss.z_loss` times
         the mean of log_z^2 keeps the logits from drifting (PaLM, arXiv 2204.02311, section 5).
 
         Args:
-            batch: "tokens": int32 [B, k], or "image": uint8 [B, H, W, 3]; "label": int32 [B]; for
-                a text model "text": [B, T, E] (or what `captions` makes) and "text_mask": bool
-                [B, T].
+            batch: "tokens": int32 [B, k], perhaps with "length": int32 [B], or "image": uint8
+                [B, H, W, 3]; "label": int32 [B]; for a text model "text": [B, T, E] (or what
+                `captions` makes) and "text_mask": bool [B, T].
         """
         tokens = self._tokens(frozen, batch)
         null = jax.random.bernoulli(named(key, "null"), self._drop, tokens.shape[:1])
         out = self._predict(params, tokens, self._condition(params, frozen, batch, null))
-        logged = self._metrics(out, jnp.ones_like(null))
+        counted = _counted(tokens, batch)
+        logged = self._metrics(out, counted)
         del logged["loss"]
-        loss = jnp.mean(out.loss)
+        loss = jnp.mean(out.loss, where=counted)
         if self._loss.z_loss:
-            loss += self._loss.z_loss * jnp.mean(jnp.square(out.log_z))
+            loss += self._loss.z_loss * jnp.mean(jnp.square(out.log_z), where=counted)
         if self.model.conditional:
-            logged["loss_null"] = _average(jnp.mean(out.loss, axis=1), null)
-        return loss, logged | {"log_z": _average(out.log_z.reshape(-1))}
+            logged["loss_null"] = _average(out.loss, counted & null[:, None])
+        return loss, logged | {"log_z": _average(out.log_z, counted)}
 
     def _tokens(self, frozen, batch):
         """int32 [B, L]: the first L tokens of each image."""
@@ -245,17 +248,16 @@ class ARStage(Stage):
         head = functools.partial(ar.head, ar.head_weights(params, hidden.dtype))
         return cross_entropy(head, hidden, tokens, self._loss.chunk)
 
-    def _metrics(self, out, mask) -> dict[str, metrics.Metric]:
-        """Of the images that count; by position: 1, 2, 3-4, 5-8, ..."""
-        by_image = jnp.mean(out.loss, axis=1)
+    def _metrics(self, out, counted) -> dict[str, metrics.Metric]:
+        """Of the positions that count, bool [B, L]; also by position: 1, 2, 3-4, 5-8, ..."""
         found = {
-            "loss": _average(by_image, mask),
-            "perplexity": Perplexity.from_model_output(by_image, mask=mask),
-            "accuracy": _average(jnp.mean(out.correct.astype(jnp.float32), axis=1), mask),
+            "loss": _average(out.loss, counted),
+            "perplexity": Perplexity.from_model_output(out.loss, mask=counted),
+            "accuracy": _average(out.correct.astype(jnp.float32), counted),
         }
         for name, positions in bins(self.model.num_tokens).items():
-            in_bin = jnp.mean(out.loss[:, positions], axis=1)
-            found[f"loss_by_position/{name}"] = _average(in_bin, mask)
+            in_bin = _average(out.loss[:, positions], counted[:, positions])
+            found[f"loss_by_position/{name}"] = in_bin
         return found
 
     def evaluators(self):
@@ -275,7 +277,8 @@ class ARStage(Stage):
     def _evaluate(self, params, frozen, batch):
         tokens, mask = self._tokens(frozen, batch), batch["mask"]
         condition = self._condition(params, frozen, batch, jnp.zeros_like(mask))
-        return self._metrics(self._predict(params, tokens, condition), mask)
+        counted = _counted(tokens, batch) & mask[:, None]
+        return self._metrics(self._predict(params, tokens, condition), counted)
 
     def export_config(self):
         """What `ImageGenerator.from_pretrained` needs to rebuild the model from a workdir.
@@ -299,6 +302,12 @@ class ARStage(Stage):
         elif self.model.text_dim:
             found["text_encoder"] = {"source": self._text_source}
         return found
+
+
+def _counted(tokens, batch):
+    """bool [B, L]: the positions before an image's length; all of them where it has none."""
+    length = batch.get("length", jnp.full(len(tokens), tokens.shape[1]))
+    return jnp.arange(tokens.shape[1])[None] < length[:, None]
 
 
 def _average(values, mask=None) -> metrics.Average:
