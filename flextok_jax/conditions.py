@@ -93,6 +93,8 @@ def check_text(cfg: ARConfig, text, mask, name: str, mask_name: str) -> ARCondit
     text = np.asarray(text, np.float32)
     if text.ndim != 3 or not text.size or text.shape[2] != cfg.text_dim:
         raise ValueError(f"{name} have shape {text.shape}: must be [B, T, {cfg.text_dim}]")
+    if not np.isfinite(text).all():
+        raise ValueError(f"{name} hold values that are not finite")
     mask = np.ones(text.shape[:2], bool) if mask is None else np.asarray(mask)
     if mask.shape != text.shape[:2] or not np.isin(mask, (0, 1)).all():
         raise ValueError(

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import termios
@@ -15,7 +16,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from common import GOLDEN, ROOT, TINY, digits_folder, random_params, tiny_tokenizer
+from common import GOLDEN, ROOT, TINY, changed, digits_folder, random_params, tiny_tokenizer
 from PIL import Image
 
 from flextok_jax import FlexTok, cli
@@ -48,6 +49,7 @@ def images(tmp_path_factory):
     for name, size in zip(NAMES, [(8, 8), (30, 20), (9, 9)]):
         Image.fromarray(rng.randint(0, 256, (*size, 3), np.uint8)).save(folder / name)
     (folder / "broken.jpg").write_bytes(b"this is no image")
+    (folder / "c.psd").touch()
     return str(folder)
 
 
@@ -174,6 +176,7 @@ def test_reconstruct_writes_a_grid_pictures_with_their_origin_and_metrics(
     text, err = capsys.readouterr()
     assert "cpu" in err.splitlines()[0] and "float32" in err.splitlines()[0]
     assert "broken.jpg: UnidentifiedImageError" in err and "PSNR" in text
+    assert "skipped 1: no image by its ending .psd: c.psd" in err
     result = json.loads((out / "metrics.json").read_text())
     tok = FlexTok.from_pretrained(model)
     assert result["count"] == 3 and list(result["unreadable"]) == ["broken.jpg"]
@@ -266,6 +269,19 @@ def test_tokens_of_another_model_are_refused(model, images, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
+def test_tokens_of_a_continuous_model_are_floats_in_their_file(images, tmp_path):
+    cfg = changed(TINY, bottleneck=dict(kind="kl", levels=(), dim=4))
+    tiny_tokenizer(cfg).save_pretrained(tmp_path / "kl")
+    given, tokens = ["--model", tmp_path / "kl"], tmp_path / "tokens.npz"
+    assert run("tokenize", *given, "--images", images, "--num-tokens", 4, "--out", tokens) == 0
+    with np.load(tokens) as saved:
+        assert saved["tokens"].dtype == np.float32 and saved["tokens"].shape == (3, 4, 4)
+    more = ["--tokens", tokens, "--out", tmp_path / "out", *FAST]
+    assert run("detokenize", *given, *more) == 0
+    assert len(list((tmp_path / "out" / "k0004").rglob("*.png"))) == 3
+
+
 def test_what_is_no_file_of_tokens_is_refused(model, tmp_path, capsys):
     good = {
         "tokens": np.zeros((1, 2), np.int32), "names": np.array(["a.png"]), "origin": "x",
@@ -351,6 +367,16 @@ def test_files_of_others_are_not_replaced(model, images, tmp_path, capsys):
         assert file.read_bytes() == b"a cat"
         assert run(*command, own) == 0 and (run(*command, own) == 0) is again
     assert "image folder" in refused(capsys, "data", "check", images, "--out", f"{images}/x.png")
+    photos = tmp_path / "photos"
+    shutil.copytree(images, photos / "k0001")
+    (photos / "my_settings.json").touch()
+    given = ["--model", model, "--num-tokens", 1, "--out", photos]
+    for command in (
+        ["reconstruct", "--images", photos / "k0001"], ["reconstruct", "--images", images],
+        ["evaluate", "--data", images], ["generate"],
+    ):  # fmt: skip
+        assert "holds k0001" in refused(capsys, *command, *given)
+    assert sorted(p.name for p in photos.iterdir()) == ["k0001", "my_settings.json"]
     out = tmp_path / "model"
     assert run("convert", "--model", model, "--out", out) == 0
     assert "model.safetensors" in refused(capsys, "convert", "--model", model, "--out", out)

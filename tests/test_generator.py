@@ -284,6 +284,7 @@ def test_text_models_refuse_what_does_not_suit():
         (condition | {"text_mask": io["text_mask"] * 0} | null, "row 0 is padding only"),
         (condition | {"text_mask": io["text_mask"] + 1}, "0/1"),
         ({"text_embeddings": io["text_embeddings"][..., 1:]}, r"\[B, T, 48\]"),
+        ({"text_embeddings": io["text_embeddings"] * np.nan}, "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             gen.generate_tokens(**arguments)

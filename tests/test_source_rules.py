@@ -14,6 +14,7 @@ import flextok_jax
 from flextok_jax.commands.images import read_labels
 from flextok_jax.data import decode, sources, transforms
 from flextok_jax.data.reader import Unreadable, read, read_ahead
+from flextok_jax.data.shards import null_text
 from flextok_jax.data.source import check_labels, read_embedding
 
 
@@ -270,6 +271,9 @@ def test_an_embedding_that_is_not_usable_does_not_cost_the_picture(tmp_path):
     source = opened(tmp_path)
     found = list(read_ahead(source, range(2), lambda picture: picture.embedding, text=True))
     assert found[0].shape == (2, 4) and found[1] is None and set(skipped(source)) == {"b.png"}
+    np.save(tmp_path / "null_text.npy", np.full((1, 4), np.nan))
+    with pytest.raises(ValueError, match="null_text.npy: .*NaN"):
+        null_text(tmp_path)
 
 
 def test_a_usable_embedding_is_float16_and_an_object_array_is_none(tmp_path):

@@ -23,7 +23,7 @@ from flextok_jax.io.paths import as_path, is_remote
 from flextok_jax.parallel import mesh
 from flextok_jax.tokenizer import FlexTok
 
-SETTINGS = "settings.json"
+SETTINGS, PROBE_SETTINGS = "settings.json", "probe_settings.json"
 
 
 def announce(args: options.Devices) -> None:
@@ -100,7 +100,7 @@ def out_results(out: str, images: str = ""):
     """`out_folder`, which must be empty or hold results; then `results_folder` opens it."""
     path = out_folder(out, images)
     found = sorted(p.name for p in path.iterdir()) if path.exists() else []
-    if found and not any(name.endswith(SETTINGS) for name in found):
+    if found and not {SETTINGS, PROBE_SETTINGS} & set(found):
         raise ValueError(f"--out {out} holds {found[0]} but no {SETTINGS}: pass another folder")
     return path
 

@@ -117,7 +117,7 @@ def _probe(args, out) -> None:
         "model": identity(tok),
         "classifier": CLASSIFIER,
     }
-    with common.results_folder(out, settings, "probe_settings.json"):
+    with common.results_folder(out, settings, common.PROBE_SETTINGS):
         both = [probe.registers(tok, part, counts[-1], args.batch_size) for part in (train, test)]
         found = dict(probe.probe(*both, counts))
         result = {"metadata": settings | environment(), "metrics": found, "warnings": []}
