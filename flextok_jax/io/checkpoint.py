@@ -5,6 +5,7 @@ Orbax writes into a temporary folder and renames it when it is complete.
 
 import contextlib
 import json
+import logging
 import os
 from typing import Any, NamedTuple
 
@@ -23,6 +24,15 @@ HARMLESS = (
     r"|(vae|tokenizer)\.source"
     r"|(checkpoint|mesh|evaluation)\..*|compute\.(attention|remat|scan)"
 )
+
+
+def _told(record: logging.LogRecord) -> bool:
+    """False for traces of a failed save, which every thread logs anew: `WorkdirError` tells."""
+    return not (record.exc_info and (record.name == "asyncio" or "orbax" in record.pathname))
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_told)
 
 
 class WorkdirError(OSError):
@@ -109,8 +119,7 @@ class Checkpoints:
             step, self._saving = self._saving, None
             raise WorkdirError(
                 f"checkpoint {step} could not be written to {self._folder} ({_reason(error)}). "
-                "The older ones are untouched: remove the cause (is the disk full?) and run the "
-                "same command again"
+                "The older ones are untouched: remove the cause and run the same command again"
             ) from error
 
     def reached_preemption(self, step: int) -> bool:
@@ -191,4 +200,6 @@ def _folder(workdir):
 
 
 def _reason(error: Exception) -> str:
+    if storage.FULL in str(error):
+        return "the disk is full"
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
