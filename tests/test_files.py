@@ -457,7 +457,12 @@ def test_the_golden_configuration_is_written_as_it_was_read(file):
 
 
 @pytest.mark.parametrize(
-    "cfg", [TINY, changed(WITH_VAE, target__flow__sampler__guidance_scale=2.0)]
+    "cfg",
+    [
+        TINY,
+        changed(WITH_VAE, target__flow__sampler__guidance_scale=2.0),
+        changed(TINY, target__flow__predicts="image"),
+    ],
 )
 def test_a_new_model_saved_and_loaded_is_the_same_model(cfg, tmp_path):
     tok = tiny_tokenizer(cfg)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import TINY, golden_io, golden_tokenizer, last, random_params, relative
+from common import TINY, changed, golden_io, golden_tokenizer, last, random_params, relative
 
 from flextok_jax.flow import path, sampler
 from flextok_jax.flow.sampler import Sampler
-from flextok_jax.nn import flextok, fsq, layers
+from flextok_jax.nn import flextok, fsq, layers, layout
 from flextok_jax.nn.config import (
     Blocks,
     Bottleneck,
@@ -35,7 +35,7 @@ def outputs(compute, key=3):
         (v,) = flextok.velocities(
             params, TINY, compute, x0, jnp.array([0.2, 0.7]), (Condition(codes, keep, null),)
         )
-        return path.flow_loss(v, x0, 2 * x0).sum(), (registers, v)
+        return path.flow_loss(v, x0).sum(), (registers, v)
 
     gradient, values = jax.jit(jax.grad(loss, has_aux=True))(params)
     return jax.tree.leaves((values, gradient))
@@ -271,3 +271,38 @@ def test_null_condition_ignores_the_codes():
         params, TINY, Compute(), x, jnp.full((1,), 0.5), (null, unconditional(2, 3))
     )
     assert relative(a, b) < 1e-5
+
+
+def test_the_velocity_to_an_image_is_the_target_up_to_its_limit():
+    x0, noise = (jax.random.normal(jax.random.key(i), (3, 4, 4, 3)) for i in (0, 1))
+    t = jnp.array([1.0, 0.3, 0.01])
+    found = path.velocity_to(x0, path.interpolate(x0, noise, t), t)
+    expected = path.target(x0, noise) * np.array([1, 1, 0.01 / 0.05])[:, None, None, None]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_a_decoder_that_predicts_the_image_gives_the_velocity_to_it():
+    params, x_t = random_params(TINY), jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    t, keep = jnp.array([0.02, 0.7]), jnp.array([3, 16])
+    condition = Condition(jnp.zeros((2, 16, 3)), keep, jnp.array([False, True]))
+    image = changed(TINY, target__flow__predicts="image")
+    ((written,), a), ((velocity,), b) = (
+        flextok.velocities(params, cfg, Compute(), x_t, t, (condition,), capture=0)
+        for cfg in (TINY, image)
+    )
+    expected = (x_t - written) / np.array([0.05, 0.7])[:, None, None, None]
+    np.testing.assert_allclose(velocity, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="predicts='noise'"):
+        changed(TINY, target__flow__predicts="noise")
+
+
+def test_an_untrained_predictor_of_images_decodes_to_the_zeros_that_it_writes():
+    cfg = changed(TINY, target__flow__predicts="image")
+    params = layout.unbox(flextok.init(cfg, jax.random.key(0)))  # The last layer is zero.
+    noise = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    codes, keep = jnp.zeros((2, 16, 3)), jnp.array([3, 16])
+    how = Sampler(steps=20, guidance_scale=1.0)
+    decode = jax.jit(lambda params: flextok.decode(params, cfg, Compute(), codes, keep, noise, how))
+    made = decode(params)
+    np.testing.assert_allclose(made, 0, atol=1e-5)

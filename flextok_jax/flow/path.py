@@ -40,14 +40,25 @@ def interpolate(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
     return t * noise + (1.0 - t) * x0
 
 
+MIN_TIME = 0.05  # arXiv 2511.13720: below it a velocity to an image is not scaled up any more.
+
+
+def velocity_to(image: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """The velocity at x_t of the straight path from `image`: (x_t - image) / max(t, MIN_TIME).
+
+    Of x0 it is `target`, up to the limit. image, x_t: [B, h, w, C]; t: [B] or [1].
+    """
+    return (x_t - image) / jnp.maximum(t, MIN_TIME)[:, None, None, None]
+
+
 def target(x0: jax.Array, noise: jax.Array) -> jax.Array:
     """The velocity dx/dt = eps - x0."""
     return noise - x0
 
 
-def flow_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
-    """Mean squared error to the target, per image: [B, h, w, C] -> float32 [B]."""
-    error = velocity.astype(jnp.float32) - target(x0, noise)
+def flow_loss(velocity: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Mean squared error of a velocity, per image: [B, h, w, C] -> float32 [B]."""
+    error = velocity.astype(jnp.float32) - wanted
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 

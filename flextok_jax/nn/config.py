@@ -298,6 +298,9 @@ class Flow:
         null_prob: probability per image of the null condition in training.
         jumps: whether the decoder is told how far a step goes, and writes the average velocity over
             it: a few Euler steps then decode. Guidance is part of what it learned.
+        predicts: what the decoder's last layer writes: the "velocity", or the clean "image" (in
+            latents), from which the velocity follows (flow/path.py, `velocity_to`). A velocity
+            holds noise, which a decoder narrower than a patch cannot carry.
         sampler: how images are sampled when it is not said otherwise.
     """
 
@@ -307,6 +310,7 @@ class Flow:
     log_normal_time: bool = False
     null_prob: float = 0.2
     jumps: bool = False
+    predicts: str = "velocity"
     sampler: Sampler = Sampler()
 
     def __post_init__(self):
@@ -319,6 +323,7 @@ class Flow:
                 f"solver={how.solver!r}, guidance_scale={how.guidance_scale}: a decoder of whole "
                 "steps needs solver='euler' and guidance_scale=1, because guidance is built in"
             )
+        faults += _choices(self, predicts=("velocity", "image"))
         for name in ("max_timestep", "time_frequencies"):
             if not getattr(self, name) > 0:
                 faults.append(f"{name}={getattr(self, name)}, must be positive")

@@ -70,7 +70,8 @@ class Decoder(nn.Module):
                 from t to t - length. 0 by default: the velocity at t.
 
         Returns:
-            A tuple of float32 [B, h, w, C], one per condition: velocities or latents. With
+            A tuple of float32 [B, h, w, C], one per condition: velocities, or latents (of the
+            target "values", and of a flow that predicts the image). With
             `capture`, the pair (that tuple, features [B, N, D]).
         """
         cfg, dtype, width = self.cfg, jnp.dtype(self.compute.dtype), self.cfg.decoder.width

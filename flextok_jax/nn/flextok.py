@@ -5,7 +5,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from flextok_jax.flow import sampler
+from flextok_jax.flow import path, sampler
 from flextok_jax.nn import bottleneck, vae
 from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.decoder import Condition, Decoder, unconditional
@@ -91,7 +91,12 @@ def velocities(
 ):
     """The velocities of a flow, one per condition; see `Decoder.__call__`."""
     decoder = Decoder(cfg, compute)
-    return decoder.apply({"params": params["decoder"]}, conditions, x_t, t, capture, length=length)
+    made = decoder.apply({"params": params["decoder"]}, conditions, x_t, t, capture, length=length)
+    if cfg.target.flow.predicts == "velocity":
+        return made
+    images, features = (made, None) if capture is None else made
+    found = tuple(path.velocity_to(image, x_t, t) for image in images)
+    return found if capture is None else (found, features)
 
 
 def values(params, cfg: TokenizerConfig, compute: Compute, codes, keep, grid=None) -> jax.Array:

@@ -191,7 +191,10 @@ class TokenizerStage(Stage):
             params, cfg, self.compute, x_t, t, (Condition(codes, keep, null),), capture
         )
         (velocity,), features = made if self._repa.weight else (made, None)
-        per_image = flow.flow_loss(velocity, x0, noise)
+        wanted = flow.target(x0, noise)
+        if flow_cfg.predicts == "image":  # The same, but near t = 0 limited as the prediction is.
+            wanted = flow.velocity_to(x0, x_t, t)
+        per_image = flow.flow_loss(velocity, wanted)
         loss, logged = jnp.mean(per_image), self._by_time(per_image, t)
         if self._repa.weight:
             targets, dtype = self._targets(frozen, batch), jnp.dtype(self.compute.dtype)

@@ -117,8 +117,9 @@ def is_released(cfg: TokenizerConfig) -> bool:
     """Whether the released format can hold a model of this configuration."""
     sizes = dict(width=64, depth=1, head_dim=64, mlp_hidden=0)
     kinds = {dataclasses.replace(blocks, **sizes) for blocks in (cfg.encoder, cfg.decoder)}
-    flextok = cfg.bottleneck.kind == "fsq" and cfg.tokens.order == "causal"
-    flextok = flextok and cfg.is_flow and not cfg.target.flow.jumps
+    flextok = cfg.bottleneck.kind == "fsq" and cfg.tokens.order == "causal" and cfg.is_flow
+    flow = cfg.target.flow
+    flextok = flextok and flow.predicts == "velocity" and not flow.jumps
     return flextok and kinds == {config.Blocks(**sizes)}
 
 
