@@ -82,10 +82,8 @@ def make(package: pathlib.Path, out: pathlib.Path) -> int:
                 wanted = [m for m in tar if m.name.endswith("/emoji.json") or PICTURES in m.name]
                 tar.extractall(temporary, wanted, filter="data")
             package = temporary / "package"
-        made, found = (
-            temporary / "made",
-            list(rows(json.loads((package / "emoji.json").read_text()))),
-        )
+        found = list(rows(json.loads((package / "emoji.json").read_text())))
+        made = temporary / "made"
         for split in ("train", "validation"):
             (made / split).mkdir(parents=True)
         images = load_images([package / PICTURES / row["image"] for row in found], SIZE)
