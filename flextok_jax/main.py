@@ -66,6 +66,7 @@ def main(argv):
     from flextok_jax.parallel.mesh import make_mesh
     from flextok_jax.training.checks import check_config
     from flextok_jax.training.loop import Diverged, SettingsError, train
+    from flextok_jax.training.memory import OutOfMemory
     from flextok_jax.training.signals import PREEMPTED
 
     logging.getLogger("flextok_jax").setLevel(logging.INFO)
@@ -81,7 +82,7 @@ def main(argv):
         sys.exit(f"error: {error}")
     try:
         outcome = train(stage, config, workdir)
-    except (SettingsError, WorkdirError, Diverged, OSError) as error:
+    except (SettingsError, WorkdirError, Diverged, OutOfMemory, OSError) as error:
         sys.exit(f"error: {error}")
     if outcome.stopped:
         log.info("the same command continues the run in %s", workdir)

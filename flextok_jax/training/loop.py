@@ -17,7 +17,7 @@ from flextok_jax.io.checkpoint import Checkpoints, WorkdirError, json_config
 from flextok_jax.nn import layout
 from flextok_jax.parallel.mesh import compiler_options, describe, make_mesh
 from flextok_jax.parallel.sharding import param_shardings
-from flextok_jax.training import logs, workdirs
+from flextok_jax.training import logs, memory, workdirs
 from flextok_jax.training.batches import on_mesh
 from flextok_jax.training.checks import check_config, profiled_steps
 from flextok_jax.training.signals import StopSignals
@@ -57,6 +57,8 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         WorkdirError: DIR is in use, holds a run with another configuration or data, its checkpoints
             are unreadable or lost, or one cannot be written.
         Diverged: `max_skipped_in_row` steps in a row had no finite loss and gradient.
+        OutOfMemory: a step needs more memory than a device has, said before it is compiled where
+            that can be seen.
     """
     workdir, total = pathlib.Path(workdir).absolute(), config.total_steps
     with _settings():
@@ -78,10 +80,12 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         jax.set_mesh(mesh),
         workdirs.locked(workdir),
         signals,
+        memory.explained(),
         Checkpoints(workdir, plain, config.checkpoint.keep) as checkpoints,
     ):
         with _settings():
             program = build(stage, config, mesh)
+            memory.check(program.shapes, mesh)
             state = workdirs.first_state(stage, config, program, checkpoints)
             start = done = int(state.step)
             extra = checkpoints.extra | workdirs.identity(
@@ -97,7 +101,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
                 return Outcome(state, None)
 
             batches = on_mesh(pipeline.iterate(start), mesh)
-            step_fn, batches = _compile(program.step, mesh, state, frozen, batches)
+            step_fn, batches = _compile(program, mesh, state, frozen, batches)
             first_traced, last_traced = profiled_steps(config.profile, total)
             window = previous = stopped = None
             timed, since = start, time.perf_counter()
@@ -168,13 +172,15 @@ def _settings():
         raise SettingsError(str(error)) from error
 
 
-def _compile(step, mesh, state, frozen, batches):
+def _compile(program, mesh, state, frozen, batches):
     """The executable, the one compilation of a run; and all the batches.
 
     In a thread, so that Ctrl-C need not wait for it.
     """
     first, begin = next(batches), time.perf_counter()
-    lowered = step.lower(state, frozen, first)
+    traced = program.step.trace(state, frozen, first)
+    memory.check(program.shapes, mesh, traced.jaxpr)
+    lowered = traced.lower()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         executable = pool.submit(lowered.compile, compiler_options(mesh)).result()
     log.info("compiled the step in %.1f s", time.perf_counter() - begin)
