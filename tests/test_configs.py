@@ -17,7 +17,7 @@ CUT = [  # (module, variant with sizes); what is cut equal to another one is lef
     (vae, "c16,width=32,layers=1,channels=2,image=32"),
     (tokenizer, "digits,width=32,enc_depth=1,dec_depth=1"),
     (tokenizer, "photos,width=32,enc_depth=1,dec_depth=1,num_tokens=4,image=16"),
-    (tokenizer, "folder,width=64,enc_depth=1,dec_depth=1,num_tokens=4,image=16"),
+    (tokenizer, "folder,width=48,enc_depth=1,dec_depth=1,num_tokens=4,image=16"),
     (tokenizer, "d18_d28,width=64,enc_depth=1,dec_depth=1,num_tokens=4,image=32"),
     (ar, "digits,width=32,depth=1"),
     (ar, "c2i_d12,width=64,depth=1"),
