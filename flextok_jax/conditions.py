@@ -1,4 +1,4 @@
-"""Conditions: what samples are generated from. Labels or texts in one object.
+"""Conditions: what samples are generated from. Labels, texts or nothing, in one object.
 
 A generator, the commands and the evaluation carry it and never ask what is inside.
 """
@@ -20,7 +20,8 @@ class Conditions:
         labels: int32 [B], classes; None for texts.
         text: float32 [B, T, E], embeddings of a text encoder; None for labels.
         text_mask: bool [B, T], False at padding.
-        names: B words for a person: the names of classes, or the prompts.
+        names: B words for a person: the names of classes, or the prompts. Without labels and text
+            they alone say how many samples there are, of a model without conditions.
     """
 
     labels: np.ndarray | None = None
@@ -29,13 +30,14 @@ class Conditions:
     names: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if (self.labels is None) == (self.text is None):
+        if self.labels is not None and self.text is not None:
             raise ValueError("conditions are labels or texts: give one of them")
         if self.names and len(self.names) != len(self):
             raise ValueError(f"{len(self.names)} names of {len(self)} conditions")
 
     def __len__(self) -> int:
-        return len(self.labels if self.text is None else self.text)
+        given = (x for x in (self.labels, self.text, self.names) if x is not None)
+        return len(next(given))
 
     def take(self, rows) -> "Conditions":
         """The conditions of some samples, in that order.
@@ -62,6 +64,11 @@ def of_labels(labels, class_names: Sequence[str] = ()) -> Conditions:
     labels = np.asarray(labels, np.int32)
     names = (class_names[i] if class_names else f"class {i}" for i in labels.tolist())
     return Conditions(labels, names=tuple(names))
+
+
+def of_nothing(count: int) -> Conditions:
+    """`count` samples of a model without conditions."""
+    return Conditions(names=("",) * count)
 
 
 def of_text(embeddings, mask, prompts: Sequence[str] = ()) -> Conditions:

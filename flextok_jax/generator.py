@@ -213,6 +213,8 @@ class ImageGenerator:
         if conditions is not None:
             labels = conditions.labels
             text_embeddings, text_mask = conditions.text, conditions.text_mask
+            if labels is None and text_embeddings is None and prefix is None:
+                prefix = np.zeros((len(conditions), 0), np.int32)
         if text is not None:
             text_embeddings, text_mask = self._encode(text, text_embeddings)
         prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)

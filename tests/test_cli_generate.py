@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from common import ROOT, TINY, tiny_generator
@@ -16,6 +17,7 @@ from flextok_jax import cli
 from flextok_jax.commands.images import read_labels
 from flextok_jax.evaluation import reconstruction
 from flextok_jax.io.formats import flexar
+from flextok_jax.nn import ar, layout
 
 FAST = ["--steps", "1", "--guidance", "1", "--token-guidance", "1.5"]
 
@@ -163,3 +165,17 @@ def test_the_gpu_script_runs_a_bulk_job_without_a_gpu(models, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "generation.json").read_text())["dtype"] == "bfloat16"
     assert len(pixels(out)) == 3
+
+
+def test_a_model_without_conditions_generates(models, tmp_path, capsys):
+    gen = tiny_generator(TINY)
+    cfg = dataclasses.replace(gen.config, num_classes=0)
+    params = layout.unbox(ar.init(cfg, jax.random.key(0)))
+    dataclasses.replace(gen, config=cfg, params=params).save_pretrained(tmp_path / "ar")
+    given = ["--model", tmp_path / "ar", *models[2:], "--per-label", "3"]
+    assert run(*given, "--num-tokens", "2", "--out", tmp_path / "out") == 0
+    names = sorted(pixels(tmp_path / "out"))
+    assert names == ["grid.png", *(f"k0002/00000{i}_sample.png" for i in range(3))]
+    assert len(np.unique(np.load(tmp_path / "out" / "tokens.npz")["tokens"], axis=0)) == 3
+    assert run(*given, "--labels", "0", "--out", tmp_path / "other") == 2
+    assert "no classes" in capsys.readouterr().err

@@ -5,17 +5,21 @@ import json
 import tarfile
 import unicodedata
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 from test_sources import SMOOTH, encoded, everything, exif, folder_of, pack, shard, tar
 
 import flextok_jax
+from configs import ar, tokenizer, vae
 from flextok_jax.commands.images import read_labels
 from flextok_jax.data import decode, sources, transforms
 from flextok_jax.data.reader import Unreadable, read, read_ahead
 from flextok_jax.data.shards import null_text
 from flextok_jax.data.source import check_labels, read_embedding
+from flextok_jax.parallel.mesh import make_mesh
+from flextok_jax.training.batches import Validation
 
 
 def opened(path, split="all"):
@@ -48,6 +52,23 @@ def test_validation_val_and_test_mean_the_same_in_every_source(three_images):
     assert len(opened(three_images)) == 3
     with pytest.raises(ValueError, match="'dev'.*train, val, all"):
         opened(three_images, "dev")
+
+
+def test_every_shipped_config_evaluates_on_every_source(three_images, caplog):
+    """What it reads for that is opened before the first step, with its own words for the split."""
+    caplog.set_level("INFO", logger="flextok_jax")
+    for module in (ar, tokenizer, vae):
+        for variant in module.VARIANTS:
+            c = module.get_config(variant)
+            found = sources.parse(str(three_images))
+            c.data.update(source=found.source, path=found.path, name="", crop="center")
+            c.data.image_size = 8
+            c.evaluation.batch_size = 1
+            images = Validation(c.data, c.evaluation)
+            assert images.count == 1, variant
+            (batch,) = images.batches(make_mesh(data=1, devices=jax.devices()[:1]), ", 5 lengths")
+            assert batch["image"].shape == (1, 8, 8, 3) and batch["mask"].all()
+    assert "evaluating: 1 images, 5 lengths" in caplog.text
 
 
 # Side information never costs the picture.

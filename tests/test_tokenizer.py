@@ -50,6 +50,11 @@ def test_shapes_and_types_are_those_of_the_contract(tok):
     assert (images.shape, images.dtype) == ((2, SIDE, SIDE, 3), jnp.float32)
 
 
+def test_a_model_is_shown_in_one_line(tok):
+    shown = "FlexTok('memory': 8x8 pixels, 16 tokens of 200 ids)"
+    assert repr(tok) == shown
+
+
 def test_uint8_images_equal_the_same_images_as_floats(tok):
     whole = pixels(seed=1)
     floats = whole / np.float32(127.5) - 1

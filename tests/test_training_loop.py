@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from test_training_state import ToyStage, equal, get_config, host
 
-from flextok_jax import main
+from flextok_jax import cli, main
 from flextok_jax.io.checkpoint import WorkdirError, restore_ema
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training import checks, loop, optimizer, signals, workdirs
@@ -333,6 +333,14 @@ def test_a_warm_up_longer_than_the_run_is_a_warning(tmp_path, caplog):
 def test_unknown_stage_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="stage='nope': allowed are .*tokenizer"):
         main.make_stage(get_config(stage="nope"))
+
+
+def test_what_comes_after_training_is_a_command(tmp_path):
+    assert set(main.NEXT) == set(main.STAGES)
+    for stage in ("tokenizer", "ar"):
+        words = main.NEXT[stage].format(tmp_path).partition(" (")[0].split()
+        assert words[0] == "flextok" and str(tmp_path) in words
+        cli.parse(words[1], words[2:])
 
 
 COMMAND = """

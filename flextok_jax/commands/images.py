@@ -144,12 +144,16 @@ def generate(args: options.Generate) -> None:
     texts = text.encoded(args)
     gen = load_generator(args)
     tok = gen.tokenizer
-    if texts is None:
+    if texts is None and not gen.config.num_classes and args.labels is None:
+        groups, wanted = np.zeros(args.per_label, int), conditions.of_nothing(args.per_label)
+        slugs, about, what = ["sample"] * len(wanted), {}, None
+    elif texts is None:
         labels = read_labels(args.labels or "all", gen.config.num_classes, gen.class_names)
         labels = np.repeat(labels, args.per_label)
         wanted, groups = conditions.of_labels(labels, gen.class_names), labels
         slugs = [f"class{label}" for label in labels]
         about = {"labels": labels.tolist()}
+        what = [{"label": label, "class": name} for label, name in zip(labels, wanted.names)]
     else:
         groups = np.repeat(np.arange(len(texts.conditions)), args.per_label)
         wanted, about = texts.conditions.take(groups), texts.about
@@ -160,6 +164,7 @@ def generate(args: options.Generate) -> None:
                 f"{gen.config.text_dim}"
             )
         slugs = [text.slug(prompt) for prompt in wanted.names]
+        what = [{"prompt": name} for name in wanted.names]
     names = [f"{number:06d}_{slug}.png" for number, slug in enumerate(slugs)]
     counts = rec.check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
     sampler = common.sampler(args, tok, gen.decoding)
@@ -176,10 +181,6 @@ def generate(args: options.Generate) -> None:
             options = (counts[-1], how, args.seed, size)
             tokens.append(rec.sample_tokens(gen, wanted.take(rows), seeds[rows], *options))
         tokens = np.concatenate(tokens)
-        if texts is None:
-            what = [{"label": label, "class": name} for label, name in zip(labels, wanted.names)]
-        else:
-            what = [{"prompt": name} for name in wanted.names]
         write_pictures(out, tok, tokens, names, counts, sampler, info, args, what)
         write_tokens(out / "tokens.npz", tok, tokens, names)
         sheet = _sheet(groups, wanted.names, counts, lambda i, k: out / f"k{k:04d}" / names[i])

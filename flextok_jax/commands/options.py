@@ -141,7 +141,7 @@ class TokenSampling:
     """How an AR model samples tokens."""
 
     tokenizer: Source = None  # of the AR model (the one that its file names)
-    per_label: Positive = 1  # samples of each label, or of each prompt
+    per_label: Positive = 1  # samples of each label or prompt
     token_guidance: Scale = None  # of the logits; 1: none, at half the cost (the model's own)
     temperature: Temperature = 1.0  # of the logits; 0 is greedy
     top_k: Whole = 0  # sample from the N likeliest tokens; 0: off
