@@ -307,7 +307,7 @@ def train_step(config, chip: Chip, mesh: Mesh) -> dict:
 
     check_config(config, mesh)
     stage, frozen, batch = _stage(config)
-    flops = config.batch_size * model_flops(config)
+    flops = config.batch_size * model_flops(config, mesh.shape["data"] * mesh.shape["fsdp"])
     program = build(stage, config, mesh)
     frozen = placed(frozen, param_shardings(mesh, frozen))
     batch = placed(batch, {name: batch_sharding(mesh) for name in batch})
@@ -316,8 +316,13 @@ def train_step(config, chip: Chip, mesh: Mesh) -> dict:
     return estimate(lambda: program.step.lower(shapes, frozen, batch), state, flops, chip, mesh)
 
 
-def model_flops(config) -> int:
-    """FLOPs of the loss and its gradient for one example, frozen networks too, nothing twice."""
+def model_flops(config, shards: int = 1) -> float:
+    """FLOPs of the loss and its gradient for one example, frozen networks too, nothing twice.
+
+    The mean over a batch cut over `shards` devices, where examples differ (training/groups.py).
+    """
+    from flextok_jax.training import groups
+
     plain = config.copy_and_resolve_references()
     if config.stage != "vae":
         plain.compute.update(attention="xla", remat="none")
@@ -326,8 +331,13 @@ def model_flops(config) -> int:
     stage, frozen, batch = _stage(plain)
     one = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     key, step = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
-    gradient = jax.grad(lambda *args: stage.loss(*args)[0])
-    return count_flops(gradient, unbox(jax.eval_shape(stage.init, key)), frozen, one, key, step)
+    args = (unbox(jax.eval_shape(stage.init, key)), frozen, one, key, step)
+    total, size = 0, config.batch_size
+    for run in groups.plan(stage, size, config.optim.accumulate, shards):
+        length = {} if run.length is None else {"length": run.length}
+        gradient = jax.grad(lambda *args: stage.loss(*args, **length)[0])
+        total += run.calls * run.images / size * count_flops(gradient, *args)
+    return total
 
 
 def placed(tree, shardings):

@@ -16,7 +16,7 @@ from flextok_jax.nn.config import Blocks, Compute, Sites, Tokens
 from flextok_jax.nn.decoder import Condition
 from flextok_jax.parallel.mesh import AXES, make_mesh
 
-B, T, H, D = 2, 256, 2, 64
+B, H, D = 2, 2, 64
 W = H * D
 
 
@@ -49,43 +49,56 @@ def agree(f, plain, *args):
 
 
 LONG = 384  # Queries in three spans, with 128, 256 and 384 keys where the mask allows no more.
-MASKS = {
-    "all": None,
-    "causal": np.tri(LONG, dtype=bool),
-    "encoder": order.causal_last(x=128, y=LONG - 128).mask(),
+BIAS = np.append(np.zeros(149, np.float32), np.log(7))  # The last key stands for seven.
+ATTENTIONS = {  # (positions, mask, bias of keys)
+    "all": (LONG, None, None),
+    "causal": (LONG, np.tri(LONG, dtype=bool), None),
+    "encoder": (LONG, order.causal_last(x=128, y=LONG - 128).mask(), None),
+    "part of a block": (150, order.causal_last(x=128, y=22).mask(), None),
+    "folded": (150, None, BIAS),
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention_with_its_norms_is_the_definition_with_its_gradient(name, interpreted):
-    mask = MASKS[name]
+    length, mask, bias = ATTENTIONS[name]
 
     def plain(q, k, v):
-        q, k, v = (x.reshape(B, LONG, H, D) for x in (q, k, v))
+        q, k, v = (x.reshape(B, length, H, D) for x in (q, k, v))
         logits = jnp.einsum("bthd,bshd->bhts", layer_norm(q), layer_norm(k)) * 8 / D
+        if bias is not None:
+            logits += bias[None, None, None]
         if mask is not None:
             logits = jnp.where(mask[None, None], logits, -jnp.inf)
         out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
-        return out.reshape(B, LONG, W)
+        return out.reshape(B, length, W)
 
-    q, k, v = arrays(*[(B, LONG, W)] * 3)
-    agree(lambda q, k, v: kernels.attend(q, k, v, D, 8 / D, mask, norm=True), plain, q, k, v)
+    def ours(q, k, v):
+        return kernels.attend(q, k, v, D, 8 / D, mask, bias, norm=True)
 
-
-def spread(vectors):
-    return jnp.repeat(vectors, T // vectors.shape[1], axis=1)
+    agree(ours, plain, *arrays(*[(B, length, W)] * 3))
 
 
-def test_norm_and_gate_are_their_formulas_with_their_gradients(interpreted):
-    x, y, a, b = arrays((B, T, W), (B, T, W), (B, 1, W), (B, 2, W))
+@pytest.mark.parametrize("lengths", [(256,), (128, 128), (128, 22)], ids=str)
+def test_norm_and_gate_are_their_formulas_with_their_gradients(lengths, interpreted):
+    total, segments = sum(lengths), len(lengths)
+    x, y, a = arrays((B, total, W), (B, total, W), (B, segments, W))
+
+    def spread(vectors):
+        return jnp.repeat(vectors, np.array(lengths), axis=1, total_repeat_length=total)
 
     def modulated(x, shift, scale):
         return x, layer_norm(x) * (1 + spread(scale)) + spread(shift)
 
-    for shift in (a, b):
-        agree(kernels.normalize, modulated, x + 5, shift, shift / 3)
+    def normalize(x, shift, scale):
+        return kernels.normalize(x, shift, scale, lengths)
+
+    def add_gated(x, y, gate):
+        return kernels.add_gated(x, y, gate, lengths)
+
+    agree(normalize, modulated, x + 5, a, a / 3)
     agree(kernels.normalize, lambda x: (x, layer_norm(x)), x + 5)
-    agree(kernels.add_gated, lambda x, y, gate: x + spread(gate) * y, x, y, b)
+    agree(add_gated, lambda x, y, gate: x + spread(gate) * y, x, y, a)
 
 
 BLOCKS = Blocks(width=W, depth=1, head_dim=D)
@@ -94,14 +107,15 @@ CFG = dataclasses.replace(
 )
 
 
-def test_both_networks_train_the_same_with_the_kernels(interpreted):
+@pytest.mark.parametrize("count", [CFG.num_tokens, 21])
+def test_both_networks_train_the_same_with_the_kernels(count, interpreted):
     params = random_params(CFG)
-    x, codes = arrays((B, 16, 8, CFG.vae.latent_channels), (B, 128, CFG.code_dim))
-    t, keep, null = jnp.array([0.3, 0.8]), jnp.array([5, 128]), jnp.array([False, False])
+    x, codes = arrays((B, 16, 8, CFG.vae.latent_channels), (B, count, CFG.code_dim))
+    t, keep, null = jnp.array([0.3, 0.8]), jnp.array([5, count]), jnp.array([False, False])
 
     def loss(params, compute):
         (v,) = flextok.velocities(params, CFG, compute, x, t, (Condition(codes, keep, null),))
-        return jnp.mean(v**2) + jnp.mean(flextok.encode(params, CFG, compute, x) ** 2)
+        return jnp.mean(v**2) + jnp.mean(flextok.encode(params, CFG, compute, x, count) ** 2)
 
     def value(attention, remat):
         compute = Compute(attention=attention, remat=remat)
@@ -124,22 +138,24 @@ def test_both_networks_train_the_same_with_the_kernels(interpreted):
 
 
 def test_other_sizes_are_computed_without_them():
-    few = CFG.num_tokens // 2  # Fewer registers: another length, and one that is folded.
+    few = CFG.num_tokens // 2
     params = jax.eval_shape(lambda: random_params(CFG))
-    x = jnp.zeros((B, 16, 8, CFG.vae.latent_channels))
     compute = Compute(attention="pallas")
 
-    def kernels_of(count, t):
+    def kernels_of(rows, count, t):
+        x = jnp.zeros((B, rows, 8, CFG.vae.latent_channels))
         codes = jnp.zeros((B, count, CFG.code_dim))
         condition = Condition(codes, jnp.zeros((B,), int), jnp.zeros((B,), bool))
         f = functools.partial(flextok.velocities, cfg=CFG, compute=compute)
         text = str(jax.make_jaxpr(lambda p: f(p, x_t=x, t=t, conditions=(condition,)))(params))
         return text.count("pallas_call")
 
-    assert kernels_of(few, jnp.zeros((B,))) == 0
-    assert kernels_of(CFG.num_tokens, jnp.zeros((1,))) == 5  # One time for all images.
+    one_time = jnp.zeros((1,))  # for all images
+    assert kernels_of(16, few, jnp.zeros((B,))) == kernels_of(16, CFG.num_tokens, one_time) == 5
+    assert kernels_of(8, few, one_time) == 1  # Registers begin within a block: attention alone.
+    assert kernels_of(4, few, one_time) == 0
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 2), AXES)):
-        assert kernels.can_attend("pallas", T, 2 * W, D)
+        assert kernels.can_attend("pallas", 256, 2 * W, D)
         assert not kernels.can_attend(
-            "pallas", T, W, D
+            "pallas", 256, W, D
         )  # Both heads lie in the lanes of one device.

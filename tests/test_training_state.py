@@ -16,6 +16,7 @@ from examples.digits import folder
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.parallel.rng import named
 from flextok_jax.training import optimizer
+from flextok_jax.training.stage import Stage
 from flextok_jax.training.state import build
 
 
@@ -33,7 +34,7 @@ class Coder(nn.Module):
         return nn.Dense(self.out, name="head")(x)
 
 
-class ToyStage:
+class ToyStage(Stage):
     """See training/stage.py."""
 
     captions = None

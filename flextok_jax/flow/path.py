@@ -62,23 +62,30 @@ def flow_loss(velocity: jax.Array, wanted: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
-def sample_keep(key: jax.Array, batch: int, num_tokens: int, mode: str) -> jax.Array:
-    """Nested dropout: how many tokens each image keeps, int32 [batch] in 1..R.
+def kept(q: jax.Array, num_tokens: int, mode: str) -> jax.Array:
+    """Nested dropout: how many tokens an image keeps, by the quantile of that number.
 
     Args:
+        q: in [0, 1), any shape; of a uniform q the result has the distribution of `mode`.
         mode: "pow2": uniform over 1, 2, 4, ..., R; "uniform": over 1..R; "uniform_pow2": uniform,
             rounded up to a power of two, at most R; "fixed": always R.
+
+    Returns:
+        int32 in 1..R, of the shape of q; it rises with q.
 
     Raises:
         ValueError: an unknown mode.
     """
+
+    def below(count):  # uniform over 0 .. count - 1
+        return jnp.minimum(jnp.floor(q * count), count - 1).astype(jnp.int32)
+
     if mode == "fixed":
-        return jnp.full((batch,), num_tokens, jnp.int32)
+        return jnp.full(jnp.shape(q), num_tokens, jnp.int32)
     if mode == "pow2":
-        exponent = jax.random.randint(key, (batch,), 0, num_tokens.bit_length())
-        return jnp.left_shift(1, exponent).astype(jnp.int32)
+        return jnp.left_shift(1, below(num_tokens.bit_length()))
     if mode in ("uniform", "uniform_pow2"):
-        keep = jax.random.randint(key, (batch,), 1, num_tokens + 1)
+        keep = below(num_tokens) + 1
         return keep if mode == "uniform" else next_pow2(keep, num_tokens)
     raise ValueError(f"nested dropout mode {mode!r} is unknown")
 

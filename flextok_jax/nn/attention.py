@@ -60,8 +60,8 @@ def attend(
         out = jax.nn.dot_product_attention(q, k, v, bias, keys, scale=scale, implementation="xla")
         return out.reshape(batch, length, width)
     bias = sequence.key_bias()
-    if bias is None and kernels.can_attend(implementation, length, width, head_dim):
-        out = kernels.attend(q, k, v, head_dim, scale, sequence.mask(), norm=normalize)
+    if kernels.can_attend(implementation, length, width, head_dim):
+        out = kernels.attend(q, k, v, head_dim, scale, sequence.mask(), bias, normalize)
         return checkpoint_name(out, RESIDUALS)
     q, k, v = (x.reshape(batch, length, -1, head_dim) for x in (q, k, v))
     if normalize:

@@ -321,7 +321,7 @@ class Block(nn.Module):
         lengths = lengths if parts else (x.shape[1],)
         fused = kernels.can_normalize(self.compute.attention, lengths, cfg.width)
         if fused and cfg.norm == "layer":
-            x, y, add = _fused(x, parts)
+            x, y, add = _fused(x, parts, lengths)
         else:
             x, y, add = _plain(x, norms[name], parts, lengths)
         y, kept = f(y)
@@ -342,11 +342,12 @@ def _plain(x, norm, parts, lengths):
     return x, modulate(y, shift, scale), lambda x, y: x + gate * y
 
 
-def _fused(x, parts):
+def _fused(x, parts, lengths):
     if parts is None:
         return *kernels.normalize(x), jnp.add
     shift, scale, gate = (jnp.broadcast_to(p, (x.shape[0], *p.shape[1:])) for p in parts)
-    return *kernels.normalize(x, shift, scale), lambda x, y: kernels.add_gated(x, y, gate)
+    normalized = kernels.normalize(x, shift, scale, lengths)
+    return *normalized, lambda x, y: kernels.add_gated(x, y, gate, lengths)
 
 
 def spread(part: jax.Array, lengths: tuple[int, ...]) -> jax.Array:

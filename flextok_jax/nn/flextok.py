@@ -39,14 +39,17 @@ def shapes(cfg: TokenizerConfig) -> dict:
     return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
 
 
-def lengths(num_tokens: int) -> tuple[int, ...]:
-    """1, 2, 4, ... below R, and R: the numbers of tokens that programs are compiled for."""
-    return (*(2**i for i in range((num_tokens - 1).bit_length())), num_tokens)
+def lengths(num_tokens: int, base: int = 2) -> tuple[int, ...]:
+    """1, 2, 4, ... (powers of `base`) below R, and R: what programs are compiled for."""
+    found = [1]
+    while found[-1] * base < num_tokens:
+        found.append(found[-1] * base)
+    return (*found, num_tokens) if num_tokens > 1 else (1,)
 
 
-def bucket(k: int, num_tokens: int) -> int:
+def bucket(k: int, num_tokens: int, base: int = 2) -> int:
     """The smallest of `lengths` that is at least k."""
-    return next(length for length in lengths(num_tokens) if length >= k)
+    return next(length for length in lengths(num_tokens, base) if length >= k)
 
 
 def encode(params, cfg: TokenizerConfig, compute: Compute, latents, num_registers=None):

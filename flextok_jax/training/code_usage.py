@@ -1,4 +1,4 @@
-"""How much of the codebook each token position uses."""
+"""How much of the codebook each token position uses, of the tokens that images keep."""
 
 import flax
 import jax
@@ -13,11 +13,19 @@ class CodeUsage(metrics.Metric):
     counts: jax.Array
 
     @classmethod
-    def from_ids(cls, ids: jax.Array, vocab_size: int):
-        """ids: int32 [B, R]."""
+    def from_ids(cls, ids: jax.Array, keep: jax.Array, num_tokens: int, vocab_size: int):
+        """Of the tokens that images keep.
+
+        Args:
+            ids: int32 [B, K], K <= R.
+            keep: int32 [B], how many of an image's ids count.
+            num_tokens: R.
+            vocab_size: V.
+        """
         positions = jnp.arange(ids.shape[1])[None]
-        counts = jnp.zeros((ids.shape[1], vocab_size), jnp.int32)
-        return cls(counts=counts.at[positions, ids].add(1))
+        counted = (positions < keep[:, None]).astype(jnp.int32)
+        counts = jnp.zeros((num_tokens, vocab_size), jnp.int32)
+        return cls(counts=counts.at[positions, ids].add(counted))
 
     def merge(self, other):
         return CodeUsage(counts=self.counts + other.counts)

@@ -31,8 +31,21 @@ class Stage(Protocol):
     ) -> tuple[jax.Array, dict[str, metrics.Metric]]:
         """The mean loss over the batch (float32 scalar), and what to log, as mergeable metrics.
 
-        All randomness comes from `key`; `step` is the number of batches consumed before.
+        All randomness comes from `key` and from what `draw` put into the batch; `step` is the
+        number of batches consumed before. A stage with `lengths` also takes `length`, one of them.
         """
+
+    def draw(self, key: jax.Array, rank: jax.Array) -> Batch:
+        """What is sampled for every image, [B, ...] each, before the batch is cut into groups.
+
+        Args:
+            rank: int32 [B], a permutation of 0 .. B - 1 (see training/groups.py).
+        """
+        return {}
+
+    def lengths(self, count: int) -> tuple[int | None, ...]:
+        """How long sequences are in each of `count` groups of images, cut by rank; None: equal."""
+        return (None,) * count
 
     def trainable(self, path: str) -> bool:
         """False for a parameter ("a/b/c") that is never trained, decayed or averaged."""

@@ -1,5 +1,6 @@
 """The training state, an object of arrays only, and its one transition."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from flextok_jax.nn import layout
 from flextok_jax.nn.layout import path_string
 from flextok_jax.parallel.rng import named, step_key
 from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
+from flextok_jax.training import groups
 from flextok_jax.training.optimizer import (
     lr_schedule,
     make_optimizer,
@@ -119,45 +121,54 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
 
 
 def _make_step(stage, config, mesh, tx, trained, shardings):
-    """One optimizer step: gradients of `accumulate` microbatches, update, average."""
-    parts = config.optim.accumulate
+    """One optimizer step: gradients of the batch's groups (training/groups.py), update, average."""
+    parts, size = config.optim.accumulate, config.batch_size
     schedule = lr_schedule(config)
-    micro_sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+    runs = groups.plan(stage, size, parts, mesh.shape["data"] * mesh.shape["fsdp"])
 
-    def microbatches(x):  # Of every `parts`-th image, so that each lies on all devices.
-        x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(x, micro_sharding)
+    def sharding(leading):
+        return NamedSharding(mesh, PartitionSpec(*(None,) * leading, *batch_sharding(mesh).spec))
 
     def train_step(state: TrainState, frozen: Params, batch: dict):
         part, ema_part = select(state.params, trained), select(state.ema, trained)
         key = named(step_key(config.seed, state.step), "microbatch")
 
-        def gradients(index, batch):
+        def gradients(run, index, batch):
+            """((loss, gradients), metrics): of one call, as a share of the batch's."""
+            length = {} if run.length is None else {"length": run.length}
+
             def loss_fn(part):
-                params = overlay(state.params, part)
-                return stage.loss(params, frozen, batch, jax.random.fold_in(key, index), state.step)
+                params, one = overlay(state.params, part), jax.random.fold_in(key, index)
+                loss, metrics = stage.loss(params, frozen, batch, one, state.step, **length)
+                return loss * (run.images / size), metrics
 
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(part)
             return (loss, grads), metrics
 
-        def accumulate(so_far, item):
-            terms, metrics = gradients(*item)
-            total, merged = so_far
-            total = total[0], jax.lax.with_sharding_constraint(total[1], shardings)
-            merged = {name: merged[name].merge(metric) for name, metric in metrics.items()}
-            return (jax.tree.map(jnp.add, total, terms), merged), None
+        def add(so_far, more):
+            (loss, grads), merged = so_far
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+            merged = {name: merged[name].merge(metric) for name, metric in more[1].items()}
+            return jax.tree.map(jnp.add, (loss, grads), more[0]), merged
 
-        if parts == 1:
-            result = gradients(0, batch)
-        else:
-            items = jnp.arange(parts), jax.tree.map(microbatches, batch)
-            shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], items))
-            # Every metric is a sum, so zeros are an empty one.
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            result, _ = jax.lax.scan(accumulate, zeros, items)
+        rank = groups.ranks(named(key, "rank"), size, parts)
+        batch = batch | jax.lax.with_sharding_constraint(stage.draw(key, rank), sharding(0))
+        result, index = None, 0
+        for run, items in zip(runs, groups.cut(batch, rank, runs, sharding)):
+            one = functools.partial(gradients, run)
+            if run.calls == 1:
+                found = one(index, items)
+                result = found if result is None else add(result, found)
+            else:
+                items = index + jnp.arange(run.calls), items
+                if result is None:
+                    shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], items))
+                    # Every metric is a sum, so zeros are an empty one.
+                    result = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                result, _ = jax.lax.scan(lambda x, y: (add(x, one(*y)), None), result, items)
+            index += run.calls
         (loss, grads), metrics = result
         grads = jax.lax.with_sharding_constraint(grads, shardings)
-        loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
         norm = optax.tree.norm(grads)
 
         # A skipped step moves nothing: neither does the average, and its metrics do not count.

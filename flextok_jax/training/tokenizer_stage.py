@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu.metrics import Average
 
 from flextok_jax.data import shards
@@ -20,6 +21,7 @@ from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.layers import is_fixed
 from flextok_jax.parallel.rng import named
+from flextok_jax.training import groups
 from flextok_jax.training.batches import Validation, bins
 from flextok_jax.training.code_usage import CodeUsage
 from flextok_jax.training.pixel_losses import PixelLosses
@@ -34,8 +36,14 @@ class TokenizerStage(Stage):
     With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2.
     """
 
-    def __init__(self, config, vae_config: VAEConfig | None = None):
-        """`vae_config` replaces that of the VAE which `vae.source` names, and nothing is read.
+    def __init__(self, config, vae_config: VAEConfig | None = None, grouped: bool = True):
+        """Reads the configuration, and of the VAE its own.
+
+        Args:
+            config: a ConfigDict.
+            vae_config: replaces that of the VAE which `vae.source` names, and nothing is read.
+            grouped: whether images are computed with about as many tokens as they keep, where that
+                is exact; False: with all. The loss is the same.
 
         Raises:
             ValueError: sizes, losses, REPA or encoded data do not fit the model.
@@ -71,6 +79,9 @@ class TokenizerStage(Stage):
         self._dinov2 = self._check_repa() if config.repa.weight else None
         if config.data.source == "encoded":
             self._check_encoded()
+        # These losses read tokens that an image does not keep, or are no mean over images.
+        whole = cfg.bottleneck.has_loss or config.loss.gan_weight
+        self._grouped = grouped and len(cfg.prefixes) > 1 and not whole
 
     def _check_encoded(self):
         """Refuses latents and features that are not what this configuration would make."""
@@ -143,53 +154,96 @@ class TokenizerStage(Stage):
     def trainable(self, path: str) -> bool:
         return not is_fixed(path)
 
-    def loss(self, params, frozen, batch, key, step):
+    def draw(self, key, rank):
+        """What is sampled for each image, [B, ...]; the arguments: see training/stage.py.
+
+        "keep", int32, and "null", bool: the tokens it keeps (0 under the null condition), and
+        whether it has the null condition. Both by the quantile (rank + u) / B, with one u for the
+        batch: systematic sampling. "posterior": noise for the VAE's, and "code" for the
+        bottleneck's, where they have one. For a flow "time" and "noise".
+        """
+        cfg, size = self.model, len(rank)
+        q = (rank + jax.random.uniform(named(key, "keep"))) / size
+        null, p = q < self._null_prob, self._null_prob
+        keep = flow.kept((q - p) / (1 - p), cfg.num_tokens, cfg.tokens.keep)
+        drawn = {"keep": jnp.where(null, 0, keep), "null": null}
+
+        def normal(name, shape):
+            drawn[name] = jax.random.normal(named(key, name), (size, *shape))
+
+        if self._samples_posterior:
+            normal("posterior", cfg.latent_shape)
+        if cfg.bottleneck.kind == "kl":
+            normal("code", (cfg.num_tokens, cfg.code_dim))
+        if cfg.is_flow:
+            normal("noise", cfg.latent_shape)
+            drawn["time"] = self._times(named(key, "time"), size)
+        return drawn
+
+    def _times(self, key, size):
+        """Times of a flow, [size] (docs/reference.md, Objective)."""
+        how = self.model.target.flow
+        if how.log_normal_time:
+            t = flow.logit_normal_time(key, size)
+        else:
+            t = flow.mode_time(jax.random.uniform(key, (size,)), how.mode_scale)
+        return flow.shift_time(t, self._time_shift)
+
+    @property
+    def _null_prob(self):
+        return self.model.target.flow.null_prob if self.model.is_flow else 0.0
+
+    def lengths(self, count):
+        """Tokens that are computed of the images in each of `count` groups, cut by rank.
+
+        The most that one of them can keep, rounded up to a sixteenth of R, and then to a few.
+        """
+        cfg, p = self.model, self._null_prob
+        most, unit = cfg.num_tokens, -(-cfg.num_tokens // 16)
+        if not self._grouped:
+            return (most,) * count
+        # A little below the highest quantile, which no image has.
+        q = np.maximum(0, (np.arange(1, count + 1) / count - 1e-6 - p) / (1 - p))
+        kept = np.asarray(flow.kept(jnp.asarray(q, jnp.float32), most, cfg.tokens.keep))
+        return groups.few([min(most, -(-int(k) // unit) * unit) for k in kept])
+
+    def loss(self, params, frozen, batch, key, step, length=None):
         """The target's loss, plus `loss.bottleneck_weight` times the bottleneck's.
 
         Args:
             batch: "image": uint8 [B, H, W, 3]; or "moments": [B, h, w, 2C], mean and log variance
                 of the VAE's posterior, made before. For REPA without a `repa.source` also "repa":
-                [B, P, E], features of DINOv2, made before.
+                [B, P, E], features of DINOv2, made before. And what `draw` made, which is made
+                here where it is missing.
+            length: K, how many tokens are computed; no image may keep more. All by default.
         """
         cfg = self.model
-        x0 = self._latents(frozen, batch, named(key, "posterior"))
-        size = x0.shape[0]
-        registers = flextok.encode(params, cfg, self.compute, x0)
-        noise = jax.random.normal(named(key, "code"), (*registers.shape[:2], cfg.code_dim))
-        found = flextok.quantize(params, cfg, registers, noise)
-        keep = flow.sample_keep(named(key, "keep"), size, cfg.num_tokens, cfg.tokens.keep)
+        length = cfg.num_tokens if length is None else length
+        if "keep" not in batch:
+            size = len(jax.tree.leaves(batch)[0])
+            batch = self.draw(key, groups.ranks(named(key, "rank"), size)) | batch
+        x0 = self._latents(frozen, batch)
+        registers = flextok.encode(params, cfg, self.compute, x0, length)
+        found = flextok.quantize(params, cfg, registers, batch.get("code"))
+        # By rounding, the highest quantile of a group may be the lowest of the next one.
+        keep = jnp.minimum(batch["keep"], length)
+        condition = Condition(found.codes, keep, batch["null"])
         target = self._flow if cfg.is_flow else self._values
-        loss, per_image, null, logged = target(
-            params, frozen, batch, key, x0, found.codes, keep, step
-        )
-        logged |= self._by_tokens(per_image, keep, null)
+        loss, per_image, logged = target(params, frozen, batch, x0, condition, step)
+        logged |= self._by_tokens(per_image, condition)
         if cfg.discrete:
-            logged["codebook"] = CodeUsage.from_ids(found.ids, cfg.vocab_size)
+            logged["codebook"] = CodeUsage.from_ids(found.ids, keep, cfg.num_tokens, cfg.vocab_size)
         if cfg.bottleneck.has_loss:
             loss += self._bottleneck_weight * jnp.mean(found.loss)
             logged["loss_bottleneck"] = Average.from_model_output(found.loss)
         return loss, logged
 
-    def _flow(self, params, frozen, batch, key, x0, codes, keep, step):
-        """(loss, the flow's loss [B], which images had the null condition [B], metrics).
-
-        Per image one time, one noise, and perhaps the null condition (docs/reference.md,
-        Objective).
-        """
-        cfg, flow_cfg, size = self.model, self.model.target.flow, x0.shape[0]
-        if flow_cfg.log_normal_time:
-            t = flow.logit_normal_time(named(key, "time"), size)
-        else:
-            u = jax.random.uniform(named(key, "time"), (size,))
-            t = flow.mode_time(u, flow_cfg.mode_scale)
-        t = flow.shift_time(t, self._time_shift)
-        null = jax.random.bernoulli(named(key, "null"), flow_cfg.null_prob, (size,))
-        noise = jax.random.normal(named(key, "noise"), x0.shape)
+    def _flow(self, params, frozen, batch, x0, condition, step):
+        """(loss, the flow's loss [B], metrics) (docs/reference.md, Objective)."""
+        t, noise = batch["time"], batch["noise"]
         x_t = flow.interpolate(x0, noise, t)
         capture = repa.BLOCK if self._repa.weight else None
-        made = flextok.velocities(
-            params, cfg, self.compute, x_t, t, (Condition(codes, keep, null),), capture
-        )
+        made = flextok.velocities(params, self.model, self.compute, x_t, t, (condition,), capture)
         (velocity,), features = made if self._repa.weight else (made, None)
         wanted = flow.target(x0, noise)
         if flow_cfg.predicts == "image":  # The same, but near t = 0 limited as the prediction is.
@@ -202,9 +256,9 @@ class TokenizerStage(Stage):
             for name, values in (("loss_flow", per_image), ("loss_repa", apart)):
                 logged[name] = Average.from_model_output(values)
             loss += self._repa.weight * jnp.mean(apart)
-        return loss, per_image, null, logged
+        return loss, per_image, logged
 
-    def _values(self, params, frozen, batch, key, x0, codes, keep, step):
+    def _values(self, params, frozen, batch, x0, condition, step):
         """The losses of the latents that the decoder writes in one pass. Returns as `_flow`."""
         cfg, decoder = self.model, params["decoder"]
         grid = tuple(side // cfg.sites.patch_size for side in x0.shape[1:3])
@@ -212,12 +266,12 @@ class TokenizerStage(Stage):
         def decode(last_kernel):
             head = decoder["head"] | {"kernel": last_kernel}
             tree = params | {"decoder": decoder | {"head": head}}
-            return flextok.values(tree, cfg, self.compute, codes, keep, grid)
+            return flextok.values(tree, cfg, self.compute, condition.codes, condition.keep, grid)
 
         made, to_last = jax.vjp(decode, decoder["head"]["kernel"])
         loss, logged = self._pixels.loss(params, frozen, x0, made, to_last, step)
         per_image = jnp.mean(jnp.square(made - x0), axis=(1, 2, 3))
-        return loss, per_image, jnp.zeros(len(x0), bool), logged
+        return loss, per_image, logged
 
     def _targets(self, frozen, batch):
         """DINOv2's features [B, P, E] of a batch."""
@@ -226,7 +280,11 @@ class TokenizerStage(Stage):
         size, params = self._repa.image_size, frozen["dinov2"]
         return repa.targets(params, self._dinov2, self.compute, batch["image"], size)
 
-    def _latents(self, frozen, batch, key):
+    @property
+    def _samples_posterior(self):
+        return self.model.vae.kind != models.IDENTITY and self.model.vae.sample_posterior
+
+    def _latents(self, frozen, batch):
         """Scaled latents float32 [B, h, w, C], a sample of the posterior where the VAE has one."""
         cfg = self.model.vae
         if "moments" in batch:
@@ -235,8 +293,8 @@ class TokenizerStage(Stage):
             images = to_float(batch["image"])
             params, dtype = frozen.get("vae", {}), jnp.dtype(self.compute.dtype)
             mean, logvar = vae.encode_moments(params, cfg, images, dtype)
-        if cfg.kind != "identity" and cfg.sample_posterior:
-            mean = vae.sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
+        if self._samples_posterior:
+            mean = vae.sample_posterior(mean, logvar, batch["posterior"])
         return jax.lax.stop_gradient(mean * cfg.scaling_factor)
 
     def _by_time(self, per_image, t):
@@ -247,9 +305,10 @@ class TokenizerStage(Stage):
             out[name] = Average.from_model_output(per_image, mask=quarter == i)
         return out
 
-    def _by_tokens(self, per_image, keep, null):
+    def _by_tokens(self, per_image, condition):
         """The loss of images that kept 1, 2, 3-4, 5-8, ... tokens, and of the null condition."""
         out, ordered = {}, len(self.model.prefixes) > 1
+        _, keep, null = condition
         for name, tokens in bins(self.model.num_tokens).items() if ordered else ():
             mask = (keep > tokens.start) & (keep <= tokens.stop) & ~null
             out[f"loss_by_tokens/{name}"] = Average.from_model_output(per_image, mask=mask)
@@ -272,7 +331,8 @@ class TokenizerStage(Stage):
             for i, batch in enumerate(images.batches(mesh, f", {len(lengths)} lengths")):
                 key = jax.random.fold_in(jax.random.key(0), i)
                 for k in lengths:
-                    found = self._decoded(params, frozen, batch["image"], key, jnp.int32(k))
+                    count = flextok.bucket(k, lengths[-1], 4) if len(lengths) > 1 else k
+                    found = self._decoded(params, frozen, batch["image"], key, jnp.int32(k), count)
                     yield f"/{k}", found, batch["image"], batch["mask"]
 
         return {"reconstruction": lambda *args: metrics.means(stream(*args))}
@@ -287,13 +347,14 @@ class TokenizerStage(Stage):
             data.update(source=found.source, path=found.path, name=found.name)
         return data
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _decoded(self, params, frozen, images, key, k):
-        """uint8 [B, H, W, 3] → float32 [B, H, W, 3], from the first k tokens."""
+    @functools.partial(jax.jit, static_argnums=(0, 6))
+    def _decoded(self, params, frozen, images, key, k, count):
+        """uint8 [B, H, W, 3] → float32 [B, H, W, 3], from the first k of `count` tokens."""
         cfg, compute, of_vae = self.model, self.compute, frozen.get("vae", {})
         dtype = jnp.dtype(compute.dtype)
         x0 = vae.images_to_latents(of_vae, cfg.vae, to_float(images), dtype)
-        codes = flextok.quantize(params, cfg, flextok.encode(params, cfg, compute, x0)).codes
+        registers = flextok.encode(params, cfg, compute, x0, count)
+        codes = flextok.quantize(params, cfg, registers).codes
         keep = jnp.full(x0.shape[:1], k)
         x = flextok.decode(params, cfg, compute, codes, keep, jax.random.normal(key, x0.shape))
         return vae.latents_to_images(of_vae, cfg.vae, x, dtype)
