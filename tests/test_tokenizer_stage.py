@@ -22,7 +22,7 @@ STEPS = {"model__target__flow__sampler__steps": 2}
 IMAGENET = ("d12_d12", "d18_d18", "d18_d28")
 
 
-def config(variant="digits,width=64,enc_depth=1,dec_depth=1,batch=8", **changes):
+def config(variant="digits,width=64,enc_depth=1,dec_depth=1,batch=6", **changes):
     c = CONFIGS.get_config(variant)
     c.update(total_steps=4, log_every=2, eval_every=0)
     c.checkpoint.every = 2
