@@ -133,3 +133,19 @@ def test_modulation_of_equal_halves_is_that_of_any_segments():
     np.testing.assert_array_equal(equal, more[:, :8])
     np.testing.assert_array_equal(equal[:, 3], modulation[:, 0])
     np.testing.assert_array_equal(equal[:, 4], modulation[:, 1])
+
+
+@pytest.mark.parametrize("queries, masked", [(7, True), (8, True), (7, False)])
+def test_filled_up_to_even_lengths_attention_is_the_same(queries, masked):
+    _, k, v, _ = (x[:, :7] for x in inputs())
+    q, bias = inputs()[0][:, :queries], jnp.arange(queries * 7.0).reshape(1, 1, queries, 7)
+    mask = jnp.asarray(np.tri(queries, 7, 0, bool))[None, None] if masked else None
+    wide = attention.even(q, k, v, mask, bias)
+    assert wide[0].shape[1] == wide[1].shape[1] == wide[2].shape[1] == 8
+
+    def softmax(q, k, v, mask, bias):
+        return jax.nn.dot_product_attention(q, k, v, bias, mask)
+
+    expected = softmax(q, k, v, mask, bias)
+    np.testing.assert_allclose(softmax(*wide)[:, :queries], expected, atol=1e-6)
+    assert np.isfinite(softmax(*wide)).all()

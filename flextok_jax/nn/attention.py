@@ -70,11 +70,14 @@ def attend(
         bias = jnp.broadcast_to(bias[None, None, None], (1, 1, length, length)).astype(q.dtype)
 
     def softmax(q, k, v, mask=None, bias=None, causal=False):
-        mask = None if mask is None else mask[None, None]
+        mask, queries = None if mask is None else mask[None, None], q.shape[1]
         how = "xla" if implementation == "pallas" else implementation
-        return jax.nn.dot_product_attention(
+        if how == "cudnn" and not (mask is None and bias is None):
+            q, k, v, mask, bias = even(q, k, v, mask, bias)
+        out = jax.nn.dot_product_attention(
             q, k, v, bias, mask, scale=scale, is_causal=causal, implementation=how
         )
+        return out[:, :queries]
 
     if sequence.is_causal:
         out = softmax(q, k, v, bias=bias, causal=True)
@@ -85,6 +88,32 @@ def attend(
     else:
         out = softmax(q, k, v, sequence.mask(), bias)
     return out.reshape(batch, length, width)
+
+
+def even(q, k, v, mask=None, bias=None):
+    """Filled up to even numbers of queries and keys, which cuDNN's gradient with a bias needs.
+
+    Args:
+        q, k, v: [B, T or S, H, head_dim].
+        mask: bool [1, 1, T, S], or None: everywhere. bias: [1, 1, T, S], or None.
+
+    Returns:
+        All five; the mask keeps the keys that were added from being seen.
+    """
+    odd = q.shape[1] % 2, k.shape[1] % 2
+    if not any(odd):
+        return q, k, v, mask, bias
+    if mask is None:
+        mask = jnp.ones((1, 1, q.shape[1], k.shape[1]), bool)
+
+    def pad(x, *added):
+        return jnp.pad(x, [(0, n) for n in added])
+
+    mask = pad(mask, 0, 0, *odd)
+    if odd[0]:  # What is added as a query may attend to the first key.
+        mask = mask.at[..., -1, 0].set(True)
+    q, k, v = pad(q, 0, odd[0], 0, 0), pad(k, 0, odd[1], 0, 0), pad(v, 0, odd[1], 0, 0)
+    return q, k, v, mask, None if bias is None else pad(bias, 0, 0, *odd)
 
 
 def attend_cached(q, k, v, keys, values, index, head_dim: int):
