@@ -36,6 +36,8 @@ class TokenizerStage(Stage):
     With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2.
     """
 
+    _grouped, _time_shift = False, 1.0  # where a subclass sets neither
+
     def __init__(self, config, vae_config: VAEConfig | None = None, grouped: bool = True):
         """Reads the configuration, and of the VAE its own.
 
@@ -227,10 +229,9 @@ class TokenizerStage(Stage):
         found = flextok.quantize(params, cfg, registers, batch.get("code"))
         # By rounding, the highest quantile of a group may be the lowest of the next one.
         keep = jnp.minimum(batch["keep"], length)
-        condition = Condition(found.codes, keep, batch["null"])
         target = self._flow if cfg.is_flow else self._values
-        loss, per_image, logged = target(params, frozen, batch, x0, condition, step)
-        logged |= self._by_tokens(per_image, condition)
+        loss, per_image, logged = target(params, frozen, batch, x0, found.codes, keep, step)
+        logged |= self._by_tokens(per_image, keep, batch["null"])
         if cfg.discrete:
             logged["codebook"] = CodeUsage.from_ids(found.ids, keep, cfg.num_tokens, cfg.vocab_size)
         if cfg.bottleneck.has_loss:
@@ -238,12 +239,12 @@ class TokenizerStage(Stage):
             logged["loss_bottleneck"] = Average.from_model_output(found.loss)
         return loss, logged
 
-    def _flow(self, params, frozen, batch, x0, condition, step):
+    def _flow(self, params, frozen, batch, x0, codes, keep, step):
         """(loss, the flow's loss [B], metrics) (docs/reference.md, Objective)."""
-        t, noise = batch["time"], batch["noise"]
-        x_t = flow.interpolate(x0, noise, t)
+        t, noise, cfg = batch["time"], batch["noise"], self.model
+        x_t, condition = flow.interpolate(x0, noise, t), Condition(codes, keep, batch["null"])
         capture = repa.BLOCK if self._repa.weight else None
-        made = flextok.velocities(params, self.model, self.compute, x_t, t, (condition,), capture)
+        made = flextok.velocities(params, cfg, self.compute, x_t, t, (condition,), capture)
         (velocity,), features = made if self._repa.weight else (made, None)
         wanted = flow.target(x0, noise)
         if flow_cfg.predicts == "image":  # The same, but near t = 0 limited as the prediction is.
@@ -258,7 +259,7 @@ class TokenizerStage(Stage):
             loss += self._repa.weight * jnp.mean(apart)
         return loss, per_image, logged
 
-    def _values(self, params, frozen, batch, x0, condition, step):
+    def _values(self, params, frozen, batch, x0, codes, keep, step):
         """The losses of the latents that the decoder writes in one pass. Returns as `_flow`."""
         cfg, decoder = self.model, params["decoder"]
         grid = tuple(side // cfg.sites.patch_size for side in x0.shape[1:3])
@@ -266,7 +267,7 @@ class TokenizerStage(Stage):
         def decode(last_kernel):
             head = decoder["head"] | {"kernel": last_kernel}
             tree = params | {"decoder": decoder | {"head": head}}
-            return flextok.values(tree, cfg, self.compute, condition.codes, condition.keep, grid)
+            return flextok.values(tree, cfg, self.compute, codes, keep, grid)
 
         made, to_last = jax.vjp(decode, decoder["head"]["kernel"])
         loss, logged = self._pixels.loss(params, frozen, x0, made, to_last, step)
@@ -305,10 +306,9 @@ class TokenizerStage(Stage):
             out[name] = Average.from_model_output(per_image, mask=quarter == i)
         return out
 
-    def _by_tokens(self, per_image, condition):
+    def _by_tokens(self, per_image, keep, null):
         """The loss of images that kept 1, 2, 3-4, 5-8, ... tokens, and of the null condition."""
         out, ordered = {}, len(self.model.prefixes) > 1
-        _, keep, null = condition
         for name, tokens in bins(self.model.num_tokens).items() if ordered else ():
             mask = (keep > tokens.start) & (keep <= tokens.stop) & ~null
             out[f"loss_by_tokens/{name}"] = Average.from_model_output(per_image, mask=mask)
