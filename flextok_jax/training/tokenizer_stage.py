@@ -247,9 +247,8 @@ class TokenizerStage(Stage):
         made = flextok.velocities(params, cfg, self.compute, x_t, t, (condition,), capture)
         (velocity,), features = made if self._repa.weight else (made, None)
         wanted = flow.target(x0, noise)
-        if (
-            cfg.target.flow.predicts == "image"
-        ):  # The same, but near t = 0 limited as the prediction is.
+        if cfg.target.flow.predicts == "image":
+            # The same, but near t = 0 limited as the prediction is.
             wanted = flow.velocity_to(x0, x_t, t)
         per_image = flow.flow_loss(velocity, wanted)
         loss, logged = jnp.mean(per_image), self._by_time(per_image, t)
