@@ -191,6 +191,7 @@ def test_each_augmentation_does_only_what_it_says():
     [
         (dict(crop="middle"), "data.crop is 'middle'; allowed: random, window, center, none"),
         (dict(crop_scale=(0.5, 0.1)), "data.crop_scale"),
+        (dict(crop_scale=(0.5,)), "data.crop_scale"),
         (dict(shift=16), "data.shift is 16"),
     ],
 )

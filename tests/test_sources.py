@@ -274,6 +274,9 @@ def test_packing_leaves_out_what_breaks_in_any_way_and_stops_at_too_many(tmp_pat
     assert source.embedding(0) is None and source.embedding(1).shape == (2, 6)
     assert source.null_text.shape == (1, 6) and source.labels.tolist() == [-1, -1]
     assert source.without_text == 1
+    np.save(tmp_path / "in" / "null_text.npy", np.ones((1, 6)))
+    assert pack(tmp_path / "in", tmp_path / "out", "--split", "all") == 2
+    assert "null_text.npy is of another text encoder" in capsys.readouterr().err
     (tmp_path / "in" / "2.png").write_bytes(b"no image")
     write = tmp_path / "in", tmp_path / "many", "--split", "all", "--shard-size", 2
     assert pack(*write) == 2

@@ -240,7 +240,7 @@ def test_each_skipped_step_is_named_once_also_the_last(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         outcome = run(tmp_path, bad=(1, 4, 5, 6), log_every=2, checkpoint__every=0)
     assert int(outcome.state.skipped) == 4
-    named = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
+    named = [r.getMessage() for r in caplog.records]  # Nothing else is said of them.
     assert [int(re.match(r"step (\d+) ", line)[1]) for line in named] == [1, 4, 5, 6]
     found = {r["step"]: r for r in records(tmp_path) if "loss" in r}
     assert [found[step]["skipped"] for step in (1, 2, 4, 6)] == [1, 1, 2, 4]

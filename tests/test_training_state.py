@@ -243,6 +243,9 @@ def test_muon_orthogonalises_the_gradients_of_convolutions_and_of_nothing_else()
     np.testing.assert_array_equal(muon["dense"]["kernel"], adam["dense"]["kernel"])
     with pytest.raises(ValueError, match="optim.rule='sgd'.*'adam' and 'muon'"):
         update("sgd")
+    options["optim__mu_dtype"] = "half"
+    with pytest.raises(ValueError, match="optim.mu_dtype='half'.*'bfloat16'"):
+        update("adam")
 
 
 def test_accumulation_equals_the_large_batch():
@@ -325,7 +328,12 @@ def test_frozen_leaves_stay_bitwise_and_have_no_slots():
 
 
 @pytest.mark.parametrize(
-    "freeze, message", [(("encoder",), "match no parameter"), ((".*",), "no parameter to train")]
+    "freeze, message",
+    [
+        (("encoder",), "match no parameter"),
+        ((".*",), "no parameter to train"),
+        (("[",), "regular expression"),
+    ],
 )
 def test_a_freeze_that_cannot_be_meant_is_refused(freeze, message):
     with pytest.raises(ValueError, match=message):

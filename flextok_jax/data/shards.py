@@ -63,11 +63,10 @@ def write_split(
         part_of = _settings if other.parent == folder else models
         check_same(part_of(open_manifest(other)), part_of(settings), other.parent)
     path = folder / MANIFEST
+    if null_text is not None:
+        _write_null_text(folder.parent / NULL_TEXT, null_text)
     if not path.exists():
         storage.write_json(path, settings | {"shards": {}, "unreadable": {}})
-    if null_text is not None:
-        with storage.atomic(folder.parent / NULL_TEXT) as temporary:
-            np.save(temporary, null_text)
     unreadable = UnreadableCount(settings["num_images"])
     for index in range(part[0], settings["num_shards"], part[1]):
         shard = _shard(folder, settings, index)
@@ -86,6 +85,15 @@ def write_split(
         unreadable.check()
         storage.write_json(path, manifest)
     return manifest
+
+
+def _write_null_text(file: pathlib.Path, embedding: np.ndarray) -> None:
+    """Raises ValueError where the file holds another embedding."""
+    if not file.exists():
+        with storage.atomic(file) as temporary:
+            np.save(temporary, embedding)
+    elif not np.array_equal(null_text(file.parent), embedding.astype(np.float16)):
+        raise ValueError(f"{file} is of another text encoder: write to another folder")
 
 
 def source_settings(examples: Source, count: int) -> dict:

@@ -48,7 +48,7 @@ class Transform:
     color: float = 0.0
 
     def __post_init__(self):
-        low, high = self.crop_scale
+        low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
         for ok, name, allowed in (
             (self.crop in CROPS, "crop", ", ".join(CROPS)),
             (0 < low <= high <= 1, "crop_scale", "0 < low <= high <= 1"),

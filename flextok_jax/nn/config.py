@@ -101,6 +101,8 @@ class VAEConfig:
                 f"the identity VAE has latent_channels == in_channels, "
                 f"not {self.latent_channels} and {self.in_channels}"
             )
+        if self.kind != "identity" and not self.block_out:
+            raise ValueError("block_out=(): name the channels of each resolution")
         if not 0 < self.scaling_factor < math.inf:
             raise ValueError(f"scaling_factor={self.scaling_factor}: must be positive and finite")
 

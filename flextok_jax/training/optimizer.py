@@ -84,6 +84,8 @@ def _direction(optim) -> optax.GradientTransformation:
     Muon (Jordan et al., 2024; momentum, orthogonalised) takes a kernel [height, width, in, out] as
     a matrix from height * width * in to out.
     """
+    if (kind := optim.get("mu_dtype")) not in (None, "float32", "bfloat16"):
+        raise ValueError(f"optim.mu_dtype={kind!r}: allowed are 'float32' and 'bfloat16'")
     adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.get("mu_dtype"))
     rule = optim.get("rule", "adam")
     if rule not in ("adam", "muon"):
@@ -127,9 +129,14 @@ def trainable_paths(params, is_trainable, freeze: Collection[str]) -> frozenset[
     """The paths that are trained: `is_trainable(path)` and matched whole by no regex of `freeze`.
 
     Raises:
-        ValueError: a pattern matches no parameter, or nothing is left to train.
+        ValueError: a pattern is none, or matches no parameter, or nothing is left to train.
     """
     paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"freeze: {pattern!r} is no regular expression: {error}") from None
     unused = [p for p in freeze if not any(re.fullmatch(p, path) for path in paths)]
     if unused:
         raise ValueError(
