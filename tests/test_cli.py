@@ -254,6 +254,10 @@ def test_convert_writes_the_averaged_weights_of_a_workdir(workdir, tmp_path, cap
     (cfg, params), (old, same) = (load_vae(str(p)) for p in (tmp_path / "vae", GOLDEN / "vae"))
     assert cfg.scaling_factor == 2 and dataclasses.replace(old, scaling_factor=2) == cfg
     assert storage.fingerprint(params) == storage.fingerprint(same)
+    about = json.loads((tmp_path / "vae" / "config.json").read_text()) | {"scaling_factor": None}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(about))
+    assert "--scaling-factor" in refused(capsys, "info", tmp_path / "vae")
+    assert run("info", tmp_path / "vae", "--scaling-factor", 0.5) == 0
 
 
 # What is refused.
