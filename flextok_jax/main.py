@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
 STAGES = {
     "vae": "flextok_jax.training.vae_stage:VAEStage",
     "tokenizer": "flextok_jax.training.tokenizer_stage:TokenizerStage",
+    "distill": "flextok_jax.training.distill_stage:DistillStage",
     "ar": "flextok_jax.training.ar_stage:ARStage",
 }
 
@@ -35,6 +36,7 @@ NEXT = {  # What to do with a finished workdir.
     "vae": "python -m flextok_jax.main --config=configs/tokenizer.py:VARIANT "
     "--config.vae.source={0} --workdir=NEW_DIR",
     "tokenizer": "flextok reconstruct --model {0} --images FOLDER --out OUT",
+    "distill": "flextok reconstruct --model {0} --images FOLDER --out OUT",
     "ar": "flextok generate --model {0} --out OUT (of a text model with --text PROMPT)",
 }
 

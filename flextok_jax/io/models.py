@@ -124,9 +124,11 @@ def vae_config(source: str, scaling_factor: float | None = None) -> VAEConfig:
 
 
 def vae_params(source: str, cfg: VAEConfig) -> dict:
-    """The parameters of that VAE, {} for the identity."""
+    """The parameters of that VAE, {} for the identity; also of a tokenizer's VAE."""
     if source == IDENTITY:
         return {}
+    if sources.kind_of(source) == "tokenizer":
+        return load(source).params["vae"]
     found, params = load_vae(source, cfg.scaling_factor)
     if dataclasses.replace(found, sample_posterior=cfg.sample_posterior) != cfg:
         raise ValueError(f"the VAE at {source} is {found}; the model was made for {cfg}")
