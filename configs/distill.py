@@ -46,9 +46,9 @@ def _digits() -> ConfigDict:
     """A decoder of one or two steps for `demo-digits`, on two CPU cores: `demo-digits-fast`."""
     c = _base()
     c.init_from = "demo-digits"
-    c.total_steps, c.batch_size = 2000, 32
-    c.log_every, c.eval_every, c.checkpoint.every = 50, 0, 200
-    c.ema_decay = 0.995
+    c.total_steps, c.batch_size = 800, 32
+    c.log_every, c.eval_every, c.checkpoint.every = 50, 0, 100
+    c.ema_decay = 0.99
     c.evaluation.num_images, c.evaluation.batch_size = 297, 160
     c.data.path = digits.folder()
     # Four steps, half of them in the last third of the times, are as good as more here:

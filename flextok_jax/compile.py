@@ -348,10 +348,11 @@ def placed(tree, shardings):
 
 
 def _stage(config) -> tuple:
-    """(stage, shapes of its frozen networks, of its batch); nothing is read."""
+    """(stage, shapes of its frozen networks, of its batch); of models only a teacher is read."""
     from flextok_jax.nn import lpips
     from flextok_jax.nn.config import VAEConfig
     from flextok_jax.training.ar_stage import PAPER, ARStage
+    from flextok_jax.training.distill_stage import DistillStage
     from flextok_jax.training.tokenizer_stage import TokenizerStage
     from flextok_jax.training.vae_stage import VAEStage
 
@@ -362,14 +363,15 @@ def _stage(config) -> tuple:
         stage, size = VAEStage(config), config.data.image_size
         frozen = {"lpips": lpips.shapes()} if config.loss.lpips_weight else {}
         return stage, frozen, {"image": array(jnp.uint8, size, size, 3)}
+    if config.stage == "distill":
+        stage = DistillStage(config)
+        return stage, jax.eval_shape(stage.load_frozen), _moments(stage.model, array)
     if config.stage == "tokenizer":
         # The released VAEs by their names; another source is read.
         channels = re.fullmatch(r"EPFL-VILAB/flextok_vae_c(\d+)", config.vae.source)
         vae_config = channels and VAEConfig(latent_channels=int(channels[1]))
         stage = TokenizerStage(config, vae_config=vae_config)
-        cfg = stage.model
-        side = [size // cfg.vae.downsample for size in cfg.image_size]
-        return stage, {}, {"moments": array(jnp.bfloat16, *side, 2 * cfg.vae.latent_channels)}
+        return stage, {}, _moments(stage.model, array)
     config = config.copy_and_resolve_references()
     config.tokenizer.source = ""
     stage = ARStage(config, PAPER)
@@ -385,6 +387,11 @@ def _stage(config) -> tuple:
     }
     null = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in text.items()}
     return stage, {"null_text": null}, batch | text
+
+
+def _moments(cfg, array) -> dict:
+    side = [size // cfg.vae.downsample for size in cfg.image_size]
+    return {"moments": array(jnp.bfloat16, *side, 2 * cfg.vae.latent_channels)}
 
 
 def report(name: str, found: dict) -> str:

@@ -26,6 +26,7 @@ from flextok_jax.nn.config import (
     identity_vae,
 )
 from flextok_jax.training.ar_stage import PAPER, ARStage
+from flextok_jax.training.distill_stage import DistillStage
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 from flextok_jax.training.vae_stage import VAEStage
 
@@ -127,7 +128,7 @@ def config_file(name: str):
     return module
 
 
-CONFIGS = {name: config_file(name) for name in ("vae", "tokenizer", "ar", "lab")}
+CONFIGS = {name: config_file(name) for name in ("vae", "tokenizer", "distill", "ar", "lab")}
 
 
 def shipped(name: str, variant: str):
@@ -138,5 +139,8 @@ def shipped(name: str, variant: str):
     config.evaluation.num_images = 0
     if name == "vae":
         return VAEStage(config), config
+    if name == "distill":
+        teacher = TokenizerConfig() if variant == "imagenet" else None
+        return DistillStage(config, teacher), config
     cfg = None if config.vae.source == "identity" else VAEConfig(latent_channels=16)
     return TokenizerStage(config, vae_config=cfg), config

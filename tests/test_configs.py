@@ -6,7 +6,7 @@ import math
 import pytest
 from common import GOLDEN
 
-from configs import ar, tokenizer, vae
+from configs import ar, distill, tokenizer, vae
 from examples import digits, photos
 from flextok_jax import main
 from flextok_jax.training.loop import train
@@ -19,6 +19,7 @@ CUT = [  # (module, variant with sizes); what is cut equal to another one is lef
     (tokenizer, "photos,width=32,enc_depth=1,dec_depth=1,num_tokens=4,image=16"),
     (tokenizer, "folder,width=48,enc_depth=1,dec_depth=1,num_tokens=4,image=16"),
     (tokenizer, "d18_d28,width=64,enc_depth=1,dec_depth=1,num_tokens=4,image=32"),
+    (distill, "digits"),
     (ar, "digits,width=32,depth=1"),
     (ar, "c2i_d12,width=64,depth=1"),
 ]
@@ -57,11 +58,11 @@ def test_a_config_trains_and_evaluates_on_a_folder(module, arg, tmp_path):
     assert found and all(math.isfinite(value) for value in found.values())
 
 
-@pytest.mark.parametrize("module", [vae, tokenizer, ar])
+@pytest.mark.parametrize("module", [vae, tokenizer, distill, ar])
 def test_every_variant_can_be_made_and_its_sizes_set(module):
     for variant in module.VARIANTS:
         c = module.get_config(f"{variant},batch=3")
         assert c.batch_size == 3 and c.total_steps > 0 and c.stage in main.STAGES
-    for arg, word in (("nope", "digits"), ("digits,colour=3", "width")):
+    for arg, word in (("nope", "digits"), ("digits,colour=3", "batch")):
         with pytest.raises(ValueError, match=f"(?s){arg.split(',')[-1][:4]}.*{word}"):
             module.get_config(arg)

@@ -13,6 +13,7 @@ from flextok_jax.flow import sampler
 from flextok_jax.nn import flextok
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.decoder import Condition
+from flextok_jax.training.distill_stage import student
 
 R = TINY.num_tokens
 KS = (1, 2, 7, R - 1, R)
@@ -28,8 +29,8 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def plain_latents(params, codes, keep, noise, how):
+@functools.partial(jax.jit, static_argnames=("cfg", "how"))
+def plain_latents(params, cfg, codes, keep, noise, how):
     """The full-length path: all R registers in every pass, the null pass too."""
     batch = noise.shape[0]
     conditions = [Condition(codes, keep, jnp.zeros(batch, bool))]
@@ -38,9 +39,9 @@ def plain_latents(params, codes, keep, noise, how):
 
     def step(x, t, length, guided):
         # One pass at a time, each image with its own time.
-        t = jnp.broadcast_to(t, (batch,))
+        t, length = (jnp.broadcast_to(x, (batch,)) for x in (t, length))
         return tuple(
-            flextok.velocities(params, TINY, Compute(), x, t, (c,))[0]
+            flextok.velocities(params, cfg, Compute(), x, t, (c,), length=length)[0]
             for c in (conditions if guided else conditions[:1])
         )
 
@@ -49,14 +50,24 @@ def plain_latents(params, codes, keep, noise, how):
 
 
 def plain_decode(tok, tokens, keep, noise, how):
-    codes = flextok.codes_of(tok.params, TINY, jnp.asarray(tokens))
-    return plain_latents(tok.params, codes, jnp.asarray(keep), noise, how)
+    codes = flextok.codes_of(tok.params, tok.config, jnp.asarray(tokens))
+    return plain_latents(tok.params, tok.config, codes, jnp.asarray(keep), noise, how)
 
 
 @pytest.mark.parametrize("k", KS)
 def test_first_registers_do_not_need_the_others(tok, images, k):
     assert relative(tok.registers(images, k), tok.registers(images)[:, :k]) < 1e-5
     np.testing.assert_array_equal(tok.tokenize(images, k), tok.tokenize(images)[:, :k])
+
+
+def test_a_decoder_of_jumps_folds_as_others_do(images):
+    jumping = tiny_tokenizer(student(TINY, steps=2, time_shift=0.5))
+    tokens, noise = jumping.tokenize(images), jax.random.normal(jax.random.key(5), (3, 8, 8, 3))
+    for keep in (3, (1, 7, R)):
+        plain = plain_decode(
+            jumping, tokens, np.broadcast_to(keep, (3,)), noise, jumping.config.sampler
+        )
+        assert relative(jumping.detokenize(tokens, keep, noise=noise), plain) < 1e-5
 
 
 LATE = sampler.Sampler(3, 3.0, False, "multistep", guidance_interval=(0.0, 0.5))

@@ -22,6 +22,7 @@ from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import flexar, flextok_config, names, vae_files
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
+from flextok_jax.training.distill_stage import student
 
 WITH_VAE = dataclasses.replace(TINY, vae=small_vae())
 
@@ -462,6 +463,7 @@ def test_the_golden_configuration_is_written_as_it_was_read(file):
         TINY,
         changed(WITH_VAE, target__flow__sampler__guidance_scale=2.0),
         changed(TINY, target__flow__predicts="image"),
+        student(TINY, steps=2, time_shift=0.5),
     ],
 )
 def test_a_new_model_saved_and_loaded_is_the_same_model(cfg, tmp_path):

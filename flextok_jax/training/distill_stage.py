@@ -33,19 +33,19 @@ class DistillStage(TokenizerStage):
     Encoder, bottleneck and VAE are the teacher's and are not trained: tokens stay what they are.
     """
 
-    def __init__(self, config):
-        """Reads the teacher, which `init_from` names.
+    def __init__(self, config, teacher: TokenizerConfig | None = None):
+        """`teacher` replaces that of the model which `init_from` names, and nothing is read.
 
         Raises:
             ValueError: there is no teacher, or it does not fit the configuration.
         """
         source = config.init_from
-        if not source:
+        if not source and teacher is None:
             raise ValueError("init_from='' names no teacher: needed is a tokenizer with a flow")
         source = str(as_path(source).resolve()) if as_path(source).exists() else source
         self._source = source
-        loaded, self._fingerprint = _teacher(source)
-        self._teacher, size = loaded.config, (config.data.image_size,) * 2
+        self._teacher = _teacher(source)[0].config if teacher is None else teacher
+        size = (config.data.image_size,) * 2
         if not self._teacher.is_flow or self._teacher.target.flow.jumps:
             raise ValueError(f"init_from={source}: a teacher has a flow without jumps")
         if self._teacher.image_size != size:
@@ -138,7 +138,8 @@ class DistillStage(TokenizerStage):
 
     def export_config(self):
         """As of a tokenizer; also "teacher_source" and "teacher_fingerprint"."""
-        teacher = {"teacher_source": self._source, "teacher_fingerprint": self._fingerprint}
+        fingerprint = _teacher(self._source)[1]
+        teacher = {"teacher_source": self._source, "teacher_fingerprint": fingerprint}
         return super().export_config() | teacher
 
 
