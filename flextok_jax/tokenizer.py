@@ -140,6 +140,10 @@ class FlexTok:
         """The sha256 over all parameters."""
         return storage.fingerprint(self.params)
 
+    def decodes(self, fingerprint: str) -> bool:
+        """Whether tokens of the model with this sha256 are its own: that is it, or its teacher."""
+        return fingerprint in (self.fingerprint, self._file and self._file.teacher)
+
     def tokenize(self, images, num_tokens: int | None = None, key: Key = None) -> jax.Array:
         """Images to tokens, coarse to fine.
 

@@ -116,13 +116,15 @@ def test_the_loss_is_the_error_of_average_velocities_along_the_teachers_steps(te
     assert float(loss) == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_only_the_decoder_is_trained_and_tokens_stay(trained, teacher):
+def test_only_the_decoder_is_trained_and_tokens_stay(trained, teacher, tmp_path):
     workdir, outcome = trained
     before, images = random_params(TEACHER), arrays("test")[0][:4]
     jax.tree.map(np.testing.assert_array_equal, outcome.state.params["encoder"], before["encoder"])
     changed = outcome.state.params["decoder"]["length_mlp"]["kernel"]
     assert np.abs(changed).max() > 0
-    tok = FlexTok.from_pretrained(workdir)
+    FlexTok.from_pretrained(workdir).save_pretrained(tmp_path)
+    tok = FlexTok.from_pretrained(tmp_path)
+    assert tok.decodes(FlexTok.from_pretrained(teacher).fingerprint) and not tok.decodes("f00")
     assert tok.config == student(TEACHER, steps=2, time_shift=0.5)
     tokens = tok.tokenize(images)
     np.testing.assert_array_equal(tokens, FlexTok.from_pretrained(teacher).tokenize(images))

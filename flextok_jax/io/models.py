@@ -26,6 +26,7 @@ class Loaded:
         metadata: the header of the file, None: to be made from `config`.
         origin: where it came from, in words.
         step: of training, None but for a workdir.
+        teacher: of a distilled model, the sha256 over the parameters of the one it came from.
     """
 
     config: TokenizerConfig
@@ -33,6 +34,7 @@ class Loaded:
     metadata: dict[str, str] | None = None
     origin: str = "memory"
     step: int | None = None
+    teacher: str | None = None
 
 
 def load(source, revision: str | None = None) -> Loaded:
@@ -55,7 +57,8 @@ def _load_file(path) -> Loaded:
     if metadata.get("_target_") == sources.OWN_TARGET:
         cfg = config_from_dict(json.loads(metadata["config"]))
         params = names.to_params(_own_entries(cfg), tensors, path)
-        return Loaded(cfg, {"vae": {}} | params, origin=str(path))
+        teacher = metadata.get("teacher")
+        return Loaded(cfg, {"vae": {}} | params, origin=str(path), teacher=teacher)
     tensors, config = names.modern(tensors), flextok_config.parse_metadata(metadata)
     if "encoder" not in config:
         beside = path.parent / "config.json"
@@ -88,7 +91,10 @@ def _load_workdir(path) -> Loaded:
             f"{path} was trained with another VAE than {source} is now: put that VAE back (sha256 "
             f"{wanted[:16]}…)"
         )
-    return Loaded(cfg, params, origin=f"{path}, step {found.step}", step=found.step)
+    return Loaded(
+        cfg, params, origin=f"{path}, step {found.step}", step=found.step,
+        teacher=exported.get("teacher_fingerprint"),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
@@ -114,6 +120,7 @@ def save(folder, model: Loaded):
     else:
         entries, config = _own_entries(cfg), json.dumps(dataclasses.asdict(cfg))
         metadata = {"_target_": sources.OWN_TARGET, "config": config}
+        metadata |= {"teacher": model.teacher} if model.teacher else {}
     storage.write(path, names.to_tensors(entries, model.params), metadata)
     return path
 

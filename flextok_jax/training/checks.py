@@ -17,7 +17,8 @@ RANGES = {
     "[1, inf)": "batch_size log_every max_skipped_in_row checkpoint.keep data.image_size loss.chunk"
     " discriminator.* evaluation.batch_size evaluation.num_latents optim.accumulate"
     " optim.mup_base_width model.*patch_size model.block_out model.latent_channels"
-    " model.layers_per_block model.norm_groups repa.image_size repa.width jumps steps teacher.steps",
+    " model.layers_per_block model.norm_groups repa.image_size repa.width"
+    " jumps steps teacher.steps",
     "[0, inf)": "eval_every checkpoint.every data.shift evaluation.num_images loss.*_weight "
     "loss.gan_start loss.z_loss optim.*warmup_steps optim.*weight_decay repa.weight"
     " *guidance_scale",

@@ -16,7 +16,6 @@ from flextok_jax.io.paths import as_path
 from flextok_jax.nn import flextok, layout
 from flextok_jax.nn.config import Compute, TokenizerConfig, identity_vae
 from flextok_jax.nn.decoder import Condition
-from flextok_jax.parallel.rng import named
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 
@@ -66,6 +65,7 @@ class DistillStage(TokenizerStage):
         identity = self.model.vae.kind == models.IDENTITY
         self._vae_source = models.IDENTITY if identity else source
         self._bottleneck_weight, self._repa = 0.0, types.SimpleNamespace(weight=0.0)
+        self._grouped, self._time_shift = len(self.model.prefixes) > 1, 1.0
         if config.data.source == "encoded":
             self._check_encoded()
 
@@ -92,12 +92,11 @@ class DistillStage(TokenizerStage):
     def trainable(self, path: str) -> bool:
         return path.startswith("decoder/") and super().trainable(path)
 
-    def _flow(self, params, frozen, batch, key, x0, codes, keep, step):
+    def _flow(self, params, frozen, batch, x0, codes, keep, step):
         """Returns as `TokenizerStage._flow`: the error of the average velocity of all jumps."""
-        condition = Condition(codes, keep, jnp.zeros(len(x0), bool))
-        noise = jax.random.normal(named(key, "noise"), x0.shape)
+        condition = Condition(codes, keep, batch["null"])
         times, n = jnp.asarray(self._how.times(), jnp.float32), self._how.steps
-        states = jax.lax.stop_gradient(self._trajectory(frozen, noise, condition))
+        states = jax.lax.stop_gradient(self._trajectory(frozen, batch["noise"], condition))
         parts = [(i * n // s, (i + 1) * n // s) for s in self._jumps for i in range(s)]
         first, last = np.array(parts).T
         length = times[first] - times[last]
@@ -119,7 +118,7 @@ class DistillStage(TokenizerStage):
             mean = jnp.mean(error[:, start : start + s], axis=1)
             logged[f"loss_by_steps/{s}"] = Average.from_model_output(mean)
             start += s
-        return jnp.mean(error), jnp.mean(error, axis=1), condition.null, logged
+        return jnp.mean(error), jnp.mean(error, axis=1), logged
 
     def _trajectory(self, frozen, noise, condition):
         """The teacher's states at its sampler's times, float32 [B, n + 1, h, w, C]."""
