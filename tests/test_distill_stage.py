@@ -116,6 +116,7 @@ def test_the_loss_is_the_error_of_average_velocities_along_the_teachers_steps(te
     assert float(loss) == pytest.approx(float(wanted), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_only_the_decoder_is_trained_and_tokens_stay(trained, teacher, tmp_path):
     workdir, outcome = trained
     before, images = random_params(TEACHER), arrays("test")[0][:4]
@@ -134,6 +135,7 @@ def test_only_the_decoder_is_trained_and_tokens_stay(trained, teacher, tmp_path)
             tok.detokenize(tokens, **wrong)
 
 
+@pytest.mark.slow
 def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, teacher, tmp_path):
     workdir, outcome = trained
     shutil.copytree(workdir, tmp_path / "run")
@@ -144,6 +146,7 @@ def test_a_continued_run_is_bitwise_the_one_never_stopped(trained, teacher, tmp_
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_does_not_fit_is_refused(trained, teacher):
     for changes, words in (
         (dict(init_from=""), "names no teacher"),

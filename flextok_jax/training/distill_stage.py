@@ -78,8 +78,8 @@ class DistillStage(TokenizerStage):
     def init_from(self, source: str):
         """The teacher's parameters; what the decoder does with a step's length is zero."""
         params = _teacher(source)[0].params
-        new = layout.unbox(self.init(jax.random.key(0)))["decoder"]["length_mlp"]
-        new = jax.tree.map(jnp.zeros_like, new)
+        shapes = layout.unbox(jax.eval_shape(self.init, jax.random.key(0)))
+        new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["decoder"]["length_mlp"])
         found = {name: params[name] for name in models.TRAINED if name in params}
         return found | {"decoder": params["decoder"] | {"length_mlp": new}}
 
