@@ -113,9 +113,9 @@ def _digits() -> ConfigDict:
 
 
 def _digits_text() -> ConfigDict:
-    """Digits by text: captions such as "the digit three", a T5 of 0.2 million parameters with it.
+    """Digits by text: captions such as "the digit three", a T5 of 0.1 million parameters with it.
 
-    Everything else is as in `digits`. Measured: `python -m examples.digits.prompts WORKDIR`.
+    Everything else is as in `digits`. 93 % of its digits are read as asked (docs/text.md).
     """
     c = _digits()
     c.data.path = digits.folder(captions=True)
