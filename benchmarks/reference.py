@@ -33,7 +33,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 KS = (256, 16, 1)
 GUIDANCE = 7.5
@@ -187,12 +186,18 @@ def measure(workers, args) -> dict:
         if name == "tokenize" or name[1] == 1:  # Compiles; more steps run the same programs.
             for worker in workers:
                 worker.call(*call)
-    found = {name: np.empty((args.repeats, 2)) for name in calls}
-    for i in tqdm(range(args.repeats), "rounds"):
-        for name, call in calls.items():
-            found[name][i] = [worker.call(*call) for worker in workers]
-    steps = {f"guided step, k={k}": (found[k, long] - found[k, 1]) / args.steps for k in KS}
-    return {"tokenize": found["tokenize"]} | steps
+    rows = {"tokenize": []} | {f"guided step, k={k}": [] for k in KS}
+    for i in range(args.repeats):
+        now = {
+            name: np.array([worker.call(*call) for worker in workers])
+            for name, call in calls.items()
+        }
+        rows["tokenize"].append(now["tokenize"])
+        for k in KS:
+            rows[f"guided step, k={k}"].append((now[k, long] - now[k, 1]) / args.steps)
+        ratios = ", ".join(f"{name}: {x[-1][1] / x[-1][0]:.2f}" for name, x in rows.items())
+        print(f"round {i + 1}, reference / ours: {ratios}", flush=True)
+    return {name: np.array(x) for name, x in rows.items()}
 
 
 def main():
