@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampling
     python -m benchmarks.sampling --model runs/digits --most 16
-    python -m benchmarks.sampling --student demo-digits-fast
+    python -m benchmarks.sampling --student runs/fast
 
 The 297 validation digits are decoded from their first 1, 4 and 16 tokens. The reference is 40
 guided Euler steps. A row has the smallest number of steps, at most --most, that is as good for

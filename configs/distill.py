@@ -43,7 +43,10 @@ def _base() -> ConfigDict:
 
 
 def _digits() -> ConfigDict:
-    """A decoder of one or two steps for `demo-digits`, on two CPU cores: `demo-digits-fast`."""
+    """A decoder of one or two steps for the tokens of `demo-digits`: minutes on a CPU core.
+
+    Its numbers are in docs/performance.md.
+    """
     c = _base()
     c.init_from = "demo-digits"
     c.total_steps, c.batch_size = 800, 32
@@ -51,8 +54,7 @@ def _digits() -> ConfigDict:
     c.ema_decay = 0.99
     c.evaluation.num_images, c.evaluation.batch_size = 297, 160
     c.data.path = digits.folder()
-    # Four steps, half of them in the last third of the times, are as good as more here:
-    # docs/performance.md.
+    # Four steps, two of them at t <= 1/3, are as good as more here: docs/performance.md.
     c.teacher.update(steps=4, time_shift=0.5)
     c.jumps = (1, 2)
     c.optim.update(lr=1e-3)
