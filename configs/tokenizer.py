@@ -141,10 +141,11 @@ def _photos() -> ConfigDict:
 def _folder() -> ConfigDict:
     """A person's own images, some thousands, as 64x64 pixels without a VAE.
 
-    docs/small-and-large.md says what it costs and reaches, and how to make it smaller or larger.
+    Half an hour on two idle CPU cores. docs/small-and-large.md says what was measured, and how to
+    make it smaller or larger.
     """
     c = tokenizer()
-    c.total_steps, c.batch_size = 5000, 16
+    c.total_steps, c.batch_size = 10_000, 16
     c.log_every, c.eval_every, c.checkpoint.every = 100, 2500, 500
     c.ema_decay = 0.999
     c.evaluation.update(num_images=64, batch_size=64)
