@@ -103,5 +103,5 @@ if __name__ == "__main__":
         sys.exit("usage: python -m examples.emoji.make_data PACKAGE FOLDER")
     try:
         print(make(*map(pathlib.Path, sys.argv[1:])), "pictures")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, tarfile.TarError) as error:
         sys.exit(f"error: {error}")
