@@ -107,7 +107,7 @@ CFG = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("count", [CFG.num_tokens, 21])
+@pytest.mark.parametrize("count", [21, pytest.param(CFG.num_tokens, marks=pytest.mark.slow)])
 def test_both_networks_train_the_same_with_the_kernels(count, interpreted):
     params = random_params(CFG)
     x, codes = arrays((B, 16, 8, CFG.vae.latent_channels), (B, count, CFG.code_dim))

@@ -37,8 +37,6 @@ class Coder(nn.Module):
 class ToyStage(Stage):
     """See training/stage.py."""
 
-    captions = None
-
     def __init__(self, config):
         self.noise = config.noise
         self.encoder = Coder("patch_emb", 12, 4)

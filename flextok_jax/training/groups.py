@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MOST_GROUPS, MOST_LENGTHS = 16, 4  # Without accumulation; that a program is compiled for.
+MOST_GROUPS = 16  # Without accumulation.
 
 
 class Run(NamedTuple):
@@ -106,12 +106,12 @@ def _blocks(x, count, order):
     return x if order is None else jnp.take(x, order, axis=1, mode="clip")
 
 
-def few(bounds: list[int]) -> tuple[int, ...]:
-    """Each rounded up to one of MOST_LENGTHS of them, those that make the least sum."""
+def few(bounds: list[int], most: int) -> tuple[int, ...]:
+    """Each rounded up to one of at most `most` of them, those that make the least sum."""
     *smaller, largest = sorted(set(bounds))
 
     def rounded(chosen):
         return tuple(min(x for x in (*chosen, largest) if x >= bound) for bound in bounds)
 
-    count = min(MOST_LENGTHS - 1, len(smaller))
+    count = min(most - 1, len(smaller))
     return min(map(rounded, itertools.combinations(smaller, count)), key=sum)

@@ -198,7 +198,8 @@ class TokenizerStage(Stage):
     def lengths(self, count):
         """Tokens that are computed of the images in each of `count` groups, cut by rank.
 
-        The most that one of them can keep, rounded up to a sixteenth of R, and then to a few.
+        The most that one of them can keep, rounded up to a sixteenth of R, and then to a few: the
+        step is compiled for each, which takes longer where blocks are unrolled.
         """
         cfg, p = self.model, self._null_prob
         most, unit = cfg.num_tokens, -(-cfg.num_tokens // 16)
@@ -207,7 +208,8 @@ class TokenizerStage(Stage):
         # A little below the highest quantile, which no image has.
         q = np.maximum(0, (np.arange(1, count + 1) / count - 1e-6 - p) / (1 - p))
         kept = np.asarray(flow.kept(jnp.asarray(q, jnp.float32), most, cfg.tokens.keep))
-        return groups.few([min(most, -(-int(k) // unit) * unit) for k in kept])
+        bounds = [min(most, -(-int(k) // unit) * unit) for k in kept]
+        return groups.few(bounds, 4 if self.compute.scan else 2)
 
     def loss(self, params, frozen, batch, key, step, length=None):
         """The target's loss, plus `loss.bottleneck_weight` times the bottleneck's.
