@@ -5,8 +5,8 @@
 
 Each configuration of configs/tokenizer.py takes steps of both kinds in turn, on the same state, on
 one device; latents of a VAE are made ahead (zeros here: what they hold does not change the time).
-Medians of the seconds of a step with the least and the largest, and of the ratio within a round, so
-that other load on the machine affects both.
+Medians of the seconds of a step with the least and the largest, and of the ratio within a round; on
+a CPU also of the seconds of CPU, which other load on the machine changes little.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def programs(config) -> tuple[dict, dict]:
 def measure(config, rounds: int):
     """Prints the times of a configuration."""
     made, batch = programs(config)
-    state, seconds = made["plain"].init(), {name: [] for name in made}
+    state, times = made["plain"].init(), {name: [] for name in made}
     repeats, compiled = {}, {}
     for name, program in made.items():
         begin = time.perf_counter()
@@ -69,19 +69,22 @@ def measure(config, rounds: int):
         repeats[name] = max(1, round(1 / (time.perf_counter() - begin)))
     for _ in range(rounds):
         for name, step in made.items():
-            begin = time.perf_counter()
+            begin = np.array([time.perf_counter(), time.process_time()])
             for _ in range(repeats[name]):
                 state, metrics = step(state, {}, batch)
             jax.block_until_ready(state)
-            seconds[name].append((time.perf_counter() - begin) / repeats[name])
+            end = np.array([time.perf_counter(), time.process_time()])
+            times[name].append((end - begin) / repeats[name])
     assert np.isfinite(metrics["loss"].compute())
-    for name, each in seconds.items():
-        print(
-            f"{name:<8}{np.median(each):>10.4g} s a step ({min(each):.4g} to {max(each):.4g}), "
-            f"compiled in {compiled[name]:.1f} s"
-        )
-    ratios = np.divide(seconds["grouped"], seconds["plain"])
-    print(f"grouped / plain {np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    print("compiled in", " and ".join(f"{each:.1f} s" for each in compiled.values()))
+    plain, grouped = (np.array(times[name]).T for name in ("plain", "grouped"))
+    for unit, a, b in zip(("s", "s of CPU"), plain, grouped):
+        if unit == "s" or jax.default_backend() == "cpu":
+            print(f"plain {_spread(a)}, grouped {_spread(b)} {unit} a step; ratio {_spread(b / a)}")
+
+
+def _spread(values) -> str:
+    return f"{np.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def main():

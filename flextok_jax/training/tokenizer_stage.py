@@ -36,8 +36,6 @@ class TokenizerStage(Stage):
     With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2.
     """
 
-    _grouped, _time_shift = False, 1.0  # where a subclass sets neither
-
     def __init__(self, config, vae_config: VAEConfig | None = None, grouped: bool = True):
         """Reads the configuration, and of the VAE its own.
 
