@@ -49,15 +49,15 @@ def _digits() -> ConfigDict:
     """
     c = _base()
     c.init_from = "demo-digits"
-    c.total_steps, c.batch_size = 800, 32
+    c.total_steps, c.batch_size = 200, 32
     c.log_every, c.eval_every, c.checkpoint.every = 50, 0, 100
-    c.ema_decay = 0.99
+    c.ema_decay = 0.98
     c.evaluation.num_images, c.evaluation.batch_size = 297, 160
     c.data.path = digits.folder()
     # Four steps, two of them at t <= 1/3, are as good as more here: docs/performance.md.
     c.teacher.update(steps=4, time_shift=0.5)
     c.jumps = (1, 2)
-    c.optim.update(lr=1e-3)
+    c.optim.update(lr=2e-3, warmup_steps=20)
     c.compute.scan = False  # a small model on a CPU runs faster unrolled
     return c
 

@@ -243,6 +243,14 @@ def test_adaptive_projected_guidance_equals_the_float64_oracle():
         assert relative(v, wanted) < 1e-5 and relative(ours, exact) < 1e-5
 
 
+def test_a_settled_momentum_stays_and_many_steps_approach_it():
+    c, n = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
+    momentum = jnp.zeros_like(c)
+    for _ in range(20):
+        _, momentum = sampler.adaptive_projected(c, n, 5.0, momentum)
+    assert relative(sampler.settled_momentum(c, n), momentum) < 1e-5
+
+
 def test_sincos_table_follows_its_closed_form():
     table = np.asarray(layers.sincos_table((3, 5), 16))
     omega = 10000.0 ** (-np.arange(4) / 4)

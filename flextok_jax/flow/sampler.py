@@ -197,6 +197,14 @@ def adaptive_projected(v_cond, v_null, scale, momentum):
     return v_cond + (scale - 1.0) * update, momentum
 
 
+def settled_momentum(v_cond, v_null):
+    """The momentum that APG leaves as it is, so that its guidance is a function of x and t alone.
+
+    Many small steps approach it; few steps begin with more guidance than that.
+    """
+    return (v_cond - v_null) / (1 - APG_MOMENTUM)
+
+
 def integrate(
     velocities: Callable,
     state: State,

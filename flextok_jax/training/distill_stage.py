@@ -15,19 +15,19 @@ from flextok_jax.io import models, storage
 from flextok_jax.io.paths import as_path
 from flextok_jax.nn import flextok, layout
 from flextok_jax.nn.config import Compute, TokenizerConfig, identity_vae
-from flextok_jax.nn.decoder import Condition
+from flextok_jax.nn.decoder import Condition, unconditional
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 
 class DistillStage(TokenizerStage):
     """The decoder learns to jump along the flow that its teacher samples with guidance.
 
-    From noise the teacher runs its flow by `teacher`, a sampler of n steps. For every s of
-    `jumps` the trajectory is cut into s equal parts, and the student's velocity at the beginning
-    of a part, told its length, is regressed to the average over it: what a perfect student
-    writes in s steps is the teacher's own image for that noise. Guidance is in the targets, so
-    the student needs no null pass. (Compare progressive distillation, arXiv 2202.00512, and
-    average velocities, arXiv 2505.13447.)
+    From noise the teacher runs its flow by `teacher`, a sampler of n steps, with the momentum of APG
+    that many steps approach. For every s of `jumps` the trajectory is cut into s equal parts, and
+    the student's velocity at the beginning of a part, told its length, is regressed to the average
+    over it: what a perfect student writes in s steps is the teacher's own image for that noise.
+    Guidance is in the targets, so the student needs no null pass. (Compare progressive
+    distillation, arXiv 2202.00512, and average velocities, arXiv 2505.13447.)
 
     Encoder, bottleneck and VAE are the teacher's and are not trained: tokens stay what they are.
     """
@@ -122,14 +122,24 @@ class DistillStage(TokenizerStage):
 
     def _trajectory(self, frozen, noise, condition):
         """The teacher's states at its sampler's times, float32 [B, n + 1, h, w, C]."""
-        how, schedule = self._how, self._how.schedule()
-        params = {"decoder": frozen["teacher"]}
+        how, params = self._how, {"decoder": frozen["teacher"]}
+        schedule = sampler.Schedule(*map(jnp.asarray, how.schedule()))
+        conditions = (condition, unconditional(len(noise), self._teacher.code_dim))
+        conditions = conditions if how.guided else conditions[:1]
 
         def step(state, i):
-            state = flextok.flow_steps(
-                params, self._teacher, self.compute, condition.codes, condition.keep,
-                state, schedule, i, i + 1, how.method,
-            )  # fmt: skip
+            def guided(x, t, length, _):
+                found = flextok.velocities(params, self._teacher, self.compute, x, t, conditions)
+                v, *null = (v.astype(jnp.float32) for v in found)
+                if not null:
+                    return (v,)
+                if not how.normalized:
+                    return (sampler.classifier_free(v, *null, schedule.scales[i]),)
+                momentum = sampler.settled_momentum(v, *null)
+                return sampler.adaptive_projected(v, *null, schedule.scales[i], momentum)[:1]
+
+            plain = sampler.Method(how.solver)
+            state = sampler.integrate(guided, state, schedule, i, i + 1, plain)
             return state, state.x
 
         _, states = jax.lax.scan(step, sampler.start(noise), jnp.arange(how.steps))
