@@ -22,10 +22,10 @@ from flextok_jax.training.tokenizer_stage import TokenizerStage
 class DistillStage(TokenizerStage):
     """The decoder learns to jump along the flow that its teacher samples with guidance.
 
-    From noise the teacher runs its flow by `teacher`, a sampler of n steps, with the momentum of APG
-    that many steps approach. For every s of `jumps` the trajectory is cut into s equal parts, and
-    the student's velocity at the beginning of a part, told its length, is regressed to the
-    average over it: what a perfect student writes in s steps is the teacher's own image for that noise.
+    From noise the teacher runs its flow by `teacher`, a sampler of n steps, with the momentum that
+    APG has after many steps. For every s of `jumps` the trajectory is cut into s equal parts, and
+    the student's velocity at the beginning of a part, told its length, is regressed to the average
+    of it: what a perfect student writes in s steps is the teacher's own image for that noise.
     Guidance is in the targets, so the student needs no null pass. (Compare progressive
     distillation, arXiv 2202.00512, and average velocities, arXiv 2505.13447.)
 
