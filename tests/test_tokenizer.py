@@ -309,13 +309,7 @@ plain = FlexTok.from_pretrained(sys.argv[1])
 ids = plain.tokenize(images)
 options = dict(num_tokens=[1, 7, 16, 4, 4], steps=2, guidance_scale=3.0)
 wanted = np.asarray(plain.detokenize(ids, **options))
-
-def values(tok):  # Of `choose_length`.
-    ways = dict(flow=dict(samples=2), psnr=dict(steps=2))
-    found = [tok.choose_length(images, c, 99, counts=(1, 7), **w) for c, w in ways.items()]
-    return np.concatenate([x.values for x in found])
-
-curves, found = values(plain), {}
+found = {}
 for sizes in ((2, 2, 2), (8, 1, 1)):
     tok = FlexTok.from_pretrained(sys.argv[1], mesh=make_mesh(*sizes))
     kernel = tok.params["encoder"]["blocks"]["mlp"]["fc1"]["kernel"]
@@ -324,7 +318,6 @@ for sizes in ((2, 2, 2), (8, 1, 1)):
         same_tokens=bool((tok.tokenize(images) == ids).all()),
         error=float(np.abs(images_again - wanted).max() / np.abs(wanted).max()),
         shape=images_again.shape,
-        curves=float(np.abs(values(tok) - curves).max() / np.abs(curves).max()),
         parts=len({str(shard.index) for shard in kernel.addressable_shards}),
         fingerprint=tok.fingerprint == plain.fingerprint,
     )
@@ -335,4 +328,4 @@ print(json.dumps(found))
         result = found[sizes]
         assert result["same_tokens"] and result["fingerprint"], sizes
         assert result["error"] < 1e-5 and result["shape"] == [5, 8, 8, 3], sizes
-        assert result["parts"] == parts and result["curves"] < 1e-3, sizes
+        assert result["parts"] == parts, sizes
