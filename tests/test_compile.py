@@ -103,9 +103,13 @@ def test_model_flops_of_every_stage():
     matrices = 2 * (4 * 256 * 256 + 3 * 256 * 768) + 256 * 1024
     assert 1 < found / (6 * matrices * 128) < 1.1
     small = "d18_d28,enc_depth=1,dec_depth=1,width=64,batch=4,image=64"
-    found = estimates.model_flops(tokenizer_config.get_config(small))
+    tokenizer = tokenizer_config.get_config(small)
+    grouped = estimates.model_flops(tokenizer)
+    tokenizer.model.tokens.keep, tokenizer.model.target.flow.null_prob = "fixed", 0.0
+    found = estimates.model_flops(tokenizer)
     blocks = 2 * (4 * 64 * 64 + 3 * 64 * 171) * (16 + 256)
     assert 1 < found / (6 * blocks) < 2
+    assert 0.2 < grouped / found < 0.8  # Most images keep few of the 256 tokens.
     vae = vae_config.get_config("c4,width=32,layers=1,batch=4,image=64")
     whole = estimates.model_flops(vae)
     vae.loss.update(gan_weight=0.0, lpips_weight=0.0)
