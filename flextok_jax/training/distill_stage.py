@@ -41,7 +41,8 @@ class DistillStage(TokenizerStage):
         source = config.init_from
         if not source and teacher is None:
             raise ValueError("init_from='' names no teacher: needed is a tokenizer with a flow")
-        source = str(as_path(source).resolve()) if as_path(source).exists() else source
+        if source and as_path(source).exists():
+            source = str(as_path(source).resolve())
         self._source = source
         self._teacher = _teacher(source)[0].config if teacher is None else teacher
         size = (config.data.image_size,) * 2
