@@ -163,6 +163,7 @@ def test_decoded_criteria_are_those_of_detokenize(tok, images):
         assert relative(squared.values[:, column], raw) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_size_of_batches_changes_nothing_and_each_length_is_one_program(tok, images):
     def choose(criterion, batch_size, **how):
         how = dict(counts=(1, 3, 4, 8), batch_size=batch_size, key=1) | how
@@ -260,6 +261,7 @@ def run(*arguments) -> int:
     return cli.main([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_lengths_are_chosen_continued_and_used(model, folder, tok, tmp_path, monkeypatch, capsys):
     """lengths, then tokenize of images and of a data set, then detokenize and a batch."""
     given, fast = ["--model", model], ["--steps", 2, "--guidance", 1]

@@ -67,6 +67,7 @@ def saved(stage, params, folder):
     return flexar.save(folder, flexar.LoadedAR(stage.model, params, info))
 
 
+@pytest.mark.slow
 def test_a_text_encoder_learns_with_the_model_and_lies_in_its_file(captioned, tmp_path):
     stage = ARStage(own_text(captioned, condition__null_prob=0.0))
     params = layout.unbox(stage.init(jax.random.key(0)))
