@@ -29,6 +29,9 @@ def test_an_editable_install_is_found_from_the_folder_above_the_clone(tmp_path):
     python(f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})", clone)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    add = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+    # The environment of the tests has the project itself, elsewhere.
+    others = "[p for p in sys.path[1:] if not pathlib.Path(p, 'flextok_jax').exists()]"
+    add = f"import pathlib, site, sys; sys.path[1:] = {others}\n"
+    add += f"site.addsitedir({str(tmp_path / 'site')!r})\n"
     found = "from flextok_jax import FlexTok, tokenizer; print(tokenizer.__file__)"
     assert python(add + found, clone.parent) == str(clone / "flextok_jax" / "tokenizer.py")

@@ -81,6 +81,8 @@ def _sweep(
     sampling = metadata(tok, sampler, args.seed) | {"seed": args.seed}
     for name in ("model", "dtype", "steps", "guidance"):  # Said elsewhere, or varied.
         sampling.pop(name, None)
+    if sampler:  # As asked for, also where the first scale is 1 and needs none.
+        sampling["norm_guidance"] = sampler.norm_guidance
     shared = {
         **_setup(args, tok),
         "data": _data_metadata(pictures),
