@@ -43,8 +43,8 @@ class ImageGenerator:
         mesh: the devices it is spread over, None for the default device.
         origin: where it came from, in words.
         text_encoder: what makes embeddings of prompts, None: they are given.
-        null_text: embeddings [1, T, E] and mask [1, T] of the empty prompt; the encoder's own where
-            there is one.
+        null_text: embeddings [1, T, E] and mask [1, T] of the empty prompt; None: the text
+            encoder's own, where there is one.
     """
 
     config: ARConfig
@@ -423,9 +423,7 @@ class ImageGenerator:
 
     @property
     def _null_text(self) -> tuple[np.ndarray, np.ndarray] | None:
-        return (
-            self.text_encoder.null if self.text_encoder and not self.null_text else self.null_text
-        )
+        return self.null_text or (self.text_encoder and self.text_encoder.null)
 
     def _encode(self, prompts, embeddings) -> tuple[np.ndarray, np.ndarray]:
         """(embeddings, mask) of prompts."""
