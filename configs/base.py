@@ -46,6 +46,7 @@ def base(stage: str, **changes) -> ConfigDict:
                 color=0.0,
             ),
             optim=dict(
+                rule="adam",  # or "muon" for kernels of convolutions, attention and MLPs
                 lr=1e-3,
                 warmup_steps=1000,
                 final_lr_fraction=0.0,

@@ -54,7 +54,6 @@ def _base() -> ConfigDict:
         lr=1e-4,  # [assumed], as are warm-up, betas and clipping
         final_lr_fraction=0.01,  # [assumed]
         weight_decay=0.0,  # [LDM]
-        rule="adam",  # or "muon" for the kernels of convolutions
         # What the discriminator's optimizer has instead, clipping of its own included.
         groups=dict(discriminator=dict(lr=1e-4, b1=0.5, b2=0.9)),  # betas [LDM]
     )

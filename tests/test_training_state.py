@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from clu import metrics
+from flax.traverse_util import flatten_dict
 
 from examples.digits import folder
 from flextok_jax.parallel.mesh import make_mesh
@@ -218,27 +219,47 @@ def test_the_update_is_that_of_optax_adamw():
         close(*updates)
 
 
-def test_muon_orthogonalises_the_gradients_of_convolutions_and_of_nothing_else():
+def test_muon_orthogonalises_the_gradients_of_convolutions_attention_and_mlps_only():
     rng = np.random.default_rng(0)
-    grads = {
-        "conv": {"kernel": rng.standard_normal((3, 3, 2, 8)), "bias": rng.standard_normal(8)},
-        "dense": {"kernel": rng.standard_normal((6, 8))},
+    shapes = {
+        "conv": {"kernel": (3, 3, 2, 8), "bias": (8,)},
+        "dense": {"kernel": (6, 8)},
+        "decoder": {
+            "blocks": {
+                "attn": {"wq": {"kernel": (2, 8, 8)}},
+                "mlp": {"fc1": {"kernel": (2, 8, 12)}},
+                "adaln": {"kernel": (2, 8, 16), "bias": (2, 16)},
+            }
+        },
     }
-    grads = jax.tree.map(jnp.float32, grads)
+    grads = jax.tree.map(
+        lambda x: jnp.float32(rng.standard_normal(x)), shapes, is_leaf=lambda x: type(x) is tuple
+    )
     options = dict(optim__warmup_steps=0, optim__weight_decay=0.0, optim__grad_clip=None)
 
-    def update(rule):
+    def update(rule, **values):
         config = get_config(**options)
-        config.optim.update(rule=rule)
+        config.optim.update(rule=rule, **values)
         tx = optimizer.make_optimizer(config)
         return tx.update(grads, tx.init(grads), jax.tree.map(jnp.zeros_like, grads))[0]
 
-    muon, adam = update("muon"), update("adam")
-    singular = np.linalg.svd(muon["conv"]["kernel"].reshape(18, 8), compute_uv=False)
-    assert singular.max() / singular.min() < 2  # Newton-Schulz steps: nearly equal.
-    assert np.linalg.cond(grads["conv"]["kernel"].reshape(18, 8)) > 2.5
-    np.testing.assert_array_equal(muon["conv"]["bias"], adam["conv"]["bias"])
-    np.testing.assert_array_equal(muon["dense"]["kernel"], adam["dense"]["kernel"])
+    muon, adam = flatten_dict(update("muon"), sep="/"), flatten_dict(update("adam"), sep="/")
+    matrices = {
+        "conv/kernel": (1, 18, 8),
+        "decoder/blocks/attn/wq/kernel": (2, 8, 8),
+        "decoder/blocks/mlp/fc1/kernel": (2, 8, 12),
+    }
+    for path, x in muon.items():
+        if path not in matrices:
+            np.testing.assert_array_equal(x, adam[path])
+            continue
+        for update_, grad in zip(
+            *(np.reshape(y, matrices[path]) for y in (x, flatten_dict(grads, sep="/")[path]))
+        ):
+            # Newton-Schulz steps: the singular values are nearly equal.
+            assert np.linalg.cond(update_) < 2 < np.linalg.cond(grad)
+    with pytest.raises(ValueError, match="mup_base_width is for optim.rule='adam'"):
+        update("muon", mup_base_width=8)
     with pytest.raises(ValueError, match="optim.rule='sgd'.*'adam' and 'muon'"):
         update("sgd")
     options["optim__mu_dtype"] = "half"

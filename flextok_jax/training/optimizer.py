@@ -12,6 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flextok_jax.nn.layout import path_string
 
 _MAIN = ""  # The label of what is in no group.
+# Besides convolutions, what Muon is for.
+_HIDDEN = re.compile(r"(^|/)blocks/(attn|mlp)/\w+/kernel$")
+_MATRICES = {3: (1,), 4: (0, 1, 2)}  # Axes that a kernel of so many dimensions reads.
 
 
 def lr_schedule(config) -> optax.Schedule:
@@ -79,10 +82,11 @@ def _chain(config) -> optax.GradientTransformation:
 
 
 def _direction(optim) -> optax.GradientTransformation:
-    """Adam, or with `optim.rule="muon"` Muon for the kernels of convolutions and Adam for the rest.
+    """Adam, or with `optim.rule="muon"` Muon for matrices of hidden layers and Adam for the rest.
 
-    Muon (Jordan et al., 2024; momentum, orthogonalised) takes a kernel [height, width, in, out] as
-    a matrix from height * width * in to out.
+    Muon (Jordan et al., 2024; momentum, orthogonalised) is for the kernels of convolutions [height,
+    width, in, out], as matrices from height * width * in to out, and for those of attention and
+    MLPs in stacks of blocks [depth, in, out].
     """
     if (kind := optim.get("mu_dtype")) not in (None, "float32", "bfloat16"):
         raise ValueError(f"optim.mu_dtype={kind!r}: allowed are 'float32' and 'bfloat16'")
@@ -92,13 +96,22 @@ def _direction(optim) -> optax.GradientTransformation:
         raise ValueError(f"optim.rule={rule!r}: allowed are 'adam' and 'muon'")
     if rule == "adam":
         return adam
-    matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))
+    if optim.get("mup_base_width"):
+        raise ValueError("optim.mup_base_width is for optim.rule='adam': unset it for 'muon'")
     muon = optax.contrib.scale_by_muon(
-        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree)
+        weight_dimension_numbers=lambda tree: jax.tree.map(
+            lambda x: optax.contrib.MuonDimensionNumbers(_MATRICES[x.ndim], (x.ndim - 1,)), tree
+        ),
+        mu_dtype=optim.get("mu_dtype"),
     )
+
+    def label(path, x):
+        hidden = x.ndim == 4 or _HIDDEN.search(path_string(path))
+        return "muon" if hidden else "adam"
+
     return optax.partition(
         {"muon": muon, "adam": adam},
-        lambda tree: jax.tree.map(lambda x: "muon" if x.ndim == 4 else "adam", tree),
+        lambda tree: jax.tree_util.tree_map_with_path(label, tree),
     )
 
 
