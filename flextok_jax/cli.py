@@ -13,7 +13,9 @@ import tyro
 from flextok_jax import __version__
 from flextok_jax.commands import options
 
-_DATA = ("array_record", "grain", "tensorflow_datasets")  # Of the extra "data" of setup.py.
+_EXTRAS = {  # Of setup.py; what is not named here is of "train".
+    "array_record": "data", "grain": "data", "tensorflow_datasets": "data", "gradio": "demo",
+}  # fmt: skip
 _INTERRUPTED = "interrupted: no file is half-written"
 _HELP = """usage: flextok COMMAND [OPTIONS]
 
@@ -128,7 +130,7 @@ def _message(error: Exception) -> str | None:
         module = (error.name or "").partition(".")[0]
         if module in ("", "flextok_jax"):
             return None if module else str(error)
-        return f"this needs {module}: pip install -e '.[{'data' if module in _DATA else 'train'}]'"
+        return f"this needs {module}: pip install -e '.[{_EXTRAS.get(module, 'train')}]'"
     if "RESOURCE_EXHAUSTED" in str(error):
         reason = str(error).splitlines()[0]
         return f"out of memory: try a smaller --batch-size, or --dtype bfloat16 ({reason})"

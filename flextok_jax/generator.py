@@ -262,6 +262,14 @@ class ImageGenerator:
             )
         return jax.device_put(tokens)
 
+    def encode_text(self, prompts) -> tuple[np.ndarray, np.ndarray]:
+        """B prompts -> `text_embeddings` float32 [B, T, E] and `text_mask` bool [B, T].
+
+        Raises:
+            ValueError: not a text model, or it has no text encoder.
+        """
+        return self._encode(prompts, None)
+
     def logits(
         self,
         tokens,

@@ -16,6 +16,7 @@ LEVELS = (
     ("io", "parallel"),
     ("tokenizer", "generator", "text", "lengths", "criteria"),
     ("data", "evaluation"),
+    ("demo",),
     ("training",),
     ("commands", "config_flag"),
     ("main", "cli", "compile"),

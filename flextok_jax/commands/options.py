@@ -357,6 +357,28 @@ class Generate(Compute, Sampling, TokenSampling):
 
 
 @_options
+class Demo:
+    """A page in the browser to play with a model. Needs the extra "demo".
+
+    From one token to all, other noise for the same tokens, tokens of two images
+    mixed, new images token by token. The page is for this machine alone, unless
+    --host says otherwise; Ctrl-C ends it.
+
+    example:
+      flextok demo
+      flextok demo --model runs/mine --generator runs/gen --images my_photos
+    """
+
+    model: Annotated[str | None, *_option("SOURCE", _text, _MODEL, "(a shipped one)")] = None
+    generator: Annotated[str | None, *_option("SOURCE", _text, _AR_MODEL)] = None
+    text_encoder: Annotated[str | None, *_option("SOURCE", _text, _T5, "(the one it names)")] = None
+    images: Annotated[str | None, *_option("DATA", _text, "whose first 20 can be picked")] = None
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    host: Annotated[str, *_option("ADDRESS", hint=None)] = "127.0.0.1"  # 0.0.0.0: for everybody
+    port: Annotated[int | None, *_option("N", _positive, hint="(first free one from 7860)")] = None
+
+
+@_options
 class Evaluate(Compute, TokenSampling, Sampling):
     """Metrics and a report of reconstructions, samples or registers.
 
@@ -478,6 +500,7 @@ COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.
     "detokenize": (Detokenize, "images:detokenize"),
     "lengths": (Lengths, "lengths:lengths"),
     "generate": (Generate, "images:generate"),
+    "demo": (Demo, "demo:demo"),
     "embed": (Embed, "text:embed"),
     "evaluate": (Evaluate, "evaluate:evaluate"),
     "compare": (Compare, "evaluate:compare"),
