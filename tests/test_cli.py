@@ -481,6 +481,8 @@ def test_a_fault_of_ours_keeps_its_traceback_and_a_missing_package_has_a_remedy(
     assert ".[train]" in refused(capsys, "info", model)
     fails(ModuleNotFoundError("No module", name="grain.python"))
     assert ".[data]" in refused(capsys, "info", model)
+    fails(ModuleNotFoundError("No module", name="gradio"))
+    assert ".[demo]" in refused(capsys, "info", model)
     fails(RuntimeError("RESOURCE_EXHAUSTED: 51 GB"))
     assert "--batch-size" in refused(capsys, "info", model)
 

@@ -18,6 +18,7 @@ import urllib.request
 import numpy as np
 import pytest
 import setuptools
+import test_text_to_image
 import yaml
 from common import ROOT, TINY, changed, tiny_generator
 from PIL import Image
@@ -84,6 +85,17 @@ def test_a_new_image_grows_to_the_one_that_is_generated_at_once():
     expected = np.asarray(gen.generate_tokens(labels=[7], key=FAST.seed))[0]
     same(tokens, [expected[:k] for k in (1, 2, 3, 4)])
     same(images, [direct(expected, k) for k in (1, 2, 3, 4)])
+
+
+def test_prompts_become_conditions():
+    drawn = Demo(models().tokenizer, test_text_to_image.generator(), models().pictures, "text")
+    condition = drawn.condition(text="two cats")
+    embeddings, mask = test_text_to_image.encoder().encode(["two cats"])
+    np.testing.assert_array_equal(condition.text, embeddings)
+    np.testing.assert_array_equal(condition.text_mask, mask)
+    assert condition.names == ("two cats",) and drawn.class_names == ()
+    with pytest.raises(ValueError, match="prompt is empty"):
+        drawn.condition(text=" ")
 
 
 def test_people_who_ask_at_once_get_what_they_would_get_alone():

@@ -358,11 +358,11 @@ class Generate(Compute, Sampling, TokenSampling):
 
 @_options
 class Demo:
-    """A page in the browser to play with a model. Needs the extra "demo".
+    """A page in the browser to play with a model.
 
     From one token to all, other noise for the same tokens, tokens of two images
     mixed, new images token by token. The page is for this machine alone, unless
-    --host says otherwise; Ctrl-C ends it.
+    --host says otherwise; Ctrl-C ends it. It needs the extra "demo" (gradio).
 
     example:
       flextok demo
