@@ -41,6 +41,8 @@ TRAIN = [
     "scikit-image>=0.24",  # the photographs of examples/; this version works with NumPy 2
 ]
 
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.29"]
+
 setup(
     name="flextok_jax",
     version=VERSION,
@@ -63,11 +65,13 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "data": DATA,
+        "docs": DOCS,
         "train": TRAIN,
         "demo": DEMO,
         "dev": [
             *TRAIN,
             *DEMO,
+            *DOCS,
             "pytest>=8",
             "pytest-xdist>=3.6",
             "playwright>=1.40",  # the page in a browser, if one is installed

@@ -5,6 +5,8 @@ import importlib
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import test_text_to_image
@@ -139,3 +141,14 @@ def test_the_pages_are_found():
     """Otherwise the tests above would pass on nothing."""
     assert sum(words[0] == "flextok" for words, _ in ALL["README.md"]) >= 6
     assert sum("flextok_jax.main" in words for words, _ in ALL["README.md"]) >= 4
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Every link leads somewhere, and the interface's docstrings can be read."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True)
+    page = (tmp_path / "api" / "index.html").read_text()
+    for name in ("FlexTok.detokenize", "ImageGenerator.generate", "TextEncoder.encode"):
+        assert f'id="flextok_jax.{name}"' in page
+    assert "flextok tokenize" in (tmp_path / "index.html").read_text()
