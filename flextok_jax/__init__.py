@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flextok_jax.data.reader import to_pil as to_pil
     from flextok_jax.generator import ImageGenerator as ImageGenerator
     from flextok_jax.text import TextEncoder as TextEncoder
+    from flextok_jax.token_search import search as search
     from flextok_jax.tokenizer import FlexTok as FlexTok
 
 _LAZY = {
@@ -26,9 +27,10 @@ _LAZY = {
     "ImageGenerator": "flextok_jax.generator",
     "TextEncoder": "flextok_jax.text",
     "load_images": "flextok_jax.data.reader",
+    "search": "flextok_jax.token_search",
     "to_pil": "flextok_jax.data.reader",
 }
-__all__ = ["FlexTok", "ImageGenerator", "TextEncoder", "load_images", "to_pil"]
+__all__ = ["FlexTok", "ImageGenerator", "TextEncoder", "load_images", "search", "to_pil"]
 
 
 def __getattr__(name: str):

@@ -99,6 +99,12 @@ def dino(source, size: int = 224) -> Criterion:
         source: a folder, or a hub id, see `networks.load_dinov2`.
         size: images are resized to so many pixels a side, rounded to whole patches.
     """
+    features, params, metadata = dino_features(source, size)
+    return _cosine("dino", features, params, metadata)
+
+
+def dino_features(source, size: int) -> tuple[Callable, dict, dict]:
+    """((params, images in [-1, 1]) -> the class token's features, params, metadata): see `dino`."""
     cfg, params = networks.load_dinov2(source)
     side = max(1, round(size / cfg.patch_size)) * cfg.patch_size
 
@@ -106,7 +112,8 @@ def dino(source, size: int = 224) -> Criterion:
         images = jax.image.resize(images, (len(images), side, side, 3), "cubic")
         return dinov2_network.features(params, cfg, Compute(), images)[:, 0]
 
-    return _cosine("dino", features, params, size=side)
+    metadata = {"sha256": storage.fingerprint(params), "size": side}
+    return features, jax.device_put(params), metadata
 
 
 def clip(source) -> Criterion:
@@ -116,14 +123,16 @@ def clip(source) -> Criterion:
     def features(params, images):
         return clip_network.image_features(params, found.config, Compute(), images)
 
-    return _cosine("clip", features, {"vision": found.params["vision"]})
+    params = {"vision": found.params["vision"]}
+    return _cosine(
+        "clip", features, jax.device_put(params), {"sha256": storage.fingerprint(params)}
+    )
 
 
-def _cosine(name: str, features: Callable, params: dict, **metadata) -> Criterion:
+def _cosine(name: str, features: Callable, params: dict, metadata: dict) -> Criterion:
     def cosine(params, *both):
         a, b = (features(params, images) for images in both)
         norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
         return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, TINY)
 
-    metadata = {"sha256": storage.fingerprint(params), **metadata}
-    return Criterion(name, jax.jit(cosine), True, "images", jax.device_put(params), metadata)
+    return Criterion(name, jax.jit(cosine), True, "images", params, metadata)

@@ -216,7 +216,7 @@ class ImageGenerator:
             if labels is None and text_embeddings is None and prefix is None:
                 prefix = np.zeros((len(conditions), 0), np.int32)
         if text is not None:
-            text_embeddings, text_mask = self._encode(text, text_embeddings)
+            text_embeddings, text_mask = self.encode_text(text, text_embeddings)
         prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)
         given = 0 if prefix is None else prefix.shape[1]
         count = cfg.num_tokens if num_tokens is None else num_tokens
@@ -226,20 +226,20 @@ class ImageGenerator:
                 f"{given} tokens of the prefix counted"
             )
         texts = (text_embeddings, text_mask)
-        condition, batch = self._condition(labels, *texts, None if prefix is None else len(prefix))
+        condition, batch = self.condition(labels, *texts, None if prefix is None else len(prefix))
         scale = cfg.guidance_scale if guidance_scale is None else guidance_scale
         scales = generation.guidance_schedule(scale, int(count), cfg.num_tokens)
         null = None
         if (labels is not None or cfg.text_dim) and not (scales[given:count] == 1).all():
-            null = self._null(batch, null_embeddings, null_mask)
+            null = self.null_condition(batch, null_embeddings, null_mask)
         condition, null = generation.pad_texts(condition, null)
-        how = generation.Sampling(scales, *_check_sampling(temperature, top_k, top_p))
+        how = generation.Sampling(scales, *check_sampling(temperature, top_k, top_p))
         length = flextok.bucket(given, cfg.num_tokens) if given else 0
         padded = np.zeros((batch, length), np.int32)
         if given:
             padded[:, :given] = prefix
         arrays = (condition, null, generation.sample_keys(key, batch), padded)
-        with self._on_mesh():
+        with self.on_mesh():
             condition, null, keys, padded = spread_batch(self.mesh, arrays)
             tokens = _generate(
                 self.params,
@@ -299,12 +299,12 @@ class ImageGenerator:
         tokens = self._check_tokens(tokens, "tokens", least=1)
         batch = len(tokens)
         if text is not None:
-            text_embeddings, text_mask = self._encode(text, text_embeddings)
+            text_embeddings, text_mask = self.encode_text(text, text_embeddings)
         if self.config.text_dim and text_embeddings is None:
-            condition = self._null(batch, null_embeddings, null_mask)
+            condition = self.null_condition(batch, null_embeddings, null_mask)
         else:
-            condition, _ = self._condition(labels, text_embeddings, text_mask, batch)
-        with self._on_mesh():
+            condition, _ = self.condition(labels, text_embeddings, text_mask, batch)
+        with self.on_mesh():
             tokens, condition = spread_batch(self.mesh, (tokens, condition))
             found = _logits(self.params, self.config, self.compute, tokens, condition)
         return found[:batch]
@@ -386,7 +386,7 @@ class ImageGenerator:
             raise ValueError(f"token id {wrong[0]} in {name}: must be in 0..{cfg.vocab_size - 1}")
         return tokens.astype(np.int32)
 
-    def _condition(self, labels, text, mask, batch: int | None) -> tuple[ARCondition, int]:
+    def condition(self, labels, text, mask, batch: int | None) -> tuple[ARCondition, int]:
         """The checked condition of `batch` (None: its own number of) sequences, and how many."""
         cfg = self.config
         if cfg.text_dim:
@@ -413,7 +413,7 @@ class ImageGenerator:
             raise ValueError(f"{found} conditions and {batch} token sequences: must be as many")
         return condition, found
 
-    def _null(self, batch: int, text, mask) -> ARCondition:
+    def null_condition(self, batch: int, text, mask) -> ARCondition:
         """The null condition of `batch` sequences."""
         if not self.config.text_dim:
             return ARCondition(np.full(batch, -1, np.int32))
@@ -433,8 +433,8 @@ class ImageGenerator:
     def _null_text(self) -> tuple[np.ndarray, np.ndarray] | None:
         return self.null_text or (self.text_encoder and self.text_encoder.null)
 
-    def _encode(self, prompts, embeddings) -> tuple[np.ndarray, np.ndarray]:
-        """(embeddings, mask) of prompts."""
+    def encode_text(self, prompts, embeddings=None) -> tuple[np.ndarray, np.ndarray]:
+        """(embeddings, mask) of prompts; `embeddings` must be None, or else there are two."""
         if not self.config.text_dim:
             raise ValueError("not a text model: text means nothing, give labels or nothing")
         if embeddings is not None:
@@ -447,7 +447,8 @@ class ImageGenerator:
             )
         return self.text_encoder.encode(prompts, self._about("text_encoder").get("max_length"))
 
-    def _on_mesh(self):
+    def on_mesh(self):
+        """The context in which computations run on the devices of `mesh`."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
@@ -460,7 +461,7 @@ def _check_fit(cfg: ARConfig, tok: FlexTok) -> None:
         )
 
 
-def _check_sampling(temperature, top_k, top_p) -> tuple:
+def check_sampling(temperature, top_k, top_p) -> tuple:
     """(temperature, top_k, top_p) as arrays."""
     number = (int, float, np.integer, np.floating)
     if not isinstance(temperature, number) or not 0 <= temperature < np.inf:

@@ -14,7 +14,7 @@ PACKAGE = "flextok_jax"
 LEVELS = (
     ("conditions", "nn", "flow"),
     ("io", "parallel"),
-    ("tokenizer", "generator", "text", "lengths", "criteria"),
+    ("tokenizer", "generator", "text", "lengths", "criteria", "token_search", "verifiers"),
     ("data", "evaluation"),
     ("demo",),
     ("training",),
@@ -75,7 +75,10 @@ def parts_imported(name: str) -> list[str]:
     if name.split(".")[0] != PACKAGE:
         return []
     part = (name.split(".") + [""])[1]
-    public = {"FlexTok": "tokenizer", "ImageGenerator": "generator", "TextEncoder": "text"}
+    public = {
+        "FlexTok": "tokenizer", "ImageGenerator": "generator", "TextEncoder": "text",
+        "search": "token_search",
+    }  # fmt: skip
     return [public.get(part, part)] if part and part != "__version__" else []
 
 

@@ -146,17 +146,20 @@ def attend_across(q, keys, values, mask, head_dim: int) -> jax.Array:
 
     Args:
         q: [B, T, D].
-        keys, values: [B, H, S, head_dim].
-        mask: bool [B, S], True where there is something to attend to.
+        keys, values: [C, H, S, head_dim], where C divides B: row i attends to row i modulo C.
+        mask: bool [C, S], True where there is something to attend to.
 
     Returns:
         [B, T, D].
     """
-    heads = q.reshape(*q.shape[:2], -1, head_dim)
+    count, length = keys.shape[0], q.shape[1]
+    # Rows with the same keys are further queries of one row.
+    heads = q.reshape(-1, count, length, q.shape[2] // head_dim, head_dim).swapaxes(0, 1)
     out = jax.nn.dot_product_attention(
-        heads, heads_first(keys), heads_first(values), mask=mask[:, None, None, :]
-    )
-    return out.reshape(q.shape)
+        heads.reshape(count, -1, *heads.shape[3:]), heads_first(keys), heads_first(values),
+        mask=mask[:, None, None, :],
+    )  # fmt: skip
+    return out.reshape(count, -1, *q.shape[1:]).swapaxes(0, 1).reshape(q.shape)
 
 
 def heads_first(x: jax.Array) -> jax.Array:

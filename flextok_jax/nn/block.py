@@ -32,8 +32,8 @@ class Cache(NamedTuple):
     Attributes:
         k, v: [B, H, S, head_dim], keys and values of the positions below `index`; what lies at
             later positions is never read. S is the cache length.
-        cross: keys and values of the context, two times [B, H, S', head_dim]; None where they are
-            to be computed from it, and without a context.
+        cross: keys and values of the context, two times [C, H, S', head_dim], C dividing B (see
+            `attention.attend_across`); None where they are to be computed, and without a context.
         index: int32 [], position of the next input.
     """
 

@@ -4,13 +4,14 @@ Each position costs one pass of the blocks over one token per sequence, and the 
 The cache grows by doubling, so attention costs in proportion to the positions that are filled.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.nn import ar
+from flextok_jax.nn import ar, layout
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.block import Block, Cache
 from flextok_jax.nn.config import ARConfig, Compute
@@ -59,60 +60,207 @@ def generate(
     Returns:
         int32 [B, L]: the prefix, the new tokens (-1 where logits are not finite), and zeros.
     """
-    dtype = jnp.dtype(compute.dtype)
-    batch, given = prefix.shape
-    params = jax.tree.map(lambda p: p.astype(dtype), params)  # Once, not once per token.
-    stacked, weights = params["ar"]["blocks"], ar.head_weights(params, dtype)
-    # Unstacked, so that each product reads its matrix where it lies instead of a copied slice.
-    layers = [jax.tree.map(lambda p: p[i], stacked) for i in range(cfg.depth)]
+    first = max(prefix.shape[1], min(FIRST_LENGTH, cfg.num_tokens))
+    state = open_state(params, cfg, compute, condition, null, prefix, start, first)
+
+    def pick(logits, i):
+        return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), sampling)
+
+    for length in rooms(first, cfg.num_tokens):
+        state = grow(state, length)
+        begin, end = jnp.minimum(start, length), jnp.minimum(stop, length)
+        state = advance(params, cfg, compute, state, sampling.guidance, pick, begin, end)
+        start = jnp.maximum(begin, end)
+    return state.tokens
+
+
+class State(NamedTuple):
+    """n sequences under way: what `open_state` makes, `advance` goes on with and `take` picks from.
+
+    Attributes:
+        tokens: int32 [n, L].
+        caches: of each block, of n sequences with their conditions, and null conditions beside
+            them: n or 2 n rows.
+        labels: int32 [c] of the conditions, null conditions beside them, or None; c divides the
+            rows of the caches, whose conditions repeat.
+        text_mask: bool [c, T] of their texts, or None. The keys and values of a text are in the
+            caches c times, not for each sequence.
+    """
+
+    tokens: jax.Array
+    caches: tuple[Cache, ...]
+    labels: jax.Array | None
+    text_mask: jax.Array | None
+
+
+def open_state(
+    params,
+    cfg: ARConfig,
+    compute: Compute,
+    condition: ARCondition,
+    null: ARCondition | None,
+    prefix: jax.Array,
+    start: jax.Array,
+    length: int,
+) -> State:
+    """Sequences with the `start` first tokens of their prefix.
+
+    Args:
+        condition: of the n sequences, or of fewer, c, which divide n: sequence i has number i
+            modulo c.
+        null: their null conditions, of the same shapes, or None: no guidance.
+        prefix: int32 [n, P], start <= P.
+        length: positions there is room for, P or more.
+    """
+    params, dtype = _cast(params, compute)
+    rows, given = prefix.shape
     branches = 1 if null is None else 2
     both = condition if null is None else jax.tree.map(_interleave, condition, null)
     context = ar.context(params, cfg, dtype, both)
+    shape = (rows * branches, cfg.num_heads, length, cfg.head_dim)
+    empty = layout.batch_first(jnp.zeros(shape, dtype))
+    caches = (Cache(empty, empty, None, jnp.int32(0)),) * cfg.depth
+    tokens = jnp.pad(prefix, ((0, 0), (0, cfg.num_tokens - given)))
+    state = State(tokens, caches, both.labels, None if context is None else context[1])
+    if given or cfg.text_dim:  # The text's keys and values are computed here, once.
+        previous = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=ar.SOS)[:, : max(given, 1)]
+        run = _blocks(params, cfg, compute, state, context)
+        _, caches = run(previous, 0, caches)
+        state = state._replace(caches=tuple(cache._replace(index=start) for cache in caches))
+    return state
 
-    def blocks(previous, index, context, caches):
-        """Tokens [B, T] before the positions from `index` on -> features [B', T, D], caches."""
-        previous = jnp.repeat(previous, branches, axis=0)
-        x = ar.embed(params, cfg, dtype, previous, index, both.labels)
+
+def advance(
+    params,
+    cfg: ARConfig,
+    compute: Compute,
+    state: State,
+    guidance: jax.Array,
+    pick: Callable[[jax.Array, jax.Array], jax.Array],
+    start: jax.Array,
+    stop: jax.Array,
+) -> State:
+    """Adds tokens at positions start .. stop - 1, for which there must be room.
+
+    Args:
+        guidance: float32 [L], scale of each position, where there are null conditions.
+        pick: (logits float32 [n, V], position int32 []) -> int32 [n].
+
+    Returns:
+        The state; a token is -1 where its logits are not finite.
+    """
+    params, dtype = _cast(params, compute)
+    rows = len(state.tokens)
+    guided = state.caches[0].k.shape[0] > rows
+    mask = state.text_mask
+    run = _blocks(params, cfg, compute, state, None if mask is None else (None, mask))
+    weights = ar.head_weights(params, dtype)
+
+    def step(i, both):
+        tokens, caches = both
+        before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(i - 1, 0), 1, axis=1)
+        x, caches = run(jnp.where(i == 0, ar.SOS, before), i, caches)
+        x = ar.final_norm(params, cfg, x[:, 0])
+        if guided:
+            # The head is linear: guiding the features is guiding the logits, at half the cost.
+            x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(rows, 2, -1), 1, 0)
+            x = (other + guidance[i] * (x - other)).astype(dtype)
+        logits = ar.head(weights, x)
+        token = jnp.where(jnp.isfinite(logits).all(axis=-1), pick(logits, i), -1)
+        return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), caches
+
+    tokens, caches = jax.lax.fori_loop(start, stop, step, (state.tokens, state.caches))
+    return state._replace(tokens=tokens, caches=caches)
+
+
+def take(state: State, index: jax.Array) -> State:
+    """The sequences with these numbers, int32 [n]; their conditions stay where they are."""
+
+    def rows(x):
+        x = x.reshape(len(state.tokens), -1, *x.shape[1:])
+        return layout.batch_first(x[index].reshape(-1, *x.shape[2:]))
+
+    caches = tuple(cache._replace(k=rows(cache.k), v=rows(cache.v)) for cache in state.caches)
+    return state._replace(tokens=state.tokens[index], caches=caches)
+
+
+def grow(state: State, length: int) -> State:
+    """The state with room for so many positions."""
+    return state._replace(caches=tuple(_grow(cache, length) for cache in state.caches))
+
+
+def rooms(first: int, most: int):
+    """Sizes of the cache, doubling from `first` to `most`."""
+    while first < most:
+        yield first
+        first *= 2
+    yield most
+
+
+def _cast(params, compute: Compute) -> tuple:
+    """(parameters in the type of the computation: once, not once per token; that type)."""
+    dtype = jnp.dtype(compute.dtype)
+    return jax.tree.map(lambda p: p.astype(dtype), params), dtype
+
+
+def _blocks(params, cfg: ARConfig, compute: Compute, state: State, context) -> Callable:
+    """(tokens [n, T] before the positions from `index` on, index, caches) -> (features, caches)."""
+    dtype = jnp.dtype(compute.dtype)
+    # Unstacked, so that each product reads its matrix where it lies instead of a copied slice.
+    layers = [jax.tree.map(lambda p: p[i], params["ar"]["blocks"]) for i in range(cfg.depth)]
+    block = Block(cfg.blocks, compute, cross=bool(cfg.text_dim))
+    rows, labels = state.caches[0].k.shape[0], state.labels
+    labels = None if labels is None else jnp.tile(labels, rows // len(labels))
+
+    def run(previous, index, caches):
+        previous = jnp.repeat(previous, rows // len(previous), axis=0)
+        x = ar.embed(params, cfg, dtype, previous, index, labels)
         kept = []
-        block = Block(cfg.blocks, compute, cross=bool(cfg.text_dim))
         for layer, cache in zip(layers, caches):
             carry = ((x,), None, jnp.int32(0))
             ((x,), *_), cache = block.apply({"params": layer}, carry, (None, context, cache))
             kept.append(cache)
         return x, tuple(kept)
 
-    shape = (batch * branches, cfg.num_heads, max(given, min(FIRST_LENGTH, cfg.num_tokens)))
-    empty = jnp.zeros((*shape, cfg.head_dim), dtype)
-    caches = (Cache(empty, empty, None, jnp.int32(0)),) * cfg.depth
-    tokens = jnp.pad(prefix, ((0, 0), (0, cfg.num_tokens - given)))
-    if given or cfg.text_dim:  # The text's keys and values are computed here, once.
-        previous = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=ar.SOS)[:, : max(given, 1)]
-        _, caches = blocks(previous, 0, context, caches)
-        caches = tuple(cache._replace(index=start) for cache in caches)
-        context = None if context is None else (None, context[1])
+    return run
 
-    def step(i, state):
-        tokens, caches = state
-        before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(i - 1, 0), 1, axis=1)
-        x, caches = blocks(jnp.where(i == 0, ar.SOS, before), i, context, caches)
-        x = ar.final_norm(params, cfg, x[:, 0])
-        if null is not None:
-            # The head is linear: guiding the features is guiding the logits, at half the cost.
-            x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(batch, 2, -1), 1, 0)
-            x = (other + sampling.guidance[i] * (x - other)).astype(dtype)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        logits = ar.head(weights, x)
-        token = sample(logits, step_keys, sampling)
-        token = jnp.where(jnp.isfinite(logits).all(axis=-1), token, -1)
-        return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), caches
 
-    for length in _lengths(shape[2], cfg.num_tokens):
-        caches = tuple(_grow(cache, length) for cache in caches)
-        first = jnp.minimum(start, length)
-        last = jnp.minimum(stop, length)
-        tokens, caches = jax.lax.fori_loop(first, last, step, (tokens, caches))
-        start = jnp.maximum(first, last)
-    return tokens
+class Branching(NamedTuple):
+    """How sequences that begin alike go apart; see `branch`.
+
+    Attributes:
+        own: keys [n], of the positions after `split`.
+        shared: keys [n], of those up to it: equal for sequences that begin alike.
+        rank: int32 [n], which choice a sequence takes at `split`: 0 is the best.
+        split: int32 [], a position; before the first one where all are independent.
+    """
+
+    own: jax.Array
+    shared: jax.Array
+    rank: jax.Array
+    split: jax.Array
+
+
+def branch(logits, i, how: Branching, sampling: Sampling, most: int) -> jax.Array:
+    """Samples position i: float32 [n, V] -> int32 [n].
+
+    Up to `split` sequences with the same shared key and logits draw the same token, but at `split`
+    each takes the choice of its rank among the `most` largest of logits plus Gumbel noise: a draw
+    without replacement (Kool et al., arXiv 1903.06059). Where fewer are allowed, ranks begin again.
+    """
+    together = i <= how.split
+    keys = jax.vmap(lambda a, b: jax.random.fold_in(jnp.where(together, a, b), i))(
+        how.shared, how.own
+    )
+    noisy = noisy_logits(logits, keys, sampling)
+
+    def ranked():
+        values, ids = jax.lax.top_k(noisy, min(most, logits.shape[1]))
+        allowed = jnp.maximum(jnp.sum(jnp.isfinite(values), axis=1), 1)
+        return jnp.take_along_axis(ids, (how.rank % allowed)[:, None], axis=1)[:, 0]
+
+    best = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(i == how.split, ranked, lambda: best)
 
 
 def sample(logits: jax.Array, keys: jax.Array, how: Sampling) -> jax.Array:
@@ -120,9 +268,13 @@ def sample(logits: jax.Array, keys: jax.Array, how: Sampling) -> jax.Array:
 
     By the maximum of logits plus temperature times Gumbel noise (greedy at 0).
     """
+    return jnp.argmax(noisy_logits(logits, keys, how), axis=-1).astype(jnp.int32)
+
+
+def noisy_logits(logits: jax.Array, keys: jax.Array, how: Sampling) -> jax.Array:
+    """Filtered logits plus temperature times Gumbel noise: float32 [B, V]."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    kept = keep_likely(logits, how.temperature, how.top_k, how.top_p)
-    return jnp.argmax(kept + how.temperature * noise, axis=-1).astype(jnp.int32)
+    return keep_likely(logits, how.temperature, how.top_k, how.top_p) + how.temperature * noise
 
 
 def keep_likely(logits, temperature, top_k, top_p) -> jax.Array:
@@ -234,14 +386,6 @@ def repeat(condition: ARCondition, batch: int) -> ARCondition:
 def _interleave(a, b):
     """[B, ...] twice -> [2B, ...], pairs side by side: a cut of the batch keeps them together."""
     return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
-
-
-def _lengths(first: int, most: int):
-    """Sizes of the cache, doubling from `first` to `most`."""
-    while first < most:
-        yield first
-        first *= 2
-    yield most
 
 
 def _grow(cache: Cache, length: int) -> Cache:

@@ -1,0 +1,608 @@
+"""Search over tokens at test time: candidates are drawn, decoded and scored, and the best go on.
+
+One loop over a schedule of numbers of tokens serves best-of-N, beam search and look-ahead. Prompts
+are searched one after the other, in the same programs. Candidates of a prompt are decoded with one
+noise, so that only their tokens differ, in few steps; what is returned is chosen among the last
+beams once more, by images of full steps (docs/search.md).
+
+P prompts, n candidates of a prompt, k tokens, L tokens at most, R tokens of a full image.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flextok_jax import conditions as of
+from flextok_jax.conditions import Conditions
+from flextok_jax.flow.sampler import SOLVERS, Sampler
+from flextok_jax.generator import Guidance, ImageGenerator, check_sampling
+from flextok_jax.nn import flextok, generation
+from flextok_jax.nn.generation import Branching, Sampling, State
+from flextok_jax.nn.images import to_uint8
+from flextok_jax.parallel.rng import named
+from flextok_jax.parallel.sharding import spread_batch
+from flextok_jax.tokenizer import Key, is_int
+from flextok_jax.verifiers import LOOKS_AT, Ensemble, Verifier
+
+ALGORITHMS, BRANCHES, PRIORS = ("beam", "best_of"), ("first", "last"), ("model", "null", "uniform")
+
+
+class Step(NamedTuple):
+    """One step of the search of a prompt.
+
+    Attributes:
+        num_tokens: k, of the candidates.
+        tokens: int32 [n, k], and behind them those of the look-ahead.
+        scores: float32 [n].
+        parents: int32 [n], which candidate of the step before each goes on from; 0 in the first.
+        kept: int32 [beams], the best candidates, best first.
+        images: uint8 [beams, H, W, 3] of those; None where nothing looks at images.
+        cost: see `Found`.
+    """
+
+    num_tokens: int
+    tokens: np.ndarray
+    scores: np.ndarray
+    parents: np.ndarray
+    kept: np.ndarray
+    images: np.ndarray | None
+    cost: dict[str, float]
+
+
+class Result(NamedTuple):
+    """What was found for one prompt; see `Found`."""
+
+    tokens: np.ndarray
+    images: np.ndarray | None
+    scores: np.ndarray
+    judged: dict[str, np.ndarray]
+    cost: dict[str, float]
+
+
+class Found(NamedTuple):
+    """What `search` returns.
+
+    Attributes:
+        tokens: int32 [P, results, k], best first.
+        images: float32 [P, results, H, W, 3], of full steps, not clipped; None without a tokenizer.
+        scores: float32 [P, results], of these images.
+        judged: {name: float32 [P, results]}, scores of the judges.
+        steps: of each prompt its `Step`s, without images.
+        cost: what it took, of all prompts: "positions" of the AR model, conditions and null
+            conditions each; "passes of K tokens" of the decoder, likewise; "images" that the VAE
+            decoded; "scores" by verifiers; "seconds".
+    """
+
+    tokens: np.ndarray
+    images: np.ndarray | None
+    scores: np.ndarray
+    judged: dict[str, np.ndarray]
+    steps: tuple[tuple[Step, ...], ...]
+    cost: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is searched; see `search`."""
+
+    algorithm: str = "beam"
+    beams: int = 4
+    candidates: int = 8
+    schedule: tuple[int, ...] = ()
+    branch: str = "first"
+    lookahead: int = 0
+    prior: str = "model"
+    results: int = 1
+    search_steps: int = 4
+
+    @property
+    def pool(self) -> int:
+        """n."""
+        return self.candidates * (self.beams if self.algorithm == "beam" else 1)
+
+    @property
+    def kept(self) -> int:
+        """Candidates that go on from a step."""
+        return min(self.beams, self.pool)
+
+
+def search(
+    gen: ImageGenerator,
+    verifier: Verifier | Ensemble,
+    labels=None,
+    text: Sequence[str] | None = None,
+    conditions: Conditions | None = None,
+    algorithm: str = "beam",
+    beams: int = 4,
+    candidates: int = 8,
+    schedule: Sequence[int] | None = None,
+    branch: str = "first",
+    lookahead: int = 0,
+    prior: str = "model",
+    results: int = 1,
+    search_steps: int = 4,
+    steps: int | None = None,
+    key: Key = None,
+    batch_size: int = 32,
+    judges: Sequence[Verifier | Ensemble] = (),
+    on_step: Callable[[int, Step], None] | None = None,
+    **how,
+) -> Found:
+    """Images of conditions that a verifier likes, by search over their tokens.
+
+    Each step of the schedule draws `candidates` continuations of every beam to the next number of
+    tokens (beams times candidates of the empty one in the first step), decodes and scores them, and
+    keeps the best `beams` of all. At the end those are decoded with full steps and scored again.
+    A prompt's draws and noise depend on its key alone.
+
+    Args:
+        gen: the AR model, with its tokenizer (unless nothing but tokens is looked at).
+        verifier: see `verifiers`.
+        labels, text, conditions: what to draw, P of them: classes, prompts, or either in one
+            object; nothing for a model without conditions.
+        algorithm: "beam"; or "best_of": `candidates` independent samples in one step.
+        beams: how many go on from each step, and are decoded with full steps at the end.
+        candidates: of each beam.
+        schedule: ascending numbers of tokens; 1, 2, 4, ... up to L by default, of "best_of" L.
+        branch: where candidates of a beam go apart. "first": at their first new token, where no two
+            get the same; "last": at their last one, so that they share all other tokens.
+        lookahead: tokens that each candidate is continued by, greedily, to be scored; what goes on
+            is the candidate without them.
+        prior: what proposes tokens: the "model"; the model given the "null" condition, without
+            guidance; or "uniform", any id alike.
+        results: best of each prompt that are returned, at most `beams`.
+        search_steps: of decoding candidates.
+        steps: of decoding the last beams; the default is that of `ImageGenerator.generate`.
+        key: as in `generate_tokens`: P keys, or one from which each prompt gets its own.
+        batch_size: candidates that are decoded at a time; it does not change the result.
+        judges: verifiers that score the results and do not steer.
+        on_step: called with the number of the prompt and each step.
+        how: `guidance_scale`, `temperature`, `top_k` and `top_p` of tokens, as in
+            `generate_tokens`; `image_guidance_scale`, `norm_guidance`, `solver`, `time_shift` and
+            `guidance_interval` of images, as in `ImageGenerator.generate`.
+
+    Raises:
+        ValueError: an argument does not fit the model or the others; or a verifier's scores have a
+            wrong shape or are not finite: the message has its name.
+    """
+    settings = Settings(
+        algorithm, beams, candidates, tuple(schedule or ()), branch, lookahead, prior, results,
+        search_steps,
+    )  # fmt: skip
+    conditions = conditions_of(gen, labels, text, conditions, prior)
+    task = prepare(gen, verifier, conditions, settings, steps, key, batch_size, judges, **how)
+    found, tree = [], []
+    for prompt in range(len(conditions)):
+        taken: list[Step] = []
+
+        def note(step):
+            if on_step:
+                on_step(prompt, step)
+            taken.append(step._replace(images=None))
+
+        found.append(run(task, prompt, on_step=note))
+        tree.append(tuple(taken))
+    cost: collections.Counter = collections.Counter()
+    for one in found:
+        cost.update(one.cost)
+    return Found(
+        np.stack([one.tokens for one in found]),
+        None if found[0].images is None else np.stack([one.images for one in found]),
+        np.stack([one.scores for one in found]),
+        {name: np.stack([one.judged[name] for one in found]) for name in found[0].judged},
+        tuple(tree),
+        dict(cost),
+    )
+
+
+# Setting it up.
+
+
+def conditions_of(gen, labels=None, text=None, conditions=None, prior="model") -> Conditions:
+    """What is to be drawn, in one object. Raises ValueError for several, or none where needed."""
+    if sum(x is not None for x in (labels, text, conditions)) > 1:
+        raise ValueError("labels, text and conditions: give one of them")
+    if conditions is not None:
+        return conditions
+    if text is not None and prior == "uniform" and gen.text_encoder is None:
+        return Conditions(names=tuple(text))
+    if text is not None:
+        return of.of_text(*gen.encode_text(text), text)
+    if labels is not None:
+        return of.of_labels(of.check_labels(gen.config, labels), gen.class_names)
+    if prior == "model" and (gen.config.num_classes or gen.config.text_dim):
+        raise ValueError(f"{gen.origin} draws from conditions: give labels or text")
+    return of.of_nothing(1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A search that is set up, for `run`; made by `prepare`."""
+
+    gen: ImageGenerator
+    verifier: Verifier | Ensemble
+    judges: tuple
+    conditions: Conditions
+    settings: Settings
+    prepared: dict  # {verifier: arrays [P, ...]}
+    null: tuple | None  # The null condition, for guidance.
+    sampling: Sampling
+    decoding: tuple[dict, dict]  # Arguments of `detokenize`, to search and at the end.
+    keys: jax.Array  # [P]
+    batch_size: int
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether candidates are decoded."""
+        return any(member.looks_at == "images" for member in self.verifier.members)
+
+
+def prepare(
+    gen: ImageGenerator,
+    verifier: Verifier | Ensemble,
+    conditions: Conditions,
+    settings: Settings,
+    steps: int | None = None,
+    key: Key = None,
+    batch_size: int = 32,
+    judges: Sequence[Verifier | Ensemble] = (),
+    guidance_scale: Guidance = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    **decoding,
+) -> Task:
+    """Checks everything, and lets the verifiers look at the prompts. See `search`."""
+    cfg, tok, count = gen.config, gen.tokenizer, len(conditions)
+    if not settings.schedule:
+        last = (cfg.num_tokens,)
+        schedule = last if settings.algorithm == "best_of" else flextok.lengths(cfg.num_tokens)
+        settings = dataclasses.replace(settings, schedule=schedule)
+    _check(settings, cfg.num_tokens)
+    if not is_int(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: must be an int, at least 1")
+    used = [member for one in (verifier, *judges) for member in _members(one)]
+    scale = cfg.guidance_scale if guidance_scale is None else guidance_scale
+    scales = generation.guidance_schedule(scale, cfg.num_tokens, cfg.num_tokens)
+    conditional = cfg.text_dim or cfg.num_classes
+    null = None
+    if conditional and (settings.prior == "null" or not (scales == 1).all()):
+        null = gen.null_condition(1, None, None)
+    if settings.prior == "uniform":  # Logits are equal: nothing to guide or to filter.
+        null, temperature, top_k, top_p = None, 1.0, 0, 0.0
+    sampling = Sampling(scales, *check_sampling(temperature, top_k, top_p))
+    wants_images = any(member.looks_at == "images" for member in used)
+    if tok is None and wants_images:
+        raise ValueError("no tokenizer: images need from_pretrained(source, tokenizer=...)")
+    how = _decoding(gen, settings.search_steps, steps, decoding) if tok else ({}, {})
+    keys = generation.sample_keys(key, count)
+    prepared = {member: member.prepare(conditions) for member in used}
+    return Task(gen, verifier, tuple(judges), conditions, settings, prepared, null, sampling, how,
+                keys, batch_size)  # fmt: skip
+
+
+def _members(verifier) -> tuple[Verifier, ...]:
+    if not isinstance(verifier, (Verifier, Ensemble)):
+        raise ValueError(
+            f"verifier {verifier!r}: make one with `verifiers`, of a function of your own with "
+            "verifiers.function(f)"
+        )
+    for member in verifier.members:
+        if member.looks_at not in LOOKS_AT:
+            raise ValueError(f"verifier {member.name} looks at {member.looks_at!r}: {LOOKS_AT}")
+    return verifier.members
+
+
+def _check(settings: Settings, most: int) -> None:
+    """Raises ValueError with what does not fit."""
+    for name, allowed in (("algorithm", ALGORITHMS), ("branch", BRANCHES), ("prior", PRIORS)):
+        if (value := getattr(settings, name)) not in allowed:
+            raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+    for name, least in (("beams", 1), ("candidates", 1), ("results", 1), ("search_steps", 1),
+                        ("lookahead", 0)):  # fmt: skip
+        if not is_int(value := getattr(settings, name)) or value < least:
+            raise ValueError(f"{name}={value!r}: must be an int, at least {least}")
+    schedule = settings.schedule
+    right = all(is_int(k) and 1 <= k <= most for k in schedule)
+    if not right or any(a >= b for a, b in zip(schedule, schedule[1:])):
+        raise ValueError(f"schedule={schedule}: must be ascending numbers of tokens in 1..{most}")
+    if settings.algorithm == "best_of" and len(schedule) > 1:
+        raise ValueError(f"schedule={schedule}: best_of has one step, give one number of tokens")
+    if settings.results > settings.kept:
+        raise ValueError(
+            f"results={settings.results}: at most the {settings.kept} beams that are left at last"
+        )
+    if settings.prior == "uniform" and settings.lookahead:
+        raise ValueError("lookahead: the prior 'uniform' finds no token likelier than another")
+
+
+def _decoding(gen, search_steps: int, steps: int | None, how: dict) -> tuple[dict, dict]:
+    """Arguments of `detokenize` to search and at the end; two empty ones of a single pass."""
+    cfg = gen.tokenizer.config
+    how = {"guidance_scale" if k == "image_guidance_scale" else k: v for k, v in how.items()}
+    how = {name: value for name, value in (how | {"steps": steps}).items() if value is not None}
+    if not cfg.is_flow:
+        if how:
+            raise ValueError(f"{', '.join(how)}: {gen.tokenizer.origin} decodes in one pass")
+        return {}, {}
+    how = gen.decoding | how
+    cfg.sampler_with(**how)
+    return how | {"steps": search_steps}, how
+
+
+# Running it.
+
+
+def run(
+    task: Task,
+    prompt: int,
+    done: Sequence[Step] = (),
+    on_step: Callable[[Step], None] | None = None,
+) -> Result:
+    """Searches one prompt.
+
+    Args:
+        prompt: its number.
+        done: its first steps, from an earlier run of the same task: it goes on after them.
+        on_step: called with each further step.
+    """
+    settings, steps, state = task.settings, list(done), None
+    key = task.keys[prompt]
+    noise = _noise(task, key)
+    for stop in settings.schedule[len(steps) :]:
+        begin, cost = time.perf_counter(), collections.Counter()
+        parents = np.zeros(settings.pool, np.int32)
+        if steps:
+            parents = np.repeat(steps[-1].kept, settings.candidates).astype(np.int32)
+        state = _go_on(task, prompt, state, steps, parents, stop, cost)
+        start = steps[-1].num_tokens if steps else 0
+        state, shown = _draw(task, state, key, start, stop, cost)
+        scores, images = _scored(task, prompt, shown, noise, cost)
+        kept = np.argsort(-scores, kind="stable")[: settings.kept].astype(np.int32)
+        cost["seconds"] = time.perf_counter() - begin
+        images = None if images is None else images[kept]
+        steps.append(Step(stop, shown, scores, parents, kept, images, dict(cost)))
+        if on_step:
+            on_step(steps[-1])
+    return _finish(task, prompt, steps, noise)
+
+
+def _go_on(task, prompt, state, steps, parents, stop, cost) -> State:
+    """The candidates before their new tokens, with room for them."""
+    gen, settings = task.gen, task.settings
+    most = gen.num_tokens
+    first = min(generation.FIRST_LENGTH, most)
+    need = min(stop + settings.lookahead, most)
+    room = next(length for length in generation.rooms(first, most) if length >= need)
+    if state is not None:
+        with gen.on_mesh():
+            (index,) = spread_batch(gen.mesh, (parents,))
+            return _take(state, index, max(room, _room_of(state)))
+    start, prefix = 0, np.zeros((settings.pool, 0), np.int32)
+    if steps:  # Of an earlier run.
+        start = steps[-1].num_tokens
+        length = flextok.bucket(start, most)
+        prefix = np.pad(steps[-1].tokens[parents, :start], ((0, 0), (0, length - start)))
+        room = max(room, length)
+    condition = null = None
+    if settings.prior != "uniform":
+        condition, null = _condition(task, prompt)
+        cost["positions"] += settings.pool * start * (1 if null is None else 2)
+    with gen.on_mesh():
+        (prefix,) = spread_batch(gen.mesh, (prefix,))
+        if condition is None:
+            return State(_filled(prefix, most), (), None, None)
+        return _open(gen.params, gen.config, gen.compute, condition, null, prefix, np.int32(start),
+                     length=room)  # fmt: skip
+
+
+def _condition(task: Task, prompt: int) -> tuple:
+    """(condition, null condition or None) of one prompt; its text is padded as all others."""
+    gen, given = task.gen, task.conditions
+    if task.settings.prior == "null":
+        return task.null or gen.condition(None, None, None, 1)[0], None
+    one = given.take([prompt])
+    condition, _ = gen.condition(one.labels, one.text, one.text_mask, 1)
+    return generation.pad_texts(condition, task.null)
+
+
+def _draw(task, state, key, start, stop, cost) -> tuple[State, np.ndarray]:
+    """(the state with the new tokens, int32 [n, k] of what is scored)."""
+    gen, settings = task.gen, task.settings
+    with gen.on_mesh():
+        how = _branching(settings, key, start, stop)
+        rows = spread_batch(gen.mesh, (how.own, how.shared, how.rank))
+        how = how._replace(own=rows[0], shared=rows[1], rank=rows[2])
+        static = dict(cfg=gen.config, compute=gen.compute, most=settings.pool)
+        params = None if settings.prior == "uniform" else gen.params
+        state = _extend(
+            params, state, task.sampling, how, np.int32(start), np.int32(stop), **static
+        )
+        ahead, last = state, min(stop + settings.lookahead, gen.num_tokens)
+        if last > stop:
+            greedy = task.sampling._replace(temperature=np.float32(0))
+            how = how._replace(split=np.int32(-1))
+            ahead = _extend(params, state, greedy, how, np.int32(stop), np.int32(last), **static)
+    if state.caches:
+        branches = state.caches[0].k.shape[0] // len(state.tokens)
+        cost["positions"] += settings.pool * (last - start) * branches
+    tokens = np.asarray(ahead.tokens)[: settings.pool, :last]
+    if (tokens < 0).any():
+        raise ValueError(
+            f"{gen.origin}: the logits are not finite. Check the model's parameters, or try float32"
+        )
+    return state, tokens
+
+
+def _branching(settings: Settings, key, start: int, stop: int) -> Branching:
+    """How the candidates are drawn: a function of the prompt's key and the positions alone.
+
+    Candidate 0 draws what `generate_tokens` draws with this key.
+    """
+    n, numbers = settings.pool, np.arange(settings.pool, dtype=np.int32)
+    if settings.algorithm == "best_of":  # Independent from the first token on.
+        return Branching(*_keys(key, n, np.int32(1)), numbers * 0, np.int32(-1))
+    group = n if start == 0 else settings.candidates
+    split = start if settings.branch == "first" else stop - 1
+    return Branching(*_keys(key, n, np.int32(group)), numbers % group, np.int32(split))
+
+
+def _finish(task: Task, prompt: int, steps: list[Step], noise) -> Result:
+    """The best of the last beams, by images of full steps."""
+    last, settings, cost = steps[-1], task.settings, collections.Counter()
+    begin = time.perf_counter()
+    tokens, scores, images = last.tokens[last.kept], last.scores[last.kept], None
+    if task.looks_at_images:
+        scores, images = _scored(task, prompt, tokens, noise, cost, final=True)
+    best = np.argsort(-scores, kind="stable")[: settings.results]
+    tokens, scores = tokens[best], scores[best]
+    if images is not None:
+        images = images[best]
+    elif task.gen.tokenizer is not None:
+        images = _decoded(task, tokens, noise, cost, final=True)
+    judged = {}
+    for judge in task.judges:
+        values = [_values(task, prompt, m, tokens, images, cost) for m in judge.members]
+        judged[judge.name] = judge.combine(np.stack(values)).astype(np.float32)
+    cost["seconds"] = time.perf_counter() - begin
+    for step in steps:
+        cost.update(step.cost)
+    return Result(tokens, images, scores, judged, dict(cost))
+
+
+# Decoding and scoring.
+
+
+def _scored(task, prompt, tokens, noise, cost, final=False) -> tuple[np.ndarray, np.ndarray | None]:
+    """(scores float32 [n], images or None): uint8 to search, float32 at the end."""
+    size, parts, kept = min(task.batch_size, len(tokens)), [], []
+    for first in range(0, len(tokens), size):
+        some, images = tokens[first : first + size], None
+        if task.looks_at_images:
+            images = _decoded(task, some, noise, cost, final, size)
+            kept.append(images if final else to_uint8(images))
+        members = task.verifier.members
+        parts.append(
+            np.stack([_values(task, prompt, m, some, images, cost, size) for m in members])
+        )
+    scores = task.verifier.combine(np.concatenate(parts, axis=1)).astype(np.float32)
+    return scores, np.concatenate(kept) if kept else None
+
+
+def _decoded(task, tokens, noise, cost, final, size=None) -> np.ndarray:
+    """float32 [m, H, W, 3] of tokens [m, k], run as `size` images, m by default."""
+    tok, how = task.gen.tokenizer, task.decoding[final]
+    filled = _filled_rows(tokens, size or len(tokens))
+    bucket, passes = flextok.bucket(tokens.shape[1], tok.num_tokens), 1
+    if noise is not None:
+        how = how | {"noise": np.broadcast_to(noise, (len(filled), *noise.shape))}
+        sampler = {name: value for name, value in how.items() if name != "noise"}
+        passes = _passes(tok.config.sampler_with(**sampler))
+    cost[f"passes of {bucket} tokens"] += len(tokens) * passes
+    cost["images"] += len(tokens)
+    return np.asarray(tok.detokenize(filled, **how))[: len(tokens)]
+
+
+def _passes(sampler: Sampler) -> int:
+    """Evaluations of the velocity for one image."""
+    scales = sampler.schedule().scales[: sampler.steps]
+    null = np.sum(scales != 1) if sampler.method.partly else sampler.steps * sampler.guided
+    return SOLVERS[sampler.solver] * int(sampler.steps + null)
+
+
+def _values(task, prompt, verifier: Verifier, tokens, images, cost, size=None) -> np.ndarray:
+    """Scores [m] of one verifier; raises ValueError with its name for what is none."""
+    candidates = tokens if verifier.looks_at == "tokens" else images.clip(-1, 1)
+    prepared = jax.tree.map(lambda array: array[prompt], task.prepared[verifier])
+    cost["scores"] += len(tokens)
+    filled = _filled_rows(candidates, size or len(candidates))
+    try:
+        found = np.asarray(verifier.function(verifier.params, prepared, filled))
+    except Exception as error:
+        error.add_note(f"raised by the verifier {verifier.name}, at prompt {prompt}")
+        raise
+    if found.shape != (len(filled),):
+        raise ValueError(
+            f"verifier {verifier.name}: it returned shape {found.shape} for {len(filled)} "
+            f"candidates, must be ({len(filled)},)"
+        )
+    found = found[: len(tokens)]
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"verifier {verifier.name}: its score is not finite for "
+            f"{np.sum(~np.isfinite(found))} of {len(found)} candidates of prompt {prompt}"
+        )
+    return found
+
+
+def _filled_rows(array: np.ndarray, size: int) -> np.ndarray:
+    """Copies of the last row: one program for every batch."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
+
+
+def _noise(task: Task, key) -> np.ndarray | None:
+    """The noise of a prompt, that of `ImageGenerator.generate`: float32 [h, w, C]."""
+    tok = task.gen.tokenizer
+    if tok is None or not tok.config.is_flow:
+        return None
+    return np.asarray(_normal(key, tok.config.latent_shape))
+
+
+# Programs.
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key, shape):
+    return jax.random.normal(named(key, "noise"), shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _keys(key, count, group):
+    """([count] keys, the first of which is `key`; that of the first in its group, for each)."""
+    others = jax.vmap(jax.random.fold_in, (None, 0))(named(key, "candidates"), jnp.arange(1, count))
+    own, numbers = jnp.concatenate([key[None], others]), jnp.arange(count)
+    return own, own[numbers - numbers % group]
+
+
+_open = jax.jit(generation.open_state, static_argnames=("cfg", "compute", "length"))
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _take(state: State, index, length: int) -> State:
+    return generation.grow(generation.take(state, index), length)
+
+
+@functools.partial(jax.jit, static_argnames="most")
+def _filled(prefix, most: int):
+    """int32 [n, P] -> [n, most]."""
+    return jnp.pad(prefix, ((0, 0), (0, most - prefix.shape[1])))
+
+
+def _room_of(state: State) -> int:
+    return state.caches[0].k.shape[2] if state.caches else 0
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "compute", "most"))
+def _extend(
+    params, state: State, sampling: Sampling, how: Branching, start, stop, cfg, compute, most
+):
+    """Draws positions start .. stop - 1; of a state without caches all ids are equally likely."""
+
+    def pick(logits, i):
+        return generation.branch(logits, i, how, sampling, most)
+
+    if state.caches:
+        return generation.advance(params, cfg, compute, state, sampling.guidance, pick, start, stop)
+    equal = jnp.zeros((len(state.tokens), cfg.vocab_size))
+
+    def step(i, tokens):
+        return jax.lax.dynamic_update_slice_in_dim(tokens, pick(equal, i)[:, None], i, axis=1)
+
+    return state._replace(tokens=jax.lax.fori_loop(start, stop, step, state.tokens))
