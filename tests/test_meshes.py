@@ -57,7 +57,7 @@ import numpy as np
 from common import GOLDEN, TINY, random_params, tiny_generator, tiny_tokenizer
 from test_sweep import CFG, SETTINGS, sweep_of
 from test_meshes import RUNS, configs, run
-from flextok_jax import FlexTok, ImageGenerator, TextEncoder
+from flextok_jax import FlexTok, ImageGenerator, TextEncoder, search, verifiers
 from flextok_jax.io.checkpoint import Checkpoints
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.nn import ar, flextok
@@ -81,6 +81,12 @@ generated = dict(
     error=float(np.abs(again - images).max() / np.abs(images).max()),
     rows=embed.addressable_shards[0].data.shape[0] / embed.shape[0],
 )
+
+bright = verifiers.function(lambda images, prompts: images.mean((1, 2, 3)))
+how = dict(labels=[1, 2], beams=2, candidates=3, schedule=(1, 4), search_steps=1, steps=2, key=0)
+one, several = (search(model, bright, **how) for model in (plain, gen))
+generated["same_search"] = bool((one.tokens == several.tokens).all())
+generated["search_error"] = float(np.abs(one.scores - several.scores).max())
 
 encoders = [TextEncoder.from_pretrained(GOLDEN / "text" / "t5_a", mesh=m) for m in (None, mesh)]
 (wanted, mask), (found, _) = (encoder.encode(["a red cube", "", "cat"]) for encoder in encoders)
@@ -146,6 +152,12 @@ def test_generation_gives_the_same_tokens_and_images(runs):
     assert found["same_tokens"] and found["error"] < 1e-5
     assert found["rows"] == 1 / 2  # the vocabulary over `tensor`
     assert found["text_error"] < 1e-5
+
+
+def test_a_search_finds_the_same_with_its_rows_over_the_devices(runs):
+    """Six candidates, filled up to a multiple of the four parts of the batch."""
+    found = runs[1]["generated"]
+    assert found["same_search"] and found["search_error"] < 1
 
 
 def test_an_evaluation_gives_the_same_numbers_on_one_two_and_eight_devices(runs):

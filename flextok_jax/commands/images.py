@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -144,18 +145,72 @@ def generate(args: options.Generate) -> None:
     texts = text.encoded(args)
     gen = load_generator(args)
     tok = gen.tokenizer
+    gen, wanted = asked(args, gen, texts)
+    names = wanted.names
+    counts = rec.check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
+    sampler = common.sampler(args, tok, gen.decoding)
+    scale = gen.config.guidance_scale if args.token_guidance is None else args.token_guidance
+    how = token_filters(args)
+    info = rec.metadata(tok, sampler, args.seed) | how | {"token_guidance": scale}
+    info |= {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
+    settings = {**info, **wanted.about, "num_tokens": counts}
+    seeds, size = pics.name_seeds(names), min(args.batch_size, len(names))
+    with common.results_folder(out, settings):
+        tokens, how = [], how | {"guidance_scale": scale}
+        for first in tqdm(range(0, len(names), size), "tokens", unit="batch", disable=None):
+            rows = slice(first, first + size)
+            options = (counts[-1], how, args.seed, size)
+            tokens.append(
+                rec.sample_tokens(gen, wanted.conditions.take(rows), seeds[rows], *options)
+            )
+        tokens = np.concatenate(tokens)
+        write_pictures(out, tok, tokens, names, counts, sampler, info, args, wanted.texts)
+        write_tokens(out / "tokens.npz", tok, tokens, names)
+        words = wanted.conditions.names
+        sheet = _sheet(wanted.groups, words, counts, lambda i, k: out / f"k{k:04d}" / names[i])
+        pics.write_png(out / "grid.png", sheet, png_metadata(info, counts))
+        storage.write_json(out / "generation.json", settings | {"count": len(names)})
+    print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
+
+
+class Asked(NamedTuple):
+    """What samples are asked for by the options, in order.
+
+    Attributes:
+        conditions: one for each sample.
+        groups: int [n], equal for samples of one label or prompt.
+        names: of their files, such as "000003_class7.png".
+        about: for settings.
+        texts: what each PNG says.
+    """
+
+    conditions: conditions.Conditions
+    groups: np.ndarray
+    names: list[str]
+    about: dict
+    texts: list[dict]
+
+
+def asked(args, gen: ImageGenerator, texts: text.Texts | None) -> tuple[ImageGenerator, Asked]:
+    """--labels, --text or --prompts, each --per-label times; the generator with the null prompt.
+
+    Args:
+        texts: of `text.encoded`.
+    """
+    count, about = args.per_label, {}
     if texts is None and not gen.config.num_classes and args.labels is None:
-        groups, wanted = np.zeros(args.per_label, int), conditions.of_nothing(args.per_label)
-        slugs, about, what = ["sample"] * len(wanted), {}, None
+        groups, wanted = np.zeros(count, int), conditions.of_nothing(count)
+        slugs, what = ["sample"] * count, [{}] * count
     elif texts is None:
         labels = read_labels(args.labels or "all", gen.config.num_classes, gen.class_names)
-        labels = np.repeat(labels, args.per_label)
-        wanted, groups = conditions.of_labels(labels, gen.class_names), labels
-        slugs = [f"class{label}" for label in labels]
-        about = {"labels": labels.tolist()}
-        what = [{"label": label, "class": name} for label, name in zip(labels, wanted.names)]
+        groups = np.repeat(labels, count)
+        wanted = conditions.of_labels(groups, gen.class_names)
+        slugs, about = [f"class{label}" for label in groups], {"labels": groups.tolist()}
+        what = [
+            {"label": label, "class": name} for label, name in zip(groups.tolist(), wanted.names)
+        ]
     else:
-        groups = np.repeat(np.arange(len(texts.conditions)), args.per_label)
+        groups = np.repeat(np.arange(len(texts.conditions)), count)
         wanted, about = texts.conditions.take(groups), texts.about
         gen = dataclasses.replace(gen, null_text=texts.null)
         if (found := texts.null[0].shape[2]) != gen.config.text_dim:
@@ -166,27 +221,7 @@ def generate(args: options.Generate) -> None:
         slugs = [text.slug(prompt) for prompt in wanted.names]
         what = [{"prompt": name} for name in wanted.names]
     names = [f"{number:06d}_{slug}.png" for number, slug in enumerate(slugs)]
-    counts = rec.check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
-    sampler = common.sampler(args, tok, gen.decoding)
-    scale = gen.config.guidance_scale if args.token_guidance is None else args.token_guidance
-    how = token_filters(args)
-    info = rec.metadata(tok, sampler, args.seed) | how | {"token_guidance": scale}
-    info |= {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
-    settings = {**info, **about, "num_tokens": counts}
-    seeds, size = pics.name_seeds(names), min(args.batch_size, len(names))
-    with common.results_folder(out, settings):
-        tokens, how = [], how | {"guidance_scale": scale}
-        for first in tqdm(range(0, len(names), size), "tokens", unit="batch", disable=None):
-            rows = slice(first, first + size)
-            options = (counts[-1], how, args.seed, size)
-            tokens.append(rec.sample_tokens(gen, wanted.take(rows), seeds[rows], *options))
-        tokens = np.concatenate(tokens)
-        write_pictures(out, tok, tokens, names, counts, sampler, info, args, what)
-        write_tokens(out / "tokens.npz", tok, tokens, names)
-        sheet = _sheet(groups, wanted.names, counts, lambda i, k: out / f"k{k:04d}" / names[i])
-        pics.write_png(out / "grid.png", sheet, png_metadata(info, counts))
-        storage.write_json(out / "generation.json", settings | {"count": len(names)})
-    print(f"{len(names)} samples from {', '.join(map(str, counts))} tokens in {args.out}")
+    return gen, Asked(wanted, groups, names, about, what)
 
 
 def png_metadata(info: dict, num_tokens) -> dict:
@@ -275,7 +310,7 @@ def token_filters(args: options.TokenSampling) -> dict:
     return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
 
 
-def load_generator(args: options.Generate | options.Evaluate) -> ImageGenerator:
+def load_generator(args: options.Generate | options.Search | options.Evaluate) -> ImageGenerator:
     """The AR model of --model with the tokenizer of --tokenizer, or the one its file names."""
     gen = ImageGenerator.from_pretrained(args.model, dtype=args.dtype, mesh=common.all_devices())
     source = args.tokenizer or gen.tokenizer_source

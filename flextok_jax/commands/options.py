@@ -83,6 +83,16 @@ _CRITERION = (
     "flow: share of the flow's loss that tokens explain, without sampling; latent: relative error "
     "of latents; psnr (dB), mae, lpips; dino, clip: cosine of features"
 )
+_VERIFIERS = (
+    "likelihood, agreement (of the AR model with what is asked), psnr (to --reference), "
+    "dino:SOURCE (likewise), clip:SOURCE (CLIP or PickScore), aesthetic:SOURCE (a CLIP); several "
+    "by commas are an ensemble"
+)
+_JUDGE = "verifiers that score the results and do not steer, by commas"
+_BRANCH = "candidates of a beam go apart at the first or at the last of their new tokens"
+_PRIOR = "what proposes tokens: the model, the model without what is asked, or any id alike"
+_REFERENCE = "an image, or a folder with one for each label or prompt, in the order of names"
+_SCHEDULE = "numbers of tokens of the steps, by commas (1, 2, 4, ... up to all; best_of: all)"
 _K = "tokens per image (all); the cost follows their number"
 
 Tokenizer = Annotated[str, *_option("SOURCE", _text, _MODEL, None)]
@@ -379,6 +389,53 @@ class Demo:
 
 
 @_options
+class Search(Compute, Sampling, TokenSampling):
+    """Images that a verifier likes, by search over their tokens.
+
+    Each step draws continuations of the best beams, decodes them in few steps and
+    scores them; the last beams are decoded with full steps and scored again.
+    Writes DIR/NUMBER_classLABEL.png (or NUMBER_PROMPT.png), DIR/search.json,
+    DIR/tokens.npz (for flextok detokenize), and DIR/report.html with the beams of
+    every step. The same command continues after a stop.
+
+    example:
+      flextok search --model demo-digits-ar --labels 0-9 \\
+          --verifier agreement --out found
+      flextok search --model EPFL-VILAB/FlexAR-3B-T2I --dtype bfloat16 \\
+          --text "a red cube on a blue sphere" \\
+          --verifier clip:yuvalkirstain/PickScore_v1 \\
+          --judge clip:openai/clip-vit-large-patch14 --out found
+    """
+
+    model: Annotated[str, *_option("SOURCE", _text, _AR_MODEL, None)]
+    labels: Annotated[str | None, *_option("LABELS", _text, _LABELS, "(all)")] = None
+    text: Annotated[str | None, *_option("PROMPT", str, "a prompt, for text models")] = None
+    prompts: Annotated[str | None, *_option("FILE", _text, "a file with a prompt on each line")] = (
+        None
+    )
+    text_encoder: Annotated[str | None, *_option("SOURCE", _text, _T5, "(the one MODEL names)")] = (
+        None
+    )
+    verifier: Annotated[str, *_option("VERIFIERS", _text, _VERIFIERS, None)]
+    judge: Annotated[str | None, *_option("VERIFIERS", _text, _JUDGE)] = None
+    reference: Annotated[str | None, *_option("IMAGES", _text, _REFERENCE)] = None
+    aesthetic_head: File = None  # sac+logos+ava1-l14-linearMSE.pth or .safetensors
+    ensemble: Literal["rank", "zscore"] = "rank"  # how an ensemble joins its scores
+    algorithm: Literal["beam", "best_of"] = "beam"  # best_of: independent samples, one step
+    beams: Positive = 4  # beams that go on from a step, and are decoded with full steps at last
+    candidates: Positive = 8  # continuations of each beam
+    schedule: Annotated[
+        tuple[int, ...] | None, *_option("N[,N...]", _several(_positive), _SCHEDULE)
+    ] = None
+    branch: Annotated[Literal["first", "last"], arg(help=_BRANCH)] = "first"
+    lookahead: Whole = 0  # tokens that candidates are continued by, greedily, to be scored
+    prior: Annotated[Literal["model", "null", "uniform"], arg(help=_PRIOR)] = "model"
+    results: Positive = 1  # images of each label or prompt, best first
+    search_steps: Positive = 4  # steps of decoding candidates
+    out: Folder
+
+
+@_options
 class Evaluate(Compute, TokenSampling, Sampling):
     """Metrics and a report of reconstructions, samples or registers.
 
@@ -501,6 +558,10 @@ COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.
     "lengths": (Lengths, "lengths:lengths"),
     "generate": (Generate, "images:generate"),
     "demo": (Demo, "demo:demo"),
+
+
+@_options
+    "search": (Search, "search:search"),
     "embed": (Embed, "text:embed"),
     "evaluate": (Evaluate, "evaluate:evaluate"),
     "compare": (Compare, "evaluate:compare"),

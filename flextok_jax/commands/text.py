@@ -35,7 +35,7 @@ class Texts(NamedTuple):
     about: dict
 
 
-def encoded(args: options.Generate) -> Texts | None:
+def encoded(args: options.Generate | options.Search) -> Texts | None:
     """The prompts of --text or --prompts; None for a class-conditional model.
 
     The encoder is freed again before the generator is loaded.
