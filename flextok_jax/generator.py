@@ -216,7 +216,7 @@ class ImageGenerator:
             if labels is None and text_embeddings is None and prefix is None:
                 prefix = np.zeros((len(conditions), 0), np.int32)
         if text is not None:
-            text_embeddings, text_mask = self.encode_text(text, text_embeddings)
+            text_embeddings, text_mask = self._encode(text, text_embeddings)
         prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)
         given = 0 if prefix is None else prefix.shape[1]
         count = cfg.num_tokens if num_tokens is None else num_tokens
@@ -299,7 +299,7 @@ class ImageGenerator:
         tokens = self._check_tokens(tokens, "tokens", least=1)
         batch = len(tokens)
         if text is not None:
-            text_embeddings, text_mask = self.encode_text(text, text_embeddings)
+            text_embeddings, text_mask = self._encode(text, text_embeddings)
         if self.config.text_dim and text_embeddings is None:
             condition = self.null_condition(batch, null_embeddings, null_mask)
         else:
@@ -433,8 +433,8 @@ class ImageGenerator:
     def _null_text(self) -> tuple[np.ndarray, np.ndarray] | None:
         return self.null_text or (self.text_encoder and self.text_encoder.null)
 
-    def encode_text(self, prompts, embeddings=None) -> tuple[np.ndarray, np.ndarray]:
-        """(embeddings, mask) of prompts; `embeddings` must be None, or else there are two."""
+    def _encode(self, prompts, embeddings) -> tuple[np.ndarray, np.ndarray]:
+        """(embeddings, mask) of prompts."""
         if not self.config.text_dim:
             raise ValueError("not a text model: text means nothing, give labels or nothing")
         if embeddings is not None:

@@ -558,9 +558,6 @@ COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.
     "lengths": (Lengths, "lengths:lengths"),
     "generate": (Generate, "images:generate"),
     "demo": (Demo, "demo:demo"),
-
-
-@_options
     "search": (Search, "search:search"),
     "embed": (Embed, "text:embed"),
     "evaluate": (Evaluate, "evaluate:evaluate"),
