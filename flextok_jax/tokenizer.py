@@ -236,15 +236,17 @@ class FlexTok:
                 return self._images(latents, batch)
         sampler = cfg.sampler_with(**how)
         schedule, noise = sampler.schedule(), self._noise(noise, key, batch, image_size)
-        # One program for any number of steps: all of them, or one at a time to look at.
-        each = 1 if on_step else sampler.steps
+        # One program for any number of steps: a window of them, or one at a time to look at.
+        each = 1 if on_step else flow_sampler.LENGTH
         with self.on_mesh():
             tokens, keep, noise = spread_batch(self.mesh, (tokens, keep, noise))
             state = flow_sampler.start(noise)
             for first in range(0, sampler.steps, each):
+                part, place = schedule.window(first)
+                stop = place + min(each, sampler.steps - first)
                 state = _flow(
-                    self.params, tokens, keep, state, schedule, np.int32(first),
-                    np.int32(first + each), cfg=cfg, compute=self.compute, method=sampler.method,
+                    self.params, tokens, keep, state, part, np.int32(place), np.int32(stop),
+                    cfg=cfg, compute=self.compute, method=sampler.method,
                 )  # fmt: skip
                 if on_step:
                     on_step(first + 1, self._images(state.clean, batch))

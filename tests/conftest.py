@@ -34,7 +34,10 @@ def golden():
 
 @pytest.fixture(scope="session")
 def tiny_tfds(tmp_path_factory):
-    """A data_dir with a real array_record data set of 30 + 10 digits, written by TFDS itself."""
+    """A data_dir with a real array_record data set of 30 + 10 digits, written by TFDS itself.
+
+    Like the test split of ImageNet, its "test" has no labels: they are -1.
+    """
     import tensorflow_datasets as tfds
     from PIL import Image
 
@@ -66,7 +69,7 @@ def tiny_tfds(tmp_path_factory):
         def _generate_examples(self, start, stop):
             images, labels = arrays("train")
             for i in range(start, stop):
-                label = int(labels[i])
+                label = int(labels[i]) if i < 30 else -1
                 yield i, {"image": png(images[i]), "label": label, "file_name": f"{i}.png"}
 
     path = tmp_path_factory.mktemp("tfds")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from examples.digits import arrays
 from flextok_jax.data.pipeline import make_pipeline
+from flextok_jax.data.source import check_labels
 
 
 def pipeline(train=True, seed=0, batch_size=8, index=0, count=1, **changes):
@@ -154,6 +155,9 @@ def test_a_real_tfds_data_set_is_read_without_tensorflow(tiny_tfds):
     assert pipeline(eval_split="train[:50%]", **where).num_examples == 15
     assert pipeline(eval_split="val", **where).num_examples == 10
     assert p.source.key(3) == "tiny_digits/train[3]"
+    unlabelled = pipeline(eval_split="test", **where)
+    assert check_labels(p.source) == 0 and check_labels(unlabelled.source, p.source) == 10
+    assert set(unlabelled[0]["label"]) == {-1}
     assert_same(next(iter(p.iterate(4))), p[4])
     assert "tensorflow" not in sys.modules
 

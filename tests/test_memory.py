@@ -1,13 +1,17 @@
 """The memory of a step: closed forms of small programs, and runs that would not fit."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 from test_training_state import ToyStage, get_config
 
+from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training import loop, memory
 
 N = 4 * 1000  # bytes of a row
+MESH = make_mesh(1, devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,17 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_compiled(tmp_path, monk
     assert not (tmp_path / "model" / "config.json").exists()  # Nothing was made of it.
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled"))
     run_with(kept + 10, config, tmp_path / "step", monkeypatch)
+
+
+@pytest.mark.parametrize("there, refused", [(200, False), (160, False), (150, True)])
+def test_a_step_is_refused_where_it_needs_clearly_more(monkeypatch, caplog, there, refused):
+    """The estimate of these steps, 200 bytes, may be a quarter too high."""
+    monkeypatch.setattr(memory, "available", lambda: there)
+    shapes = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.NamedSharding(MESH, jax.P()))
+    jaxpr = jax.make_jaxpr(jnp.sin)(jnp.zeros(49))
+    with pytest.raises(memory.OutOfMemory) if refused else contextlib.nullcontext():
+        memory.check(shapes, MESH, jaxpr)
+    assert bool(caplog.records) == (there == 160)
 
 
 def run_with(there, config, workdir, monkeypatch):

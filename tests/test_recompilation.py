@@ -10,6 +10,7 @@ from common import TINY, changed, tiny_generator, tiny_tokenizer
 
 from flextok_jax import FlexTok, conditions
 from flextok_jax.evaluation import reconstruction
+from flextok_jax.nn import flextok
 
 CFG = changed(TINY, tokens__count=8, encoder__depth=1, decoder__depth=1)
 LENGTHS = range(1, CFG.num_tokens + 1)
@@ -53,6 +54,21 @@ def test_tokenize_and_detokenize(tok):
             for k in LENGTHS:
                 np.asarray(call(k))
         assert len(programs) <= MOST, programs
+
+
+def test_any_number_of_steps_is_one_program(tok):
+    tokens, noise = np.arange(16).reshape(2, 8), np.random.default_rng(0).normal(size=(2, 8, 8, 3))
+    how = dict(noise=noise.astype(np.float32), solver="multistep")
+    tok.detokenize(tokens, steps=1, **how)
+    with lowered() as programs:
+        found = [tok.detokenize(tokens, steps=steps, **how) for steps in (64, 65, 130)][-1]
+    assert not programs
+    codes = flextok.codes_of(tok.params, tok.config, tokens)
+    sampler = tok.config.sampler_with(steps=130, solver="multistep")
+    at_once = jax.jit(flextok.decode, static_argnums=(1, 2, 6))
+    whole = at_once(tok.params, tok.config, tok.compute, codes, keep=np.array([8, 8]),
+                    noise=how["noise"], how=sampler)  # fmt: skip
+    np.testing.assert_array_equal(found, whole)  # Pixels are the latents of this model.
 
 
 def test_a_last_batch_that_is_not_full(tok):

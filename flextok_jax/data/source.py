@@ -20,6 +20,7 @@ TRAIN, ALL = "train", "all"
 VALIDATION = ("validation", "val", "test")  # Synonyms.
 VALIDATION_PERCENT = 5  # Of a data set without splits.
 MAX_LABEL = 2**31 - 1
+LOOKED_AT = 200  # Examples, where labels are not known without reading all.
 LABEL, CAPTION = ("label", "class"), ("caption", "text")  # Fields of lists and JSON files.
 SHOWN = 5  # Names and warnings per reason.
 
@@ -278,6 +279,8 @@ def read_embedding(file) -> np.ndarray:
 def check_labels(source: Source, train: Source | None = None) -> int:
     """How many examples have no label, for a class-conditional model.
 
+    Where labels are not known without reading all, that is estimated from LOOKED_AT examples.
+
     Raises:
         ValueError: the training split `train` has other classes.
     """
@@ -286,7 +289,9 @@ def check_labels(source: Source, train: Source | None = None) -> int:
         only = ", ".join(map(repr, sorted(set(classes) ^ set(train.classes))[:SHOWN]))
         raise ValueError(f"training and validation data have other classes: {only}")
     if labels is None:
-        return 0 if classes else len(source)
+        rows = np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int)
+        absent = np.mean([source.read(row).label < 0 for row in rows.tolist()])
+        return round(len(source) * absent)
     if train is not None and train.labels is not None:
         if new := sorted(set(labels.tolist()) - set(train.labels.tolist()) - {-1}):
             names = [classes[i] if classes else str(i) for i in new[:SHOWN]]

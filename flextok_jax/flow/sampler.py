@@ -14,7 +14,7 @@ from flextok_jax.flow.path import shift_time
 APG_MOMENTUM = -0.5  # Sadat et al., arXiv 2410.02416, applied to velocities
 APG_NORM = 2.5
 SOLVERS = {"euler": 1, "midpoint": 2, "multistep": 1}  # evaluations of the velocity per step
-LENGTH = 64  # Schedules are padded to a multiple of it, so that steps do not compile anew.
+LENGTH = 64  # Steps of a program: schedules are padded to a multiple of it, and cut into windows.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Sampler:
             raise ValueError(f"solver={self.solver!r}: allowed are {', '.join(SOLVERS)}")
         if not callable(scale) and (np.ndim(scale) or np.asarray(scale).dtype.kind not in "iuf"):
             raise ValueError(f"guidance_scale={scale!r}: must be a number or a callable of t")
-        if not callable(scale) and not np.isfinite(scale):
-            raise ValueError(f"guidance_scale={scale!r}: must be finite")
+        if not callable(scale) and not 0 <= scale < np.inf:
+            raise ValueError(f"guidance_scale={scale!r}: must be finite, from 0 on")
         if not 0 < self.time_shift < np.inf:
             raise ValueError(f"time_shift={self.time_shift!r}: must be positive and finite")
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
@@ -81,14 +81,14 @@ class Sampler:
         """Times and scales as arrays.
 
         Raises:
-            ValueError: a callable scale gives something that is not finite.
+            ValueError: a callable scale gives something negative or not finite.
         """
         times, scale, (low, high) = self.times(), self.guidance_scale, self.guidance_interval
         every = [scale(float(t)) if callable(scale) else scale for t in times[:-1]]
         every = [g if low <= t <= high else 1.0 for g, t in zip(every, times)]
         scales = np.asarray(every, np.float32)
-        if not np.isfinite(scales).all():
-            raise ValueError(f"guidance_scale={scale!r} gives {scales}: must be finite")
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            raise ValueError(f"guidance_scale={scale!r} gives {scales}: must be finite, from 0 on")
         fill = -self.steps % LENGTH
 
         def padded(x):
@@ -128,6 +128,14 @@ class Schedule(NamedTuple):
     lengths: jax.Array
     scales: jax.Array
     weights: jax.Array
+
+    def window(self, first: int) -> tuple["Schedule", int]:
+        """(the LENGTH steps around step `first`, the place of that step among them).
+
+        All windows have one shape, so a flow of any number of steps runs one program.
+        """
+        place = first % LENGTH
+        return Schedule(*(x[first - place : first - place + LENGTH] for x in self)), place
 
 
 def multistep_weights(times: np.ndarray) -> np.ndarray:
