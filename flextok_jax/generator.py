@@ -125,6 +125,12 @@ class ImageGenerator:
             file.config, params, tokenizer, compute, mesh, file.origin, text_encoder, _file=file
         )
 
+    def __repr__(self) -> str:
+        cfg = self.config
+        by = f"{cfg.num_classes} classes" if cfg.num_classes else "nothing"
+        by = f"text of {cfg.text_dim} channels" if cfg.text_dim else by
+        return f"ImageGenerator({self.origin!r}: {cfg.num_tokens} tokens, by {by}; {self.tokenizer})"
+
     @property
     def num_tokens(self) -> int:
         """L, the most tokens that can be generated."""

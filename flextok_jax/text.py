@@ -52,6 +52,9 @@ class TextEncoder:
                 f"{self.config.vocab_size} rows: they are of different models"
             )
 
+    def __repr__(self) -> str:
+        return f"TextEncoder({self.origin!r}: {self.config.width} channels)"
+
     @classmethod
     def from_pretrained(
         cls,

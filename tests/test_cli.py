@@ -206,7 +206,8 @@ def test_tokenize_then_detokenize_writes_what_reconstruct_writes(model, images, 
             Image.open(there / "k0004" / name) as b,
         ):
             difference = np.asarray(a).astype(int) - np.asarray(b)
-            assert np.abs(difference).max() <= 1 and a.text == b.text
+            assert np.abs(difference).max() <= 1 and len(b.text.pop("image_sha256")) == 64
+            assert a.text == b.text
     tok = FlexTok.from_pretrained(model)
     with np.load(tokens) as saved:
         assert saved["tokens"].dtype == np.int32 and saved["tokens"].shape == (3, 4)
@@ -355,6 +356,22 @@ def test_what_cannot_be_read_or_written_is_refused_before_the_work(
     for command in ("tokenize", "reconstruct"):
         given = ["--images", images, "--out", tmp_path / "new"]
         assert str(tmp_path) in refused(capsys, command, "--model", model, *given)
+
+
+def test_pictures_of_other_images_are_not_taken_for_those_of_these(
+    model, images, tmp_path, capsys
+):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(images, photos)
+    command = ["reconstruct", "--model", model, "--images", photos, "--num-tokens", 1, *FAST]
+    assert run(*command, "--out", out) == 0 == run(*command, "--out", out)
+    made = (out / "k0001" / "a.png").read_bytes()
+    Image.new("RGB", (8, 8)).save(photos / "a.png")
+    assert "k0001/a.png is not what" in refused(capsys, *command, "--out", out)
+    assert (out / "k0001" / "a.png").read_bytes() == made
+    (out / "k0001" / "a.png").unlink()
+    (out / "k0001" / "b.png").write_bytes(made[:50])
+    assert "k0001/b.png is not what" in refused(capsys, *command, "--out", out)
 
 
 def test_files_of_others_are_not_replaced(model, images, tmp_path, capsys):

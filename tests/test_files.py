@@ -284,6 +284,8 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch):
     for load in (FlexTok.from_pretrained, ImageGenerator.from_pretrained):
         with pytest.raises(ValueError, match="revision='v1'"):
             load(GOLDEN / "tokenizer", revision="v1")
+        with pytest.raises(ValueError, match="revision='v1'"):
+            load("demo-digits", revision="v1")
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,7 @@ REFUSED = {
     "prefix ids": ({"labels": [0, 1], "prefix": 200 * ONES}, "token id 200 in prefix"),
     "prefix batch": ({"labels": [0], "prefix": ONES}, "1 conditions and 2 token"),
     "guidance": ({"labels": [0], "guidance_scale": [1.0, 2.0]}, "guidance_scale"),
+    "guidance negative": ({"labels": [0], "guidance_scale": -2}, "from 0 on"),
     "guidance nan": ({"labels": [0], "guidance_scale": lambda i: np.nan}, "finite"),
     "temperature": ({"labels": [0], "temperature": -1.0}, "temperature=-1.0"),
     "top_k": ({"labels": [0], "top_k": 1.5}, "top_k=1.5"),

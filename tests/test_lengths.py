@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import types
 
 import jax
@@ -297,6 +298,10 @@ def test_lengths_are_chosen_continued_and_used(model, folder, tok, tmp_path, mon
     assert {one["name"]: one["k"] for one in same} == chosen
     np.testing.assert_allclose([one["value"] for one in same], values, rtol=1e-4)
     assert run(*again, "--rule", "stable") == 2
+    before = (pathlib.Path(folder) / "class1/1.png").read_bytes()
+    Image.new("RGB", (8, 8)).save(f"{folder}/class1/1.png")  # Another image of the same name.
+    assert run(*again) == 0 and calls == [4, 3, 3, 1]
+    (pathlib.Path(folder) / "class1/1.png").write_bytes(before)
 
     file = tmp_path / "whole" / "lengths.json"
     tokens = tmp_path / "tokens.npz"

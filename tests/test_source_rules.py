@@ -322,6 +322,8 @@ def test_files_become_arrays_and_arrays_pictures(tmp_path):
     np.testing.assert_array_equal(flextok_jax.to_pil(floats)[1], images[1])
     with pytest.raises(ValueError, match="not finite"):
         flextok_jax.to_pil(np.nan * floats)
+    with pytest.raises(ValueError, match="int64"):
+        flextok_jax.to_pil(images.astype(np.int64))
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match="text.png"):
         flextok_jax.load_images(tmp_path / "text.png", 8)

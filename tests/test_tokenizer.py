@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import GOLDEN, ROOT, TINY, changed, relative, small_vae, tiny_tokenizer
+from common import (
+    GOLDEN,
+    ROOT,
+    TINY,
+    changed,
+    relative,
+    small_vae,
+    tiny_generator,
+    tiny_tokenizer,
+)
 
 from flextok_jax import FlexTok
 from flextok_jax.nn import flextok
@@ -53,6 +62,8 @@ def test_shapes_and_types_are_those_of_the_contract(tok):
 def test_a_model_is_shown_in_one_line(tok):
     shown = "FlexTok('memory': 8x8 pixels, 16 tokens of 200 ids)"
     assert repr(tok) == shown
+    gen = dataclasses.replace(tiny_generator(TINY), tokenizer=tok)
+    assert repr(gen) == f"ImageGenerator('memory': 16 tokens, by 10 classes; {shown})"
 
 
 def test_uint8_images_equal_the_same_images_as_floats(tok):

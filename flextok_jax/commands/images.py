@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,7 +49,8 @@ def reconstruct(args: options.Reconstruct) -> None:
                 paths = [out / f"k{k:04d}" / files[name] for name in batch.names]
                 how = (k, batch.seeds, sampler, args.seed, size)
                 make = functools.partial(rec.decode, tok, tokens[-1], *how)
-                text = [png_metadata(info, k)] * len(paths)
+                of = [{"image_sha256": hashlib.sha256(x).hexdigest()} for x in batch.images]
+                text = [png_metadata(info, k) | one for one in of]
                 columns.append(pics.saved_pictures(paths, text, make))
                 both = (rec.padded(x, size) for x in (columns[-1], batch.images))
                 yield f"/{k}", *both, np.arange(size) < len(paths)

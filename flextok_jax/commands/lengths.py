@@ -1,6 +1,7 @@
 """`flextok lengths`: the smallest number of tokens of each image that meets a target."""
 
 import dataclasses
+import zlib
 
 import jax
 import numpy as np
@@ -33,14 +34,17 @@ def lengths(args: options.Lengths) -> None:
         measured, examples = _read_curves(out / CURVES), {}
         with tqdm(total=len(pictures), unit="image", disable=None) as bar:
             for batch in pictures.batches(rec.side(tok), GROUP * args.batch_size):
-                new = [i for i, name in enumerate(batch.names) if name not in measured]
+                pixels = [zlib.crc32(image) for image in batch.images]
+                known = [measured.get(name, (None,))[-1] for name in batch.names]
+                new = [i for i, pair in enumerate(zip(pixels, known)) if len({*pair}) > 1]
                 if new:
                     found = search.choose(
                         tok, batch.images[new], criterion, args.target, args.within, counts,
                         args.rule, args.samples, how, batch_size=args.batch_size,
                         seeds=batch.seeds[new], key=jax.random.key(args.seed),
                     )  # fmt: skip
-                    rows = zip(found.num_tokens, found.met, found.values)
+                    crcs = [pixels[i] for i in new]
+                    rows = zip(found.num_tokens, found.met, found.values, crcs)
                     measured |= dict(zip((batch.names[i] for i in new), rows))
                     _write_curves(out / CURVES, measured, counts)
                 for name, image in zip(batch.names, batch.images):
@@ -48,7 +52,7 @@ def lengths(args: options.Lengths) -> None:
                     row += [image] * (len(row) < SHOWN)
                 bar.update(len(batch.names))
         measured = {name: measured[name] for name in pictures.names if name in measured}
-        k, met, values = map(np.array, zip(*measured.values()))
+        k, met, values, _ = map(np.array, zip(*measured.values()))
         chosen = values[np.arange(len(k)), np.searchsorted(counts, k)]
         sheet = _picture(k, counts, examples)
         text = {"criterion": criterion.name, "target": args.target, "within": args.within}
@@ -99,18 +103,19 @@ def _sampling(args, tok, criterion) -> tuple[dict, dict]:
 
 
 def _read_curves(path) -> dict[str, tuple]:
-    """{name: (number of tokens, whether it meets, values)} of what is measured already."""
+    """{name: (number of tokens, whether it meets, values, CRC-32 of pixels)}, measured before."""
     if not path.exists():
         return {}
     with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
         names = saved["names"].tolist()
-        return dict(zip(names, zip(saved["num_tokens"], saved["met"], saved["values"])))
+        fields = (saved[field] for field in ("num_tokens", "met", "values", "crc32"))
+        return dict(zip(names, zip(*fields)))
 
 
 def _write_curves(path, measured: dict, counts) -> None:
-    k, met, values = map(np.array, zip(*measured.values()))
-    names = np.array(list(measured))
-    common.write_arrays(path, names=names, num_tokens=k, met=met, values=values, counts=counts)
+    k, met, values, crc32 = map(np.array, zip(*measured.values()))
+    about = dict(names=np.array(list(measured)), counts=counts, crc32=crc32)
+    common.write_arrays(path, num_tokens=k, met=met, values=values, **about)
 
 
 def _picture(k: np.ndarray, counts, examples: dict):

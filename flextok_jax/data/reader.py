@@ -156,6 +156,8 @@ def to_pil(images) -> list[Image.Image]:
     """
     images = np.asarray(images)
     if images.dtype != np.uint8:
+        if images.dtype.kind in "biu":
+            raise ValueError(f"images are {images.dtype}: must be uint8, or float in [-1, 1]")
         if not np.isfinite(images).all():
             raise ValueError("the images hold values that are not finite")
         images = to_uint8(images.astype(np.float32))

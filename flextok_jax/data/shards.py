@@ -110,7 +110,9 @@ def _shard(folder: pathlib.Path, settings: dict, index: int) -> pathlib.Path:
 
 
 def _info(shard: pathlib.Path) -> dict:
-    return storage.read_json(shard.with_suffix(".json"))
+    if not (file := shard.with_suffix(".json")).exists():
+        raise ValueError(f"{shard} has no {file.name} beside it: delete it, to write it again")
+    return storage.read_json(file)
 
 
 def _write_shard(path: pathlib.Path, made, count: UnreadableCount, channels: int | None):

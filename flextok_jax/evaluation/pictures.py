@@ -131,7 +131,8 @@ def is_png_of(path, metadata: dict) -> bool:
 
     try:
         with as_path(path).open("rb") as file, Image.open(file) as image:
-            return metadata.items() <= getattr(image, "text", {}).items()
+            text = {key: str(value) for key, value in metadata.items()}
+            return text.items() <= getattr(image, "text", {}).items()
     except (OSError, SyntaxError, ValueError):
         return False
 
@@ -152,7 +153,16 @@ def saved_pictures(
     Args:
         metadata: of each file.
         make: returns float [n, H, W, 3] in [-1, 1].
+
+    Raises:
+        ValueError: a file is there that is no picture with this metadata.
     """
+    for path, text in zip(paths, metadata, strict=True):
+        if path.exists() and not is_png_of(path, text):
+            raise ValueError(
+                f"{path} is not what is made now: its image was another one, or it was changed. "
+                "Remove it, or write to another folder"
+            )
     if not all(path.exists() for path in paths):
         for path, image, text in zip(paths, to_uint8(make()), metadata, strict=True):
             if not path.exists():

@@ -44,12 +44,10 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
         ValueError: a revision of a local path, or a file of another kind.
     """
     text = str(source)
-    if text in DEMOS:
-        return DEMO_FOLDER / DEMOS[text]
-    path = as_path(source)
+    path = DEMO_FOLDER / DEMOS[text] if text in DEMOS else as_path(source)
     if path.exists():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for a hub id, and {text} is a local path")
+            raise ValueError(f"revision={revision!r} is for a hub id, and {text} is local")
         # Not resolved: a hub cache links to files under other names.
         path = path if is_remote(path) else path.absolute()
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and not pathlib.Path(text).parent.is_dir():

@@ -322,17 +322,18 @@ def guidance_schedule(scale, count: int, length: int) -> np.ndarray:
         scale: a number, a callable of the position, or an array over `count` or `length` positions.
 
     Raises:
-        ValueError: an array of another shape, or values that are no finite numbers.
+        ValueError: an array of another shape, or values that are no finite numbers from 0 on.
     """
     given = [scale(i) for i in range(count)] if callable(scale) else scale
     try:
         values = np.asarray(given, np.float32)
     except (TypeError, ValueError):
         values = np.asarray(np.nan)
-    if values.shape not in ((), (count,), (length,)) or not np.isfinite(values).all():
+    fits = values.shape in ((), (count,), (length,))
+    if not fits or not (np.isfinite(values) & (values >= 0)).all():
         raise ValueError(
-            f"guidance_scale={scale!r} gives {given!r}: must be a finite number, one per position "
-            f"({count} or {length}), or a callable of the position"
+            f"guidance_scale={scale!r} gives {given!r}: must be a finite number from 0 on, one per "
+            f"position ({count} or {length}), or a callable of the position"
         )
     schedule = np.ones(length, np.float32)
     schedule[:count] = values[:count] if values.ndim else values
