@@ -129,7 +129,9 @@ class ImageGenerator:
         cfg = self.config
         by = f"{cfg.num_classes} classes" if cfg.num_classes else "nothing"
         by = f"text of {cfg.text_dim} channels" if cfg.text_dim else by
-        return f"ImageGenerator({self.origin!r}: {cfg.num_tokens} tokens, by {by}; {self.tokenizer})"
+        return (
+            f"ImageGenerator({self.origin!r}: {cfg.num_tokens} tokens, by {by}; {self.tokenizer})"
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -358,9 +358,7 @@ def test_what_cannot_be_read_or_written_is_refused_before_the_work(
         assert str(tmp_path) in refused(capsys, command, "--model", model, *given)
 
 
-def test_pictures_of_other_images_are_not_taken_for_those_of_these(
-    model, images, tmp_path, capsys
-):
+def test_pictures_of_other_images_are_not_taken_for_those_of_these(model, images, tmp_path, capsys):
     photos, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(images, photos)
     command = ["reconstruct", "--model", model, "--images", photos, "--num-tokens", 1, *FAST]

@@ -158,12 +158,15 @@ def test_lists_may_have_other_columns_separators_and_unicode_forms(tmp_path):
     folder_of(tmp_path, ["x/a.png", unicodedata.normalize("NFD", "é.png"), "c.png"])
     (tmp_path / unicodedata.normalize("NFC", "é.txt")).write_text("beside")
     (tmp_path / "metadata.csv").write_text(
-        "file_name, class\nx\\a.png, dog\né.png, cat\n", encoding="utf-8"
+        "file_name, Class ,lable\nx\\a.png, dog,1\né.png, cat,2\n", encoding="utf-8"
     )
+    (tmp_path / "metadata.jsonl").write_text("not read")
     source = opened(tmp_path)
     found = {unicodedata.normalize("NFC", k): (n, c) for k, n, c in everything(source)}
     assert found == {"c.png": (-1, None), "x/a.png": (1, None), "é.png": (0, "beside")}
-    assert source.classes == ["cat", "dog"] and not source.skipped
+    list_, unread = tmp_path / "metadata.csv", tmp_path / "metadata.jsonl"
+    assert source.classes == ["cat", "dog"]
+    assert set(skipped(source)) == {f"{list_}: lable", str(unread)}
 
 
 def test_a_class_is_the_same_in_both_unicode_forms(tmp_path):

@@ -13,6 +13,7 @@ from flextok_jax.data import source
 from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, composed
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+FIELDS = {"file_name", *source.LABEL, *source.CAPTION}
 
 csv.field_size_limit(2**31 - 1)
 
@@ -117,9 +118,13 @@ class FolderSource(source.Source):
         found, names = {}, {composed(key): key for key in images}
         for folder in ("", TRAIN, *VALIDATION):
             files = (self._root / folder / name for name in METADATA)
-            file = next((file for file in files if file.is_file()), None)
+            file, *others = [file for file in files if file.is_file()] or [None]
+            for other in others:
+                self.skipped.add(f"{file.name} beside it is read", str(other))
             for number, row in _rows(file) if file else ():
                 where, name = f"{file}, line {number}", row.get("file_name")
+                for field in row.keys() - FIELDS:
+                    self.skipped.add("a field that is not read", f"{file}: {field}")
                 text = isinstance(name, str) and name
                 path = pathlib.PurePosixPath(name.replace("\\", "/") if text else "/")
                 if path.is_absolute() or ".." in path.parts:
@@ -141,7 +146,7 @@ class FolderSource(source.Source):
 
 
 def _rows(file: pathlib.Path) -> Iterable[tuple[int, dict]]:
-    """(line, row) of a list."""
+    """(line, row) of a list; the names of fields in lower case."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -149,12 +154,17 @@ def _rows(file: pathlib.Path) -> Iterable[tuple[int, dict]]:
     if file.suffix == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
         for row in rows:
-            yield rows.line_num, {key.strip(): value for key, value in row.items() if key}
+            yield rows.line_num, {_field(key): value for key, value in row.items() if key}
         return
     # Not splitlines: it also breaks at characters that a caption may hold, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, dict(json.loads(line).items())
+                row = json.loads(line).items()
+                yield number, {_field(key): value for key, value in row}
             except (ValueError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number} is no JSON object: {line[:80]}") from error
+
+
+def _field(name: str) -> str:
+    return name.strip().lower()
