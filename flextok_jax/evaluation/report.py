@@ -32,7 +32,9 @@ figcaption {{ font-weight: 600; margin-bottom: 8px; }}
 figcaption span {{ display: block; font-weight: 400; }}
 .scroll {{ overflow-x: auto; }}
 .chart, .pictures, .pictures img {{ width: 100%; }}
-.pictures th {{ font-weight: 500; white-space: nowrap; }}
+.pictures th {{ font-weight: 500; vertical-align: bottom; }}
+.pictures tr + tr th {{ max-width: max(6em, 12vw); vertical-align: middle; white-space: nowrap;
+  overflow: hidden; text-overflow: ellipsis; }}
 .pictures img {{ min-width: 22px; image-rendering: pixelated; display: block; }}
 .numbers {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 .numbers th, .numbers td {{ padding: 6px 12px 6px 0; text-align: right; vertical-align: bottom;
