@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.generate import HOW, model_config, recompute
 from benchmarks.tokens import model_config as tokenizer_config
 from benchmarks.tokens import programs, random_params, time_in_turn
-from flextok_jax import token_search
+from flextok_jax import candidates
 from flextok_jax.nn import ar, flextok, generation, vae
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import Compute
@@ -67,7 +67,7 @@ def tokens_of(cfg, compute: Compute) -> dict:
         first = k - min(k - k // 2, TIMED)
         how = generation.Branching(keys, keys, rank, np.int32(first))
         found["cache", k] = functools.partial(
-            token_search._extend, params, state, HOW, how, np.int32(first), np.int32(k),
+            candidates._extend, params, state, HOW, how, np.int32(first), np.int32(k),
             cfg=cfg, compute=compute, most=CANDIDATES,
         )  # fmt: skip
         middle = np.zeros((1, 3 * k // 4), np.int32)

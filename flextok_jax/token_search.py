@@ -16,22 +16,20 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax import candidates as drawing
 from flextok_jax import conditions as of
+from flextok_jax.candidates import Proposals, Settings
 from flextok_jax.conditions import Conditions
 from flextok_jax.flow.sampler import SOLVERS, Sampler
 from flextok_jax.generator import Guidance, ImageGenerator, check_sampling
 from flextok_jax.nn import flextok, generation
-from flextok_jax.nn.generation import Branching, Sampling, State
+from flextok_jax.nn.generation import Sampling
 from flextok_jax.nn.images import to_uint8
 from flextok_jax.parallel.rng import named
-from flextok_jax.parallel.sharding import spread_batch
 from flextok_jax.tokenizer import Key, is_int
 from flextok_jax.verifiers import LOOKS_AT, Ensemble, Verifier
-
-ALGORITHMS, BRANCHES, PRIORS = ("beam", "best_of"), ("first", "last"), ("model", "null", "uniform")
 
 
 class Step(NamedTuple):
@@ -86,31 +84,6 @@ class Found(NamedTuple):
     judged: dict[str, np.ndarray]
     steps: tuple[tuple[Step, ...], ...]
     cost: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is searched; see `search`."""
-
-    algorithm: str = "beam"
-    beams: int = 4
-    candidates: int = 8
-    schedule: tuple[int, ...] = ()
-    branch: str = "first"
-    lookahead: int = 0
-    prior: str = "model"
-    results: int = 1
-    search_steps: int = 4
-
-    @property
-    def pool(self) -> int:
-        """n."""
-        return self.candidates * (self.beams if self.algorithm == "beam" else 1)
-
-    @property
-    def kept(self) -> int:
-        """Candidates that go on from a step."""
-        return min(self.beams, self.pool)
 
 
 def search(
@@ -229,14 +202,16 @@ class Task:
     gen: ImageGenerator
     verifier: Verifier | Ensemble
     judges: tuple
-    conditions: Conditions
-    settings: Settings
+    proposals: Proposals
     prepared: dict  # {verifier: arrays [P, ...]}
-    null: tuple | None  # The null condition, for guidance.
-    sampling: Sampling
     decoding: tuple[dict, dict]  # Arguments of `detokenize`, to search and at the end.
     keys: jax.Array  # [P]
     batch_size: int
+
+    @property
+    def settings(self) -> Settings:
+        """What is searched."""
+        return self.proposals.settings
 
     @property
     def looks_at_images(self) -> bool:
@@ -265,7 +240,7 @@ def prepare(
         last = (cfg.num_tokens,)
         schedule = last if settings.algorithm == "best_of" else flextok.lengths(cfg.num_tokens)
         settings = dataclasses.replace(settings, schedule=schedule)
-    _check(settings, cfg.num_tokens)
+    drawing.check(settings, cfg.num_tokens)
     if not is_int(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: must be an int, at least 1")
     used = [member for one in (verifier, *judges) for member in _members(one)]
@@ -273,10 +248,10 @@ def prepare(
     scales = generation.guidance_schedule(scale, cfg.num_tokens, cfg.num_tokens)
     conditional = cfg.text_dim or cfg.num_classes
     null = None
-    if conditional and (settings.prior == "null" or not (scales == 1).all()):
-        null = gen.null_condition(1, None, None)
     if settings.prior == "uniform":  # Logits are equal: nothing to guide or to filter.
-        null, temperature, top_k, top_p = None, 1.0, 0, 0.0
+        temperature, top_k, top_p = 1.0, 0, 0.0
+    elif conditional and (settings.prior == "null" or not (scales == 1).all()):
+        null = gen.null_condition(1, None, None)
     sampling = Sampling(scales, *check_sampling(temperature, top_k, top_p))
     wants_images = any(member.looks_at == "images" for member in used)
     if tok is None and wants_images:
@@ -284,8 +259,8 @@ def prepare(
     how = _decoding(gen, settings.search_steps, steps, decoding) if tok else ({}, {})
     keys = generation.sample_keys(key, count)
     prepared = {member: member.prepare(conditions) for member in used}
-    return Task(gen, verifier, tuple(judges), conditions, settings, prepared, null, sampling, how,
-                keys, batch_size)  # fmt: skip
+    proposals = Proposals(gen, conditions, null, sampling, settings)
+    return Task(gen, verifier, tuple(judges), proposals, prepared, how, keys, batch_size)
 
 
 def _members(verifier) -> tuple[Verifier, ...]:
@@ -298,29 +273,6 @@ def _members(verifier) -> tuple[Verifier, ...]:
         if member.looks_at not in LOOKS_AT:
             raise ValueError(f"verifier {member.name} looks at {member.looks_at!r}: {LOOKS_AT}")
     return verifier.members
-
-
-def _check(settings: Settings, most: int) -> None:
-    """Raises ValueError with what does not fit."""
-    for name, allowed in (("algorithm", ALGORITHMS), ("branch", BRANCHES), ("prior", PRIORS)):
-        if (value := getattr(settings, name)) not in allowed:
-            raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-    for name, least in (("beams", 1), ("candidates", 1), ("results", 1), ("search_steps", 1),
-                        ("lookahead", 0)):  # fmt: skip
-        if not is_int(value := getattr(settings, name)) or value < least:
-            raise ValueError(f"{name}={value!r}: must be an int, at least {least}")
-    schedule = settings.schedule
-    right = all(is_int(k) and 1 <= k <= most for k in schedule)
-    if not right or any(a >= b for a, b in zip(schedule, schedule[1:])):
-        raise ValueError(f"schedule={schedule}: must be ascending numbers of tokens in 1..{most}")
-    if settings.algorithm == "best_of" and len(schedule) > 1:
-        raise ValueError(f"schedule={schedule}: best_of has one step, give one number of tokens")
-    if settings.results > settings.kept:
-        raise ValueError(
-            f"results={settings.results}: at most the {settings.kept} beams that are left at last"
-        )
-    if settings.prior == "uniform" and settings.lookahead:
-        raise ValueError("lookahead: the prior 'uniform' finds no token likelier than another")
 
 
 def _decoding(gen, search_steps: int, steps: int | None, how: dict) -> tuple[dict, dict]:
@@ -353,17 +305,24 @@ def run(
         done: its first steps, from an earlier run of the same task: it goes on after them.
         on_step: called with each further step.
     """
-    settings, steps, state = task.settings, list(done), None
+    settings, proposals, steps, state = task.settings, task.proposals, list(done), None
     key = task.keys[prompt]
     noise = _noise(task, key)
     for stop in settings.schedule[len(steps) :]:
-        begin, cost = time.perf_counter(), collections.Counter()
-        parents = np.zeros(settings.pool, np.int32)
+        begin, cost, start = time.perf_counter(), collections.Counter(), 0
+        parents, prefix = np.zeros(settings.pool, np.int32), np.zeros((settings.pool, 0), np.int32)
         if steps:
+            start = steps[-1].num_tokens
             parents = np.repeat(steps[-1].kept, settings.candidates).astype(np.int32)
-        state = _go_on(task, prompt, state, steps, parents, stop, cost)
-        start = steps[-1].num_tokens if steps else 0
-        state, shown = _draw(task, state, key, start, stop, cost)
+            prefix = steps[-1].tokens[parents, :start]
+        if state is None:
+            state = proposals.open(prompt, prefix, stop)
+            cost["positions"] += settings.pool * start * proposals.branches
+        else:
+            state = proposals.take(state, parents, stop)
+        state, shown = proposals.draw(state, key, start, stop)
+        new = proposals.last(stop) - start
+        cost["positions"] += settings.pool * new * proposals.branches
         scores, images = _scored(task, prompt, shown, noise, cost)
         kept = np.argsort(-scores, kind="stable")[: settings.kept].astype(np.int32)
         cost["seconds"] = time.perf_counter() - begin
@@ -372,86 +331,6 @@ def run(
         if on_step:
             on_step(steps[-1])
     return _finish(task, prompt, steps, noise)
-
-
-def _go_on(task, prompt, state, steps, parents, stop, cost) -> State:
-    """The candidates before their new tokens, with room for them."""
-    gen, settings = task.gen, task.settings
-    most = gen.num_tokens
-    first = min(generation.FIRST_LENGTH, most)
-    need = min(stop + settings.lookahead, most)
-    room = next(length for length in generation.rooms(first, most) if length >= need)
-    if state is not None:
-        with gen.on_mesh():
-            (index,) = spread_batch(gen.mesh, (parents,))
-            return _take(state, index, max(room, _room_of(state)))
-    start, prefix = 0, np.zeros((settings.pool, 0), np.int32)
-    if steps:  # Of an earlier run.
-        start = steps[-1].num_tokens
-        length = flextok.bucket(start, most)
-        prefix = np.pad(steps[-1].tokens[parents, :start], ((0, 0), (0, length - start)))
-        room = max(room, length)
-    condition = null = None
-    if settings.prior != "uniform":
-        condition, null = _condition(task, prompt)
-        cost["positions"] += settings.pool * start * (1 if null is None else 2)
-    with gen.on_mesh():
-        (prefix,) = spread_batch(gen.mesh, (prefix,))
-        if condition is None:
-            return State(_filled(prefix, most), (), None, None)
-        return _open(gen.params, gen.config, gen.compute, condition, null, prefix, np.int32(start),
-                     length=room)  # fmt: skip
-
-
-def _condition(task: Task, prompt: int) -> tuple:
-    """(condition, null condition or None) of one prompt; its text is padded as all others."""
-    gen, given = task.gen, task.conditions
-    if task.settings.prior == "null":
-        return task.null or gen.condition(None, None, None, 1)[0], None
-    one = given.take([prompt])
-    condition, _ = gen.condition(one.labels, one.text, one.text_mask, 1)
-    return generation.pad_texts(condition, task.null)
-
-
-def _draw(task, state, key, start, stop, cost) -> tuple[State, np.ndarray]:
-    """(the state with the new tokens, int32 [n, k] of what is scored)."""
-    gen, settings = task.gen, task.settings
-    with gen.on_mesh():
-        how = _branching(settings, key, start, stop)
-        rows = spread_batch(gen.mesh, (how.own, how.shared, how.rank))
-        how = how._replace(own=rows[0], shared=rows[1], rank=rows[2])
-        static = dict(cfg=gen.config, compute=gen.compute, most=settings.pool)
-        params = None if settings.prior == "uniform" else gen.params
-        state = _extend(
-            params, state, task.sampling, how, np.int32(start), np.int32(stop), **static
-        )
-        ahead, last = state, min(stop + settings.lookahead, gen.num_tokens)
-        if last > stop:
-            greedy = task.sampling._replace(temperature=np.float32(0))
-            how = how._replace(split=np.int32(-1))
-            ahead = _extend(params, state, greedy, how, np.int32(stop), np.int32(last), **static)
-    if state.caches:
-        branches = state.caches[0].k.shape[0] // len(state.tokens)
-        cost["positions"] += settings.pool * (last - start) * branches
-    tokens = np.asarray(ahead.tokens)[: settings.pool, :last]
-    if (tokens < 0).any():
-        raise ValueError(
-            f"{gen.origin}: the logits are not finite. Check the model's parameters, or try float32"
-        )
-    return state, tokens
-
-
-def _branching(settings: Settings, key, start: int, stop: int) -> Branching:
-    """How the candidates are drawn: a function of the prompt's key and the positions alone.
-
-    Candidate 0 draws what `generate_tokens` draws with this key.
-    """
-    n, numbers = settings.pool, np.arange(settings.pool, dtype=np.int32)
-    if settings.algorithm == "best_of":  # Independent from the first token on.
-        return Branching(*_keys(key, n, np.int32(1)), numbers * 0, np.int32(-1))
-    group = n if start == 0 else settings.candidates
-    split = start if settings.branch == "first" else stop - 1
-    return Branching(*_keys(key, n, np.int32(group)), numbers % group, np.int32(split))
 
 
 def _finish(task: Task, prompt: int, steps: list[Step], noise) -> Result:
@@ -561,48 +440,3 @@ def _noise(task: Task, key) -> np.ndarray | None:
 @functools.partial(jax.jit, static_argnums=1)
 def _normal(key, shape):
     return jax.random.normal(named(key, "noise"), shape)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _keys(key, count, group):
-    """([count] keys, the first of which is `key`; that of the first in its group, for each)."""
-    others = jax.vmap(jax.random.fold_in, (None, 0))(named(key, "candidates"), jnp.arange(1, count))
-    own, numbers = jnp.concatenate([key[None], others]), jnp.arange(count)
-    return own, own[numbers - numbers % group]
-
-
-_open = jax.jit(generation.open_state, static_argnames=("cfg", "compute", "length"))
-
-
-@functools.partial(jax.jit, static_argnames="length")
-def _take(state: State, index, length: int) -> State:
-    return generation.grow(generation.take(state, index), length)
-
-
-@functools.partial(jax.jit, static_argnames="most")
-def _filled(prefix, most: int):
-    """int32 [n, P] -> [n, most]."""
-    return jnp.pad(prefix, ((0, 0), (0, most - prefix.shape[1])))
-
-
-def _room_of(state: State) -> int:
-    return state.caches[0].k.shape[2] if state.caches else 0
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "compute", "most"))
-def _extend(
-    params, state: State, sampling: Sampling, how: Branching, start, stop, cfg, compute, most
-):
-    """Draws positions start .. stop - 1; of a state without caches all ids are equally likely."""
-
-    def pick(logits, i):
-        return generation.branch(logits, i, how, sampling, most)
-
-    if state.caches:
-        return generation.advance(params, cfg, compute, state, sampling.guidance, pick, start, stop)
-    equal = jnp.zeros((len(state.tokens), cfg.vocab_size))
-
-    def step(i, tokens):
-        return jax.lax.dynamic_update_slice_in_dim(tokens, pick(equal, i)[:, None], i, axis=1)
-
-    return state._replace(tokens=jax.lax.fori_loop(start, stop, step, state.tokens))

@@ -14,13 +14,16 @@ PACKAGE = "flextok_jax"
 LEVELS = (
     ("conditions", "nn", "flow"),
     ("io", "parallel"),
-    ("tokenizer", "generator", "text", "lengths", "criteria", "token_search", "verifiers"),
+    (
+        "tokenizer", "generator", "text", "lengths", "criteria", "token_search", "candidates",
+        "verifiers",
+    ),
     ("data", "evaluation"),
     ("demo",),
     ("training",),
     ("commands", "config_flag"),
     ("main", "cli", "compile"),
-)
+)  # fmt: skip
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 INFERENCE = LEVEL["tokenizer"]  # Levels up to this one run without the libraries of training.
 

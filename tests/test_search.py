@@ -175,7 +175,7 @@ def test_priors():
     found = search(blind, BRIGHT, labels=[1], prior="uniform", **BEAM)
     first, *_, last = found.steps[0]
     assert len(np.unique(first.tokens)) == 6 and len(np.unique(last.tokens[:, 2:])) > 8
-    assert 0 <= last.tokens.min() and last.tokens.max() < 200 and "positions" not in found.cost
+    assert 0 <= last.tokens.min() and last.tokens.max() < 200 and not found.cost["positions"]
     null = search(gen(), BRIGHT, labels=[1], prior="null", **BEAM).steps[0][0]
     logits = np.asarray(gen().logits(null.tokens[:1]))[0, 0]
     noise = jax.random.gumbel(jax.random.fold_in(generation.sample_keys(0, 1)[0], 0), (200,))

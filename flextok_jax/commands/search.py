@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flextok_jax import token_search, verifiers
+from flextok_jax.candidates import Settings
 from flextok_jax.commands import common, images, options, text
 from flextok_jax.data.reader import load_images
 from flextok_jax.evaluation import pictures as pics
@@ -34,7 +35,7 @@ def search(args: options.Search) -> None:
     references = _references(args, gen, len(wanted.names))
     verifier = _made(args, gen, references, steering)
     judges = [_made(args, gen, references, [one]) for one in judging]
-    fields = {f.name for f in dataclasses.fields(token_search.Settings)}
+    fields = {f.name for f in dataclasses.fields(Settings)}
     given = {name: getattr(args, name) for name in fields} | {"schedule": args.schedule or ()}
     sampler = common.sampler(args, gen.tokenizer, gen.decoding)
     scale = gen.config.guidance_scale if args.token_guidance is None else args.token_guidance
@@ -45,7 +46,7 @@ def search(args: options.Search) -> None:
     key = jax.random.key(args.seed)
     seeds = pics.name_seeds(wanted.names)
     task = token_search.prepare(
-        gen, verifier, wanted.conditions, token_search.Settings(**given),
+        gen, verifier, wanted.conditions, Settings(**given),
         key=jax.vmap(jax.random.fold_in, (None, 0))(key, seeds), batch_size=args.batch_size,
         judges=judges, guidance_scale=scale, **filters, **decoding,
     )  # fmt: skip
