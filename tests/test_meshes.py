@@ -57,7 +57,8 @@ import numpy as np
 from common import GOLDEN, TINY, random_params, tiny_generator, tiny_tokenizer
 from test_sweep import CFG, SETTINGS, sweep_of
 from test_meshes import RUNS, configs, run
-from flextok_jax import FlexTok, ImageGenerator, TextEncoder, search, verifiers
+from flextok_jax import FlexTok, ImageGenerator, TextEncoder, conditions, search, token_search
+from flextok_jax import verifiers
 from flextok_jax.io.checkpoint import Checkpoints
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.nn import ar, flextok
@@ -87,6 +88,10 @@ how = dict(labels=[1, 2], beams=2, candidates=3, schedule=(1, 4), search_steps=1
 one, several = (search(model, bright, **how) for model in (plain, gen))
 generated["same_search"] = bool((one.tokens == several.tokens).all())
 generated["search_error"] = float(np.abs(one.scores - several.scores).max())
+settings = token_search.Settings(beams=2, candidates=3)
+task = token_search.prepare(gen, bright, conditions.of_labels([1]), settings)
+cache = task.proposals.open(0, np.zeros((6, 0), np.int32), 1).caches[0].k
+generated["search_rows"] = cache.addressable_shards[0].data.shape[0] / cache.shape[0]
 
 encoders = [TextEncoder.from_pretrained(GOLDEN / "text" / "t5_a", mesh=m) for m in (None, mesh)]
 (wanted, mask), (found, _) = (encoder.encode(["a red cube", "", "cat"]) for encoder in encoders)
@@ -158,6 +163,7 @@ def test_a_search_finds_the_same_with_its_rows_over_the_devices(runs):
     """Six candidates, filled up to a multiple of the four parts of the batch."""
     found = runs[1]["generated"]
     assert found["same_search"] and found["search_error"] < 1
+    assert found["search_rows"] == 1 / 4
 
 
 def test_an_evaluation_gives_the_same_numbers_on_one_two_and_eight_devices(runs):

@@ -218,26 +218,25 @@ def _write(out, task, wanted, settings: dict, found: list[Result], tree) -> None
 
 
 def _report(out, task, wanted, settings, cost, files, tree) -> None:
-    """The page: the beams of every step, and what it took."""
+    """The page: what it took, and of each search what was found and the beams of every step."""
     curves = {"best": [], "mean of the candidates": []}
     for steps in zip(*tree):
         k = steps[0].num_tokens
         curves["best"].append((k, np.mean([step.scores.max() for step in steps])))
         curves["mean of the candidates"].append((k, np.mean([s.scores.mean() for s in steps])))
-    name = task.verifier.name
-    sections = [("", [report.chart(name, "mean over all searches", curves, "tokens", log2=True)])]
+    name, numbers = task.verifier.name, {name: f"{cost[name]:.4g}" for name in sorted(cost)}
+    chart = report.chart(name, "mean over all searches", curves, "tokens", log2=True)
+    sections = [("", [report.row(chart, report.fact_table(numbers))])]
     for words, names, steps in list(zip(wanted.conditions.names, files, tree))[:SHOWN]:
         results = [pics.read_png(out / file) for file in names]
-        pieces = [report.picture_table("Found", "best first", [""] * len(results), [results])]
+        tables = [report.picture_table("Found", "best first", [""] * len(results), [results])]
         if steps[-1].images is not None:
             titles = [f"beam {i}" for i in range(1, len(steps[-1].kept) + 1)]
             labels = [f"k = {step.num_tokens}" for step in steps]
             rows = [list(step.images) for step in steps]
-            pieces.append(report.picture_table("Beams", "best first", titles, rows, labels))
-        pieces.append(report.number_table(*_tree(steps)))
+            tables.append(report.picture_table("Beams", "best first", titles, rows, labels))
+        pieces = [report.row(*tables), report.number_table(*_tree(steps))]
         sections.append((words or names[0], pieces))
-    numbers = {name: f"{value:.4g}" for name, value in cost.items()}
-    sections.append(("Cost", [report.fact_table(numbers)]))
     sections.append(("Setup", [report.code(json.dumps(settings, indent=2))]))
     report.write_report(out / "report.html", f"Search by {name}", sections)
 
