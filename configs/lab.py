@@ -42,4 +42,35 @@ def _continuous() -> ConfigDict:
     return c
 
 
-VARIANTS = {"one_pass": _one_pass, "continuous": _continuous}
+def _titok() -> ConfigDict:
+    """TiTok: a ViT with a class token; its decoder writes codes, whose mean convolutions read.
+
+    The released models learn the codes first and then the pixels; here both are learned at once.
+    """
+    c = _one_pass()
+    vit = dict(norm="affine", bias=True, mlp="gelu", qk_norm="none")
+    c.model.sites.update(positions="learned", patch_size=2)
+    c.model.tokens.reshaped = True
+    c.model.encoder.update(vit)
+    c.model.decoder.update(vit)
+    c.model.target.update(output="codes", codes=64)
+    c.model.convs.update(kind="plain", block_out=(32, 32), features=16, norm_groups=8)
+    return c
+
+
+def _llamagen() -> ConfigDict:
+    """The baseline in two dimensions: convolutions, one token per position of the grid, VQ."""
+    c = _one_pass()
+    c.model.sites.patch_size, c.model.tokens.count = 4, 16
+    c.model.tokens.registers = False
+    c.model.encoder.depth = c.model.decoder.depth = 0
+    c.model.convs.update(block_out=(16, 32, 32), features=16, layers=1, norm_groups=8)
+    return c
+
+
+VARIANTS = {
+    "one_pass": _one_pass,
+    "continuous": _continuous,
+    "titok": _titok,
+    "llamagen": _llamagen,
+}

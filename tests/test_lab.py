@@ -16,7 +16,8 @@ LAB = CONFIGS["lab"]
 
 def config(variant):
     c = LAB.get_config(variant)
-    c.model.encoder.depth = c.model.decoder.depth = 1
+    if c.model.encoder.depth:
+        c.model.encoder.depth = c.model.decoder.depth = 1
     return c
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from flextok_jax.io import sources, storage, workdirs
-from flextok_jax.io.formats import flextok_config, names, vae_files
+from flextok_jax.io.formats import flextok_config, names, peers, vae_files
 from flextok_jax.io.formats.flextok_config import config_from_dict
 from flextok_jax.io.paths import as_path
 from flextok_jax.nn import flextok, layout
@@ -44,8 +44,12 @@ def load(source, revision: str | None = None) -> Loaded:
         FileNotFoundError: as `sources.find`.
         ValueError: it is another kind of model, or not understood; one error lists every reason.
     """
-    path = sources.find(source, optional=("config.json",), revision=revision)
+    optional = ("config.json", *peers.FILES)
+    path = sources.find(source, optional=optional, revision=revision)
     sources.check_kind(path, "tokenizer")
+    if found := peers.find(path):
+        file, read = found
+        return Loaded(*read(file), origin=str(source))
     if sources.is_workdir(path):
         return _load_workdir(path)
     found = _load_file(sources.weights_file(path))

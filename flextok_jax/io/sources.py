@@ -4,6 +4,7 @@ import pathlib
 import re
 
 from flextok_jax.io import storage
+from flextok_jax.io.formats import peers
 from flextok_jax.io.paths import as_path, is_remote
 
 WEIGHTS = "model.safetensors"
@@ -12,6 +13,7 @@ OWN_TARGET = "flextok_jax.Tokenizer"  # Of tokenizers that the released format c
 AR_PREFIX = "models.ar_image_model."  # Of tensors in released AR files.
 DEMOS = {"demo-digits": "digits", "demo-digits-ar": "digits_ar"}
 DEMO_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "demos"
+_HUB = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(/(?P<file>[\w.-]+\.\w+))?")
 KINDS = {
     "tokenizer": "a tokenizer: load it with FlexTok.from_pretrained",
     "ar": "an AR model: load it with ImageGenerator.from_pretrained",
@@ -50,13 +52,16 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
             raise ValueError(f"revision={revision!r} is for a hub id, and {text} is local")
         # Not resolved: a hub cache links to files under other names.
         path = path if is_remote(path) else path.absolute()
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and not pathlib.Path(text).parent.is_dir():
-        path = _fetch(text, [*files, *optional], revision)
+    elif not pathlib.Path(text).parent.is_dir() and (hub := _HUB.fullmatch(text)):
+        wanted = [hub["file"]] if hub["file"] else [*files, *optional]
+        path = _fetch(hub["id"], wanted, revision) / (hub["file"] or "")
     else:
         raise FileNotFoundError(
             f"{text}: no such file or folder. A model is a file, a folder, a workdir of training, "
-            f"a hub id (owner/name) or one of the demos {', '.join(DEMOS)}"
+            f"a hub id (owner/name, or owner/name/file) or one of the demos {', '.join(DEMOS)}"
         )
+    if peers.find(path):
+        return path
     if path.is_file() and path.suffix != ".safetensors":
         raise ValueError(f"{path} is no safetensors file; convert a PyTorch file with PyTorch")
     if path.is_dir() and not is_workdir(path):
@@ -105,7 +110,7 @@ def is_workdir(path) -> bool:
 
 def kind_of(source) -> str | None:
     """What a source holds: "tokenizer", "ar", "vae", another `model_type`, or None: unknown."""
-    path = find(source, (), (WEIGHTS, "config.json", "config.yaml", VAE_WEIGHTS))
+    path = find(source, (), (WEIGHTS, "config.json", "config.yaml", VAE_WEIGHTS, *peers.FILES))
     file = path / "config.json"
     config = storage.read_json(file) if file.is_file() else {}
     if is_workdir(path):
@@ -113,6 +118,8 @@ def kind_of(source) -> str | None:
         return "tokenizer" if kind == "flextok" else kind
     if (path / VAE_WEIGHTS).is_file():
         return "vae"
+    if peers.find(path):
+        return "tokenizer"
     path = weights_file(path)
     if path.is_file():
         tensors, metadata = storage.read_header(path)

@@ -118,12 +118,48 @@ def identity_vae(channels: int = 3) -> VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convs:
+    """Residual convolutions between images and a coarse grid (nn/convs.py).
+
+    Attributes:
+        kind: "attentive": attention after each block of the coarsest resolution, learned changes
+            of resolution, a 1x1 convolution on each side of the codes, and one block more per
+            resolution in the decoder; "plain": none of these, and no biases in blocks.
+        block_out: channels of each resolution, from the finest to the coarsest; (): none.
+        features: channels of the grid.
+        layers: residual blocks per resolution.
+        norm_groups: groups of every GroupNorm.
+    """
+
+    kind: str = "attentive"
+    block_out: tuple[int, ...] = ()
+    features: int = 256
+    layers: int = 2
+    norm_groups: int = 32
+
+    def __post_init__(self):
+        faults = _choices(self, kind=("attentive", "plain"))
+        faults += _at_least(self, 1, "features", "layers", "norm_groups")
+        faults += [
+            f"block_out={self.block_out}, must be multiples of norm_groups={self.norm_groups}"
+            for channels in self.block_out[:1]
+            if any(n % self.norm_groups for n in self.block_out)
+        ]
+        _check(self, faults)
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per position along one side."""
+        return 2 ** (len(self.block_out) - 1) if self.block_out else 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Blocks:
     """A stack of Transformer blocks; the defaults are FlexTok's.
 
     Attributes:
         width: D.
-        depth: number of blocks.
+        depth: number of blocks; 0: there is no Transformer.
         head_dim: channels per attention head.
         mlp_hidden: hidden width of the MLPs; 0: int(8 D / 3) for SwiGLU, 4 D for the others.
         norm: "layer" (LayerNorm without parameters), "affine" (with scale and bias), or "rms".
@@ -152,8 +188,8 @@ class Blocks:
     scale: float | None = None
 
     def __post_init__(self):
-        faults = _at_least(self, 1, "width", "depth", "head_dim")
-        faults += _at_least(self, 0, "mlp_hidden", "heads")
+        faults = _at_least(self, 1, "width", "head_dim")
+        faults += _at_least(self, 0, "depth", "mlp_hidden", "heads")
         faults += _choices(
             self,
             norm=("layer", "affine", "rms"),
@@ -190,13 +226,18 @@ class Sites:
     Attributes:
         grid: patches (rows, columns) of a full-size image; N is their product.
         patch_size: latent positions per patch side.
+        positions: "sincos": fixed, added to patches; "learned": as a ViT has it, learned vectors
+            for patches and for the encoder's registers, a class token in front, and a norm before
+            the first block.
     """
 
     grid: tuple[int, int] = (16, 16)
     patch_size: int = 2
+    positions: str = "sincos"
 
     def __post_init__(self):
         faults = _at_least(self, 1, "patch_size")
+        faults += _choices(self, positions=("sincos", "learned"))
         if len(self.grid) != 2 or min(self.grid) < 1:
             faults.append(f"grid={self.grid}, must be two positive numbers")
         _check(self, faults)
@@ -207,15 +248,20 @@ class Tokens:
     """The registers that become tokens.
 
     Attributes:
-        count: R, the number of registers.
+        count: R, the number of tokens.
+        registers: whether they are learned registers beside the patches; else they are the patches.
         order: "causal": token i does not depend on later ones, so that every prefix is exact;
             "full": every token depends on all.
         keep: how nested dropout samples the number of kept tokens, one of KEEP_MODES.
+        reshaped: whether the features [R, D] of the registers are read as [D, R] before the
+            bottleneck: a reshape, no transposition. For all R of them alone.
     """
 
     count: int = 256
+    registers: bool = True
     order: str = "causal"
     keep: str = "pow2"
+    reshaped: bool = False
 
     def __post_init__(self):
         faults = _at_least(self, 1, "count")
@@ -227,6 +273,8 @@ class Tokens:
             )
         if self.order == "full" and self.keep != "fixed":
             faults.append(f"order='full' has no prefixes: keep={self.keep!r} must be 'fixed'")
+        if self.order != "full" and (self.reshaped or not self.registers):
+            faults.append(f"order={self.order!r}, must be 'full' without registers or reshaped")
         _check(self, faults)
 
 
@@ -338,19 +386,33 @@ class Target:
 
     Attributes:
         kind: "flow": a velocity, of noised latents and a time; "values": the latents, in one pass.
+        output: how values leave the Transformer: "linear": as patches; "conv": as patches, then a
+            3x3 convolution; "codes": probabilities of a codebook's vectors, whose mean goes through
+            convolutions (`TokenizerConfig.convs`).
+        codes: vectors of the codebook of "codes".
         flow: of the kind "flow".
     """
 
     kind: str = "flow"
+    output: str = "linear"
+    codes: int = 0
     flow: Flow = Flow()
 
     def __post_init__(self):
-        _check(self, _choices(self, kind=("flow", "values")))
+        faults = _choices(self, kind=("flow", "values"), output=("linear", "conv", "codes"))
+        if self.kind == "flow" and self.output != "linear":
+            faults.append(f"output={self.output!r}, must be 'linear' for kind='flow'")
+        if (self.output == "codes") != (self.codes > 1):
+            faults.append(f"codes={self.codes}, at least 2 for output='codes' and 0 for others")
+        _check(self, faults)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """A tokenizer: VAE, encoder, bottleneck, decoder. The defaults are FlexTok d12-d12's."""
+    """A tokenizer: VAE, encoder, bottleneck, decoder. The defaults are FlexTok d12-d12's.
+
+    With encoder and decoder of depth 0 the convolutions alone are encoder and decoder.
+    """
 
     vae: VAEConfig = VAEConfig()
     sites: Sites = Sites()
@@ -359,15 +421,41 @@ class TokenizerConfig:
     encoder: Blocks = Blocks()
     decoder: Blocks = Blocks()
     target: Target = Target()
+    convs: Convs = Convs()
 
     def __post_init__(self):
         blocks = {"encoder": self.encoder, "decoder": self.decoder}
+        depths, count = (self.encoder.depth, self.decoder.depth), self.tokens.count
         faults = [
             f"{name}.width={part.width}, must be a multiple of 4 (sine-cosine positions)"
             for name, part in blocks.items()
             if part.width % 4
         ]
+        if not self.tokens.registers and count != self.num_patches:
+            faults.append(f"tokens.count={count}, without registers there are {self.num_patches}")
+        if self.sites.positions == "learned" and (self.is_flow or self.tokens.keep != "fixed"):
+            faults.append("sites.positions='learned' needs target 'values' and tokens.keep='fixed'")
+        if min(depths) == 0 and (max(depths) or self.tokens.registers or self.is_flow):
+            faults.append(
+                f"depths {depths} of encoder and decoder: without a Transformer both are 0, the "
+                "target is 'values', and tokens.registers is False"
+            )
+        if min(depths) > 0 and not self.tokens.registers:
+            faults.append("tokens.registers=False is for encoder and decoder of depth 0")
+        wanted = self.has_convs
+        if wanted != bool(self.convs.block_out):
+            faults.append(f"convs.block_out={self.convs.block_out}, {'' if wanted else 'not '}used")
+        if wanted and self.convs.downsample != self.sites.patch_size:
+            faults.append(
+                f"sites.patch_size={self.sites.patch_size}, convolutions have patches of "
+                f"{self.convs.downsample}"
+            )
         _check(self, faults)
+
+    @property
+    def has_convs(self) -> bool:
+        """Whether convolutions are a part of it."""
+        return self.target.output == "codes" or not self.encoder.depth
 
     @property
     def num_tokens(self) -> int:

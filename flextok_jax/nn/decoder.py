@@ -5,6 +5,7 @@ position, so they stay identical through every layer. They are computed as ONE r
 for all of them (`order.Sequence.folded`). The result is exact.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import layers, layout, order
-from flextok_jax.nn.attention import layer_norm
-from flextok_jax.nn.block import modulate, normal, stack, zeros
+from flextok_jax.nn.block import Norm, modulate, normal, stack, zeros
 from flextok_jax.nn.config import Compute, TokenizerConfig
+from flextok_jax.nn.convs import ConvDecoder
 
 
 class Condition(NamedTuple):
@@ -79,17 +80,25 @@ class Decoder(nn.Module):
         if cfg.is_flow:
             grid = tuple(side // sites.patch_size for side in x_t.shape[1:3])
             embedding = self._time_embedding(t, length)
-            embed = layers.PatchEmbed(sites.grid, sites.patch_size, width, dtype)
+            embed = layers.PatchEmbed(sites, width, dtype)
             nn.share_scope(self, embed)
-            patches = embed(x_t)
+            parts = embed(x_t)
         else:
             grid = sites.grid if grid is None else grid
+            if not cfg.decoder.depth:
+                codes = conditions[0].codes
+                return (self._convs(codes.reshape(batch, *grid, codes.shape[-1])),)
             query = self.param("query", layout.axes(normal, None), (width,)).astype(dtype)
-            positions = layers.positions(self, sites.grid, width, grid).astype(dtype)
-            patches = jnp.broadcast_to(query[None, None] + positions, (batch, *positions.shape[1:]))
-        registers, sequences = zip(*self._registers(conditions, patches.shape[1]))
-        passes = tuple(s.join(patches, r) for s, r in zip(sequences, registers))
-        features = None if capture is None else jnp.zeros_like(patches)
+            query = jnp.broadcast_to(query[None, None], (1, math.prod(grid), width))
+            parts = layers.placed(self, sites, query, grid)
+            parts = {n: jnp.broadcast_to(x, (batch, *x.shape[1:])) for n, x in parts.items()}
+        lengths = {name: part.shape[1] for name, part in parts.items()}
+        registers, sequences = zip(*self._registers(conditions, lengths))
+        passes = tuple(s.join(*parts.values(), r) for s, r in zip(sequences, registers))
+        if sites.positions == "learned":
+            norm = Norm(cfg.decoder.norm, cfg.decoder.norm_eps, name="pre_norm")
+            passes = tuple(map(norm, passes))
+        features = None if capture is None else jnp.zeros_like(parts["patches"])
         carry = (passes, features, jnp.int32(0))
         shared = (None if embedding is None else embedding.astype(dtype), None, None)
         (passes, features, _) = stack(
@@ -97,7 +106,7 @@ class Decoder(nn.Module):
             sequences=sequences, modulated=cfg.is_flow, capture=capture,
         )  # fmt: skip
         patches = tuple(s.part(x, "patches") for s, x in zip(sequences, passes))
-        made = self._head(patches, embedding, [side * sites.patch_size for side in grid])
+        made = self._head(patches, embedding, grid)
         return made if capture is None else (made, features)
 
     def _time_embedding(self, t, length):
@@ -115,8 +124,11 @@ class Decoder(nn.Module):
             hidden = hidden + dense("length_mlp", zeros)(frequencies(length))
         return dense("time_mlp_1")(nn.silu(hidden))
 
-    def _registers(self, conditions, num_patches):
-        """Register vectors [B, M, D] of each condition, and the sequence of its pass."""
+    def _registers(self, conditions, lengths: dict[str, int]):
+        """Register vectors [B, M, D] of each condition, and the sequence of its pass.
+
+        `lengths` are those of the segments before the registers.
+        """
         cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
         total, width = cfg.num_tokens, cfg.decoder.width
         project = layers.dense(width, dtype, "register_proj", names=(None, "embed"))
@@ -142,24 +154,44 @@ class Decoder(nn.Module):
             if null is not None:
                 x = jnp.where(is_null[:, None, None], null[None, None, :], x)
             sequence = order.Sequence(
-                ("patches", "registers"), (num_patches, x.shape[1]), folded=max(folded, 1)
+                (*lengths, "registers"), (*lengths.values(), x.shape[1]), folded=max(folded, 1)
             )
             yield x, sequence
 
-    def _head(self, patches, embedding, size):
+    def _head(self, patches, embedding, grid):
         """Patch features -> float32 [B, h, w, C], one for each pass."""
-        cfg = self.cfg
-        head = layers.dense(cfg.patch_dim, jnp.float32, "head", zeros)
+        cfg, output = self.cfg, self.cfg.target.output
         shift = scale = None
+        head = layers.dense(cfg.target.codes or cfg.patch_dim, jnp.float32, "head", zeros)
         if embedding is not None:
             adaln = layers.dense(
                 2 * cfg.decoder.width, jnp.float32, "head_adaln", zeros, ("embed", "hidden")
             )
             shift, scale = jnp.split(adaln(nn.silu(embedding))[:, None, :], 2, axis=-1)
+        norm = Norm(cfg.decoder.norm, cfg.decoder.norm_eps, name="norm")
 
         def write(x):
-            x = layer_norm(x.astype(jnp.float32))
+            x = norm(x.astype(jnp.float32))
             x = x if shift is None else modulate(x, shift, scale)
-            return layers.unpatchify(head(x), cfg.sites.patch_size, *size)
+            if output == "codes":
+                return self._codes(head, x, grid)
+            sides = [side * cfg.sites.patch_size for side in grid]
+            x = layers.unpatchify(head(x), cfg.sites.patch_size, *sides)
+            if output == "conv":
+                x = nn.Conv(x.shape[-1], (3, 3), padding=1, name="head_conv")(x)
+            return x
 
         return tuple(write(x) for x in patches)
+
+    def _codes(self, head, x, grid):
+        """Patch features -> the mean of the codebook's vectors, through convolutions."""
+        cfg = self.cfg
+        hidden = layers.dense(2 * cfg.decoder.width, jnp.float32, "head_hidden")
+        shape = (cfg.target.codes, cfg.convs.features)
+        book = self.param("codebook", layout.axes(normal, None, None), shape)
+        probabilities = nn.softmax(head(nn.tanh(hidden(x))))
+        return self._convs((probabilities @ book).reshape(len(x), *grid, shape[1]))
+
+    def _convs(self, x):
+        dtype, channels = jnp.dtype(self.compute.dtype), self.cfg.vae.latent_channels
+        return ConvDecoder(self.cfg.convs, dtype, channels, name="convs")(x)

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import bottleneck, layers, layout, order
-from flextok_jax.nn.attention import layer_norm
-from flextok_jax.nn.block import normal, stack, xavier, zeros
+from flextok_jax.nn.block import Norm, normal, stack, xavier, zeros
 from flextok_jax.nn.config import Compute, TokenizerConfig
+from flextok_jax.nn.convs import ConvEncoder
 
 
 class Encoder(nn.Module):
@@ -30,19 +30,36 @@ class Encoder(nn.Module):
             float32 [B, K, channels that the bottleneck reads].
         """
         cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
+        channels = bottleneck.features(cfg.bottleneck)
+        if not cfg.encoder.depth:
+            grid = ConvEncoder(cfg.convs, dtype, channels, name="convs")(latents)
+            return grid.reshape(len(grid), -1, channels)
         width, most = cfg.encoder.width, cfg.num_tokens
+        learned = cfg.sites.positions == "learned"
         count = most if num_registers is None else num_registers
-        embed = layers.PatchEmbed(cfg.sites.grid, cfg.sites.patch_size, width, dtype)
+        embed = layers.PatchEmbed(cfg.sites, width, dtype)
         nn.share_scope(self, embed)
-        patches = embed(latents)
-        registers = self.param("registers", layout.axes(normal, None, None), (most, width))
-        registers = registers[None, :count].astype(dtype)
-        registers = jnp.broadcast_to(registers, (patches.shape[0], count, width))
+        parts = embed(latents)
+
+        def vectors(name):
+            table = self.param(name, layout.axes(normal, None, None), (most, width))
+            return table[None, :count].astype(dtype)
+
+        registers = vectors("registers")
+        if learned:
+            registers = registers + vectors("register_pos")
+        parts["registers"] = jnp.broadcast_to(registers, (len(latents), count, width))
         make = order.causal_last if cfg.tokens.order == "causal" else order.full
-        sequence = make(patches=patches.shape[1], registers=count)
-        carry = ((sequence.join(patches, registers),), None, jnp.int32(0))
+        sequence = make(**{name: part.shape[1] for name, part in parts.items()})
+        x = sequence.join(*parts.values())
+        if learned:
+            x = Norm(cfg.encoder.norm, cfg.encoder.norm_eps, name="pre_norm")(x)
+        carry = ((x,), None, jnp.int32(0))
         (x,), *_ = stack(cfg.encoder, self.compute, carry, (None,) * 3, sequences=(sequence,))
-        x = layer_norm(sequence.part(x, "registers")).astype(jnp.float32)
+        norm = Norm(cfg.encoder.norm, cfg.encoder.norm_eps, name="norm")
+        x = norm(sequence.part(x, "registers")).astype(jnp.float32)
+        if cfg.tokens.reshaped:
+            x = x.reshape(len(x), width, most).swapaxes(1, 2)
         # Codes of length 1 have no gradient at 0.
         init = xavier if cfg.bottleneck.kind == "vq" else zeros
-        return layers.dense(bottleneck.features(cfg.bottleneck), jnp.float32, "head", init)(x)
+        return layers.dense(channels, jnp.float32, "head", init)(x)

@@ -110,6 +110,13 @@ def values(params, cfg: TokenizerConfig, compute: Compute, codes, keep, grid=Non
     return made
 
 
+def last_kernel(cfg: TokenizerConfig) -> tuple[str, ...]:
+    """The path below "decoder" of the weights that write the values."""
+    if cfg.has_convs:
+        return "convs", "conv_out", "kernel"
+    return {"linear": "head", "conv": "head_conv"}[cfg.target.output], "kernel"
+
+
 def flow_steps(
     params,
     cfg: TokenizerConfig,

@@ -1,4 +1,4 @@
-"""How images and times become vectors: patches, fixed positions, sinusoidal times.
+"""How images and times become vectors: patches, positions, sinusoidal times.
 
 B batch, N patches, D width, C latent channels, p patch side.
 """
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import layout
-from flextok_jax.nn.block import xavier, zeros
+from flextok_jax.nn.block import normal, xavier, zeros
+from flextok_jax.nn.config import Sites
 
 
 def dense(features: int, dtype, name: str, init=xavier, names=("embed", None)) -> nn.Dense:
@@ -58,37 +59,51 @@ def sincos_table(grid: tuple[int, int], width: int) -> jax.Array:
 
 
 class PatchEmbed(nn.Module):
-    """Latents to patch vectors with their fixed positions."""
+    """Latents to patch vectors with their positions, see `placed`."""
 
-    grid: tuple[int, int]
-    patch_size: int
+    sites: Sites
     width: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        """latents: [B, h, w, C] -> [B, N, D]."""
-        grid = tuple(s // self.patch_size for s in latents.shape[1:3])
+    def __call__(self, latents: jax.Array) -> dict[str, jax.Array]:
+        """latents: [B, h, w, C] -> {"patches": [B, N, D]} and perhaps {"class": [B, 1, D]}."""
+        grid = tuple(s // self.sites.patch_size for s in latents.shape[1:3])
         project = dense(self.width, self.dtype, "patch_emb", names=(None, "embed"))
-        x = project(patchify(latents.astype(self.dtype), self.patch_size))
-        return x + positions(self, self.grid, self.width, grid).astype(self.dtype)
+        x = project(patchify(latents.astype(self.dtype), self.sites.patch_size))
+        return placed(self, self.sites, x, grid)
 
 
-def positions(module: nn.Module, grid, width: int, used) -> jax.Array:
-    """The fixed positions [1, N, D] of the patches of a `used` grid, the top left of `grid`.
+def placed(module: nn.Module, sites: Sites, x: jax.Array, used) -> dict[str, jax.Array]:
+    """Patch vectors with their positions, as segments of a sequence.
 
-    The table is a parameter of `module` only so that it is kept as a file has it; it is never
-    trained (see `is_fixed`).
+    Args:
+        module: whose parameters the positions are: a table "sincos" only so that it is kept as a
+            file has it (it is never trained, see `is_fixed`); or learned "positions" [1 + N, D] and
+            "class_token" [D].
+        x: [B or 1, n, D], of the patches of a `used` grid, the top left of `sites.grid`.
+
+    Returns:
+        {"patches": [B or 1, n, D]}; with learned positions {"class": [B or 1, 1, D]} before it.
 
     Raises:
-        ValueError: `used` is larger than `grid`.
+        ValueError: `used` is larger than `sites.grid`.
     """
-    init = layout.axes(lambda _: sincos_table(grid, width), None, None, None)
-    table = module.param("sincos", init)
-    (rows, columns), most = used, grid
+    (rows, columns), most, width = used, sites.grid, x.shape[-1]
     if rows > most[0] or columns > most[1]:
         raise ValueError(f"{rows}x{columns} patches: the model has positions for {most}")
-    return table[:rows, :columns].reshape(1, rows * columns, width)
+
+    def added(x, table):
+        return x + table[:rows, :columns].reshape(1, rows * columns, width).astype(x.dtype)
+
+    if sites.positions == "sincos":
+        init = layout.axes(lambda _: sincos_table(most, width), None, None, None)
+        return {"patches": added(x, module.param("sincos", init))}
+    first = module.param("class_token", layout.axes(normal, None), (width,))
+    shape = (1 + most[0] * most[1], width)
+    table = module.param("positions", layout.axes(normal, None, None), shape)
+    first = jnp.broadcast_to((first + table[0])[None, None].astype(x.dtype), (len(x), 1, width))
+    return {"class": first, "patches": added(x, table[1:].reshape(*most, width))}
 
 
 def is_fixed(path: str) -> bool:

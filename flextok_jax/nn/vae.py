@@ -19,22 +19,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.config import Convs, VAEConfig
 
 # Bounds of the log variance: exp stays finite in float32, and the lower one means "no noise".
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 
 
-class _Layers(nn.Module):
+class Layers(nn.Module):
     """What all parts share: the configuration, the compute dtype, and their elementary layers."""
 
-    cfg: VAEConfig
+    cfg: VAEConfig | Convs
     dtype: jnp.dtype = jnp.float32
 
-    def conv(self, features, name, kernel=3, padding=1, stride=1):
-        return nn.Conv(
-            features, (kernel, kernel), stride, padding=padding, dtype=self.dtype, name=name
-        )
+    def conv(self, features, name, kernel=3, padding=1, stride=1, bias=True):
+        size, options = (kernel, kernel), {"padding": padding, "use_bias": bias}
+        return nn.Conv(features, size, stride, dtype=self.dtype, name=name, **options)
 
     def norm(self, name):
         # Always float32; and the variance about the mean, because E[x^2] - E[x]^2 cancels.
@@ -45,7 +44,7 @@ class _Layers(nn.Module):
         return cls(self.cfg, self.dtype, *args, name=name)
 
 
-class _Resnet(_Layers):
+class Resnet(Layers):
     """Pre-norm residual block: [B, h, w, any] -> [B, h, w, features]."""
 
     features: int = 0
@@ -59,7 +58,7 @@ class _Resnet(_Layers):
         return x + y
 
 
-class _Attention(_Layers):
+class Attention(Layers):
     """Residual attention among all positions, one head over all channels, softmax in float32."""
 
     @nn.compact
@@ -71,19 +70,19 @@ class _Attention(_Layers):
         return x + nn.Dense(D, dtype=self.dtype, name="to_out_0")(y)
 
 
-class _MidBlock(_Layers):
+class _MidBlock(Layers):
     """Residual block, attention, residual block at the coarsest resolution."""
 
     @nn.compact
     def __call__(self, x):
         features = x.shape[-1]
-        x = self.part(_Resnet, "resnets_0", features)(x)
+        x = self.part(Resnet, "resnets_0", features)(x)
         if self.cfg.mid_attention:
-            x = self.part(_Attention, "attentions_0")(x)
-        return self.part(_Resnet, "resnets_1", features)(x)
+            x = self.part(Attention, "attentions_0")(x)
+        return self.part(Resnet, "resnets_1", features)(x)
 
 
-class _Downsample(_Layers):
+class Downsample(Layers):
     """Halves the resolution. Padded right and bottom only, as released weights expect."""
 
     @nn.compact
@@ -91,7 +90,7 @@ class _Downsample(_Layers):
         return self.conv(x.shape[-1], "conv", padding=((0, 1), (0, 1)), stride=2)(x)
 
 
-class _Upsample(_Layers):
+class Upsample(Layers):
     """Doubles the resolution: nearest neighbour, then a convolution."""
 
     @nn.compact
@@ -138,7 +137,7 @@ class _UpsampledConv(nn.Module):
         )
 
 
-class _Level(_Layers):
+class _Level(Layers):
     """The residual blocks of one resolution, then the change to the next one, if any."""
 
     features: int = 0
@@ -148,14 +147,14 @@ class _Level(_Layers):
     @nn.compact
     def __call__(self, x):
         for i in range(self.layers):
-            x = self.part(_Resnet, f"resnets_{i}", self.features)(x)
+            x = self.part(Resnet, f"resnets_{i}", self.features)(x)
         if self.resample is not None:
-            name = "downsamplers_0" if self.resample is _Downsample else "upsamplers_0"
+            name = "downsamplers_0" if self.resample is Downsample else "upsamplers_0"
             x = self.part(self.resample, name)(x)
         return x
 
 
-class _Encoder(_Layers):
+class _Encoder(Layers):
     """[B, H, W, in_channels] -> [B, h, w, 2C]: mean and log variance, before `quant_conv`."""
 
     @nn.compact
@@ -163,14 +162,14 @@ class _Encoder(_Layers):
         cfg, last = self.cfg, len(self.cfg.block_out) - 1
         x = self.conv(cfg.block_out[0], "conv_in")(x)
         for i, features in enumerate(cfg.block_out):
-            args = features, cfg.layers_per_block, _Downsample if i < last else None
+            args = features, cfg.layers_per_block, Downsample if i < last else None
             x = self.part(_Level, f"down_blocks_{i}", *args)(x)
         x = self.part(_MidBlock, "mid_block")(x)
         x = nn.silu(self.norm("conv_norm_out")(x))
         return self.conv(2 * cfg.latent_channels, "conv_out")(x)
 
 
-class _Decoder(_Layers):
+class _Decoder(Layers):
     """[B, h, w, C], after `post_quant_conv` -> [B, H, W, in_channels]."""
 
     @nn.compact
@@ -179,13 +178,13 @@ class _Decoder(_Layers):
         x = self.conv(cfg.block_out[-1], "conv_in")(x)
         x = self.part(_MidBlock, "mid_block")(x)
         for i, features in enumerate(reversed(cfg.block_out)):
-            args = features, cfg.layers_per_block + 1, _Upsample if i < last else None
+            args = features, cfg.layers_per_block + 1, Upsample if i < last else None
             x = self.part(_Level, f"up_blocks_{i}", *args)(x)
         x = nn.silu(self.norm("conv_norm_out")(x))
         return self.conv(cfg.in_channels, "conv_out")(x)
 
 
-class AutoencoderKL(_Layers):
+class AutoencoderKL(Layers):
     """Encoder and decoder. Parameters and results are float32, whatever the compute `dtype`."""
 
     def setup(self):

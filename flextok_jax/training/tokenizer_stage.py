@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu.metrics import Average
+from flax import traverse_util
 
 from flextok_jax.data import shards
 from flextok_jax.data import sources as image_sources
@@ -262,15 +263,16 @@ class TokenizerStage(Stage):
 
     def _values(self, params, frozen, batch, x0, codes, keep, step):
         """The losses of the latents that the decoder writes in one pass. Returns as `_flow`."""
-        cfg, decoder = self.model, params["decoder"]
+        cfg, decoder = self.model, traverse_util.flatten_dict(params["decoder"])
+        last = flextok.last_kernel(cfg)
         grid = tuple(side // cfg.sites.patch_size for side in x0.shape[1:3])
 
         def decode(last_kernel):
-            head = decoder["head"] | {"kernel": last_kernel}
-            tree = params | {"decoder": decoder | {"head": head}}
+            changed = traverse_util.unflatten_dict(decoder | {last: last_kernel})
+            tree = params | {"decoder": changed}
             return flextok.values(tree, cfg, self.compute, codes, keep, grid)
 
-        made, to_last = jax.vjp(decode, decoder["head"]["kernel"])
+        made, to_last = jax.vjp(decode, decoder[last])
         loss, logged = self._pixels.loss(params, frozen, x0, made, to_last, step)
         per_image = jnp.mean(jnp.square(made - x0), axis=(1, 2, 3))
         return loss, per_image, logged

@@ -45,29 +45,34 @@ class Entry(NamedTuple):
     block: int | None  # index on the parameter's leading axis, None: not stacked
     third: int | None  # of the tensor (0, 1, 2), None: all of it
     shape: tuple[int, ...]  # of the whole tensor
+    axes: tuple[int, ...]  # the permutation of our axes in the file
+    ones: int  # axes of size 1 before them
+
+
+def linear(path: str, rank: int) -> tuple[tuple[int, ...], int]:
+    """(axes, ones) of an `Entry`, of PyTorch: (in, out) -> (out, in), HWIO -> OIHW."""
+    if path.endswith("kernel"):
+        return ((1, 0) if rank == 2 else (3, 2, 0, 1)), 0
+    return tuple(range(rank)), 0
 
 
 def _layout(path: str, rank: int) -> tuple[tuple[int, ...], int]:
-    """(the permutation of our axes, the number of axes of size 1 before them) in a file."""
-    if path.endswith("kernel"):  # Linear (in, out) -> (out, in); convolution HWIO -> OIHW
-        return ((1, 0) if rank == 2 else (3, 2, 0, 1)), 0
+    """(axes, ones) of an `Entry` in the released format and in our own."""
     if path.endswith("sincos"):  # (rows, cols, D) -> (1, D, rows, cols)
         return (2, 0, 1), 1
     if path.endswith("register_pos"):  # (R, D) -> (1, 1, D, R)
         return (1, 0), 2
     if path == "ar/sos":  # (D,) -> (1, 1, D)
         return (0,), 2
-    return tuple(range(rank)), 0
+    return linear(path, rank)
 
 
-def _to_file(path: str, array):
-    axes, ones = _layout(path, array.ndim)
-    return array.transpose(axes)[(None,) * ones]
+def _to_file(entry: Entry, array):
+    return array.transpose(entry.axes)[(None,) * entry.ones]
 
 
-def _from_file(path: str, tensor):
-    axes, ones = _layout(path, tensor.ndim)
-    return tensor[(0,) * ones].transpose(np.argsort(axes))
+def _from_file(entry: Entry, tensor):
+    return tensor[(0,) * entry.ones].transpose(np.argsort(entry.axes))
 
 
 def by_table(table) -> Callable[[str], str]:
@@ -103,23 +108,25 @@ def flextok_name(path: str) -> str:
     return by_table(FLEXTOK)(path)
 
 
-def entries(params, name_of: Callable[[str], str]) -> list[Entry]:
+def entries(params, name_of: Callable[[str], str], layout: Callable = _layout) -> list[Entry]:
     """Every parameter of a file.
 
     Args:
         params: our parameters, or their shapes.
         name_of: our path -> the name in the file; with {i} where blocks are stacked here, and
             "#0", "#1" or "#2" behind it for a third of a tensor (along its first axis).
+        layout: (our path, number of axes) -> axes and ones of the entry.
     """
     found = []
     for path, leaf in flatten(params).items():
         name, _, third = name_of(path).partition("#")
         third, stacked = int(third) if third else None, "{i}" in name
-        shape = _to_file(path, np.broadcast_to(0, leaf.shape[stacked:])).shape
+        axes, ones = layout(path, len(leaf.shape) - stacked)
+        shape = (*(1,) * ones, *(leaf.shape[stacked + axis] for axis in axes))
         if third is not None:
             shape = (3 * shape[0], *shape[1:])
         for i in range(leaf.shape[0]) if stacked else (None,):
-            found.append(Entry(name.replace("{i}", str(i)), path, i, third, shape))
+            found.append(Entry(name.replace("{i}", str(i)), path, i, third, shape, axes, ones))
     return found
 
 
@@ -167,7 +174,7 @@ def to_params(entries: list[Entry], tensors: Mapping, where, problems=(), dtype=
         tensor = np.asarray(tensors[e.name])
         problems += not_finite({e.name: tensor})
         tensor = tensor if e.third is None else np.split(tensor, 3)[e.third]
-        tensor = np.ascontiguousarray(_from_file(e.path, tensor), dtype)
+        tensor = np.ascontiguousarray(_from_file(e, tensor), dtype)
         parts.setdefault(e.path, []).append(tensor)
     if problems:
         lines = "\n  ".join(dict.fromkeys(problems))
@@ -188,7 +195,7 @@ def to_tensors(entries: list[Entry], params) -> dict:
     flat, parts = flatten(params), {}
     for e in entries:
         array = np.asarray(flat[e.path])
-        array = _to_file(e.path, array if e.block is None else array[e.block])
+        array = _to_file(e, array if e.block is None else array[e.block])
         parts.setdefault(e.name, {})[e.third or 0] = array
     tensors = {
         name: np.ascontiguousarray(np.concatenate([x[i] for i in range(3)]) if len(x) > 1 else x[0])

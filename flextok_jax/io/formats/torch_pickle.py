@@ -42,6 +42,8 @@ _PUSHED = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: Fa
 def read(path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
     """The tensors of a file that holds a dictionary of them (a state dict), by name.
 
+    Where that has another dictionary under "model", as files of training runs do, those of it.
+
     Args:
         path: of the file.
         wanted: name -> whether the tensor is read; of the others no byte is.
@@ -90,6 +92,7 @@ def _array(tensor: _Tensor, data: dict[str, bytes]) -> np.ndarray:
 
 def _tensors(found, wanted) -> tuple[dict[str, _Tensor], set[str]]:
     """(the wanted tensors of what a file describes, the keys of their storages)"""
+    found = found["model"] if isinstance(found.get("model"), dict) else found
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
     if not tensors:
         raise ValueError("it holds no tensors")

@@ -1,0 +1,258 @@
+"""Released tokenizers of other projects agree with their reference implementations.
+
+tests/golden/peers has what those made of weights that follow from names and shapes; its README has
+tolerances and quirks.
+"""
+
+import atexit
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from common import GOLDEN, relative
+from safetensors.numpy import load_file, save_file
+
+from flextok_jax import FlexTok
+from flextok_jax.io.formats.peers import common, convs, titok
+from flextok_jax.nn import flextok, layers, vae
+from flextok_jax.nn.decoder import Condition, Decoder
+from flextok_jax.nn.encoder import Encoder
+from flextok_jax.nn.images import to_float
+
+PEERS = GOLDEN / "peers"
+
+
+@functools.cache
+def spec(case):
+    return json.loads((PEERS / case / "spec.json").read_text())
+
+
+@functools.cache
+def io(case):
+    return load_file(PEERS / case / "io.safetensors")
+
+
+@functools.cache
+def weights(case):
+    """The tensors of a case by their rule."""
+    found, salt = {}, spec(case)["salt"]
+    for name, (shape, mean, std) in spec(case)["tensors"].items():
+        rng = np.random.Generator(np.random.PCG64(zlib.crc32((salt + name).encode())))
+        x = rng.standard_normal(shape, dtype=np.float32)
+        found[name] = np.float32(mean) + np.float32(std) * x
+    return found
+
+
+@functools.cache
+def folder(case) -> pathlib.Path:
+    """A released folder with these tensors; removed at the end of the process."""
+    path = pathlib.Path(tempfile.mkdtemp(prefix=case, dir=_temporary()))
+    save_file(weights(case), path / "model.safetensors")
+    if (PEERS / case / "config.json").exists():
+        (path / "config.json").write_text((PEERS / case / "config.json").read_text())
+    return path
+
+
+@functools.cache
+def _temporary():
+    path = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@functools.cache
+def tokenizer(case):
+    return FlexTok.from_pretrained(folder(case))
+
+
+def near(case, name, found):
+    expected, tolerance = io(case)[name], spec(case)["tolerance"][name]
+    difference = relative(np.asarray(found).reshape(expected.shape), expected)
+    assert difference <= tolerance, (name, difference, tolerance)
+
+
+def seen(module, params, name, *args):
+    """(the result of a module, {path: what its part of this name returned})."""
+    result, state = jax.jit(
+        lambda params: module.apply(
+            {"params": params}, *args, capture_intermediates=lambda m, _: m.name == name
+        )
+    )(params)
+    return result, state["intermediates"][name]["__call__"][0]
+
+
+def first(x):
+    """[B, h, w, C] in [-1, 1] -> [B, C, h, w] in [0, 1]."""
+    return np.transpose((np.asarray(x) + 1) / 2, (0, 3, 1, 2))
+
+
+def channels(x):
+    """[B, K, C] -> [B, C, 1, K]."""
+    return np.asarray(x).transpose(0, 2, 1)[:, :, None]
+
+
+TITOK = ("titok_vq8k", "titok_vae", pytest.param("titok_legacy_vq", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("case", TITOK)
+def test_titok_agrees(case):
+    tok, given = tokenizer(case), io(case)
+    cfg, params, check = tok.config, tok.params, functools.partial(near, case)
+    assert tok.prefixes == (tok.num_tokens,) and tok.discrete == (case != "titok_vae")
+    z, features = seen(Encoder(cfg), params["encoder"], "norm", to_float(given["images"]))
+    check("encoder_tokens", features)
+    if tok.discrete:
+        check("z", channels(z))
+        codes, ids, loss = flextok.quantize(params, cfg, z)
+        np.testing.assert_array_equal(ids, given["ids"][:, 0])
+        check("z_quantized", channels(codes))
+        check("quantizer_loss", np.mean(loss))
+    else:
+        check("parameters", channels(z))
+        codes, _, loss = flextok.quantize(params, cfg, z, given["noise"][:, :, 0].swapaxes(1, 2))
+        check("sample", channels(codes))
+        assert relative(loss, given["kl"].sum(1)) < 1e-5
+        for name, x in zip(("mean", "logvar"), vae.split_moments(z)):
+            check(name, channels(x))
+        mean, logvar = vae.split_moments(np.moveaxis(given["probe_parameters"], 1, -1))
+        check("probe_logvar", logvar)
+        check("probe_std", np.exp(logvar / 2))
+        check("probe_kl", jax.vmap(vae.kl, 2)(mean, logvar))
+    tokens = np.asarray(tok.tokenize(given["images"]))
+    if tok.discrete:
+        np.testing.assert_array_equal(tokens, given["ids"][:, 0])
+    codes = flextok.codes_of(params, cfg, tokens)
+    condition = Condition(codes, np.full(len(codes), tok.num_tokens), np.zeros(len(codes), bool))
+    (made,), logits = seen(Decoder(cfg), params["decoder"], "head", (condition,))
+    check("decoded", first(made))
+    if case == "titok_legacy_vq":
+        side = cfg.sites.grid[0]
+        check("logits", np.asarray(logits).transpose(0, 2, 1))
+        soft = np.asarray(jax.nn.softmax(logits)) @ params["decoder"]["codebook"]
+        check("soft_codes", np.asarray(soft).transpose(0, 2, 1).reshape(len(soft), -1, side, side))
+    else:
+        pixels = layers.unpatchify(logits, cfg.sites.patch_size, *cfg.image_size)
+        check("before_conv_out", np.transpose(pixels, (0, 3, 1, 2)))
+    assert relative(tok.detokenize(tokens), made) < 1e-5
+
+
+def sized(tok, height, width):
+    """A tokenizer without a Transformer for images of another size."""
+    cfg, side = tok.config, tok.config.sites.patch_size
+    grid = (height // side, width // side)
+    sites = dataclasses.replace(cfg.sites, grid=grid)
+    tokens = dataclasses.replace(cfg.tokens, count=grid[0] * grid[1])
+    cfg = dataclasses.replace(cfg, sites=sites, tokens=tokens)
+    return dataclasses.replace(tok, config=cfg)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llamagen_cut",
+        pytest.param("maskgit_vqgan", marks=pytest.mark.slow),
+        pytest.param("llamagen_vq8", marks=pytest.mark.slow),
+        pytest.param("llamagen_vq16", marks=pytest.mark.slow),
+    ],
+)
+def test_convolutions_agree(case):
+    given, check = io(case), functools.partial(near, case)
+    images = given["images"]
+    tok = sized(tokenizer(case), *images.shape[1:3])
+    z = tok.registers(images)
+    codes, ids, loss = flextok.quantize(tok.params, tok.config, z)
+    check("z", np.asarray(z).swapaxes(1, 2))
+    check("quantized", np.asarray(codes).swapaxes(1, 2))
+    tokens = tok.tokenize(images)
+    for found in (ids, tokens):
+        np.testing.assert_array_equal(found, given["ids"].reshape(found.shape))
+    if "vq_loss" in given:
+        np.testing.assert_allclose(
+            np.mean(loss), (given["vq_loss"] + given["commit_loss"]).item(), rtol=3e-5
+        )
+    decoded = np.asarray(tok.detokenize(np.asarray(tokens)))
+    decoded = (decoded + 1) / 2 if case == "maskgit_vqgan" else decoded
+    check("decoded", decoded.transpose(0, 3, 1, 2))
+
+
+COUNTS = json.loads((PEERS / "counts.json").read_text())["tokenizers"]
+SIZES = {"s": "small", "b": "base", "l": "large"}
+DEPTHS = {"small": 8, "base": 12, "large": 24}
+
+
+def titok_config(name):
+    """(config.json, names of tensors that tell the depths) of a released model, by its name."""
+    sizes, count, kind = re.fullmatch(
+        r".*tokenizer_\w*titok_([sbl]+)(\d+)_(\w+)", name.replace("_c16", "")
+    ).groups()
+    encoder, decoder = (SIZES[letter] for letter in (sizes[0], sizes[-1]))
+    text = "/tokenizer_tatitok" in name
+    kind = "vq8k" if text and kind == "vq" else kind.removesuffix("_imagenet")
+    model = {
+        "vit_enc_model_size": encoder, "vit_dec_model_size": decoder,
+        "num_latent_tokens": int(count), "vit_enc_patch_size": 16, "vit_dec_patch_size": 16,
+    } | {
+        "imagenet": {"codebook_size": 4096, "token_size": 12, "use_l2_norm": True},
+        "vq8k": {"codebook_size": 8192, "token_size": 64, "use_l2_norm": False,
+                 "is_legacy": False},
+        "vae": {"quantize_mode": "vae", "token_size": 16, "is_legacy": False},
+    }[kind]  # fmt: skip
+    found = {"model": {"vq_model": model}, "dataset": {"preprocessing": {"crop_size": 256}}}
+    both = (("encoder", encoder), ("decoder", decoder))
+    names = [f"{p}.transformer.{i}.ln_1.weight" for p, size in both for i in range(DEPTHS[size])]
+    return found, names
+
+
+# The tensors of these have the same names and shapes as in the cases of golden numbers.
+CONVS = {"vq_ds16": "llamagen_vq16", "vq-ds16": "llamagen_vq16", "vq_ds8": "llamagen_vq8"}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_number_of_parameters_is_that_of_the_released_file(name):
+    file = name.split("/")[-1]
+    if "tokenizer_" in file:
+        cfg, problems = titok.read_config(*titok_config(name))
+        assert not problems
+    elif "maskgit" in file:
+        channels = enumerate((128, 128, 256, 256, 512))
+        shapes = {f"encoder.down.{i}.block.0.conv1.weight": (n,) for i, n in channels}
+        shapes |= {"encoder.down.0.block.1.conv1.weight": (128,)}
+        cfg = convs.read_config(shapes | {"quantize.embedding.weight": (1024, 256)})
+    else:
+        case = CONVS[re.match(r"vq.ds\d+", file)[0]]
+        shapes = {name: tuple(shape) for name, (shape, *_) in spec(case)["tensors"].items()}
+        cfg = convs.read_config(shapes)
+    leaves = jax.tree.leaves(common.shapes(cfg))
+    assert sum(leaf.size for leaf in leaves) == COUNTS[name]["parameters"]
+    assert cfg.image_size == (256, 256)
+
+
+def test_a_refusal_lists_every_offender(tmp_path):
+    source = folder("titok_vae")
+    tensors = dict(weights("titok_vae"))
+    tensors["extra"] = tensors.pop("latent_tokens")[:1]
+    tensors["latent_tokens"] = np.full((9, 512), np.nan, np.float32)
+    del tensors["decoder.ln_post.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        FlexTok.from_pretrained(tmp_path)
+    shape = "tensor latent_tokens has shape (9, 512), expected (8, 512)"
+    for words in ("missing tensor decoder.ln_post.bias", "unknown tensor extra", shape, "finite"):
+        assert words in str(error.value)
+    config["model"]["vq_model"] |= {"quantize_mode": "lfq", "vit_enc_model_size": "huge"}
+    config["dataset"]["preprocessing"]["crop_size"] = 40
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        FlexTok.from_pretrained(tmp_path)
+    for words in ("quantize_mode='lfq'", "vit_enc_model_size='huge'", "crop_size=40"):
+        assert words in str(error.value)
