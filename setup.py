@@ -19,6 +19,7 @@ INFERENCE = [
     "tokenizers>=0.21",  # tokenizer.json of text encoders
     "PyYAML>=6.0",  # config.yaml of released AR models
     "etils[epath]>=1.9",  # paths: local, gs://, s3://
+    "msgpack>=1.0",  # streams of released models in JAX
     "tyro>=1.0",  # the command line
 ]
 # Reading data sets other than folders of images; not on every platform.

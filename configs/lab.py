@@ -68,7 +68,25 @@ def _llamagen() -> ConfigDict:
     return c
 
 
+def _elastictok() -> ConfigDict:
+    """ElasticTok: tokens are the patches, in raster order; the encoder is told how many are kept.
+
+    The image is read as two equal frames.
+    """
+    c = _one_pass()
+    blocks = dict(norm="rms", rope=5e6, qk_norm="none")
+    c.model.sites.update(positions="none", patch_size=4, repeat=(2, 1))
+    c.model.tokens.update(count=32, registers=False, keep="uniform", dropped="zero", told=True)
+    c.model.bottleneck.update(kind="fsq", levels=(8, 5, 5, 5), eps=-1e-3, dim=0, size=0)
+    c.model.encoder.update(blocks)
+    c.model.decoder.update(blocks)
+    c.model.target.output = "tanh"
+    c.model.linear_bias = False
+    return c
+
+
 VARIANTS = {
+    "elastictok": _elastictok,
     "one_pass": _one_pass,
     "continuous": _continuous,
     "titok": _titok,

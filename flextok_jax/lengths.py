@@ -123,13 +123,16 @@ def choose(
     key = jax.random.key(0) if key is None else key
     images = np.asarray(images)
     size = min(batch_size, max(1, len(images)))
-    rows = np.arange(len(images))
+    rows, most = np.arange(len(images)), tok.num_tokens
     tokens = _by_batches(lambda i: tok.tokenize(images[i]), rows, size)
     originals = images
     if criterion.of != "images":
         with tok.on_mesh():
             originals = _by_batches(lambda i: _latents_of(tok, images[i]), rows, size)
-    data = _Data(tok, originals, tokens, rows if seeds is None else seeds, key, size)
+    data = _Data(tok, originals, {most: tokens}, rows if seeds is None else seeds, key, size)
+    if cfg.tokens.told:
+        for k in counts:
+            data.tokens[k] = _by_batches(lambda i, k=k: tok.tokenize(images[i], k), rows, size)
     if criterion.of == "velocity":
         values = _explained(data, draws)
     else:
@@ -146,6 +149,9 @@ def choose(
 
     better = criterion.larger_is_better
     found = smallest(checked, len(images), counts, target, within, rule, better)
+    if cfg.tokens.told:
+        for row, k in enumerate(found[0]):
+            tokens[row, :k] = data.tokens[int(k)][row]
     return Lengths(*found, counts, tokens)
 
 
@@ -193,11 +199,15 @@ def _sampler(tok, criterion, how: dict):
 
 
 class _Data(NamedTuple):
-    """Images or their latents, and their tokens, on the host; and how batches of them are run."""
+    """Images or their latents, and their tokens, on the host; and how batches of them are run.
+
+    `tokens` are all R of them, {R: tokens}; where the encoder is told how many are kept, also those
+    for each number.
+    """
 
     tok: object
     originals: np.ndarray
-    tokens: np.ndarray
+    tokens: dict[int, np.ndarray]
     seeds: np.ndarray
     key: jax.Array
     size: int
@@ -213,8 +223,9 @@ class _Data(NamedTuple):
 
     def codes(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [n, K, ...], of which the first k count, k as int32 [n]); K is k rounded up."""
-        count = flextok.bucket(k, self.tok.num_tokens)
-        return self.tokens[rows, :count], np.full(len(rows), k, np.int32)
+        most = self.tok.num_tokens
+        tokens = self.tokens.get(k, self.tokens[most])[rows, : flextok.bucket(k, most)]
+        return tokens, np.full(len(rows), k, np.int32)
 
 
 def _by_batches(function: Callable, rows: np.ndarray, size: int) -> np.ndarray:
@@ -307,10 +318,12 @@ def _explained(data: _Data, draws: int) -> Callable:
     mean over `draws` of the squared error of the velocity. Where all tokens explain less than LEAST
     of L_null, the share is of that, so that it stays finite and in order.
     """
-    tok, everything = data.tok, np.arange(len(data.tokens))
+    tok, everything = data.tok, np.arange(len(data.seeds))
 
     def batch(rows, k):
-        tokens, keep = data.codes(rows, k) if k else (data.tokens[rows, :0], 0 * rows)
+        tokens, keep = (
+            data.codes(rows, k) if k else (data.tokens[tok.num_tokens][rows, :0], 0 * rows)
+        )
         arrays = data.spread(tokens, keep, data.seeds[rows], data.originals[rows])
         return flow_loss(tok.params, *arrays, data.key, tok.config, tok.compute, draws)
 

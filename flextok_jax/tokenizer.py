@@ -25,11 +25,11 @@ MOST = 2.0  # What a float image may reach, as decoded ones do; it is clipped to
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "count"))
-def _encode(params, images, noise, cfg: TokenizerConfig, compute: Compute, count: int):
+def _encode(params, images, noise, keep, cfg: TokenizerConfig, compute: Compute, count: int):
     """uint8 or float images -> (registers, tokens [B, count, …], bool [B]: all are finite)."""
     if images.dtype == jnp.uint8:
         images = to_float(images)
-    registers, tokens = flextok.tokens_of(params, cfg, compute, images, count, noise)
+    registers, tokens = flextok.tokens_of(params, cfg, compute, images, count, noise, keep)
     return registers, tokens, jnp.isfinite(registers).all(axis=(1, 2))
 
 
@@ -336,10 +336,11 @@ class FlexTok:
             down = cfg.vae.downsample
             shape = (batch, height // down, width // down, cfg.vae.latent_channels)
             noise = jax.random.normal(_key(key), shape)
-        count = flextok.bucket(int(k), cfg.num_tokens)
+        causal, keep = cfg.tokens.order == "causal", np.full(batch, k, np.int32)
+        count = flextok.bucket(int(k), cfg.num_tokens) if causal else cfg.num_tokens
         with self.on_mesh():
-            images, noise = spread_batch(self.mesh, (images, noise))
-            *found, finite = _encode(self.params, images, noise, cfg, self.compute, count)
+            images, noise, keep = spread_batch(self.mesh, (images, noise, keep))
+            *found, finite = _encode(self.params, images, noise, keep, cfg, self.compute, count)
         self._check_finite(finite, batch, "the encoder")
 
         def cut(x):

@@ -30,7 +30,8 @@ INFERENCE = LEVEL["tokenizer"]  # Levels up to this one run without the librarie
 # What inference imports beside the standard library: at the top of a file, and only when used.
 AT_IMPORT = {"jax", "flax", "numpy"}
 WHEN_USED = AT_IMPORT | {
-    "safetensors", "huggingface_hub", "PIL", "tqdm", "yaml", "etils", "fsspec", "tokenizers"
+    "safetensors", "huggingface_hub", "PIL", "tqdm", "yaml", "etils", "fsspec", "tokenizers",
+    "msgpack",
 }  # fmt: skip
 # Libraries that one place alone may import.
 ONLY_IN = {

@@ -15,6 +15,7 @@ import tempfile
 import zlib
 
 import jax
+import msgpack
 import numpy as np
 import pytest
 from common import GOLDEN, relative
@@ -22,7 +23,9 @@ from safetensors.numpy import load_file, save_file
 
 from flextok_jax import FlexTok
 from flextok_jax.io.formats.peers import common, convs, titok
-from flextok_jax.nn import flextok, layers, vae
+from flextok_jax.io.formats.peers import elastictok as peers_elastictok
+from flextok_jax.nn import bottleneck, flextok, fsq, layers, vae
+from flextok_jax.nn.config import Bottleneck, Compute
 from flextok_jax.nn.decoder import Condition, Decoder
 from flextok_jax.nn.encoder import Encoder
 from flextok_jax.nn.images import to_float
@@ -183,6 +186,103 @@ def test_convolutions_agree(case):
     check("decoded", decoded.transpose(0, 3, 1, 2))
 
 
+def stream(tensors, path):
+    """Writes tensors as the file `params` of ElasticTok."""
+    with path.open("wb") as file:
+        for name, x in tensors.items():
+            array = msgpack.packb([list(x.shape), str(x.dtype), x.tobytes()])
+            data = msgpack.packb(msgpack.ExtType(1, array))
+            file.write(msgpack.packb([name.split("/"), data]))
+
+
+def elastictok(case, tmp_path):
+    """The tokenizer of a case; its heads and image size are not in the file."""
+    source = PEERS / case
+    if not (source / "params").exists():
+        source = tmp_path
+        stream(weights(case), tmp_path / "params")
+    tok = FlexTok.from_pretrained(source)
+    given, cfg = spec(case)["config"], tok.config
+    dim = given["hidden_size"] // given["num_attention_heads"]
+    side = io(case)["images"].shape[1] // 8
+    sites = dataclasses.replace(cfg.sites, grid=(side, side))
+    blocks = dataclasses.replace(cfg.encoder, head_dim=dim)
+    cfg = dataclasses.replace(
+        cfg, sites=sites, encoder=blocks,
+        decoder=dataclasses.replace(cfg.decoder, head_dim=dim),
+        tokens=dataclasses.replace(cfg.tokens, count=given["max_toks"]),
+    )  # fmt: skip
+    assert cfg.encoder.rope == cfg.decoder.rope == given["theta"]
+    return dataclasses.replace(tok, config=cfg)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["elastictok_fsq_stream", "elastictok_vae_stream", "elastictok_fsq", "elastictok_vae"],
+)
+def test_elastictok_agrees(case, tmp_path):
+    given, check = io(case), functools.partial(near, case)
+    tok, images, kept = elastictok(case, tmp_path), given["images"], given["kept"]
+    cfg, params, count = tok.config, tok.params, tok.num_tokens
+    assert tok.prefixes == tuple(range(1, count + 1))
+    z = jax.jit(lambda x: flextok.encode(params, cfg, Compute(), x, keep=kept))(to_float(images))
+    check("pre_quant", z)
+    found = flextok.quantize(params, cfg, z)
+    there = given["encoding_mask"].astype(bool)[..., None]
+    codes = np.where(there, found.codes, 0)
+    if tok.discrete:
+        check("codes", codes)
+        np.testing.assert_array_equal(fsq.codes_to_indices(codes, cfg.bottleneck.levels),
+                                      given["ids"])  # fmt: skip
+    else:
+        mean, logvar = vae.split_moments(z)
+        check("mean", mean)
+        check("logvar", logvar)
+        check("z", codes)
+        of_kept = np.where(np.concatenate([there] * 16, -1), z, 0)
+        check("kl", flextok.quantize(params, cfg, of_kept).loss)
+    condition = Condition(found.codes, kept, np.zeros(len(kept), bool))
+    (made,), written = seen(Decoder(cfg), params["decoder"], "head", (condition,))
+    recon = np.tanh(written)
+    check("recon", recon)
+    assert relative(made, given["recon_frames"][:, 0]) < 3e-5
+    error = np.square(recon.clip(-1, 1) - given["vision"]).mean((1, 2))
+    check("block_mse", error)
+    for row, k in enumerate(kept):
+        k = int(k)
+        tokens = np.asarray(tok.tokenize(images[row : row + 1], k))
+        if tok.discrete:
+            np.testing.assert_array_equal(tokens[0], given["ids"][row, :k])
+        assert relative(tok.detokenize(tokens)[0], made[row]) < 1e-5
+
+
+def test_fsq_decides_at_the_boundaries_as_elastictok_does():
+    given, cfg = io("elastictok_fsq"), Bottleneck("fsq", eps=-1e-3)
+    found = bottleneck.quantize({}, cfg, given["probe_pre_quant"][None])
+    np.testing.assert_array_equal(found.ids[0], given["probe_ids"])
+    near("elastictok_fsq", "probe_codes", found.codes)
+    ours = bottleneck.quantize({}, Bottleneck("fsq"), given["probe_pre_quant"][None]).ids
+    assert np.sum(np.asarray(ours[0]) != given["probe_ids"]) == 32
+
+
+def test_a_stream_that_is_damaged_or_of_another_model_is_refused(tmp_path):
+    data = (PEERS / "elastictok_fsq_stream" / "params").read_bytes()
+    path = tmp_path / "params"
+    for wrong in (data[:-100], data + b"\x93", b"\x92\x90\xa0" + data):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="no whole stream"):
+            FlexTok.from_pretrained(tmp_path)
+    tensors = dict(weights("elastictok_fsq_stream"))
+    tensors["extra"] = tensors.pop("decoder/ln_f/kernel")
+    tensors["decoder/out_proj/kernel"] = tensors["decoder/out_proj/kernel"][:, :9]
+    stream(tensors, path)
+    with pytest.raises(ValueError) as error:
+        FlexTok.from_pretrained(tmp_path)
+    for words in ("missing tensor decoder/ln_f/kernel", "unknown tensor extra",
+                  "decoder/out_proj/kernel has shape (32, 9), expected (32, 192)"):  # fmt: skip
+        assert words in str(error.value)
+
+
 COUNTS = json.loads((PEERS / "counts.json").read_text())["tokenizers"]
 SIZES = {"s": "small", "b": "base", "l": "large"}
 DEPTHS = {"small": 8, "base": 12, "large": 24}
@@ -211,6 +311,20 @@ def titok_config(name):
     return found, names
 
 
+def elastictok_shapes(kl):
+    """Those of the released tensors that tell the configuration."""
+    width, frames, dim = 1024, 2 if kl else 1, 8 if kl else 6
+    norm = "{0}/{0}_blocks/scan_decoder/attention_norm/kernel".format
+    return {
+        "encoder/in_proj/kernel": (192 * frames, width),
+        "encoder/pre_quant/kernel": (width, 2 * dim if kl else dim),
+        "decoder/post_quant/kernel": (dim, width),
+        "encoder/encoder_blocks/scan_decoder/feed_forward/w1/kernel": (10, width, 2048),
+        norm("encoder"): (10, width),
+        norm("decoder"): (10, width),
+    }
+
+
 # The tensors of these have the same names and shapes as in the cases of golden numbers.
 CONVS = {"vq_ds16": "llamagen_vq16", "vq-ds16": "llamagen_vq16", "vq_ds8": "llamagen_vq8"}
 
@@ -226,6 +340,9 @@ def test_the_number_of_parameters_is_that_of_the_released_file(name):
         shapes = {f"encoder.down.{i}.block.0.conv1.weight": (n,) for i, n in channels}
         shapes |= {"encoder.down.0.block.1.conv1.weight": (128,)}
         cfg = convs.read_config(shapes | {"quantize.embedding.weight": (1024, 256)})
+    elif "ElasticTok" in file:
+        shapes = elastictok_shapes(kl="VAE" in file)
+        cfg = peers_elastictok.read_config(shapes)
     else:
         case = CONVS[re.match(r"vq.ds\d+", file)[0]]
         shapes = {name: tuple(shape) for name, (shape, *_) in spec(case)["tensors"].items()}

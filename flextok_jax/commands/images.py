@@ -47,8 +47,9 @@ def reconstruct(args: options.Reconstruct) -> None:
             columns = [batch.images]
             for k in counts:
                 paths = [out / f"k{k:04d}" / files[name] for name in batch.names]
+                given = rec.tokens_for(tok, tokens[-1], batch.images, k, size)
                 how = (k, batch.seeds, sampler, args.seed, size)
-                make = functools.partial(rec.decode, tok, tokens[-1], *how)
+                make = functools.partial(rec.decode, tok, given, *how)
                 of = [{"image_sha256": hashlib.sha256(x).hexdigest()} for x in batch.images]
                 text = [png_metadata(info, k) | one for one in of]
                 columns.append(pics.saved_pictures(paths, text, make))

@@ -86,6 +86,17 @@ def encode(tok: FlexTok, images: np.ndarray, num_tokens: int, batch_size: int) -
     return np.asarray(tok.tokenize(padded(images, batch_size), num_tokens))[: len(images)]
 
 
+def tokens_for(tok: FlexTok, tokens, images: np.ndarray, num_tokens: int, batch_size: int):
+    """Tokens to decode an image from `num_tokens` of.
+
+    These are `tokens`, of which the first ones count, unless the encoder is told how many are
+    kept: then those that `encode` makes of the images for this number.
+    """
+    if not tok.config.tokens.told or tokens.shape[1] == num_tokens:
+        return tokens
+    return encode(tok, images, num_tokens, batch_size)
+
+
 def decode(
     tok: FlexTok,
     tokens: np.ndarray,

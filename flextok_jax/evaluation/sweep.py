@@ -178,8 +178,16 @@ class Sweep:
         data.shown = np.unique(np.linspace(0, count - 1, SHOWN).astype(int))
         return data
 
-    def _tokens(self, scale: float | None, data) -> np.ndarray:
-        """int32 [n, K] by a scale of token guidance."""
+    def _tokens(self, setting: Setting, data) -> np.ndarray:
+        """int32 [n, K] by a scale of token guidance, K the setting's number or more."""
+        scale = setting.token_guidance
+        if self.samples is None and self.tok.config.tokens.told:
+            k, tokens, images = setting.num_tokens, data.tokens[None], data.originals
+            parts = (
+                rec.tokens_for(self.tok, tokens[rows], images[rows], k, self.batch_size)
+                for rows in data.batches
+            )
+            return np.concatenate(list(parts))
         if scale not in data.tokens:
             gen, conditions, _, how = self.samples
             options = (data.num_tokens, how | {"guidance_scale": scale}, self.seed, self.batch_size)
@@ -192,7 +200,7 @@ class Sweep:
 
     def _measure(self, setting: Setting, data, bar) -> tuple[dict, np.ndarray]:
         """(metrics, the images of `data.shown`)."""
-        tokens, features = self._tokens(setting.token_guidance, data), self.networks.features
+        tokens, features = self._tokens(setting, data), self.networks.features
         changes = {"steps": setting.steps, "guidance_scale": setting.guidance}
         sampler = self.sampler and dataclasses.replace(self.sampler, **changes)
         size = self.batch_size

@@ -5,6 +5,7 @@ B batch, T queries, S keys, D width, H heads.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from flextok_jax.nn import kernels
@@ -88,6 +89,21 @@ def attend(
     else:
         out = softmax(q, k, v, sequence.mask(), bias)
     return out.reshape(batch, length, width)
+
+
+def rotate(x: jax.Array, head_dim: int, theta: float) -> jax.Array:
+    """Rotary positions (Su et al., arXiv 2104.09864) of queries or keys [B, T, D], in float32.
+
+    In each head the channels (2i, 2i + 1) of position t are turned by t theta^(-2i / head_dim).
+    """
+    frequencies = 1 / np.float32(theta) ** (np.arange(0, head_dim, 2, np.float32) / head_dim)
+    angles = np.outer(np.arange(x.shape[1]), frequencies).astype(np.float32)
+    cos, sin = (jnp.asarray(f(angles))[None, :, None] for f in (np.cos, np.sin))
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:2], -1, head_dim // 2, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    cos, sin = jnp.broadcast_to(cos, a.shape), jnp.broadcast_to(sin, a.shape)
+    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def even(q, k, v, mask=None, bias=None):

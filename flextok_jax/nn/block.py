@@ -258,6 +258,8 @@ class Block(nn.Module):
         }
 
         def whole(sequence, q, k, v):
+            if cfg.rope:
+                q, k = (attention.rotate(x, cfg.head_dim, cfg.rope) for x in (q, k))
             normalize = cfg.qk_norm == "layer"
             how_to = (cfg.head_dim, sequence, how, scale, normalize, bias, mask)
             return attention.attend(q, k, v, *how_to), None

@@ -52,7 +52,7 @@ def quantize(params, cfg: Bottleneck, z: jax.Array, noise: jax.Array | None = No
     """
     z, nothing = z.astype(jnp.float32), jnp.zeros(z.shape[0], jnp.float32)
     if cfg.kind == "fsq":
-        codes = fsq.quantize(z, cfg.levels)
+        codes = fsq.quantize(z, cfg.levels, cfg.eps)
         return Quantized(codes, fsq.codes_to_indices(codes, cfg.levels), nothing)
     if cfg.kind == "vq":
         return Quantized(*vq.quantize(params["codebook"], cfg, z))

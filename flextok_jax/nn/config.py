@@ -172,6 +172,7 @@ class Blocks:
         layer_scale: whether each branch is multiplied by a learned vector.
         heads: number of attention heads; 0: D / head_dim.
         scale: of the attention's logits; None: 1 / sqrt(head_dim), or the muP form.
+        rope: base of the rotary positions of queries and keys; 0: none. Not with a cache.
     """
 
     width: int = 768
@@ -186,10 +187,11 @@ class Blocks:
     layer_scale: bool = False
     heads: int = 0
     scale: float | None = None
+    rope: float = 0.0
 
     def __post_init__(self):
         faults = _at_least(self, 1, "width", "head_dim")
-        faults += _at_least(self, 0, "depth", "mlp_hidden", "heads")
+        faults += _at_least(self, 0, "depth", "mlp_hidden", "heads", "rope")
         faults += _choices(
             self,
             norm=("layer", "affine", "rms"),
@@ -228,16 +230,21 @@ class Sites:
         patch_size: latent positions per patch side.
         positions: "sincos": fixed, added to patches; "learned": as a ViT has it, learned vectors
             for patches and for the encoder's registers, a class token in front, and a norm before
-            the first block.
+            the first block; "none".
+        repeat: (how often the sequence repeats the patches, how often a patch repeats its values):
+            a model of videos reads an image as equal frames, and the first one is what it decodes.
     """
 
     grid: tuple[int, int] = (16, 16)
     patch_size: int = 2
     positions: str = "sincos"
+    repeat: tuple[int, int] = (1, 1)
 
     def __post_init__(self):
         faults = _at_least(self, 1, "patch_size")
-        faults += _choices(self, positions=("sincos", "learned"))
+        faults += _choices(self, positions=("sincos", "learned", "none"))
+        if len(self.repeat) != 2 or min(self.repeat) < 1:
+            faults.append(f"repeat={self.repeat}, must be two positive numbers")
         if len(self.grid) != 2 or min(self.grid) < 1:
             faults.append(f"grid={self.grid}, must be two positive numbers")
         _check(self, faults)
@@ -253,6 +260,10 @@ class Tokens:
         order: "causal": token i does not depend on later ones, so that every prefix is exact;
             "full": every token depends on all.
         keep: how nested dropout samples the number of kept tokens, one of KEEP_MODES.
+        dropped: what the decoder reads for a token that is not kept: "mask": a learned vector;
+            "zero": a code of zeros; "cut": nothing, its position is left out.
+        told: whether the encoder knows how many tokens are kept. Then tokens for another number
+            are other tokens.
         reshaped: whether the features [R, D] of the registers are read as [D, R] before the
             bottleneck: a reshape, no transposition. For all R of them alone.
     """
@@ -261,20 +272,26 @@ class Tokens:
     registers: bool = True
     order: str = "causal"
     keep: str = "pow2"
+    dropped: str = "mask"
+    told: bool = False
     reshaped: bool = False
 
     def __post_init__(self):
         faults = _at_least(self, 1, "count")
-        faults += _choices(self, order=("causal", "full"), keep=KEEP_MODES)
+        faults += _choices(
+            self, order=("causal", "full"), keep=KEEP_MODES, dropped=("mask", "zero", "cut")
+        )
         if self.keep == "pow2" and self.count & (self.count - 1):
             faults.append(
                 f"keep='pow2' needs a power of two of tokens, not {self.count}; use 'uniform_pow2' "
                 "or 'uniform'"
             )
-        if self.order == "full" and self.keep != "fixed":
-            faults.append(f"order='full' has no prefixes: keep={self.keep!r} must be 'fixed'")
-        if self.order != "full" and (self.reshaped or not self.registers):
-            faults.append(f"order={self.order!r}, must be 'full' without registers or reshaped")
+        if self.order == "full" and self.keep != "fixed" and self.dropped == "mask":
+            faults.append(f"order='full' with keep={self.keep!r} needs dropped 'zero' or 'cut'")
+        if self.order != "full" and (self.reshaped or self.told or not self.registers):
+            faults.append(f"order={self.order!r}, must be 'full' if told, reshaped or no registers")
+        if self.keep == "fixed" and (self.told or self.dropped != "mask"):
+            faults.append("keep='fixed' drops nothing: told must be False and dropped 'mask'")
         _check(self, faults)
 
 
@@ -287,6 +304,7 @@ class Bottleneck:
         levels: of "fsq"; their number is F.
         dim: F of the other kinds; 0 for "fsq".
         size: number of codes of "vq", 0 for the others.
+        eps: of "fsq": a level's half width is (1 + eps) times as large as the outermost code.
         normalize: of "vq": whether features and codes are compared and used at length 1.
         commitment: of "vq": weight of the loss that moves features towards their codes.
     """
@@ -295,6 +313,7 @@ class Bottleneck:
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
     dim: int = 0
     size: int = 0
+    eps: float = 1e-3
     normalize: bool = True
     commitment: float = 0.25
 
@@ -386,9 +405,9 @@ class Target:
 
     Attributes:
         kind: "flow": a velocity, of noised latents and a time; "values": the latents, in one pass.
-        output: how values leave the Transformer: "linear": as patches; "conv": as patches, then a
-            3x3 convolution; "codes": probabilities of a codebook's vectors, whose mean goes through
-            convolutions (`TokenizerConfig.convs`).
+        output: how values leave the Transformer: "linear": as patches; "tanh": of these the tanh;
+            "conv": as patches, then a 3x3 convolution; "codes": probabilities of a codebook's
+            vectors, whose mean goes through convolutions (`TokenizerConfig.convs`).
         codes: vectors of the codebook of "codes".
         flow: of the kind "flow".
     """
@@ -399,7 +418,8 @@ class Target:
     flow: Flow = Flow()
 
     def __post_init__(self):
-        faults = _choices(self, kind=("flow", "values"), output=("linear", "conv", "codes"))
+        outputs = ("linear", "tanh", "conv", "codes")
+        faults = _choices(self, kind=("flow", "values"), output=outputs)
         if self.kind == "flow" and self.output != "linear":
             faults.append(f"output={self.output!r}, must be 'linear' for kind='flow'")
         if (self.output == "codes") != (self.codes > 1):
@@ -412,6 +432,7 @@ class TokenizerConfig:
     """A tokenizer: VAE, encoder, bottleneck, decoder. The defaults are FlexTok d12-d12's.
 
     With encoder and decoder of depth 0 the convolutions alone are encoder and decoder.
+    `linear_bias`: whether the linear layers before and after the Transformers have biases.
     """
 
     vae: VAEConfig = VAEConfig()
@@ -422,6 +443,7 @@ class TokenizerConfig:
     decoder: Blocks = Blocks()
     target: Target = Target()
     convs: Convs = Convs()
+    linear_bias: bool = True
 
     def __post_init__(self):
         blocks = {"encoder": self.encoder, "decoder": self.decoder}
@@ -431,17 +453,25 @@ class TokenizerConfig:
             for name, part in blocks.items()
             if part.width % 4
         ]
-        if not self.tokens.registers and count != self.num_patches:
-            faults.append(f"tokens.count={count}, without registers there are {self.num_patches}")
-        if self.sites.positions == "learned" and (self.is_flow or self.tokens.keep != "fixed"):
-            faults.append("sites.positions='learned' needs target 'values' and tokens.keep='fixed'")
-        if min(depths) == 0 and (max(depths) or self.tokens.registers or self.is_flow):
+        sites = self.num_patches * self.sites.repeat[0]
+        if not self.tokens.registers and count != sites:
+            faults.append(f"tokens.count={count}, without registers there are {sites}")
+        if self.tokens.registers and self.sites.repeat != (1, 1):
+            faults.append(f"sites.repeat={self.sites.repeat}, with registers it must be (1, 1)")
+        if self.is_flow and (
+            self.sites.positions != "sincos"
+            or self.tokens.dropped != "mask"
+            or not self.tokens.registers
+        ):
             faults.append(
-                f"depths {depths} of encoder and decoder: without a Transformer both are 0, the "
-                "target is 'values', and tokens.registers is False"
+                "target.kind='flow' needs sites.positions='sincos', tokens.registers=True and "
+                "tokens.dropped='mask'"
             )
-        if min(depths) > 0 and not self.tokens.registers:
-            faults.append("tokens.registers=False is for encoder and decoder of depth 0")
+        if min(depths) == 0 and (max(depths) or self.tokens.registers):
+            faults.append(
+                f"depths {depths} of encoder and decoder: without a Transformer both are 0, and "
+                "tokens.registers is False"
+            )
         wanted = self.has_convs
         if wanted != bool(self.convs.block_out):
             faults.append(f"convs.block_out={self.convs.block_out}, {'' if wanted else 'not '}used")
@@ -481,7 +511,8 @@ class TokenizerConfig:
     def prefixes(self) -> tuple[int, ...]:
         """The numbers of tokens that stand for an image: all, or R alone."""
         count = self.num_tokens
-        return tuple(range(1, count + 1)) if self.tokens.order == "causal" else (count,)
+        ordered = self.tokens.order == "causal" or self.tokens.keep != "fixed"
+        return tuple(range(1, count + 1)) if ordered else (count,)
 
     @property
     def is_flow(self) -> bool:

@@ -88,10 +88,7 @@ class Decoder(nn.Module):
             if not cfg.decoder.depth:
                 codes = conditions[0].codes
                 return (self._convs(codes.reshape(batch, *grid, codes.shape[-1])),)
-            query = self.param("query", layout.axes(normal, None), (width,)).astype(dtype)
-            query = jnp.broadcast_to(query[None, None], (1, math.prod(grid), width))
-            parts = layers.placed(self, sites, query, grid)
-            parts = {n: jnp.broadcast_to(x, (batch, *x.shape[1:])) for n, x in parts.items()}
+            parts = self._queries(batch, grid) if cfg.tokens.registers else {}
         lengths = {name: part.shape[1] for name, part in parts.items()}
         registers, sequences = zip(*self._registers(conditions, lengths))
         passes = tuple(s.join(*parts.values(), r) for s, r in zip(sequences, registers))
@@ -101,13 +98,24 @@ class Decoder(nn.Module):
         features = None if capture is None else jnp.zeros_like(parts["patches"])
         carry = (passes, features, jnp.int32(0))
         shared = (None if embedding is None else embedding.astype(dtype), None, None)
+        if cfg.tokens.dropped == "cut":
+            shared = (*shared, None, self._seen(conditions[0], lengths))
         (passes, features, _) = stack(
             cfg.decoder, self.compute, carry, shared,
             sequences=sequences, modulated=cfg.is_flow, capture=capture,
         )  # fmt: skip
-        patches = tuple(s.part(x, "patches") for s, x in zip(sequences, passes))
+        written = "patches" if cfg.tokens.registers else "registers"
+        patches = tuple(s.part(x, written) for s, x in zip(sequences, passes))
         made = self._head(patches, embedding, grid)
         return made if capture is None else (made, features)
+
+    def _queries(self, batch: int, grid):
+        """The segments that become patches, the same for all images: {name: [batch, n, D]}."""
+        width, dtype = self.cfg.decoder.width, jnp.dtype(self.compute.dtype)
+        query = self.param("query", layout.axes(normal, None), (width,)).astype(dtype)
+        query = jnp.broadcast_to(query[None, None], (1, math.prod(grid), width))
+        parts = layers.placed(self, self.cfg.sites, query, grid)
+        return {name: jnp.broadcast_to(x, (batch, *x.shape[1:])) for name, x in parts.items()}
 
     def _time_embedding(self, t, length):
         flow, width = self.cfg.target.flow, self.cfg.decoder.width
@@ -131,24 +139,31 @@ class Decoder(nn.Module):
         """
         cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
         total, width = cfg.num_tokens, cfg.decoder.width
-        project = layers.dense(width, dtype, "register_proj", names=(None, "embed"))
-        positions = self.param("register_pos", layout.axes(normal, None, None), (total, width))
-        positions = positions.astype(dtype)
+        names, bias = (None, "embed"), cfg.linear_bias
+        project = layers.dense(width, dtype, "register_proj", names=names, bias=bias)
+        positions, dropped = None, cfg.tokens.dropped
+        if cfg.sites.positions != "none":
+            axes = layout.axes(normal, None, None)
+            positions = self.param("register_pos", axes, (total, width)).astype(dtype)
 
         def vector(name):
             return self.param(name, layout.axes(normal, None), (width,)).astype(dtype)
 
         # A flow that keeps all tokens has a mask vector too: released files do.
-        mask = vector("mask") if cfg.is_flow or cfg.tokens.keep != "fixed" else None
+        masked = cfg.is_flow or (cfg.tokens.keep != "fixed" and dropped == "mask")
+        mask = vector("mask") if masked else None
         null = vector("null") if cfg.is_flow else None
         for codes, keep, is_null in conditions:
+            if dropped == "zero":
+                codes = jnp.where(_kept(codes, keep)[:, :, None], codes, 0)
+                codes = jnp.pad(codes, ((0, 0), (0, total - codes.shape[1]), (0, 0)))
             batch, count, _ = codes.shape
             x = project(codes.astype(dtype))
-            x = x + jnp.broadcast_to(positions[None, :count], x.shape)
+            if positions is not None:
+                x = x + jnp.broadcast_to(positions[None, :count], x.shape)
             if mask is not None:
-                dropped = jnp.arange(count)[None, :] >= keep[:, None]
-                x = jnp.where(dropped[:, :, None], mask[None, None, :], x)
-            folded = total - count
+                x = jnp.where(_kept(codes, keep)[:, :, None], x, mask[None, None, :])
+            folded = total - count if dropped == "mask" else 0
             if folded:
                 x = jnp.concatenate([x, jnp.broadcast_to(mask, (batch, 1, width))], axis=1)
             if null is not None:
@@ -158,11 +173,18 @@ class Decoder(nn.Module):
             )
             yield x, sequence
 
+    def _seen(self, condition, lengths: dict[str, int]):
+        """bool [B, T]: the positions that are there, all but those of dropped tokens."""
+        kept = _kept(condition.codes, condition.keep)
+        before = jnp.ones((len(kept), sum(lengths.values())), bool)
+        return jnp.concatenate([before, kept], axis=1)
+
     def _head(self, patches, embedding, grid):
         """Patch features -> float32 [B, h, w, C], one for each pass."""
         cfg, output = self.cfg, self.cfg.target.output
         shift = scale = None
-        head = layers.dense(cfg.target.codes or cfg.patch_dim, jnp.float32, "head", zeros)
+        written = cfg.target.codes or cfg.patch_dim * cfg.sites.repeat[1]
+        head = layers.dense(written, jnp.float32, "head", zeros, bias=cfg.linear_bias)
         if embedding is not None:
             adaln = layers.dense(
                 2 * cfg.decoder.width, jnp.float32, "head_adaln", zeros, ("embed", "hidden")
@@ -176,10 +198,11 @@ class Decoder(nn.Module):
             if output == "codes":
                 return self._codes(head, x, grid)
             sides = [side * cfg.sites.patch_size for side in grid]
-            x = layers.unpatchify(head(x), cfg.sites.patch_size, *sides)
+            x = head(x)[:, : math.prod(grid), : cfg.patch_dim]  # The first of repeated ones.
+            x = layers.unpatchify(x, cfg.sites.patch_size, *sides)
             if output == "conv":
                 x = nn.Conv(x.shape[-1], (3, 3), padding=1, name="head_conv")(x)
-            return x
+            return nn.tanh(x) if output == "tanh" else x
 
         return tuple(write(x) for x in patches)
 
@@ -195,3 +218,8 @@ class Decoder(nn.Module):
     def _convs(self, x):
         dtype, channels = jnp.dtype(self.compute.dtype), self.cfg.vae.latent_channels
         return ConvDecoder(self.cfg.convs, dtype, channels, name="convs")(x)
+
+
+def _kept(codes, keep):
+    """bool [B, K]: the first keep [B] of K positions."""
+    return jnp.arange(codes.shape[1])[None, :] < keep[:, None]

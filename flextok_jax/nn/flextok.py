@@ -52,9 +52,12 @@ def bucket(k: int, num_tokens: int, base: int = 2) -> int:
     return next(length for length in lengths(num_tokens, base) if length >= k)
 
 
-def encode(params, cfg: TokenizerConfig, compute: Compute, latents, num_registers=None):
-    """Scaled latents [B, h, w, C] -> registers before the bottleneck, float32 [B, K, channels]."""
-    return Encoder(cfg, compute).apply({"params": params["encoder"]}, latents, num_registers)
+def encode(
+    params, cfg: TokenizerConfig, compute: Compute, latents, num_registers=None, keep=None
+) -> jax.Array:
+    """Latents [B, h, w, C] -> registers float32 [B, K, channels]; see `Encoder.__call__`."""
+    args = (latents, num_registers, keep)
+    return Encoder(cfg, compute).apply({"params": params["encoder"]}, *args)
 
 
 def quantize(params, cfg: TokenizerConfig, registers, noise=None) -> bottleneck.Quantized:
@@ -67,7 +70,9 @@ def codes_of(params, cfg: TokenizerConfig, tokens) -> jax.Array:
     return bottleneck.codes_of(params.get("bottleneck", {}), cfg.bottleneck, tokens)
 
 
-def tokens_of(params, cfg: TokenizerConfig, compute: Compute, images, count=None, noise=None):
+def tokens_of(
+    params, cfg: TokenizerConfig, compute: Compute, images, count=None, noise=None, keep=None
+):
     """Images to tokens: the way of `FlexTok.tokenize` and of training on tokens alike.
 
     Where ids are decided, float32 means products of the highest precision: TF32 and bfloat16
@@ -77,6 +82,7 @@ def tokens_of(params, cfg: TokenizerConfig, compute: Compute, images, count=None
         images: float32 [B, H, W, 3] in [-1, 1].
         count: K, how many tokens; all by default.
         noise: [B, h, w, C], for a sample of the VAE's posterior; None: its mean.
+        keep: int32 [B], see `Encoder.__call__`.
 
     Returns:
         (registers float32 [B, K, channels], tokens: ids int32 [B, K] or codes float32 [B, K, F]).
@@ -84,7 +90,7 @@ def tokens_of(params, cfg: TokenizerConfig, compute: Compute, images, count=None
     dtype, exact = jnp.dtype(compute.dtype), compute.dtype == "float32"
     with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
         latents = vae.images_to_latents(params["vae"], cfg.vae, images, dtype, noise)
-        registers = encode(params, cfg, compute, latents, count)
+        registers = encode(params, cfg, compute, latents, count, keep)
         found = quantize(params, cfg, registers)
     return registers, found.codes if found.ids is None else found.ids
 
@@ -114,7 +120,7 @@ def last_kernel(cfg: TokenizerConfig) -> tuple[str, ...]:
     """The path below "decoder" of the weights that write the values."""
     if cfg.has_convs:
         return "convs", "conv_out", "kernel"
-    return {"linear": "head", "conv": "head_conv"}[cfg.target.output], "kernel"
+    return "head_conv" if cfg.target.output == "conv" else "head", "kernel"
 
 
 def flow_steps(

@@ -9,8 +9,8 @@ def _basis(levels: tuple[int, ...]) -> np.ndarray:
     return np.cumprod([1, *levels[:-1]]).astype(np.int32)
 
 
-def _bound(z: jax.Array, levels: tuple[int, ...]) -> jax.Array:
-    half = (np.asarray(levels) - 1) * (1 + 1e-3) / 2
+def _bound(z: jax.Array, levels: tuple[int, ...], eps: float) -> jax.Array:
+    half = (np.asarray(levels) - 1) * (1 + eps) / 2
     offset = np.where(np.asarray(levels) % 2 == 0, 0.5, 0.0)
     shift = np.arctanh(offset / half)
 
@@ -24,12 +24,12 @@ def _half_width(levels: tuple[int, ...], ndim: int) -> jax.Array:
     return jnp.asarray(np.asarray(levels) // 2, jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 
 
-def quantize(z: jax.Array, levels: tuple[int, ...]) -> jax.Array:
+def quantize(z: jax.Array, levels: tuple[int, ...], eps: float = 1e-3) -> jax.Array:
     """Registers to codes with a straight-through gradient: [..., F] -> float32 [..., F] in [-1, 1].
 
     The gradient is that of the bounded value before rounding.
     """
-    bounded = _bound(z, levels)
+    bounded = _bound(z, levels, eps)
     rounded = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
     return rounded / _half_width(levels, z.ndim)
 

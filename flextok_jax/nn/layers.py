@@ -14,10 +14,13 @@ from flextok_jax.nn.block import normal, xavier, zeros
 from flextok_jax.nn.config import Sites
 
 
-def dense(features: int, dtype, name: str, init=xavier, names=("embed", None)) -> nn.Dense:
-    """A linear layer with bias; `names` are the logical axes of its kernel, (in, out)."""
+def dense(
+    features: int, dtype, name: str, init=xavier, names=("embed", None), bias: bool = True
+) -> nn.Dense:
+    """A linear layer; `names` are the logical axes of its kernel, (in, out)."""
     return nn.Dense(
         features,
+        use_bias=bias,
         dtype=dtype,
         kernel_init=layout.axes(init, *names),
         bias_init=layout.axes(zeros, names[1] if names[1] == "hidden" else None),
@@ -64,13 +67,17 @@ class PatchEmbed(nn.Module):
     sites: Sites
     width: int
     dtype: jnp.dtype
+    bias: bool = True
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> dict[str, jax.Array]:
         """latents: [B, h, w, C] -> {"patches": [B, N, D]} and perhaps {"class": [B, 1, D]}."""
         grid = tuple(s // self.sites.patch_size for s in latents.shape[1:3])
-        project = dense(self.width, self.dtype, "patch_emb", names=(None, "embed"))
-        x = project(patchify(latents.astype(self.dtype), self.sites.patch_size))
+        names, (sequence, values) = (None, "embed"), self.sites.repeat
+        project = dense(self.width, self.dtype, "patch_emb", names=names, bias=self.bias)
+        x = patchify(latents.astype(self.dtype), self.sites.patch_size)
+        x = project(jnp.tile(x, (1, 1, values)) if values > 1 else x)
+        x = jnp.tile(x, (1, sequence, 1)) if sequence > 1 else x
         return placed(self, self.sites, x, grid)
 
 
@@ -96,6 +103,8 @@ def placed(module: nn.Module, sites: Sites, x: jax.Array, used) -> dict[str, jax
     def added(x, table):
         return x + table[:rows, :columns].reshape(1, rows * columns, width).astype(x.dtype)
 
+    if sites.positions == "none":
+        return {"patches": x}
     if sites.positions == "sincos":
         init = layout.axes(lambda _: sincos_table(most, width), None, None, None)
         return {"patches": added(x, module.param("sincos", init))}

@@ -226,10 +226,10 @@ class TokenizerStage(Stage):
             size = len(jax.tree.leaves(batch)[0])
             batch = self.draw(key, groups.ranks(named(key, "rank"), size)) | batch
         x0 = self._latents(frozen, batch)
-        registers = flextok.encode(params, cfg, self.compute, x0, length)
-        found = flextok.quantize(params, cfg, registers, batch.get("code"))
         # By rounding, the highest quantile of a group may be the lowest of the next one.
         keep = jnp.minimum(batch["keep"], length)
+        registers = flextok.encode(params, cfg, self.compute, x0, length, keep)
+        found = flextok.quantize(params, cfg, registers, batch.get("code"))
         target = self._flow if cfg.is_flow else self._values
         loss, per_image, logged = target(params, frozen, batch, x0, found.codes, keep, step)
         logged |= self._by_tokens(per_image, keep, batch["null"])
@@ -356,9 +356,9 @@ class TokenizerStage(Stage):
         cfg, compute, of_vae = self.model, self.compute, frozen.get("vae", {})
         dtype = jnp.dtype(compute.dtype)
         x0 = vae.images_to_latents(of_vae, cfg.vae, to_float(images), dtype)
-        registers = flextok.encode(params, cfg, compute, x0, count)
-        codes = flextok.quantize(params, cfg, registers).codes
         keep = jnp.full(x0.shape[:1], k)
+        registers = flextok.encode(params, cfg, compute, x0, count, keep)
+        codes = flextok.quantize(params, cfg, registers).codes
         x = flextok.decode(params, cfg, compute, codes, keep, jax.random.normal(key, x0.shape))
         return vae.latents_to_images(of_vae, cfg.vae, x, dtype)
 

@@ -4,10 +4,10 @@ docs/peers.md says which files these are. A reader has `find(path)`: the file it
 or None; and `load(path)`: (configuration, parameters) of that file.
 """
 
-from flextok_jax.io.formats.peers import convs, titok
+from flextok_jax.io.formats.peers import convs, elastictok, titok
 
-_READERS = (titok, convs)
-FILES = ()  # What they need of a hub id, beside model.safetensors and config.json.
+_READERS = (titok, convs, elastictok)
+FILES = (elastictok.FILE,)  # What they need of a hub id, beside model.safetensors and config.json.
 
 
 def find(path):

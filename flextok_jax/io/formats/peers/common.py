@@ -41,7 +41,7 @@ def tokenizer(path, cfg: TokenizerConfig, tensors, name_of) -> dict:
         ValueError: see `names.to_params`.
     """
     entries = names.entries(shapes(cfg), name_of, names.linear)
-    return {"vae": {}} | names.to_params(entries, _plain(entries, tensors), path)
+    return {"vae": {}} | names.to_params(entries, plain(entries, tensors), path)
 
 
 def shapes(cfg: TokenizerConfig) -> dict:
@@ -50,7 +50,7 @@ def shapes(cfg: TokenizerConfig) -> dict:
     return {name: part for name, part in found.items() if name != "vae"}
 
 
-def _plain(entries, tensors) -> dict[str, np.ndarray]:
+def plain(entries, tensors) -> dict[str, np.ndarray]:
     """Tensors with the dimensions that `names.to_params` expects.
 
     1x1 convolutions become matrices, those of whole patches matrices of flat patches (row, column,
