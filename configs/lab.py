@@ -58,6 +58,15 @@ def _titok() -> ConfigDict:
     return c
 
 
+def _one_d_piece() -> ConfigDict:
+    """One-D-Piece: TiTok whose decoder sees a random number of first tokens; the others are cut."""
+    c = _titok()
+    c.model.tokens.update(keep="uniform", dropped="cut")
+    c.model.target.update(output="conv", codes=0)
+    c.model.convs.block_out = ()
+    return c
+
+
 def _llamagen() -> ConfigDict:
     """The baseline in two dimensions: convolutions, one token per position of the grid, VQ."""
     c = _one_pass()
@@ -90,5 +99,6 @@ VARIANTS = {
     "one_pass": _one_pass,
     "continuous": _continuous,
     "titok": _titok,
+    "one_d_piece": _one_d_piece,
     "llamagen": _llamagen,
 }

@@ -42,6 +42,7 @@ def tokenizer() -> ConfigDict:
         "tokenizer",
         ema_decay=0.9998,  # [assumed]
         compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
+        init_model=False,  # whether the model is that of `init_from`, in place of `model`
         time_shift=1.0,  # moves the sampled times towards noise; see flow.path.shift_time
         vae=dict(source="identity", scaling_factor=placeholder(float)),
         repa=dict(

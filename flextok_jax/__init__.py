@@ -21,16 +21,26 @@ if TYPE_CHECKING:
     from flextok_jax.text import TextEncoder as TextEncoder
     from flextok_jax.token_search import search as search
     from flextok_jax.tokenizer import FlexTok as FlexTok
+    from flextok_jax.tokenizer import Tokenizer as Tokenizer
 
 _LAZY = {
     "FlexTok": "flextok_jax.tokenizer",
     "ImageGenerator": "flextok_jax.generator",
     "TextEncoder": "flextok_jax.text",
+    "Tokenizer": "flextok_jax.tokenizer",
     "load_images": "flextok_jax.data.reader",
     "search": "flextok_jax.token_search",
     "to_pil": "flextok_jax.data.reader",
 }
-__all__ = ["FlexTok", "ImageGenerator", "TextEncoder", "load_images", "search", "to_pil"]
+__all__ = [
+    "FlexTok",
+    "ImageGenerator",
+    "TextEncoder",
+    "Tokenizer",
+    "load_images",
+    "search",
+    "to_pil",
+]
 
 
 def __getattr__(name: str):

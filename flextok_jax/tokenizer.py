@@ -43,10 +43,10 @@ def _flow(params, tokens, keep, state, schedule, first, stop, cfg, compute, meth
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "grid"))
-def _values(params, tokens, keep, cfg, compute, grid):
+def _values(params, tokens, keep, text, cfg, compute, grid):
     """Tokens [B, K, …], of which the first keep [B] count -> latents [B, h, w, C], in one pass."""
     codes = flextok.codes_of(params, cfg, tokens)
-    return flextok.values(params, cfg, compute, codes, keep, grid)
+    return flextok.values(params, cfg, compute, codes, keep, grid, text)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"))
@@ -72,6 +72,7 @@ class FlexTok:
         compute: how it is run (dtype, attention).
         mesh: the devices it is spread over, None for the default device.
         origin: where it came from, in words.
+        null_text: float32 [T, E], what a decoder that reads a text gets where none is given.
     """
 
     config: TokenizerConfig
@@ -79,6 +80,7 @@ class FlexTok:
     compute: Compute = Compute()
     mesh: Mesh | None = None
     origin: str = "memory"
+    null_text: np.ndarray | None = None
     _file: models.Loaded | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -111,7 +113,7 @@ class FlexTok:
         file = models.load(source, revision)
         params = place(mesh, file.params, flextok.shapes(file.config))
         file = dataclasses.replace(file, params={})  # the arrays on the devices are the ones
-        return cls(file.config, params, compute, mesh, file.origin, file)
+        return cls(file.config, params, compute, mesh, file.origin, file.null_text, file)
 
     @property
     def num_tokens(self) -> int:
@@ -181,6 +183,7 @@ class FlexTok:
         on_step: Callable[[int, jax.Array], None] | None = None,
         time_shift: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        text=None,
     ) -> jax.Array:
         """Tokens to images.
 
@@ -200,6 +203,8 @@ class FlexTok:
             time_shift: above 1 there are more steps near noise, below 1 near data.
             guidance_interval: (low, high), the times at which there is guidance; elsewhere a step
                 costs one pass. See `flow.sampler.Sampler`.
+            text: float [B, T, E], features of texts, for a model whose decoder reads them; by
+                default the model's `null_text` for every image.
 
         Returns:
             float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
@@ -230,10 +235,10 @@ class FlexTok:
                 )
             size = self._size(image_size)
             grid = tuple(side // cfg.patch_pixels for side in size)
+            arrays = tokens, keep, self._text(text, batch)
             with self.on_mesh():
-                tokens, keep = spread_batch(self.mesh, (tokens, keep))
-                latents = _values(self.params, tokens, keep, cfg, self.compute, grid)
-                return self._images(latents, batch)
+                arrays = spread_batch(self.mesh, arrays)
+                return self._images(_values(self.params, *arrays, cfg, self.compute, grid), batch)
         sampler = cfg.sampler_with(**how)
         schedule, noise = sampler.schedule(), self._noise(noise, key, batch, image_size)
         # One program for any number of steps: a window of them, or one at a time to look at.
@@ -425,6 +430,21 @@ class FlexTok:
         self._check_size(*size)
         return size
 
+    def _text(self, text, batch: int):
+        """The features of texts float32 [B, T, E]; None for a model that reads none."""
+        dim, length = self.config.text.dim, self.config.text.length
+        if text is None and self.null_text is not None:
+            text = np.broadcast_to(self.null_text[None], (batch, *self.null_text.shape))
+        found = None if text is None else np.shape(text)
+        if found != ((batch, length, dim) if dim else None):
+            wanted = f"float {[batch, length, dim]}: its decoder reads them" if dim else "None"
+            raise ValueError(
+                f"text has shape {found}: must be {wanted}"
+                + f" (or put those of the empty text as {models.NULL_TEXT}, [{length}, {dim}], "
+                "beside the model's file)" * bool(dim)
+            )
+        return None if text is None else np.asarray(text, np.float32)
+
     def _noise(self, noise, key, batch: int, image_size):
         cfg = self.config
         down, channels = cfg.vae.downsample, cfg.vae.latent_channels
@@ -442,6 +462,9 @@ class FlexTok:
     def on_mesh(self):
         """The context in which computations run on the devices of `mesh`."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+Tokenizer = FlexTok  # Of other projects too: docs/peers.md.
 
 
 def is_int(value) -> bool:

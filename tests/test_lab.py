@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import CONFIGS, relative
+from common import CONFIGS, random_params, relative
 
 from examples.digits import arrays
 from flextok_jax import FlexTok
-from flextok_jax.nn import layout
+from flextok_jax.evaluation import reconstruction as rec
+from flextok_jax.nn import flextok, layout
+from flextok_jax.nn.images import mae, to_float
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 LAB = CONFIGS["lab"]
@@ -53,11 +55,15 @@ def test_a_gradient_reaches_every_parameter(model):
 
 
 def test_a_saved_model_is_the_same_model(model, tmp_path):
-    _, _, _, tok = model
+    _, stage, params, tok = model
     tok.save_pretrained(tmp_path)
     again = FlexTok.from_pretrained(tmp_path)
     assert again.config == tok.config and again.fingerprint == tok.fingerprint
     np.testing.assert_array_equal(again.tokenize(images()), tok.tokenize(images()))
+    c = LAB.get_config("one_pass")
+    c.init_model, c.init_from = True, str(tmp_path)
+    assert TokenizerStage(c).model == stage.model
+    jax.tree.map(np.testing.assert_array_equal, stage.init_from(c.init_from), params)
 
 
 def test_tokens_are_what_the_model_says_of_itself(model):
@@ -114,3 +120,35 @@ def test_a_discriminator_trains_beside_a_decoder_of_pixels():
     batch = {"image": jnp.asarray(images())}
     _, metrics = jax.jit(stage.loss)(params, {}, batch, jax.random.key(1), jnp.int32(5))
     assert np.isfinite(metrics["g_loss"].compute()) and metrics["d_loss"].compute() > 0
+
+
+@pytest.fixture(scope="module", params=["elastictok", "one_d_piece"])
+def ordered(request):
+    """A tokenizer without causal order whose tokens have prefixes, and images."""
+    c = config(request.param)
+    c.model.encoder.width = c.model.decoder.width = 32
+    cfg = TokenizerStage(c).model
+    return FlexTok(cfg, random_params(cfg)), images(2)
+
+
+def test_dropped_tokens_say_nothing(ordered):
+    tok, pixels = ordered
+    tokens = np.asarray(tok.tokenize(pixels, 5))
+    both = np.asarray(tok.detokenize(np.pad(tokens, ((0, 0), (0, 3))), [5, 8]))
+    cfg, codes = tok.config, flextok.codes_of(tok.params, tok.config, tokens)
+    alone = flextok.values(tok.params, cfg, tok.compute, codes, np.array([5, 5]))
+    assert relative(both[0], alone[0]) < 1e-5 and relative(both[1], alone[1]) > 1e-3
+    assert relative(tok.detokenize(tokens), alone) < 1e-5
+
+
+def test_lengths_and_sweeps_encode_for_each_number_where_the_encoder_is_told(ordered):
+    tok, pixels = ordered
+    found = tok.choose_length(pixels, "mae", target=0.0, counts=(2, 5))
+    tokens = np.asarray(tok.tokenize(pixels))
+    for k, values in zip((2, 5), found.values.T):
+        given = rec.tokens_for(tok, tokens, pixels, k, 2)
+        np.testing.assert_array_equal(given[:, :k], tok.tokenize(pixels, k))
+        decoded = np.asarray(tok.detokenize(np.asarray(given)[:, :k])).clip(-1, 1)
+        np.testing.assert_allclose(values, mae(decoded, to_float(pixels)), rtol=1e-5)
+    k = int(found.num_tokens[0])
+    np.testing.assert_array_equal(found.tokens[0, :k], tok.tokenize(pixels, k)[0])

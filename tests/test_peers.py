@@ -82,10 +82,10 @@ def near(case, name, found):
     assert difference <= tolerance, (name, difference, tolerance)
 
 
-def seen(module, params, name, *args):
-    """(the result of a module, {path: what its part of this name returned})."""
+def seen(apply, params, name, *args):
+    """(the result of a module, what its part of this name returned)."""
     result, state = jax.jit(
-        lambda params: module.apply(
+        lambda params: apply(
             {"params": params}, *args, capture_intermediates=lambda m, _: m.name == name
         )
     )(params)
@@ -102,7 +102,12 @@ def channels(x):
     return np.asarray(x).transpose(0, 2, 1)[:, :, None]
 
 
-TITOK = ("titok_vq8k", "titok_vae", pytest.param("titok_legacy_vq", marks=pytest.mark.slow))
+TITOK = (
+    "titok_vq8k",
+    "titok_vae",
+    "tatitok_vq",
+    pytest.param("titok_legacy_vq", marks=pytest.mark.slow),
+)
 
 
 @pytest.mark.parametrize("case", TITOK)
@@ -110,7 +115,7 @@ def test_titok_agrees(case):
     tok, given = tokenizer(case), io(case)
     cfg, params, check = tok.config, tok.params, functools.partial(near, case)
     assert tok.prefixes == (tok.num_tokens,) and tok.discrete == (case != "titok_vae")
-    z, features = seen(Encoder(cfg), params["encoder"], "norm", to_float(given["images"]))
+    z, features = seen(Encoder(cfg).apply, params["encoder"], "norm", to_float(given["images"]))
     check("encoder_tokens", features)
     if tok.discrete:
         check("z", channels(z))
@@ -134,7 +139,9 @@ def test_titok_agrees(case):
         np.testing.assert_array_equal(tokens, given["ids"][:, 0])
     codes = flextok.codes_of(params, cfg, tokens)
     condition = Condition(codes, np.full(len(codes), tok.num_tokens), np.zeros(len(codes), bool))
-    (made,), logits = seen(Decoder(cfg), params["decoder"], "head", (condition,))
+    text = {"text": given["text_guidance"]} if case == "tatitok_vq" else {}
+    decoder = functools.partial(Decoder(cfg).apply, **text)
+    (made,), logits = seen(decoder, params["decoder"], "head", (condition,))
     check("decoded", first(made))
     if case == "titok_legacy_vq":
         side = cfg.sites.grid[0]
@@ -144,7 +151,13 @@ def test_titok_agrees(case):
     else:
         pixels = layers.unpatchify(logits, cfg.sites.patch_size, *cfg.image_size)
         check("before_conv_out", np.transpose(pixels, (0, 3, 1, 2)))
-    assert relative(tok.detokenize(tokens), made) < 1e-5
+    assert relative(tok.detokenize(tokens, **text), made) < 1e-5
+    if text:
+        with pytest.raises(ValueError, match="null_text.npy"):
+            tok.detokenize(tokens)
+        np.save(folder(case) / "null_text.npy", text["text"][1])
+        again = FlexTok.from_pretrained(folder(case)).detokenize(tokens)
+        assert relative(again[1], made[1]) < 1e-5 and relative(again[0], made[0]) > 1e-3
 
 
 def sized(tok, height, width):
@@ -242,7 +255,7 @@ def test_elastictok_agrees(case, tmp_path):
         of_kept = np.where(np.concatenate([there] * 16, -1), z, 0)
         check("kl", flextok.quantize(params, cfg, of_kept).loss)
     condition = Condition(found.codes, kept, np.zeros(len(kept), bool))
-    (made,), written = seen(Decoder(cfg), params["decoder"], "head", (condition,))
+    (made,), written = seen(Decoder(cfg).apply, params["decoder"], "head", (condition,))
     recon = np.tanh(written)
     check("recon", recon)
     assert relative(made, given["recon_frames"][:, 0]) < 3e-5
@@ -308,7 +321,10 @@ def titok_config(name):
     found = {"model": {"vq_model": model}, "dataset": {"preprocessing": {"crop_size": 256}}}
     both = (("encoder", encoder), ("decoder", decoder))
     names = [f"{p}.transformer.{i}.ln_1.weight" for p, size in both for i in range(DEPTHS[size])]
-    return found, names
+    tensors = dict.fromkeys(names)
+    if text:
+        tensors["decoder.text_guidance_proj.weight"] = np.zeros((1024, 768))
+    return found, tensors
 
 
 def elastictok_shapes(kl):
@@ -329,7 +345,16 @@ def elastictok_shapes(kl):
 CONVS = {"vq_ds16": "llamagen_vq16", "vq-ds16": "llamagen_vq16", "vq_ds8": "llamagen_vq8"}
 
 
-@pytest.mark.parametrize("name", COUNTS)
+QUICK = ("s128_imagenet", "tatitok_bl32_vq", "vq_ds8_c2i.pt", "maskgit-vqgan", "FSQ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if any(part in name for part in QUICK) else pytest.mark.slow)
+        for name in COUNTS
+    ],
+)
 def test_the_number_of_parameters_is_that_of_the_released_file(name):
     file = name.split("/")[-1]
     if "tokenizer_" in file:

@@ -5,6 +5,8 @@ import functools
 import json
 from typing import Any
 
+import numpy as np
+
 from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flextok_config, names, peers, vae_files
 from flextok_jax.io.formats.flextok_config import config_from_dict
@@ -13,6 +15,7 @@ from flextok_jax.nn import flextok, layout
 from flextok_jax.nn.config import TokenizerConfig, VAEConfig, from_dict, identity_vae
 
 IDENTITY = "identity"
+NULL_TEXT = "null_text.npy"
 TRAINED = ("encoder", "bottleneck", "decoder")  # The parts of a tokenizer beside its VAE.
 
 
@@ -26,6 +29,7 @@ class Loaded:
         metadata: the header of the file, None: to be made from `config`.
         origin: where it came from, in words.
         step: of training, None but for a workdir.
+        null_text: float32 [T, E], of a file NULL_TEXT beside a peer's, None: there is none.
         teacher: of a distilled model, the sha256 over the parameters of the one it came from.
     """
 
@@ -35,6 +39,7 @@ class Loaded:
     origin: str = "memory"
     step: int | None = None
     teacher: str | None = None
+    null_text: np.ndarray | None = None
 
 
 def load(source, revision: str | None = None) -> Loaded:
@@ -44,12 +49,14 @@ def load(source, revision: str | None = None) -> Loaded:
         FileNotFoundError: as `sources.find`.
         ValueError: it is another kind of model, or not understood; one error lists every reason.
     """
-    optional = ("config.json", *peers.FILES)
+    optional = ("config.json", NULL_TEXT, *peers.FILES)
     path = sources.find(source, optional=optional, revision=revision)
     sources.check_kind(path, "tokenizer")
     if found := peers.find(path):
         file, read = found
-        return Loaded(*read(file), origin=str(source))
+        beside = file.parent / NULL_TEXT
+        text = storage.read_array(beside) if beside.is_file() else None
+        return Loaded(*read(file), origin=str(source), null_text=text)
     if sources.is_workdir(path):
         return _load_workdir(path)
     found = _load_file(sources.weights_file(path))

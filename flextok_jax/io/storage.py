@@ -96,6 +96,15 @@ def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Non
         save_file(tensors, temporary, metadata=metadata or None)
 
 
+def read_array(path) -> np.ndarray:
+    """The numbers in an .npy file, float32. Raises ValueError: the file holds something else."""
+    with as_path(path).open("rb") as file:
+        try:
+            return np.load(file, allow_pickle=False).astype(np.float32)
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
+
+
 def read_json(path) -> dict:
     """The dictionary in a JSON file.
 

@@ -428,6 +428,25 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """Features of a text that the decoder reads beside the tokens.
+
+    Attributes:
+        dim: E, their channels; 0: none.
+        length: T, vectors of a text. All are attended to, padding too.
+    """
+
+    dim: int = 0
+    length: int = 0
+
+    def __post_init__(self):
+        faults = _at_least(self, 0, "dim", "length")
+        if (self.dim > 0) != (self.length > 0):
+            faults.append(f"dim={self.dim}, length={self.length}: both must be 0, or neither")
+        _check(self, faults)
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """A tokenizer: VAE, encoder, bottleneck, decoder. The defaults are FlexTok d12-d12's.
 
@@ -443,6 +462,7 @@ class TokenizerConfig:
     decoder: Blocks = Blocks()
     target: Target = Target()
     convs: Convs = Convs()
+    text: Text = Text()
     linear_bias: bool = True
 
     def __post_init__(self):
@@ -467,6 +487,8 @@ class TokenizerConfig:
                 "target.kind='flow' needs sites.positions='sincos', tokens.registers=True and "
                 "tokens.dropped='mask'"
             )
+        if self.text.dim and (self.is_flow or not self.tokens.registers):
+            faults.append("text.dim needs target.kind='values' and tokens.registers=True")
         if min(depths) == 0 and (max(depths) or self.tokens.registers):
             faults.append(
                 f"depths {depths} of encoder and decoder: without a Transformer both are 0, and "

@@ -57,6 +57,7 @@ class Decoder(nn.Module):
         capture=None,
         grid=None,
         length=None,
+        text=None,
     ):
         """What the target is, under several conditions.
 
@@ -69,6 +70,7 @@ class Decoder(nn.Module):
             grid: patches (rows, columns), for the target "values"; the full grid by default.
             length: of a flow with `jumps`, float32 as t: the velocity is the average over the step
                 from t to t - length. 0 by default: the velocity at t.
+            text: float [B, T, E], for a model that reads one (`cfg.text`).
 
         Returns:
             A tuple of float32 [B, h, w, C], one per condition: velocities, or latents (of the
@@ -89,6 +91,8 @@ class Decoder(nn.Module):
                 codes = conditions[0].codes
                 return (self._convs(codes.reshape(batch, *grid, codes.shape[-1])),)
             parts = self._queries(batch, grid) if cfg.tokens.registers else {}
+            if cfg.text.dim:
+                parts["text"] = self._text(text)
         lengths = {name: part.shape[1] for name, part in parts.items()}
         registers, sequences = zip(*self._registers(conditions, lengths))
         passes = tuple(s.join(*parts.values(), r) for s, r in zip(sequences, registers))
@@ -116,6 +120,14 @@ class Decoder(nn.Module):
         query = jnp.broadcast_to(query[None, None], (1, math.prod(grid), width))
         parts = layers.placed(self, self.cfg.sites, query, grid)
         return {name: jnp.broadcast_to(x, (batch, *x.shape[1:])) for name, x in parts.items()}
+
+    def _text(self, text):
+        """The text's features with their positions: [B, T, E] -> [B, T, D]."""
+        width, dtype = self.cfg.decoder.width, jnp.dtype(self.compute.dtype)
+        axes = layout.axes(normal, None, None)
+        positions = self.param("text_pos", axes, (self.cfg.text.length, width)).astype(dtype)
+        x = layers.dense(width, dtype, "text_proj", names=(None, "embed"))(text.astype(dtype))
+        return x + jnp.broadcast_to(positions[None], x.shape)
 
     def _time_embedding(self, t, length):
         flow, width = self.cfg.target.flow, self.cfg.decoder.width

@@ -24,11 +24,13 @@ def init(cfg: TokenizerConfig, key: jax.Array) -> dict:
         jnp.full((1,), cfg.num_tokens),
         jnp.zeros((1,), bool),
     )
-    flow = (latents, jnp.zeros((1,))) if cfg.is_flow else ()
+    given = dict(x_t=latents, t=jnp.zeros((1,))) if cfg.is_flow else {}
+    if cfg.text.dim:
+        given["text"] = jnp.zeros((1, cfg.text.length, cfg.text.dim))
     params = {
         "vae": vae.init_vae(cfg.vae, key_vae),
         "encoder": Encoder(cfg).init(key_enc, latents)["params"],
-        "decoder": Decoder(cfg).init(key_dec, (condition,), *flow)["params"],
+        "decoder": Decoder(cfg).init(key_dec, (condition,), **given)["params"],
     }
     book = bottleneck.init(cfg.bottleneck, key_book)
     return params | ({"bottleneck": book} if book else {})
@@ -108,11 +110,13 @@ def velocities(
     return found if capture is None else (found, features)
 
 
-def values(params, cfg: TokenizerConfig, compute: Compute, codes, keep, grid=None) -> jax.Array:
+def values(
+    params, cfg: TokenizerConfig, compute: Compute, codes, keep, grid=None, text=None
+) -> jax.Array:
     """Codes [B, K, F] to scaled latents float32 [B, h, w, C] in one pass; see `Decoder`."""
     condition = Condition(codes, keep, jnp.zeros(keep.shape, bool))
     decoder = Decoder(cfg, compute)
-    (made,) = decoder.apply({"params": params["decoder"]}, (condition,), grid=grid)
+    (made,) = decoder.apply({"params": params["decoder"]}, (condition,), grid=grid, text=text)
     return made
 
 

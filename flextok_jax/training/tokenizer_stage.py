@@ -54,14 +54,17 @@ class TokenizerStage(Stage):
             vae_config = models.vae_config(source, config.vae.scaling_factor)
         if source != models.IDENTITY and pathlib.Path(source).exists():
             source = str(pathlib.Path(source).resolve())
-        patch_pixels = config.model.sites.patch_size * vae_config.downsample
+        model = config.model.to_dict()
+        if config.init_model:
+            model = dataclasses.asdict(models.load(config.init_from).config)
+        patch_pixels = model["sites"]["patch_size"] * vae_config.downsample
         side, rest = divmod(config.data.image_size, patch_pixels)
         if rest:
             raise ValueError(
                 f"data.image_size={config.data.image_size}: must be a multiple of {patch_pixels}, "
                 f"the patch size times the VAE's reduction {vae_config.downsample}"
             )
-        model = config.model.to_dict() | {"vae": dataclasses.asdict(vae_config)}
+        model |= {"vae": dataclasses.asdict(vae_config)}
         model["sites"] = model["sites"] | {"grid": (side, side)}
         self.model = cfg = from_dict(TokenizerConfig, model)
         self._bottleneck_weight = config.loss.bottleneck_weight
@@ -74,6 +77,8 @@ class TokenizerStage(Stage):
                 "loss.lpips_weight and loss.gan_weight are for model.target.kind='values' with "
                 "vae.source='identity': set them to 0"
             )
+        if cfg.text.dim:
+            raise ValueError(f"model.text.dim={cfg.text.dim}: tokenizers train without texts")
         self.compute = Compute(**config.compute)
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
         self._time_shift, self._repa = config.time_shift, config.repa

@@ -1,5 +1,9 @@
 """TiTok (Yu et al., arXiv 2406.07550): `model.safetensors` and `config.json`.
 
+And what has the same names: TA-TiTok (Kim et al., arXiv 2501.07730), whose decoder reads features
+of a text, and One-D-Piece (Miwa et al., arXiv 2501.10064), whose decoder was trained with a random
+number of first tokens.
+
 Images of these files are in [0, 1]. Ours are in [-1, 1], so the first and the last layer are
 rescaled when a file is read.
 """
@@ -17,6 +21,7 @@ from flextok_jax.nn.config import (
     Convs,
     Sites,
     Target,
+    Text,
     TokenizerConfig,
     Tokens,
     identity_vae,
@@ -24,6 +29,9 @@ from flextok_jax.nn.config import (
 
 _WIDTHS = {"small": 512, "base": 768, "large": 1024}
 _DEFAULTS = {"quantize_mode": "vq", "is_legacy": True, "vit_enc_patch_size": 16}
+_TEXT_LENGTH = 77  # Of CLIP.
+_TEXT = "decoder.text_guidance_proj.weight"
+_BUFFERS = ("quantize.embed_prob",)
 _CODES = Convs("plain", (128, 128, 256, 256, 512), features=256)
 _BLOCK = r"\1.transformer.{i}."
 _TABLE = (
@@ -46,6 +54,8 @@ _TABLE = (
     ("decoder/head_hidden", "decoder.ffn.0"),
     ("decoder/head_conv", "decoder.conv_out"),
     ("decoder/codebook", "pixel_quantize.embedding.weight"),
+    ("decoder/text_proj", "decoder.text_guidance_proj"),
+    ("decoder/text_pos", "decoder.text_guidance_positional_embedding"),
     ("bottleneck/codebook", "quantize.embedding.weight"),
 )  # fmt: skip
 
@@ -61,7 +71,7 @@ def load(path) -> tuple[TokenizerConfig, dict]:
     Raises:
         ValueError: one error lists all that is not understood.
     """
-    tensors = common.read(path)
+    tensors = {name: x for name, x in common.read(path).items() if name not in _BUFFERS}
     cfg, problems = read_config(storage.read_json(path.parent / "config.json"), tensors)
     if cfg is None:
         raise ValueError(
@@ -77,8 +87,8 @@ def load(path) -> tuple[TokenizerConfig, dict]:
     return cfg, _signed(common.tokenizer(path, cfg, tensors, name_of))
 
 
-def read_config(found: dict, tensors) -> tuple[TokenizerConfig | None, list[str]]:
-    """(our configuration, []), or (None, every problem)."""
+def read_config(found: dict, tensors: dict) -> tuple[TokenizerConfig | None, list[str]]:
+    """(our configuration, []), or (None, every problem); `tensors` have their names as keys."""
     model = found.get("model", {}).get("vq_model", {})
     values = _DEFAULTS | model
     values["crop_size"] = found.get("dataset", {}).get("preprocessing", {}).get("crop_size")
@@ -116,6 +126,9 @@ def read_config(found: dict, tensors) -> tuple[TokenizerConfig | None, list[str]
         problems.append(f"vit_enc_patch_size={patch}; implemented with is_legacy: 16")
     if problems:
         return None, problems
+    any_length = values.get("strict_length_assertion") is False
+    any_length = any_length or found["model"].get("type") == "one_d_piece"
+    keep = dict(keep="uniform", dropped="cut") if any_length else dict(keep="fixed")
 
     def blocks(part):
         layer = re.compile(rf"{part}oder\.transformer\.\d+\.ln_1\.weight")
@@ -125,12 +138,13 @@ def read_config(found: dict, tensors) -> tuple[TokenizerConfig | None, list[str]
     return TokenizerConfig(
         vae=identity_vae(),
         sites=Sites((size // patch,) * 2, patch, "learned"),
-        tokens=Tokens(count, order="full", keep="fixed", reshaped=legacy),
+        tokens=Tokens(count, order="full", reshaped=legacy, **keep),
         bottleneck=Bottleneck(levels=(), dim=dim, **bottleneck),
         encoder=blocks("enc"),
         decoder=blocks("dec"),
         target=Target("values", "codes", 1024) if legacy else Target("values", "conv"),
         convs=_CODES if legacy else Convs(),
+        text=Text(tensors[_TEXT].shape[-1], _TEXT_LENGTH) if _TEXT in tensors else Text(),
     ), []
 
 
