@@ -11,7 +11,9 @@ import json
 import pathlib
 import re
 import shutil
+import struct
 import tempfile
+import zipfile
 import zlib
 
 import jax
@@ -19,9 +21,12 @@ import msgpack
 import numpy as np
 import pytest
 from common import GOLDEN, relative
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from flextok_jax import FlexTok
+from flextok_jax.cli import main
+from flextok_jax.io import sources
 from flextok_jax.io.formats.peers import common, convs, titok
 from flextok_jax.io.formats.peers import elastictok as peers_elastictok
 from flextok_jax.nn import bottleneck, flextok, fsq, layers, vae
@@ -294,6 +299,69 @@ def test_a_stream_that_is_damaged_or_of_another_model_is_refused(tmp_path):
     for words in ("missing tensor decoder/ln_f/kernel", "unknown tensor extra",
                   "decoder/out_proj/kernel has shape (32, 9), expected (32, 192)"):  # fmt: skip
         assert words in str(error.value)
+
+
+def torch_file(tensors, path):
+    """Writes {"model": tensors, "steps": 7} as PyTorch does."""
+
+    def text(word):
+        return b"X" + struct.pack("<I", len(word)) + word.encode()
+
+    def ints(values):
+        return b"(" + b"".join(b"J" + struct.pack("<i", x) for x in values) + b"t"
+
+    content = b"\x80\x02}" + text("steps") + b"K\x07s" + text("model") + b"}"
+    for key, (name, x) in enumerate(tensors.items()):
+        storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu")
+        storage += b"J" + struct.pack("<i", x.size) + b"tQ"
+        strides = ints(stride // x.itemsize for stride in x.strides)
+        content += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n("
+        content += storage + b"K\x00" + ints(x.shape) + strides + b"\x89}tRs"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content + b"s.")
+        for key, x in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{key}", x.tobytes())
+
+
+def test_a_file_of_pytorch_on_the_hub_is_the_same_model(tmp_path, monkeypatch):
+    torch_file(weights("llamagen_cut"), tmp_path / "vq.pt")
+    asked = []
+
+    def fetch(hub_id, revision, allow_patterns):
+        asked.append((hub_id, *allow_patterns))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    for source in (tmp_path / "vq.pt", "owner/name/vq.pt"):
+        assert sources.kind_of(source) == "tokenizer"
+        assert FlexTok.from_pretrained(source).fingerprint == tokenizer("llamagen_cut").fingerprint
+    assert set(asked) == {("owner/name", "vq.pt")}
+    torch_file({"weight": np.zeros(3, np.float32)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="convert a PyTorch file"):
+        FlexTok.from_pretrained(tmp_path / "other.pt")
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path, capsys):
+    data, model = tmp_path / "images", str(folder("titok_vq8k"))
+    data.mkdir()
+    for i, image in enumerate(io("titok_vq8k")["images"]):
+        Image.fromarray(image).save(data / f"{i}.png")
+    images, out = ["--images", str(data)], ["--out", str(tmp_path / "out")]
+    assert main(["info", model, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"]["total"] == spec("titok_vq8k")["value_count"]
+    assert main(["reconstruct", "--model", model, *images, *out]) == 0
+    assert (tmp_path / "out" / "k0008" / "1.png").exists()
+    file = str(tmp_path / "tokens.npz")
+    assert main(["tokenize", "--model", model, *images, "--out", file]) == 0
+    assert np.load(file)["tokens"].tolist() == io("titok_vq8k")["ids"][:, 0].tolist()
+    out = ["--out", str(tmp_path / "evaluation")]
+    assert main(["evaluate", "--model", model, "--data", str(data), *out]) == 0
+    assert (tmp_path / "evaluation" / "report.html").exists()
+    capsys.readouterr()
+    assert main(["tokenize", "--model", model, *images, "--num-tokens", "4", "--out", file]) == 1
+    assert "num_tokens=4: allowed are [8]" in capsys.readouterr().err
 
 
 COUNTS = json.loads((PEERS / "counts.json").read_text())["tokenizers"]
