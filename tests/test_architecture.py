@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import runpy
 import sys
 
@@ -176,3 +177,11 @@ def test_no_text_becomes_code():
         libraries = {name.split(".")[0] for name in names}
         assert not libraries & {"pickle", "dill", "marshal", "shelve"}, path
         assert "importlib" not in libraries or relative_name(path) in by_own_names, path
+
+
+def test_no_part_knows_the_name_of_another_project():
+    """What a model is stands in fields; names are for the readers of files, and for docs."""
+    names = re.compile("titok|llamagen|elastictok|maskgit|one.d.piece", re.IGNORECASE)
+    for path in SOURCES:
+        if not relative_name(path).startswith("io/formats/peers/"):
+            assert not names.search(path.read_text()), path

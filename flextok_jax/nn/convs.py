@@ -1,8 +1,7 @@
 """Residual convolutions between images and a coarse grid of features.
 
 Two kinds (see `Convs`): "attentive", VQGAN (Esser et al., arXiv 2012.09841), of the parts of
-nn/vae.py; and "plain", the one of MaskGIT (Chang et al., arXiv 2202.04200), whose images are in
-[0, 1] inside.
+nn/vae.py; and "plain" (Chang et al., arXiv 2202.04200), whose images are in [0, 1] inside.
 
 Letters: B images, H, W pixels, h, w positions of the grid, D channels.
 """
