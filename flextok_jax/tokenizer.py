@@ -227,6 +227,7 @@ class FlexTok:
             time_shift=time_shift, guidance_interval=guidance_interval,
         )  # fmt: skip
         how = {name: value for name, value in how.items() if value is not None}
+        text = self._text(text, batch)
         if not cfg.is_flow:
             others = dict(key=key, noise=noise, on_step=on_step)
             if useless := [*how, *(name for name, x in others.items() if x is not None)]:
@@ -235,7 +236,7 @@ class FlexTok:
                 )
             size = self._size(image_size)
             grid = tuple(side // cfg.patch_pixels for side in size)
-            arrays = tokens, keep, self._text(text, batch)
+            arrays = tokens, keep, text
             with self.on_mesh():
                 arrays = spread_batch(self.mesh, arrays)
                 return self._images(_values(self.params, *arrays, cfg, self.compute, grid), batch)
@@ -396,6 +397,11 @@ class FlexTok:
             raise ValueError(
                 f"image size {height}x{width}: each side must be a multiple of {step} pixels, at "
                 f"most {most[0]}x{most[1]}"
+            )
+        if not self.config.tokens.registers and (height, width) != most:
+            raise ValueError(
+                f"image size {height}x{width}: must be {most[0]}x{most[1]}, because each of the "
+                f"{self.num_tokens} tokens has its place in the image"
             )
 
     def _check_tokens(self, tokens) -> np.ndarray:

@@ -59,7 +59,7 @@ def test_snippets_run(text, tmp_path, monkeypatch):
         load = cls.from_pretrained
 
         def from_pretrained(source, **settings):
-            hub = str(source).startswith(("EPFL-VILAB/", "google/"))
+            hub = str(source).startswith(("EPFL-VILAB/", "google/", "yucornetto/"))
             return made() if hub else load(source, **settings)
 
         monkeypatch.setattr(cls, "from_pretrained", from_pretrained)

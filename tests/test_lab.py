@@ -8,6 +8,7 @@ from common import CONFIGS, random_params, relative
 
 from examples.digits import arrays
 from flextok_jax import FlexTok
+from flextok_jax.commands.common import read_lengths
 from flextok_jax.evaluation import reconstruction as rec
 from flextok_jax.nn import flextok, layout
 from flextok_jax.nn.images import mae, to_float
@@ -150,5 +151,10 @@ def test_lengths_and_sweeps_encode_for_each_number_where_the_encoder_is_told(ord
         np.testing.assert_array_equal(given[:, :k], tok.tokenize(pixels, k))
         decoded = np.asarray(tok.detokenize(np.asarray(given)[:, :k])).clip(-1, 1)
         np.testing.assert_allclose(values, mae(decoded, to_float(pixels)), rtol=1e-5)
+    if tok.config.tokens.told:
+        with pytest.raises(ValueError, match="told"):
+            read_lengths("lengths.json", tok, [])
+        with pytest.raises(ValueError, match="must be 16x16"):
+            tok.tokenize(pixels[:, :8])
     k = int(found.num_tokens[0])
     np.testing.assert_array_equal(found.tokens[0, :k], tok.tokenize(pixels, k)[0])

@@ -175,8 +175,15 @@ def read_lengths(path: str, tok: FlexTok, names: Sequence[str]) -> KnownLengths:
     """The lengths in a file, of these images by the tokens of this model.
 
     Raises:
-        FileNotFoundError, ValueError: it is no such file, of another model, or lacks images.
+        FileNotFoundError, ValueError: it is no such file, of another model, or lacks images; or
+            fewer tokens of this model are other tokens.
     """
+    if tok.config.tokens.told:
+        raise ValueError(
+            f"--lengths {path}: the encoder of {tok.origin} is told how many tokens are kept, so "
+            "the tokens of a shorter image are not the first of all: call `choose_length` from "
+            "Python, which returns them"
+        )
     found = storage.read_json(path)
     try:
         lengths = {one["name"]: int(one["k"]) for one in found["lengths"]}
