@@ -71,7 +71,8 @@ class Found(NamedTuple):
         tokens: int32 [P, results, k], best first.
         images: float32 [P, results, H, W, 3], of full steps, not clipped; None without a tokenizer.
         scores: float32 [P, results], of these images.
-        judged: {name: float32 [P, results]}, scores of the judges.
+        judged: {name: float32 [P, results]}, scores of the judges; of two with one name the second
+            is "NAME 2".
         steps: of each prompt its `Step`s, without images.
         cost: what it took, of all prompts: "positions" of the AR model, conditions and null
             conditions each; "passes of K tokens" of the decoder, likewise; "images" that the VAE
@@ -201,7 +202,7 @@ class Task:
 
     gen: ImageGenerator
     verifier: Verifier | Ensemble
-    judges: tuple
+    judges: dict  # By name.
     proposals: Proposals
     prepared: dict  # {verifier: arrays [P, ...]}
     decoding: tuple[dict, dict]  # Arguments of `detokenize`, to search and at the end.
@@ -260,7 +261,16 @@ def prepare(
     keys = generation.sample_keys(key, count)
     prepared = {member: member.prepare(conditions) for member in used}
     proposals = Proposals(gen, conditions, null, sampling, settings)
-    return Task(gen, verifier, tuple(judges), proposals, prepared, how, keys, batch_size)
+    return Task(gen, verifier, _by_name(judges), proposals, prepared, how, keys, batch_size)
+
+
+def _by_name(verifiers: Sequence) -> dict:
+    """A second one of the same name is "NAME 2", and so on."""
+    found: dict = {}
+    for verifier in verifiers:
+        same = sum(other.name == verifier.name for other in found.values())
+        found[f"{verifier.name} {same + 1}" if same else verifier.name] = verifier
+    return found
 
 
 def _members(verifier) -> tuple[Verifier, ...]:
@@ -347,9 +357,9 @@ def _finish(task: Task, prompt: int, steps: list[Step], noise) -> Result:
     elif task.gen.tokenizer is not None:
         images = _decoded(task, tokens, noise, cost, final=True)
     judged = {}
-    for judge in task.judges:
+    for name, judge in task.judges.items():
         values = [_values(task, prompt, m, tokens, images, cost) for m in judge.members]
-        judged[judge.name] = judge.combine(np.stack(values)).astype(np.float32)
+        judged[name] = judge.combine(np.stack(values)).astype(np.float32)
     cost["seconds"] = time.perf_counter() - begin
     for step in steps:
         cost.update(step.cost)

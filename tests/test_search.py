@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from test_generation import TEXT, generator, keywords
 from test_recompilation import lowered
 
-from flextok_jax import conditions, search, token_search, verifiers
+from flextok_jax import candidates, conditions, search, token_search, verifiers
 from flextok_jax.nn import attention, generation
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.images import psnr, to_float, to_uint8
@@ -148,6 +148,17 @@ def test_a_continued_search_is_the_one_run():
         assert step.scores[step.kept[0]] == step.scores.max()
 
 
+def test_the_cache_grows_without_an_effect(monkeypatch):
+    run = functools.partial(search, gen(), verifiers.likelihood(gen()), labels=[1, 2], **BEAM)
+    wanted = run(lookahead=1)
+    monkeypatch.setattr(generation, "FIRST_LENGTH", 1)
+    rooms, real = [], candidates._take
+    monkeypatch.setattr(candidates, "_take", lambda *x: rooms.append(x[2]) or real(*x))
+    found = run(lookahead=1)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    assert rooms == [4, 4] * 2  # After a first one for 2 tokens.
+
+
 def test_prompts_and_batches_change_nothing():
     light = verifiers.function(lambda images, prompts: images.mean((1, 2, 3)))
     found = search(gen(), light, labels=[1, 2], key=0, **BEAM)
@@ -160,14 +171,15 @@ def test_prompts_and_batches_change_nothing():
 
 
 def test_cost_counts_what_is_run():
-    found = search(gen(), BRIGHT, labels=[1], judges=[BRIGHT], **BEAM)
+    dark = verifiers.function(lambda *x: -brightness(*x), "brightness")
+    found = search(gen(), BRIGHT, labels=[1], judges=[BRIGHT, dark], **BEAM)
     cost = {name: value for name, value in found.cost.items() if name != "seconds"}
     assert cost == {
-        "positions": 6 * 4 * 2, "images": 3 * 6 + 2, "scores": 3 * 6 + 2 + 1,
+        "positions": 6 * 4 * 2, "images": 3 * 6 + 2, "scores": 3 * 6 + 2 + 2,
         "passes of 1 tokens": 6 * 2, "passes of 2 tokens": 6 * 2,
         "passes of 4 tokens": 6 * 2 + 2 * 2 * 2,
     }  # fmt: skip
-    assert found.judged == {"brightness": found.scores}
+    assert found.judged == {"brightness": found.scores, "brightness 2": -found.scores}
 
 
 def test_priors():

@@ -181,7 +181,7 @@ def _read_result(folder, out, task, name: str) -> Result | None:
         return None
     saved = _arrays(folder / "result.npz")
     made = [pics.read_png(out / file) for file in _files(name, len(saved["scores"]))]
-    judged = {judge.name: saved[f"judged {judge.name}"] for judge in task.judges}
+    judged = {judge: saved[f"judged {judge}"] for judge in task.judges}
     cost = json.loads(str(saved["cost"]))
     return Result(saved["tokens"], np.stack(made), saved["scores"], judged, cost)
 
