@@ -117,27 +117,37 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50, help="digits of each seed (50)")
     parser.add_argument("--seeds", type=int, default=5, help="of noise and draws (5)")
     parser.add_argument("--search-steps", type=int, default=4, help="of decoding candidates (4)")
+    parser.add_argument("--table", choices=("steering", "class"), help="that one only")
     args = parser.parse_args()
     tok = FlexTok.from_pretrained("demo-digits")
     gen = ImageGenerator.from_pretrained("demo-digits-ar", tokenizer=tok)
-    originals, classes = arrays("test")
+    if args.table != "class":
+        steering(gen, args)
+    if args.table != "steering":
+        classes(gen, args)
+
+
+def steering(gen, args) -> None:
+    """Prints the table of digits like given ones."""
+    originals, labels = arrays("test")
     rows = np.random.RandomState(0).permutation(len(originals))[: args.prompts]
-    references, labels = originals[rows], classes[rows]
-    more = dict(seeds=args.seeds)
+    judges = [verifiers.psnr_to(originals[rows])]
     print("| steering | decodes | cosine | PSNR, dB |\n|---|---|---|---|")
     for name, how in STEERING.items():
-        how = dict(search_steps=args.search_steps) | how
-        judges = [verifiers.psnr_to(references)]
-        show(name, *measure(gen, like(references), labels, judges, **more, **how))
+        how = dict(search_steps=args.search_steps, seeds=args.seeds) | how
+        show(name, *measure(gen, like(originals[rows]), labels[rows], judges, **how))
+
+
+def classes(gen, args) -> None:
+    """Prints the table of digits of a class."""
     labels = np.arange(args.prompts) % 10
     print("| class | decodes | score | read right |\n|---|---|---|---|")
     for name, how in CLASS.items():
-        how = dict(search_steps=args.search_steps) | how
-        show(name, *measure(gen, reads(), labels, [judge(labels)], **more, **how))
+        how = dict(search_steps=args.search_steps, seeds=args.seeds) | how
+        show(name, *measure(gen, reads(), labels, [judge(labels)], **how))
     for name, verifier in TOKENS.items():
-        how = dict(BEST, candidates=20)
-        found = getattr(verifiers, verifier)(gen)
-        show(name, *measure(gen, found, labels, [judge(labels)], **more, **how))
+        found, how = getattr(verifiers, verifier)(gen), dict(BEST, candidates=20, seeds=args.seeds)
+        show(name, *measure(gen, found, labels, [judge(labels)], **how))
 
 
 if __name__ == "__main__":
