@@ -4,17 +4,19 @@ Everything is a function of its arguments, so that several people can use one `D
 image is decoded at a time: few programs to compile, and each picture is there once it is made.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import io
 import math
+import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from flextok_jax import conditions
+from flextok_jax import conditions, verifiers
 from flextok_jax.conditions import Conditions
 from flextok_jax.data import decode, transforms
 from flextok_jax.evaluation import pictures
@@ -25,11 +27,12 @@ from flextok_jax.io.paths import as_path
 from flextok_jax.nn import flextok
 from flextok_jax.nn.images import psnr, to_float, to_uint8
 from flextok_jax.text import TextEncoder
+from flextok_jax.token_search import search
 from flextok_jax.tokenizer import FlexTok
 
 ALL_SHOWN = 16  # With at most so many tokens, every prefix is shown; else 1, 2, 4, ... up to all.
 MOST_PIXELS = 50_000_000  # Of an image that is read: some 200 MB.
-MOST_STEPS = 64  # Without compiling anew (`flow.sampler.LENGTH`).
+BEAMS = 4  # Of a search, and candidates of each.
 _PICTURES = 20  # To pick from.
 _JPEG_QUALITIES = (1, 75)  # The smallest files that Pillow writes, and its default.
 
@@ -164,6 +167,29 @@ class Demo:
                 if before < k <= part:
                     yield tokens[0, :k], self.decode(tokens[0], k, how)
             before = part
+
+    def search(self, condition: Conditions, wanted: np.ndarray, how: How = How()) -> Iterator:
+        """A search for tokens of the generator whose image is like `wanted`, uint8 [S, S, 3].
+
+        Yields:
+            (k, images uint8 [BEAMS, S, S, 3] best first, their PSNR in dB) after each step, from k
+            tokens decoded in few steps; at last the same of the one that was found, in all steps.
+        """
+        done: queue.SimpleQueue = queue.SimpleQueue()
+        decoding = {}
+        if self.tokenizer.config.is_flow:
+            decoding = dict(steps=how.steps, image_guidance_scale=how.guidance)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            found = pool.submit(
+                search, self.generator, verifiers.psnr_to(wanted), conditions=condition,
+                beams=BEAMS, candidates=BEAMS, key=how.seed, batch_size=BEAMS**2,
+                on_step=lambda _, step: done.put(step), **decoding,
+            )  # fmt: skip
+            found.add_done_callback(lambda _: done.put(None))
+            while (step := done.get()) is not None:
+                yield step.num_tokens, step.images, step.scores[step.kept]
+            result = found.result()
+        yield self.generator.num_tokens, to_uint8(result.images[0]), result.scores[0]
 
     def sizes(self, image: np.ndarray, tokens: np.ndarray, k: int, decoded: np.ndarray) -> list:
         """`Size` of the first k tokens, of which `decoded` was made, and of JPEG files."""

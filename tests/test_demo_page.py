@@ -25,6 +25,7 @@ from PIL import Image
 
 from flextok_jax import demo
 from flextok_jax.demo import Demo, How
+from flextok_jax.nn.images import psnr, to_float
 
 SMALL = changed(TINY, tokens__count=4, encoder__depth=1, decoder__depth=1)
 FAST = How(steps=1, guidance=1.0, seed=3)
@@ -85,6 +86,18 @@ def test_a_new_image_grows_to_the_one_that_is_generated_at_once():
     expected = np.asarray(gen.generate_tokens(labels=[7], key=FAST.seed))[0]
     same(tokens, [expected[:k] for k in (1, 2, 3, 4)])
     same(images, [direct(expected, k) for k in (1, 2, 3, 4)])
+
+
+@pytest.mark.slow
+def test_a_search_shows_its_beams_and_ends_with_the_best():
+    wanted = models().pictures[0]
+    *steps, (k, images, scores) = models().search(models().condition(1), wanted, FAST)
+    assert [step[0] for step in steps] == [1, 2, 4] and k == 4
+    for _, beams, each in steps:
+        assert beams.shape == (demo.BEAMS, SIZE, SIZE, 3) and (np.diff(each) <= 0).all()
+    found = psnr(to_float(images), to_float(wanted[None]))
+    assert images.shape == (1, SIZE, SIZE, 3) and images.dtype == np.uint8
+    np.testing.assert_allclose(scores, found, atol=0.1)  # Of images before they are rounded.
 
 
 def test_prompts_become_conditions():
@@ -197,7 +210,7 @@ def browser():
         found.close()
 
 
-PATIENCE = 90_000  # Milliseconds, on a busy machine.
+PATIENCE = 240_000  # Milliseconds, on a busy machine.
 
 
 @pytest.fixture
@@ -276,9 +289,12 @@ def test_noise_mixtures_new_images_and_narrow_windows(page, tmp_path):
     page.get_by_role("button", name="Make a new image").click()
     page.locator(".large:visible figcaption", has_text="16 tokens").wait_for()
     assert len(page.locator(".ids:visible").text_content().split()) == 16
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_role("button", name="Search").click()
+    page.locator(".large:visible figcaption", has_text="16 tokens").wait_for()
     for width in (360, 1200):
         page.set_viewport_size({"width": width, "height": 800})
-        for tab in ("Prefixes", "Mix", "Generate"):
+        for tab in ("Prefixes", "Mix", "Generate", "Search"):
             page.get_by_role("tab", name=tab).click()
             page.locator(".pictures:visible").first.wait_for()
             page.screenshot(path=tmp_path / f"{tab}{width}.png", full_page=True)

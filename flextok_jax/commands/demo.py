@@ -22,12 +22,13 @@ from flextok_jax.data import reader
 from flextok_jax.demo import Demo, How
 
 MAX_FILE = "30mb"
+MOST_STEPS = 64
 _AT_ONCE = 8  # Visitors that one action serves at once; others wait in line.
 _NOISES = 5
 _SMOOTH = 128  # Pictures from so many pixels on are enlarged smoothly; smaller ones show pixels.
 
 _CSS = """
-.pictures {display: grid; grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)); gap: 10px}
+.pictures {display: grid; grid-template-columns: repeat(auto-fill, minmax(58px, 1fr)); gap: 10px}
 .large {display: flex; gap: 12px}
 .large figure {flex: 1 1 0; min-width: 0; max-width: 280px}
 .picks {display: grid; grid-template-columns: repeat(auto-fill, minmax(52px, 1fr)); gap: 6px}
@@ -37,6 +38,7 @@ figure img, .picks img {width: 100%; aspect-ratio: 1; display: block; margin: 0 
   border-radius: 4px; border: 1px solid var(--border-color-primary)}
 .picks button {padding: 0; margin: 0 !important; border: 0; background: none; cursor: pointer}
 .picks button:hover img, .picks button:focus-visible img {outline: 2px solid var(--color-accent)}
+@media (max-width: 480px) {button[role=tab] {padding: 0 7px !important}}
 .pixels {image-rendering: pixelated}
 .bytes {border-collapse: collapse; border: 0 !important}
 .bytes tr {border: 0 !important}
@@ -110,6 +112,8 @@ def build(models: Demo):
         if models.generator:
             with gr.Tab("Generate"):
                 _generation(gr, models, settings)
+            with gr.Tab("Search"):
+                _search(gr, page, models, settings)
         accordion.render()
     page.queue(default_concurrency_limit=_AT_ONCE, api_open=False)
     return page
@@ -133,7 +137,7 @@ def _settings(gr, models: Demo) -> list:
     scale = own.guidance_scale if flow and not callable(own.guidance_scale) else 1.0
     return [
         gr.Slider(
-            1, playing.MOST_STEPS, own.steps if flow else 1, step=1, label="Steps", visible=flow,
+            1, MOST_STEPS, own.steps if flow else 1, step=1, label="Steps", visible=flow,
             info="from noise to the picture",
         ),
         gr.Slider(
@@ -281,13 +285,8 @@ def _mixture(gr, page, models: Demo, settings: list) -> None:
 
 
 def _generation(gr, models: Demo, settings: list) -> None:
-    names, by_text = models.class_names, bool(models.generator.config.text_dim)
     with gr.Row(equal_height=True):
-        label = gr.Dropdown(
-            [(name, i) for i, name in enumerate(names)], value=0, label="Class",
-            visible=bool(names), filterable=len(names) > 20,
-        )  # fmt: skip
-        text = gr.Textbox(label="What the image should show", visible=by_text, max_length=1000)
+        label, text = _condition(gr, models)
         button = gr.Button("Make a new image", variant="primary")
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
@@ -309,6 +308,47 @@ def _generation(gr, models: Demo, settings: list) -> None:
         [button.click, text.submit], grow, [label, text, *settings], [ids, large, strip],
         show_progress="hidden",
     )  # fmt: skip
+
+
+def _condition(gr, models: Demo) -> tuple:
+    """The controls of what is generated: (a class, a prompt), of which one is seen, or none."""
+    names, by_text = models.class_names, bool(models.generator.config.text_dim)
+    label = gr.Dropdown(
+        [(name, i) for i, name in enumerate(names)], value=0, label="Class", visible=bool(names),
+        filterable=len(names) > 20,
+    )  # fmt: skip
+    text = gr.Textbox(label="What the image should show", visible=by_text, max_length=1000)
+    return label, text
+
+
+def _search(gr, page, models: Demo, settings: list) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=240):
+            chosen, _ = _picker(gr, page, models, first=3)
+            label, text = _condition(gr, models)
+            button = gr.Button("Search", variant="primary")
+        with gr.Column(scale=2, min_width=300):
+            large = gr.HTML(
+                "The generator draws tokens for the class or the prompt; of many images from few "
+                "tokens those most like the picture go on. The first search takes longer."
+            )
+            strip = gr.HTML()
+
+    def find(chosen, label, text, *how):
+        if chosen is None:
+            raise gr.Error("Pick or upload a picture first.", print_exception=False)
+        with _told(gr):
+            condition = models.condition(label, text)
+        rows = ""
+        for k, images, scores in models.search(condition, chosen[0], _how(models, *how)):
+            given = [("the picture", chosen[0]), (f"{_count(k)}, {scores[0]:.1f} dB", images[0])]
+            beams = [(f"{score:.1f} dB", image) for score, image in zip(scores, images)]
+            if len(beams) > 1:
+                rows += f"<p>{_count(k)}</p>" + _figures("pictures", beams)
+            yield _figures("large", given), rows
+
+    inputs = [chosen, label, text, *settings]
+    button.click(find, inputs, [large, strip], show_progress="minimal")
 
 
 # HTML.
