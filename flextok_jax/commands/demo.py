@@ -38,7 +38,7 @@ figure img, .picks img {width: 100%; aspect-ratio: 1; display: block; margin: 0 
   border-radius: 4px; border: 1px solid var(--border-color-primary)}
 .picks button {padding: 0; margin: 0 !important; border: 0; background: none; cursor: pointer}
 .picks button:hover img, .picks button:focus-visible img {outline: 2px solid var(--color-accent)}
-@media (max-width: 480px) {button[role=tab] {padding: 0 7px !important}}
+@media (max-width: 480px) {.tab-container button {padding: 0 8px !important}}
 .pixels {image-rendering: pixelated}
 .bytes {border-collapse: collapse; border: 0 !important}
 .bytes tr {border: 0 !important}
