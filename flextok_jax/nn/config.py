@@ -140,11 +140,10 @@ class Convs:
     def __post_init__(self):
         faults = _choices(self, kind=("attentive", "plain"))
         faults += _at_least(self, 1, "features", "layers", "norm_groups")
-        faults += [
-            f"block_out={self.block_out}, must be multiples of norm_groups={self.norm_groups}"
-            for channels in self.block_out[:1]
-            if any(n % self.norm_groups for n in self.block_out)
-        ]
+        if any(channels % self.norm_groups for channels in self.block_out):
+            faults.append(
+                f"block_out={self.block_out}, must be multiples of norm_groups={self.norm_groups}"
+            )
         _check(self, faults)
 
     @property
@@ -494,10 +493,13 @@ class TokenizerConfig:
                 f"depths {depths} of encoder and decoder: without a Transformer both are 0, and "
                 "tokens.registers is False"
             )
-        wanted = self.has_convs
-        if wanted != bool(self.convs.block_out):
-            faults.append(f"convs.block_out={self.convs.block_out}, {'' if wanted else 'not '}used")
-        if wanted and self.convs.downsample != self.sites.patch_size:
+        if self.has_convs != bool(self.convs.block_out):
+            wanted = "resolutions" if self.has_convs else "()"
+            faults.append(
+                f"convs.block_out={self.convs.block_out}, must be {wanted}: convolutions are for "
+                "target.output='codes' and for depths of 0"
+            )
+        if self.has_convs and self.convs.downsample != self.sites.patch_size:
             faults.append(
                 f"sites.patch_size={self.sites.patch_size}, convolutions have patches of "
                 f"{self.convs.downsample}"
