@@ -213,7 +213,7 @@ class Decoder(nn.Module):
             x = head(x)[:, : math.prod(grid), : cfg.patch_dim]  # The first of repeated ones.
             x = layers.unpatchify(x, cfg.sites.patch_size, *sides)
             if output == "conv":
-                x = nn.Conv(x.shape[-1], (3, 3), padding=1, name="head_conv")(x)
+                x = layers.conv(x.shape[-1], "head_conv")(x)
             return nn.tanh(x) if output == "tanh" else x
 
         return tuple(write(x) for x in patches)

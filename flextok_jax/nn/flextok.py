@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.flow import path, sampler
-from flextok_jax.nn import bottleneck, vae
+from flextok_jax.nn import bottleneck, layout, vae
 from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.decoder import Condition, Decoder, unconditional
 from flextok_jax.nn.encoder import Encoder
@@ -32,6 +32,9 @@ def init(cfg: TokenizerConfig, key: jax.Array) -> dict:
         "encoder": Encoder(cfg).init(key_enc, latents)["params"],
         "decoder": Decoder(cfg).init(key_dec, (condition,), **given)["params"],
     }
+    for part in ("encoder", "decoder"):  # Their layers are the VAE's, which say no axes.
+        if "convs" in params[part]:
+            params[part] |= {"convs": layout.whole(params[part]["convs"])}
     book = bottleneck.init(cfg.bottleneck, key_book)
     return params | ({"bottleneck": book} if book else {})
 

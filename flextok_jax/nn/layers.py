@@ -28,6 +28,13 @@ def dense(
     )
 
 
+def conv(features: int, name: str) -> nn.Conv:
+    """A 3x3 convolution in float32 that keeps the size."""
+    kernel = layout.axes(nn.initializers.lecun_normal(), None, None, None, None)
+    bias = layout.axes(zeros, None)
+    return nn.Conv(features, (3, 3), padding=1, kernel_init=kernel, bias_init=bias, name=name)
+
+
 def patchify(x: jax.Array, p: int) -> jax.Array:
     """[B, h, w, C] -> [B, (h/p)(w/p), p*p*C]; a patch vector is ordered (p1, p2, channel)."""
     b, h, w, c = x.shape

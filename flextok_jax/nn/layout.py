@@ -75,6 +75,11 @@ def box(params, like):
     )
 
 
+def whole(tree):
+    """A tree without boxes in boxes that keep every array whole on each device."""
+    return jax.tree.map(lambda x: Axes(x, (None,) * x.ndim), tree)
+
+
 def path_string(path) -> str:
     """A key path of jax.tree_util as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
