@@ -19,6 +19,7 @@ from flextok_jax.io.formats import flexar
 from flextok_jax.nn.config import ARConfig
 
 T5 = GOLDEN / "text" / "t5_a"  # 40 channels.
+CLIP = GOLDEN / "text" / "clip_gelu"
 CFG = ARConfig(
     200, 16, 64, 2, head_dim=32, mlp_hidden=96, text_dim=40, text_hidden=24, guidance_scale=3.0
 )
@@ -165,6 +166,25 @@ def test_generate_draws_prompts(models, tmp_path):
     assert cli.main(alone) == 0
     both = [np.load(tmp_path / out / "tokens.npz")["tokens"] for out in ("one", "out")]
     np.testing.assert_array_equal(both[0][0], both[1][0])
+
+
+@pytest.mark.filterwarnings("ignore:the prompt")
+def test_search_draws_prompts(models, tmp_path):
+    """By CLIP; a prompt of 10,000 words is cut, an empty line refused."""
+    (tmp_path / "prompts.txt").write_text("two cats\n" + "cat " * 10_000 + "\n")
+    given = ["search", *models[: models.index("--num-tokens")], "--text-encoder", str(T5)]
+    given += ["--prompts", str(tmp_path / "prompts.txt"), "--verifier", f"clip:{CLIP}"]
+    given += ["--judge", "likelihood", "--beams", "1", "--candidates", "2", "--schedule", "1"]
+    assert cli.main([*given, "--search-steps", "1", "--out", str(tmp_path / "out")]) == 0
+    saved = json.loads((tmp_path / "out" / "search.json").read_text())
+    files = [one["files"][0] for one in saved["searches"]]
+    assert files[0] == "000000_two-cats.png" and len(files) == 2
+    with Image.open(tmp_path / "out" / files[0]) as image:
+        assert image.text["prompt"] == "two cats" and image.text["verifier"] == "clip"
+    assert all(np.isfinite(one["scores"][0]) for one in saved["searches"])
+    (tmp_path / "prompts.txt").write_text("two cats\n\na cat\n")
+    assert cli.main([*given, "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_names_of_pictures_are_safe():
