@@ -12,7 +12,8 @@ ours        4 Euler steps at the cost of k tokens; the VAE's decoder; k / 2 new 
             candidate, with the cache.
 
 Seconds are of the processor, of all cores together. All parts run in turn within a round, and a
-ratio is the median over rounds. "without VAE" is the ratio of the rest, which a search over latents would have.
+ratio is the median over rounds. "without VAE" is the ratio of the rest, which a search over latents
+would have.
 """
 
 import argparse
