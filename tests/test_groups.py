@@ -19,7 +19,7 @@ from flextok_jax.flow import path
 from flextok_jax.nn.config import KEEP_MODES
 from flextok_jax.nn.layout import unbox
 from flextok_jax.parallel.mesh import make_mesh
-from flextok_jax.training import groups
+from flextok_jax.training import groups, memory
 from flextok_jax.training.state import build
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
@@ -164,6 +164,28 @@ def agree(found, wanted):
     largest = max(np.abs(x).max() for x in jax.tree.leaves(wanted[1]))
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
+
+
+def rounds(jaxpr) -> int:
+    """How often a program rounds, as FSQ does in each body of the loss."""
+    values = (value for eqn in jaxpr.eqns for value in eqn.params.values())
+    inside = sum(rounds(x) for value in values for x in memory._programs(value))
+    return inside + sum(eqn.primitive.name == "round" for eqn in jaxpr.eqns)
+
+
+@pytest.mark.parametrize("parts", [1, 16])
+def test_a_step_has_one_body_for_each_length(parts):
+    c = config(optim__accumulate=parts)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+
+    def found(stage):
+        program = build(stage, c, mesh)
+        traced = program.step.trace(program.shapes, unbox(stage.load_frozen()), digits(16))
+        return rounds(traced.jaxpr.jaxpr)
+
+    stage = TokenizerStage(c)
+    assert len(set(stage.lengths(16))) == 4
+    assert found(stage) == 4 * found(TokenizerStage(c, grouped=False)) > 0
 
 
 STEPS = {
