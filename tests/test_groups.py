@@ -173,7 +173,7 @@ def rounds(jaxpr) -> int:
     return inside + sum(eqn.primitive.name == "round" for eqn in jaxpr.eqns)
 
 
-@pytest.mark.parametrize("parts", [1, 16])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_a_step_has_one_body_for_each_length(parts):
     c = config(optim__accumulate=parts)
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
