@@ -99,11 +99,10 @@ class Upsample(Layers):
 
 
 class _UpsampledConv(nn.Module):
-    """A 3x3 convolution of the image enlarged twice by its nearest neighbours, which is not made.
+    """A 3x3 convolution of the image enlarged twice by its nearest neighbours.
 
-    Three rows of the enlarged image show two rows of the image, so an even output row is a
-    convolution by the kernel rows (w0, w1 + w2), an odd one by (w0 + w1, w2); columns likewise.
-    Exact, by 4/9 of the products. Parameters are those of `nn.Conv`.
+    On CPUs `by_phases`, which a TPU's compiler estimates slower than `enlarged`: of its products it
+    saves 5/9, and moves more. Parameters are those of `nn.Conv`.
     """
 
     features: int
@@ -112,29 +111,47 @@ class _UpsampledConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[B, h, w, D] -> [B, 2h, 2w, features]."""
-        B, h, w, D = x.shape
         normal = nn.initializers.lecun_normal()
-        kernel = self.param("kernel", normal, (3, 3, D, self.features))
+        kernel = self.param("kernel", normal, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        given = x.astype(self.dtype), kernel
+        made = jax.lax.platform_dependent(*given, cpu=by_phases, default=enlarged)
+        return made + bias.astype(self.dtype)[None, None, None]
 
-        def phases(taps):  # [3, ...] -> [2 phases, 2, ...]
-            pairs = (taps[0], taps[1] + taps[2]), (taps[0] + taps[1], taps[2])
-            return jnp.stack([jnp.stack(pair) for pair in pairs])
 
-        by_row = jnp.moveaxis(phases(kernel), 2, 0)  # [3 columns, 2 phases, 2 rows, D, features]
-        taps = jnp.transpose(phases(by_row), (3, 1, 4, 2, 0, 5))  # rows, columns, D, phases ...
-        found = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), taps.reshape(2, 2, D, -1).astype(self.dtype), (1, 1),
-            ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        ).reshape(B, h + 1, w + 1, 2, 2, -1)  # fmt: skip
-        rows = [
-            jnp.stack([found[:, i : i + h, j : j + w, i, j] for j in (0, 1)], axis=3)
-            for i in (0, 1)
-        ]
-        return (
-            jnp.stack(rows, axis=2).reshape(B, 2 * h, 2 * w, -1)
-            + bias.astype(self.dtype)[None, None, None]
-        )
+def enlarged(x, kernel):
+    """The image is made: [B, h, w, D], [3, 3, D, F] -> [B, 2h, 2w, F]."""
+    x = x.repeat(2, axis=1).repeat(2, axis=2)
+    return _conv(x, kernel)
+
+
+def by_phases(x, kernel):
+    """The same without making the image, by 4/9 of the products.
+
+    Three rows of the enlarged image show two rows of the image, so an even output row is a
+    convolution by the kernel rows (w0, w1 + w2), an odd one by (w0 + w1, w2); columns likewise.
+    """
+    B, h, w, D = x.shape
+
+    def phases(taps):  # [3, ...] -> [2 phases, 2, ...]
+        pairs = (taps[0], taps[1] + taps[2]), (taps[0] + taps[1], taps[2])
+        return jnp.stack([jnp.stack(pair) for pair in pairs])
+
+    by_row = jnp.moveaxis(phases(kernel), 2, 0)  # [3 columns, 2 phases, 2 rows, D, features]
+    taps = jnp.transpose(phases(by_row), (3, 1, 4, 2, 0, 5))  # rows, columns, D, phases ...
+    found = _conv(x, taps.reshape(2, 2, D, -1)).reshape(B, h + 1, w + 1, 2, 2, -1)
+    rows = [
+        jnp.stack([found[:, i : i + h, j : j + w, i, j] for j in (0, 1)], axis=3) for i in (0, 1)
+    ]
+    return jnp.stack(rows, axis=2).reshape(B, 2 * h, 2 * w, -1)
+
+
+def _conv(x, kernel):
+    """With one pixel of zeros around x."""
+    return jax.lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), (1, 1), ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
 
 
 class _Level(Layers):
