@@ -360,7 +360,7 @@ def test_the_commands_run(tmp_path, capsys):
     assert main(["evaluate", "--model", model, "--data", str(data), *out]) == 0
     assert (tmp_path / "evaluation" / "report.html").exists()
     capsys.readouterr()
-    assert main(["tokenize", "--model", model, *images, "--num-tokens", "4", "--out", file]) == 1
+    assert main(["tokenize", "--model", model, *images, "--num-tokens", "4", "--out", file]) == 2
     assert "num_tokens=4: allowed are [8]" in capsys.readouterr().err
 
 
