@@ -87,7 +87,7 @@ class TokenizerStage(Stage):
             self._check_encoded()
         # These losses read tokens that an image does not keep, or are no mean over images.
         whole = cfg.bottleneck.has_loss or config.loss.gan_weight
-        self._grouped = grouped and len(cfg.prefixes) > 1 and not whole
+        self._grouped = grouped and cfg.tokens.order == "causal" and not whole
 
     def _check_encoded(self):
         """Refuses latents and features that are not what this configuration would make."""
