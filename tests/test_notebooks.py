@@ -15,7 +15,7 @@ def kinds(notebook) -> list[list[str]]:
     """The outputs of each cell, by their kinds."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [
-        [kind for output in cell.outputs for kind in output.get("data", {output.output_type: 0})]
+        sorted(kind for out in cell.outputs for kind in out.get("data", {out.output_type: 0}))
         for cell in cells
     ]
 
@@ -24,7 +24,7 @@ def kinds(notebook) -> list[list[str]]:
 def test_a_notebook_runs_and_shows_what_is_stored(path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
-    assert path.stat().st_size < 200_000
+    assert path.stat().st_size < 600_000
     notebook = nbformat.read(path, as_version=4)
     assert f"notebooks/{path.name})" in notebook.cells[0].source  # The badge leads here.
     stored = kinds(notebook)
