@@ -1,0 +1,145 @@
+"""Tokenizers and generators of the emoji, measured through the public interface.
+
+    python -m examples.emoji.evaluation data/emoji runs/emoji --generator runs/emoji_ar \
+        --picture emoji.png
+
+prints the numbers of docs and model pages as JSON: reconstructions of the validation emoji, which
+training never saw, and generated emoji of each group; and draws some of both.
+"""
+
+import argparse
+import json
+
+import numpy as np
+
+from examples.emoji.classifier import GROUPS, arrays, features, groups, parameters
+from flextok_jax import FlexTok, ImageGenerator, to_pil
+from flextok_jax.evaluation.metrics import psnr
+from flextok_jax.evaluation.statistics import FeatureSet, fid
+from flextok_jax.nn.images import to_float, to_uint8
+
+BATCH = 100
+SHOWN = 12  # Rows of reconstructions in the picture, evenly taken from the list.
+
+
+def counts(tok: FlexTok) -> list[int]:
+    """1, 2, 4, ... and all tokens."""
+    return sorted({*(2**i for i in range(tok.num_tokens.bit_length())), tok.num_tokens})
+
+
+def reconstruct(tok: FlexTok, images: np.ndarray, **sampling) -> dict[int, np.ndarray]:
+    """Images from their first k tokens: {k: uint8 [n, 64, 64, 3]}.
+
+    Args:
+        tok: a tokenizer of 64 x 64 pixels.
+        images: uint8 [n, 64, 64, 3].
+        sampling: arguments of `FlexTok.detokenize`. The key of batch i is i.
+    """
+    tokens = [tok.tokenize(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    return {
+        k: np.concatenate(
+            [to_uint8(tok.detokenize(t, k, key=i, **sampling)) for i, t in enumerate(tokens)]
+        )
+        for k in counts(tok)
+    }
+
+
+def feature_set(images: np.ndarray) -> FeatureSet:
+    """What the classifier says of uint8 images."""
+    parts = [features(parameters(), to_float(images[i : i + BATCH]))
+             for i in range(0, len(images), BATCH)]  # fmt: skip
+    found, logits = (np.concatenate(x) for x in zip(*parts))
+    return FeatureSet(found, logits, np.full(len(images), -1))
+
+
+def nearest(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The closest of `others` for each image: (index [n], root mean square over [-1, 1] [n])."""
+    a, b = (to_float(x).reshape(len(x), -1) for x in (images, others))
+    index = ((b**2).sum(1) - 2 * a @ b.T).argmin(axis=1)
+    return index, np.sqrt(np.mean((a - b[index]) ** 2, axis=1))
+
+
+def reconstruction_numbers(made: dict[int, np.ndarray], images, labels) -> dict:
+    """PSNR, agreement of the classifier and the Frechet distance of its features, by k.
+
+    Agreement counts the images that it reads right before they are tokenized.
+    """
+    right = groups(images) == labels
+    real = feature_set(images).gaussian
+    return {
+        "images": len(images),
+        "read right": int(right.sum()),
+        "psnr": {k: round(float(np.mean(psnr(to_float(x), to_float(images)))), 2)
+                 for k, x in made.items()},
+        "agree": {k: int((groups(x) == labels)[right].sum()) for k, x in made.items()},
+        "frechet": {k: round(fid(feature_set(x).gaussian, real), 2) for k, x in made.items()},
+    }  # fmt: skip
+
+
+def generation_numbers(samples: np.ndarray, train, validation) -> dict:
+    """How many samples of each group are read as it, and whether they are copies.
+
+    Args:
+        samples: uint8 [9, n, 64, 64, 3], by group.
+        train, validation: uint8 images.
+    """
+    read = [int((groups(x) == number).sum()) for number, x in enumerate(samples)]
+    flat = samples.reshape(-1, *samples.shape[2:])
+    ours, real = nearest(flat, train)[1], nearest(validation, train)[1]
+    return {
+        "samples of each group": samples.shape[1],
+        "read as asked": dict(zip(GROUPS, read)),
+        "read as asked, all": sum(read),
+        "distance to the nearest training emoji": round(float(np.median(ours)), 3),
+        "the same of validation emoji": round(float(np.median(real)), 3),
+        "closer than 95 % of those": round(float(np.mean(ours < np.quantile(real, 0.05))), 3),
+    }
+
+
+def picture(made, images, samples=None) -> np.ndarray:
+    """uint8 [H, W, 3]: rows of an image and its prefixes; beside them, samples, a row per group."""
+    rows = np.linspace(0, len(images) - 1, SHOWN).astype(int)
+    grid = _grid(np.stack([images[rows], *(x[rows] for x in made.values())], axis=1))
+    if samples is None:
+        return grid
+    right = _grid(samples[:, :SHOWN])
+    height = max(len(grid), len(right))
+    parts = [np.pad(x, [(0, height - len(x)), (0, 24), (0, 0)], constant_values=255)
+             for x in (grid, right)]  # fmt: skip
+    return np.concatenate(parts, axis=1)
+
+
+def _grid(images):
+    images = np.pad(images, [(0, 0), (0, 0), (3, 3), (3, 3), (0, 0)], constant_values=255)
+    rows, columns, height, width, _ = images.shape
+    return images.swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def main() -> None:
+    """Prints JSON, and writes the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="a folder made by examples.emoji.make_data")
+    parser.add_argument("tokenizer", help="of 64 x 64 pixels: a workdir, a folder or a demo")
+    parser.add_argument("--generator", help="of its tokens, by the nine groups")
+    parser.add_argument("--per-group", type=int, default=50, help="samples of each group (50)")
+    parser.add_argument("--picture", help="a PNG to write")
+    parser.add_argument("--guidance", type=float, help="of decoding; default: the model's")
+    parser.add_argument("--steps", type=int, help="of decoding; default: the model's")
+    args = parser.parse_args()
+    sampling = {"guidance_scale": args.guidance, "steps": args.steps}
+    tok = FlexTok.from_pretrained(args.tokenizer)
+    images, labels, _ = arrays(args.data, "validation")
+    made = reconstruct(tok, images, **sampling)
+    numbers, samples = reconstruction_numbers(made, images, labels), None
+    if args.generator:
+        gen = ImageGenerator.from_pretrained(args.generator, tokenizer=tok)
+        samples = np.stack([to_uint8(gen.generate(labels=[c] * args.per_group, key=c))
+                            for c in range(len(GROUPS))])  # fmt: skip
+        numbers |= generation_numbers(samples, arrays(args.data, "train")[0], images)
+    if args.picture:
+        to_pil(picture(made, images, samples)[None])[0].save(args.picture)
+    print(json.dumps(numbers, indent=2))
+
+
+if __name__ == "__main__":
+    main()
