@@ -60,15 +60,20 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
             f"{text}: no such file or folder. A model is a file, a folder, a workdir of training, "
             f"a hub id (owner/name, or owner/name/file) or one of the demos {', '.join(DEMOS)}"
         )
-    if peers.find(path):
-        return path
+    if (fault := _fault(path, files)) and not peers.find(path):
+        raise fault
+    return path
+
+
+def _fault(path, files) -> Exception | None:
+    """Why a path is no source of these files, but for tokenizers of other projects."""
     if path.is_file() and path.suffix != ".safetensors":
-        raise ValueError(f"{path} is no safetensors file; convert a PyTorch file with PyTorch")
+        return ValueError(f"{path} is no safetensors file; convert a PyTorch file with PyTorch")
     if path.is_dir() and not is_workdir(path):
         there = sorted(p.name for p in path.iterdir())
         if missing := [name for name in files if name not in there]:
-            raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}: {_what(there)}")
-    return path
+            return FileNotFoundError(f"{path} holds no {' and no '.join(missing)}: {_what(there)}")
+    return None
 
 
 def _what(there: list[str]) -> str:

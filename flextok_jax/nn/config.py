@@ -614,7 +614,7 @@ class ARConfig:
     mlp: str = "swiglu"
 
     def __post_init__(self):
-        faults = _at_least(self, 1, "vocab_size", "num_tokens", "mlp_hidden")
+        faults = _at_least(self, 1, "vocab_size", "num_tokens", "depth", "mlp_hidden")
         faults += _at_least(self, 0, "num_classes", "text_dim", "text_hidden")
         faults += _choices(self, norm=("rms", "affine"))
         if self.num_classes and self.text_dim:
