@@ -41,7 +41,7 @@ WANTED += [("tokenizer.py:d18_d28", f"v5e:{sides}") for sides in ("8x8", "16x16"
 WANTED += [("ar.py:c2i_d24", topology) for topology in ("v5e:8x8", "v5e:16x16", "2*v5e:8x8")]
 # Microbatches of a step on 16 chips.
 ACCUMULATE = {
-    "tokenizer.py": {"v5e": 16, "v5p": 4, "v6e": 8},
+    "tokenizer.py": {"v5e": 16, "v5p": 4, "v6e": 16},
     "ar.py": {"v5e": 4, "v5p": 1, "v6e": 2},
 }
 HEAD = (
