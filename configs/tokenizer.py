@@ -174,19 +174,6 @@ def _folder() -> ConfigDict:
     return c
 
 
-def _emoji() -> ConfigDict:
-    """The emoji of examples/emoji/make_data.py: `folder`, wider, deeper and longer.
-
-    A night on two CPU cores.
-    """
-    c = _folder()
-    c.total_steps, c.eval_every = 40_000, 10_000
-    c.model.encoder.update(width=144, depth=3)
-    c.model.decoder.update(width=144, depth=5)
-    c.optim.lr = 3e-3
-    return c
-
-
 def _folder_gpu() -> ConfigDict:
     """A person's own images, 64x64 pixels without a VAE, on one GPU: 62 million parameters.
 
@@ -240,7 +227,6 @@ VARIANTS = {
     "digits": _digits,
     "photos": _photos,
     "folder": _folder,
-    "emoji": _emoji,
     "folder_gpu": _folder_gpu,
     **{f"d{enc}_d{dec}": functools.partial(_imagenet, enc, dec) for enc, dec in IMAGENET},
 }

@@ -20,7 +20,6 @@ from flax import traverse_util
 
 from flextok_jax import load_images
 from flextok_jax.data import transforms
-from flextok_jax.evaluation import networks
 from flextok_jax.io import storage
 from flextok_jax.nn.images import to_float
 
@@ -106,24 +105,8 @@ def groups(images: np.ndarray, params: dict | None = None) -> np.ndarray:
     return np.argmax(np.concatenate(logits), axis=1)
 
 
-def feature_network(mesh=None) -> networks.FeatureNetwork:
-    """The classifier for FID and its like; comparable among models of these emoji only.
-
-    Args:
-        mesh: devices that a batch is cut over.
-    """
-    params = parameters()
-    description = "a small classifier of emoji by group, trained by this project"
-    metadata = {"name": "emoji", "description": description, **networks.hashes(FILE, params)}
-
-    def run(params, images):
-        return features(params, to_float(images))
-
-    return networks.FeatureNetwork(metadata, FEATURES, True, run, params, mesh)
-
-
 def train(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict:
-    """AdamW on changed copies; every group as often as the others' mean allows: new parameters.
+    """AdamW on changed copies, a group as often as the root of its size: new parameters.
 
     Args:
         images: uint8 [n, 64, 64, 3].
@@ -144,7 +127,7 @@ def train(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict:
 
     params = network.init(jax.random.key(seed), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
     state, rng = optimizer.init(params), np.random.RandomState(seed)
-    # Half of the emoji are people: a group is drawn by the root of its size.
+    # More than half of the emoji are people.
     weight = np.bincount(labels)[labels] ** -0.5
     for _ in range(_STEPS):
         rows = rng.choice(len(images), _BATCH, p=weight / weight.sum())
