@@ -296,6 +296,8 @@ def test_profile_records_the_steps_it_names_and_not_those_of_the_past(tmp_path):
         ("optim.eps", 0.0),
         ("optim.groups.d.lr", math.nan),
         ("optim.lr", -1.0),
+        ("optim.mu_dtype", "half"),
+        ("optim.rule", "sgd"),
         ("optim.warmup_steps", -1),
         ("profile", "0:2"),
         ("profile", "2:7"),
@@ -306,7 +308,7 @@ def test_profile_records_the_steps_it_names_and_not_those_of_the_past(tmp_path):
         ("vae.scaling_factor", -1.0),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_before_anything_is_made(name, value, tmp_path):
+def test_a_value_that_is_not_allowed_is_refused_before_anything_is_made(name, value, tmp_path):
     config = get_config()
     config.update(
         dict(
@@ -318,6 +320,7 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_made(name, valu
         )
     )
     config.optim.groups, config.optim.warmup_steps = dict(d=dict(lr=0.1)), 0
+    config.optim.rule, config.optim.mu_dtype = "adam", "float32"
     checks.check_config(config, make_mesh(**config.mesh))
     config.update_from_flattened_dict({name: value})
     with pytest.raises(loop.SettingsError, match=f"{name}="):

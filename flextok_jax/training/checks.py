@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from flextok_jax.io import storage
 from flextok_jax.nn.config import Compute
 from flextok_jax.parallel.mesh import platform
+from flextok_jax.training.optimizer import make_optimizer
 
 # The range of every number, for the keys that match a pattern; those of a tuple all lie in it. None
 # passes. What is a dataclass (most of `model`) checks itself.
@@ -33,7 +34,7 @@ RANGES = {
 
 
 def check_config(config, mesh: Mesh) -> None:
-    """Checks every number of a configuration, and that batches fit these devices.
+    """Checks every number of a configuration, the optimizer, and that batches fit these devices.
 
     Raises:
         ValueError: with one line for each fault.
@@ -48,6 +49,7 @@ def check_config(config, mesh: Mesh) -> None:
     ]
     if faults:
         raise ValueError("\n  ".join(faults))
+    make_optimizer(config)  # It checks the rest of `optim`.
     profiled_steps(config.profile, config.total_steps)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     sizes = {

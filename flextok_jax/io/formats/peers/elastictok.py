@@ -89,8 +89,10 @@ def read(path) -> dict[str, np.ndarray]:
                 key, data = unpacker.unpack()
                 found["/".join(key)] = _array(msgpack.unpackb(data))
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise ValueError(f"{path} is no whole stream of tensors: {reason}") from error
+        raise ValueError(
+            f"{path} is no whole stream of tensors, as ElasticTok's files are "
+            f"({type(error).__name__}): fetch it again"
+        ) from error
     return found
 
 
