@@ -360,3 +360,17 @@ def test_the_space_runs_from_a_copy(tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith(f"demo-digits 0.0.0.0 {tmp_path}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "host, port", (("127.0.0.1", None), ("127.0.0.1", 65536), ("no.invalid", 1))
+)
+def test_an_address_where_no_page_can_be_is_refused(host, port):
+    pytest.importorskip("gradio")
+    from flextok_jax.commands import demo as page
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = port or taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"no page can be opened at {host}:{port}"):
+            page.serve(None, host, port)

@@ -9,6 +9,7 @@ import contextlib
 import html
 import io
 import os
+import socket
 import sys
 from collections.abc import Iterable
 
@@ -61,7 +62,7 @@ def demo(args: options.Demo) -> None:
 
 
 def run(models: Demo, host: str = "127.0.0.1", port: int | None = None) -> None:
-    """Serves the page of these models to `host` until Ctrl-C. Raises OSError: a port is taken."""
+    """Serves the page of these models to `host` until Ctrl-C. ValueError: it cannot be there."""
     page = build(models)
     url = serve(page, host, port)
     warm_up(models)
@@ -77,10 +78,20 @@ def _gradio():
 
 
 def serve(page, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Opens the page to `host`, and returns its address. Raises OSError where the port is taken."""
+    """Opens the page to `host`, and returns its address.
+
+    Raises ValueError where the port is taken, or the address is not this machine's.
+    """
     gr = _gradio()
     system = ["ui-sans-serif", "system-ui", "sans-serif"]
     theme = gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"])
+    try:
+        socket.create_server((host, port or 0)).close()
+    except (OSError, OverflowError) as error:
+        where = f"{host}:{port}" if port else host
+        raise ValueError(
+            f"no page can be opened at {where} ({error}): give others by --port and --host"
+        ) from error
     _, url, _ = page.launch(
         server_name=host, server_port=port, prevent_thread_lock=True, share=False, quiet=True,
         show_error=False, ssr_mode=False, run_history=False, footer_links=[], theme=theme,
