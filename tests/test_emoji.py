@@ -1,6 +1,7 @@
 """The image folder of emoji, from a small package of the same layout."""
 
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_tones_lie_beside_their_base_with_group_and_name(package, packed, tmp_pa
         given = tmp_path / "emoji.tgz"
         with tarfile.open(given, "w:gz") as tar:
             tar.add(package, "package")
-    assert make_data.make(given, tmp_path / "emoji") == 160
+    assert make_data.make([given], tmp_path / "emoji") == 160
     bases = {}
     for split in ("train", "validation"):
         source = FolderSource(tmp_path / "emoji", split)
@@ -69,7 +70,28 @@ def test_tones_lie_beside_their_base_with_group_and_name(package, packed, tmp_pa
     assert not bases["train"] & bases["validation"]
     assert len(bases["train"]) + len(bases["validation"]) == 40
     with pytest.raises(FileExistsError, match="is there already"):
-        make_data.make(given, tmp_path / "emoji")
+        make_data.make([given], tmp_path / "emoji")
+
+
+def test_another_package_adds_to_the_training_side(package, tmp_path):
+    other = shutil.copytree(package, tmp_path / "other")
+    (other / "img" / "google").rename(other / "img" / "twitter")
+    emoji = (other / "emoji.json").read_text().replace("has_img_google", "has_img_twitter")
+    (other / "emoji.json").write_text(emoji)
+    made = tmp_path / "emoji"
+    number = make_data.make([package, other], made)
+    train, validation = (sorted(p.name for p in (made / s).iterdir()) for s in make_data.SPLITS)
+    assert len(train) + len(validation) == number and len(train) == 2 * (160 - len(validation))
+    assert [name for name in validation if "twitter" in name] == []
+    own = [name for name in train if "twitter" not in name]
+    assert sorted([*own, *(f"{name[:-4]}_twitter.png" for name in own)]) == train
+    source = FolderSource(made, "train")
+    about = {e.key: (e.label, e.caption) for e in map(source.read, range(len(source)))}
+    assert all(about[f"train/{n}"] == about[f"train/{n[:-4]}_twitter.png"] for n in own)
+    shutil.rmtree(other / "img")
+    with pytest.raises(ValueError, match="0 folders img"):
+        make_data.make([package, other], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_split_is_fixed():
