@@ -250,15 +250,19 @@ def test_a_hub_id_is_found_in_the_cache_of_the_hub_without_a_network(file, hub, 
     snapshot = cached(hub, "owner/flextok-beside.v1", beside)
     loaded = models.load("owner/flextok-beside.v1")
     assert loaded.config == models.load(GOLDEN / "tokenizer").config
-    assert str(snapshot) in loaded.origin
+    assert loaded.origin == f"owner/flextok-beside.v1@{snapshot.name}"
+    assert models.load(loaded.origin).config == loaded.config  # What a record says is a source.
     assert models.load(snapshot / "model.safetensors").config == loaded.config  # links to a blob
-    cached(hub, "owner/vae", GOLDEN / "vae", "v2")
-    assert (
-        models.load_vae("owner/vae", revision="v2")[0] == vae_files.load_folder(GOLDEN / "vae")[0]
-    )
-    for wrong in (None, "v3"):
+    commit = cached(hub, "owner/vae", GOLDEN / "vae", "v2").name
+    wanted = vae_files.load_folder(GOLDEN / "vae")[0]
+    for given in (("owner/vae", None, "v2"), ("owner/vae@v2",), (f"owner/vae@{commit}",)):
+        assert models.load_vae(*given)[0] == wanted
+    assert sources.pinned("owner/vae@v2") == f"owner/vae@{commit}"
+    for wrong in ("owner/vae", "owner/vae@v3"):
         with pytest.raises(FileNotFoundError, match="owner/vae.*by hand"):
-            models.load_vae("owner/vae", revision=wrong)
+            models.load_vae(wrong)
+    with pytest.raises(ValueError, match="revision already.*'v3'"):
+        models.load_vae("owner/vae@v2", revision="v3")
 
 
 def test_one_question_is_asked_of_the_hub(monkeypatch):
@@ -296,7 +300,8 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch):
         (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "several files"),
         (["pytorch_model.bin", "config.json"], "pytorch_model.bin.*convert"),
         (["config.json", vae_files.WEIGHTS], "VAE"),
-        (["diffusion_pytorch_model.fp16.safetensors"], f"fp16.*rename it to {vae_files.WEIGHTS}"),
+        (["diffusion_pytorch_model.fp16.safetensors"], "fp16.*VAE"),
+        (["diffusion_pytorch_model.bf16.safetensors"], f"bf16.*rename it to {vae_files.WEIGHTS}"),
         (["a.txt"], "a.txt"),
         ([], "empty"),
     ],
@@ -490,6 +495,27 @@ def test_a_vae_folder_loads_and_encodes_as_its_reference():
     mean, _ = encode(params, cfg, last(io["images"]))
     wanted = last(io["mean"])
     assert np.abs(mean - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("layout", ["half", "parts"])
+def test_a_vae_in_half_precision_or_in_several_files_is_the_same_vae(layout, tmp_path):
+    cfg, params = vae_files.load_folder(GOLDEN / "vae")
+    tensors, _ = contents(GOLDEN / "vae" / vae_files.WEIGHTS)
+    shutil.copy(GOLDEN / "vae" / "config.json", tmp_path)
+    if layout == "half":
+        half = {name: x.astype(np.float16) for name, x in tensors.items()}
+        safetensors.numpy.save_file(half, tmp_path / sources.VAE_HALF)
+        params = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), params)
+    else:
+        parts = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+        for part in set(parts.values()):
+            some = {name: x for name, x in tensors.items() if parts[name] == part}
+            safetensors.numpy.save_file(some, tmp_path / part)
+        (tmp_path / vae_files.INDEX).write_text(json.dumps({"weight_map": parts}))
+    assert sources.kind_of(tmp_path) == "vae"
+    found = models.load_vae(str(tmp_path))
+    assert found[0] == cfg
+    jax.tree.map(np.testing.assert_array_equal, found[1], params)
 
 
 @pytest.mark.parametrize(

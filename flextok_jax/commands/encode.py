@@ -21,7 +21,7 @@ from flextok_jax.data.transforms import NUM_DRAWS, Transform
 from flextok_jax.evaluation.reconstruction import check_counts, identity, padded, side
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import networks
-from flextok_jax.io.paths import as_path
+from flextok_jax.io.sources import pinned
 from flextok_jax.nn import dinov2, repa, vae
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import to_float
@@ -142,7 +142,7 @@ def _tokens(args, tok, known: common.KnownLengths | None) -> Encoder:
     (k,) = check_counts(tok, [args.num_tokens or tok.num_tokens])
     vocab_size = tok.config.vocab_size
     settings = {
-        "tokenizer": {"source": _named(args.model), **identity(tok)},
+        "tokenizer": {"source": pinned(args.model), **identity(tok)},
         "vocab_size": vocab_size,
         "num_tokens": k,
     } | ({"lengths": known.settings} if known else {})
@@ -158,7 +158,7 @@ def _moments(args, size: int) -> Encoder:
     h, rest = divmod(size, cfg.downsample)
     if rest:
         raise ValueError(f"--image-size {size}: the VAE needs a multiple of {cfg.downsample}")
-    settings = {"vae": {"source": _named(args.vae), **models.vae_identity(cfg, params)}}
+    settings = {"vae": {"source": pinned(args.vae), **models.vae_identity(cfg, params)}}
 
     def moments(params, images):
         found = vae.encode_moments(params, cfg, to_float(images), jnp.dtype(args.dtype))
@@ -174,7 +174,7 @@ def _features(args) -> Encoder:
     h, rest = divmod(size, cfg.patch_size)
     if rest:
         raise ValueError(f"--dinov2-size {size}: a multiple of {cfg.patch_size} needed")
-    model = {"source": _named(args.dinov2), "fingerprint": storage.fingerprint(params)}
+    model = {"source": pinned(args.dinov2), "fingerprint": storage.fingerprint(params)}
     compute = Compute(args.dtype, args.attention)
     compute.check_platform(platform(None))
 
@@ -197,9 +197,3 @@ def _on_devices(function, params, like):
         return stored_floats(np.asarray(found)[: len(images)])
 
     return run
-
-
-def _named(source: str) -> str:
-    """A model's source for the manifest: a local one from any folder."""
-    path = as_path(source)
-    return str(path.resolve()) if path.exists() else source

@@ -56,11 +56,12 @@ def load(source, revision: str | None = None) -> Loaded:
         file, read = found
         beside = file.parent / NULL_TEXT
         text = storage.read_array(beside) if beside.is_file() else None
-        return Loaded(*read(file), origin=str(source), null_text=text)
+        name = sources.name_of(source, path) or str(source)
+        return Loaded(*read(file), origin=name, null_text=text)
     if sources.is_workdir(path):
         return _load_workdir(path)
-    found = _load_file(sources.weights_file(path))
-    return dataclasses.replace(found, origin=source) if source in sources.DEMOS else found
+    found, name = _load_file(sources.weights_file(path)), sources.name_of(source, path)
+    return dataclasses.replace(found, origin=name) if name else found
 
 
 def _load_file(path) -> Loaded:
@@ -171,10 +172,10 @@ def load_vae(
         FileNotFoundError: as `sources.find`.
         ValueError: it is another kind of model, not understood, or has no scaling factor.
     """
-    path = sources.find(source, (sources.VAE_WEIGHTS, "config.json"), revision=revision)
+    path = sources.find(source, ("config.json",), revision=revision)
     sources.check_kind(path, "vae")
     if not sources.is_workdir(path):
-        return vae_files.load_folder(path, scaling_factor)
+        return vae_files.load_folder(source, scaling_factor, revision)
     exported, found = workdirs.load(path)
     factor = found.extra.get("scaling_factor") if scaling_factor is None else scaling_factor
     if factor is None:

@@ -9,11 +9,17 @@ from flextok_jax.io.paths import as_path, is_remote
 
 WEIGHTS = "model.safetensors"
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+VAE_HALF = "diffusion_pytorch_model.fp16.safetensors"
 OWN_TARGET = "flextok_jax.Tokenizer"  # Of tokenizers that the released format cannot hold.
 AR_PREFIX = "models.ar_image_model."  # Of tensors in released AR files.
 DEMOS = {"demo-digits": "digits", "demo-digits-ar": "digits_ar"}
 DEMO_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "demos"
-_HUB = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(/(?P<file>[\w.-]+\.\w+))?")
+_NAME = r"[\w-][\w.-]*"
+# Without a revision only a file may follow: owner/name/folder is taken for a path of this machine.
+_HUB = re.compile(
+    rf"(?P<id>{_NAME}/[\w.-]+)"
+    rf"(/(?P<file>[\w.-]+\.\w+)|@(?P<revision>{_NAME})(/(?P<inside>{_NAME}(/{_NAME})*))?)?"
+)
 KINDS = {
     "tokenizer": "a tokenizer: load it with FlexTok.from_pretrained",
     "ar": "an AR model: load it with ImageGenerator.from_pretrained",
@@ -21,10 +27,12 @@ KINDS = {
 }
 # What a folder is that holds such a file, and what to do.
 _OTHERS = {
-    r"model_index\.json": "a whole pipeline of diffusers: name the folder `vae` inside of it",
+    r"model_index\.json": "a whole pipeline of diffusers: name the folder `vae` inside of it (of a "
+    "hub id: owner/name@main/vae)",
+    rf"{re.escape(VAE_WEIGHTS)}(\.index\.json)?": "a VAE on its own",
     r".*\.safetensors\.index\.json": "a model in several files: join them into one",
-    re.escape(VAE_WEIGHTS): "a VAE on its own",
     re.escape(WEIGHTS): "another kind of model than a VAE",
+    re.escape(VAE_HALF): "a VAE on its own, in half precision",
     r"diffusion_pytorch_model\..+\.safetensors": f"a VAE in another precision: rename it to "
     f"{VAE_WEIGHTS}",
     r".*\.safetensors": "a model under another name: rename the file if that is meant",
@@ -39,30 +47,73 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
         source: see `FlexTok.from_pretrained`.
         files: what is needed of it.
         optional: what is fetched as well where it is there.
-        revision: branch, tag or commit of a hub id.
+        revision: branch, tag or commit of a hub id that names none itself (owner/name@REVISION).
 
     Raises:
         FileNotFoundError: nothing is there, or not all `files`; the message says what is there.
-        ValueError: a revision of a local path, or a file of another kind.
+        ValueError: a revision of a local path, two revisions, or a file of another kind.
     """
     text = str(source)
-    path = DEMO_FOLDER / DEMOS[text] if text in DEMOS else as_path(source)
-    if path.exists():
+    if hub := _on_hub(text):
+        if revision and hub["revision"]:
+            raise ValueError(f"{text} names a revision already: leave out revision={revision!r}")
+        inside = hub["file"] or hub["inside"] or ""
+        alone = re.search(r"\.[A-Za-z]\w*$", inside)
+        wanted = [inside] if alone else [f"{inside}/{n}".lstrip("/") for n in (*files, *optional)]
+        path = _fetch(hub["id"], wanted, revision or hub["revision"]) / inside
+        if files and not path.exists():
+            raise FileNotFoundError(f"{text}: the repository holds no {' and no '.join(wanted)}")
+    else:
+        path = DEMO_FOLDER / DEMOS[text] if text in DEMOS else as_path(source)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{text}: no such file or folder. A model is a file, a folder, a workdir of "
+                "training, a hub id (owner/name, owner/name@REVISION, owner/name/FILE or owner/name"
+                f"@REVISION/FOLDER) or one of the demos {', '.join(DEMOS)}"
+            )
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for a hub id, and {text} is local")
         # Not resolved: a hub cache links to files under other names.
         path = path if is_remote(path) else path.absolute()
-    elif not pathlib.Path(text).parent.is_dir() and (hub := _HUB.fullmatch(text)):
-        wanted = [hub["file"]] if hub["file"] else [*files, *optional]
-        path = _fetch(hub["id"], wanted, revision) / (hub["file"] or "")
-    else:
-        raise FileNotFoundError(
-            f"{text}: no such file or folder. A model is a file, a folder, a workdir of training, "
-            f"a hub id (owner/name, or owner/name/file) or one of the demos {', '.join(DEMOS)}"
-        )
     if (fault := _fault(path, files)) and not peers.find(path):
         raise fault
     return path
+
+
+def _on_hub(text: str) -> re.Match | None:
+    """The parts of a hub id; None of what is local, or looks like it."""
+    if text in DEMOS or as_path(text).exists() or pathlib.Path(text).parent.is_dir():
+        return None
+    return _HUB.fullmatch(text)
+
+
+def name_of(source, path) -> str | None:
+    """A name for where a model came from; None: nothing names it better than its path.
+
+    Args:
+        source: as a person gave it.
+        path: where `find` found it.
+
+    Returns:
+        A demo's name, or a hub id with the commit, owner/name@COMMIT: a source of these very files.
+    """
+    text = str(source)
+    if text in DEMOS:
+        return text
+    if not (hub := _on_hub(text)):
+        return None
+    commit = re.search(r"/snapshots/(\w+)", path.as_posix())
+    parts = [f"{hub['id']}@{commit[1]}" if commit else hub["id"], hub["file"] or hub["inside"]]
+    return "/".join(filter(None, parts))
+
+
+def pinned(source) -> str:
+    """A source for records: a hub id with its commit, a path of this machine from any folder."""
+    text = str(source)
+    if _on_hub(text):
+        return name_of(text, find(text, (), ("config.json",)))
+    path = as_path(text)
+    return str(path.resolve()) if path.exists() and text not in DEMOS else text
 
 
 def _fault(path, files) -> Exception | None:
@@ -121,7 +172,7 @@ def kind_of(source) -> str | None:
     if is_workdir(path):
         kind = (config.get("model") or {}).get("kind")
         return "tokenizer" if kind == "flextok" else kind
-    if (path / VAE_WEIGHTS).is_file():
+    if (path / VAE_WEIGHTS).is_file() or config.get("_class_name") == "AutoencoderKL":
         return "vae"
     if peers.find(path):
         return "tokenizer"

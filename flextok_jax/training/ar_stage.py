@@ -15,7 +15,7 @@ from flextok_jax.data.pipeline import padded_text
 from flextok_jax.data.source import check_labels
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar, text_tokens
-from flextok_jax.io.paths import as_path
+from flextok_jax.io.sources import pinned
 from flextok_jax.nn import ar, flextok, layout, t5
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
@@ -118,8 +118,7 @@ class ARStage(Stage):
 
     def _online(self, model) -> Tokens:
         """Of images, which the frozen tokenizer turns into tokens."""
-        if as_path(self._source).exists():
-            self._source = str(as_path(self._source).resolve())
+        self._source = pinned(self._source)
         if model["text_dim"] and not self._t5:
             raise ValueError(
                 "embeddings of captions come with tokens made before; of images the model learns "
@@ -283,8 +282,8 @@ class ARStage(Stage):
     def export_config(self):
         """What `ImageGenerator.from_pretrained` needs to rebuild the model from a workdir.
 
-        "tokenizer" has "source" as it was named, "origin" and "fingerprint" (sha256 over the
-        parameters); "classes" are names, [] without; "text_encoder" of a text model, see
+        "tokenizer" has "source" (of the hub with its commit), "origin" and "fingerprint" (sha256
+        over the parameters); "classes" are names, [] without; "text_encoder" of a text model, see
         `flexar.LoadedAR`.
         """
         found = {

@@ -13,6 +13,7 @@ from flextok_jax.flow import sampler
 from flextok_jax.flow.sampler import Sampler
 from flextok_jax.io import models, storage
 from flextok_jax.io.paths import as_path
+from flextok_jax.io.sources import pinned
 from flextok_jax.nn import flextok, layout
 from flextok_jax.nn.config import Compute, TokenizerConfig, identity_vae
 from flextok_jax.nn.decoder import Condition, unconditional
@@ -149,7 +150,7 @@ class DistillStage(TokenizerStage):
     def export_config(self):
         """As of a tokenizer; also "teacher_source" and "teacher_fingerprint"."""
         fingerprint = _teacher(self._source)[1]
-        teacher = {"teacher_source": self._source, "teacher_fingerprint": fingerprint}
+        teacher = {"teacher_source": pinned(self._source), "teacher_fingerprint": fingerprint}
         return super().export_config() | teacher
 
 

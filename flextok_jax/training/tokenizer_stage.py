@@ -14,7 +14,7 @@ from flextok_jax.data import shards
 from flextok_jax.data import sources as image_sources
 from flextok_jax.evaluation import metrics
 from flextok_jax.flow import path as flow
-from flextok_jax.io import models, storage
+from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import networks
 from flextok_jax.nn import dinov2, flextok, layout, repa, vae
 from flextok_jax.nn.config import Compute, TokenizerConfig, VAEConfig, from_dict, identity_vae
@@ -369,11 +369,11 @@ class TokenizerStage(Stage):
 
     def export_config(self):
         """What `FlexTok.from_pretrained` needs; "vae_fingerprint": sha256 over the parameters."""
-        frozen = models.vae_params(self._vae_source, self.model.vae)
+        source, frozen = self._vae_source, models.vae_params(self._vae_source, self.model.vae)
         return {
             "kind": "flextok",
             "config": dataclasses.asdict(self.model),
-            "vae_source": self._vae_source,
+            "vae_source": source if source == models.IDENTITY else sources.pinned(source),
             "vae_fingerprint": storage.fingerprint(frozen),
         }
 

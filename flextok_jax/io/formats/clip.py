@@ -101,7 +101,8 @@ def load(source, dtype=np.float32, revision: str | None = None) -> LoadedCLIP:
             problems.append(f"{text_tokens.FILE} does not end texts with id {cfg.vocab_size - 1}")
         entries = names.entries(layout.unbox(clip.shapes(cfg)), names.by_table(NAMES))
         params = names.to_params(entries, tensors, folder, problems, dtype)
-    return LoadedCLIP(cfg, params, tokenizer, str(folder))
+    name = sources.name_of(source, folder) or str(folder)
+    return LoadedCLIP(cfg, params, tokenizer, name)
 
 
 def _wanted(name: str) -> bool:

@@ -87,8 +87,8 @@ def load(source, revision: str | None = None) -> LoadedAR:
         cfg, origin = from_dict(ARConfig, info["config"]), f"{path}, step {found.step}"
         info = {name: x for name, x in info.items() if name not in ("kind", "config")}
         return LoadedAR(cfg, found.params, info, origin=origin, step=found.step)
-    found = _load_file(sources.weights_file(path))
-    return dataclasses.replace(found, origin=source) if source in sources.DEMOS else found
+    found, name = _load_file(sources.weights_file(path)), sources.name_of(source, path)
+    return dataclasses.replace(found, origin=name) if name else found
 
 
 def save(folder, model: LoadedAR):

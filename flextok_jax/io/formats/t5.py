@@ -92,7 +92,8 @@ def load(source, dtype=np.float32, revision: str | None = None) -> LoadedT5:
     assumed = [ASSUMED_GELU] if found.get("feed_forward_proj") != "gated-gelu" else []
     if "relative_attention_max_distance" not in found:
         assumed.append(f"largest distance of positions: {cfg.max_distance}")
-    return LoadedT5(cfg, params, text, str(folder), tuple(assumed))
+    name = sources.name_of(source, folder) or str(folder)
+    return LoadedT5(cfg, params, text, name, tuple(assumed))
 
 
 def read(tensors: Mapping, where, found: dict, dtype=np.float32) -> tuple[T5Config, dict]:

@@ -1,13 +1,17 @@
-"""VAE checkpoints in the diffusers AutoencoderKL layout: `config.json` and one safetensors file."""
+"""VAE checkpoints in the diffusers AutoencoderKL layout: `config.json` and safetensors files.
+
+The weights are one file, several with an index, or, where there is nothing else, in float16.
+"""
 
 import dataclasses
 import re
 
 import jax
 
-from flextok_jax.io import storage
-from flextok_jax.io.formats import names
+from flextok_jax.io import sources, storage
+from flextok_jax.io.formats import names, weights
 from flextok_jax.io.paths import as_path
+from flextok_jax.io.sources import VAE_HALF
 from flextok_jax.io.sources import VAE_WEIGHTS as WEIGHTS
 from flextok_jax.nn import vae
 from flextok_jax.nn.config import VAEConfig
@@ -51,12 +55,19 @@ def infer_layout(tensors: dict, known: VAEConfig, prefix: str = "") -> VAEConfig
     )
 
 
-def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
-    """A VAE folder -> (configuration, parameters as nested float32 NumPy arrays).
+INDEX = f"{WEIGHTS}.index.json"
+
+
+def load_folder(
+    source, scaling_factor: float | None = None, revision: str | None = None
+) -> tuple[VAEConfig, dict]:
+    """A VAE folder or hub id -> (configuration, parameters as nested float32 NumPy arrays).
 
     Raises:
+        FileNotFoundError: as `sources.find`, or there are no weights.
         ValueError: an option that is not implemented, or wrong tensors, all listed.
     """
+    folder = sources.find(source, ("config.json",), (INDEX,), revision)
     released = storage.read_json(folder / "config.json")
     factor = released.get("scaling_factor", SCALING_FACTOR)
     factor = factor if scaling_factor is None else scaling_factor
@@ -68,10 +79,12 @@ def load_folder(folder, scaling_factor: float | None = None) -> tuple[VAEConfig,
     if problems:
         raise ValueError(f"{folder}/config.json: " + "; ".join(problems))
     known = VAEConfig(norm_groups=released.get("norm_num_groups", 32), scaling_factor=float(factor))
-    tensors = names.modern(storage.read(folder / WEIGHTS)[0])
-    cfg = infer_layout(tensors, known)
-    shapes = jax.eval_shape(lambda key: vae.init_vae(cfg, key), jax.random.key(0))
-    return cfg, names.to_params(names.entries(shapes, names.vae_name), tensors, folder / WEIGHTS)
+    files = (WEIGHTS, VAE_HALF)
+    with weights.opened(source, folder, lambda name: True, revision, files) as tensors:
+        tensors = names.modern(tensors)
+        cfg = infer_layout(tensors, known)
+        shapes = jax.eval_shape(lambda key: vae.init_vae(cfg, key), jax.random.key(0))
+        return cfg, names.to_params(names.entries(shapes, names.vae_name), tensors, folder)
 
 
 def save_folder(folder, cfg: VAEConfig, params):

@@ -1,10 +1,10 @@
-"""The weights of a folder as transformers writes it: one file, or several with an index.
+"""The weights of a folder of transformers or diffusers: one file, or several with an index.
 
 Of several files only those that hold a wanted tensor are fetched and opened.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -19,23 +19,30 @@ INDICES = (INDEX, TORCH_INDEX)
 
 @contextlib.contextmanager
 def opened(
-    source, folder, wanted: Callable[[str], bool], revision: str | None = None
+    source,
+    folder,
+    wanted: Callable[[str], bool],
+    revision: str | None = None,
+    files: Sequence[str] = (sources.WEIGHTS, TORCH),
 ) -> Iterator[Mapping]:
     """The wanted tensors, arrays or `storage.Lazy`, from the best of the files there are.
 
     Args:
         source: a folder or a hub id.
-        folder: where `sources.find` put it, with those of INDICES that it has.
+        folder: where `sources.find` put it, with the indices (NAME.index.json) that it has.
         wanted: name -> whether a tensor is read.
         revision: branch, tag or commit of a hub id.
+        files: names of the weights, best first.
 
     Raises:
         FileNotFoundError: there are no weights.
         ValueError: a file is not understood.
     """
-    for index, opened in ((INDEX, storage.opened), (TORCH_INDEX, _torch)):
-        single = index.removesuffix(".index.json")
-        path = folder / index
+    for single in files:
+        opened, path = (
+            _torch if single == TORCH else storage.opened,
+            folder / f"{single}.index.json",
+        )
         if path.is_file():
             needed = storage.read_json(path).get("weight_map") or {}
             needed = sorted({file for name, file in needed.items() if wanted(name)})
@@ -51,7 +58,7 @@ def opened(
         with opened([folder / file for file in needed], wanted) as tensors:
             yield tensors
         return
-    raise FileNotFoundError(f"{folder} holds no {sources.WEIGHTS} or {TORCH}, and no index of them")
+    raise FileNotFoundError(f"{folder} holds no {' or '.join(files)}, and no index of them")
 
 
 @contextlib.contextmanager
