@@ -42,6 +42,7 @@ TRAIN = [
     "scikit-image>=0.24",  # the photographs of examples/; this version works with NumPy 2
 ]
 
+WANDB = ["wandb>=0.18"]  # numbers of training at Weights & Biases
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.29"]
 
 setup(
@@ -69,10 +70,12 @@ setup(
         "docs": DOCS,
         "train": TRAIN,
         "demo": DEMO,
+        "wandb": WANDB,
         "dev": [
             *TRAIN,
             *DEMO,
             *DOCS,
+            *WANDB,
             "pytest>=8",
             "pytest-xdist>=3.6",
             "nbclient>=0.10",  # the notebooks, with ipykernel

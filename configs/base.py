@@ -26,6 +26,7 @@ def base(stage: str, **changes) -> ConfigDict:
             checkpoint=dict(every=1000, keep=2),
             max_skipped_in_row=20,  # steps without a finite gradient, then the run stops
             profile="",  # "A:B": steps A to B, recorded in DIR/profile
+            wandb=dict(project=""),  # of Weights & Biases, for the numbers of DIR/metrics.jsonl
             compute=dict(dtype="float32"),
             evaluation=dict(num_images=256, batch_size=128),
             data=dict(

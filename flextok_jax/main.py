@@ -15,6 +15,7 @@ On several machines the same command runs on each. TPU pods and Slurm are recogn
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 
@@ -83,7 +84,8 @@ def main(argv):
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        outcome = train(stage, config, workdir)
+        command = shlex.join(["python", "-m", "flextok_jax.main", *sys.argv[1:]])
+        outcome = train(stage, config, workdir, command)
     except (SettingsError, WorkdirError, Diverged, OutOfMemory, OSError) as error:
         sys.exit(f"error: {error}")
     if outcome.stopped:

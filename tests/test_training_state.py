@@ -112,6 +112,7 @@ def get_config(**changes):
             "checkpoint": {"every": 3, "keep": 3},
             "max_skipped_in_row": 20,
             "profile": "",
+            "wandb": {"project": ""},
             "compute": {"dtype": "float32"},
             "evaluation": {"num_images": 8, "batch_size": 8},
             "data": {

@@ -22,7 +22,7 @@ from flextok_jax.io.paths import as_path, is_remote
 HARMLESS = (
     r"total_steps|log_every|eval_every|max_skipped_in_row|profile|data\.(path|max_unreadable)"
     r"|(vae|tokenizer)\.source"
-    r"|(checkpoint|mesh|evaluation)\..*|compute\.(attention|remat|scan)"
+    r"|(checkpoint|mesh|evaluation|wandb)\..*|compute\.(attention|remat|scan)"
 )
 
 

@@ -1,6 +1,7 @@
 """What is checked of a configuration before anything is made of it."""
 
 import fnmatch
+import importlib.util
 import re
 
 from jax.sharding import Mesh
@@ -47,6 +48,8 @@ def check_config(config, mesh: Mesh) -> None:
         if any(fnmatch.fnmatch(key, pattern) for pattern in patterns.split())
         and not all(_within(x, interval) for x in _numbers(value))
     ]
+    if (project := config.wandb.project) and importlib.util.find_spec("wandb") is None:
+        faults.append(f"wandb.project={project!r} needs wandb: pip install -e '.[wandb]'")
     if faults:
         raise ValueError("\n  ".join(faults))
     make_optimizer(config)  # It checks the rest of `optim`.

@@ -1,4 +1,6 @@
-"""What a run reports: DIR/metrics.jsonl, TensorBoard events in DIR/tb, and lines for a person."""
+"""What a run reports: DIR/metrics.jsonl, TensorBoard events in DIR/tb, lines for a person, and, if
+asked, Weights & Biases.
+"""
 
 import contextlib
 import json
@@ -18,8 +20,20 @@ log = logging.getLogger(__name__)
 class RunLog:
     """Writes metrics as JSON lines and events, and shows progress, in process 0 only."""
 
-    def __init__(self, workdir: str | os.PathLike, start: int, total: int):
-        """Continues the logs of `workdir` after step `start`: what lies beyond it is dropped."""
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        start: int,
+        total: int,
+        project: str = "",
+        config: dict | None = None,
+    ):
+        """Continues the logs of `workdir` after step `start`: what lies beyond it is dropped.
+
+        Args:
+            project: of Weights & Biases, which gets everything as well; "": not.
+            config: what is shown there, in JSON terms.
+        """
         self._pending, self._active = {}, jax.process_index() == 0
         if not self._active:
             return
@@ -30,6 +44,7 @@ class RunLog:
         self._path = workdir / "metrics.jsonl"
         storage.write_text(self._path, "".join(_lines_until(self._path, start)))
         self._events = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+        self._wandb = _wandb(workdir, project, config) if project else None
         self._bar = tqdm.tqdm(initial=start, total=total, unit="step", disable=None)
 
     def __enter__(self):
@@ -40,6 +55,8 @@ class RunLog:
         if self._active:
             self._events.close()
             self._bar.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=int(exc[0] is not None))
 
     def advance(self):
         """One step is done."""
@@ -57,22 +74,51 @@ class RunLog:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        step, line = record["step"], f"step {record['step']}/{self._bar.total}"
+        step, line, numbers = record["step"], f"step {record['step']}/{self._bar.total}", {}
         for name, value in record.items():
             parts = {name: value}
             if isinstance(value, list):
                 parts = {f"{name}/{i:03d}": x for i, x in enumerate(value)}
-            for tag, number in parts.items():
-                if number is not None:
-                    self._events.add_scalar(tag, number, step)
+            numbers |= {tag: number for tag, number in parts.items() if number is not None}
             if name != "step" and ("/" not in name or name.startswith("eval/")):
                 shown = value if value is None else format(value, ".4g")
                 line += f"  {name.removeprefix('eval/')}={shown}"
+        for tag, number in numbers.items():
+            self._events.add_scalar(tag, number, step)
         self._events.flush()
+        if self._wandb:
+            self._wandb.log(numbers)
         if self._bar.disable:
             log.info("%s", line)
         else:
             self._bar.write(line, file=sys.stderr)
+
+
+def _wandb(workdir: pathlib.Path, project: str, config: dict | None):
+    """The run of Weights & Biases that belongs to a workdir; DIR/wandb_id names it."""
+    import wandb
+
+    file = workdir / "wandb_id"
+    before = file.read_text(encoding="utf-8") if file.exists() else None
+    try:
+        run = wandb.init(
+            project=project,
+            name=workdir.name,
+            id=before,
+            resume="allow",
+            dir=workdir,
+            config=config,
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.Error as error:
+        raise OSError(
+            f"wandb.project={project!r}: {error}. Log in by `wandb login`, or set "
+            f"WANDB_MODE=offline and send what is in {workdir}/wandb later by `wandb sync`"
+        ) from error
+    # By our own step: one that is trained again after a crash is logged again.
+    run.define_metric("*", step_metric="step")
+    storage.write_text(file, run.id)
+    return run
 
 
 @jax.jit

@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     stopped: signal.Signals | None
 
 
-def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
+def train(stage: Stage, config, workdir: str | os.PathLike, command: str | None = None) -> Outcome:
     """Trains `stage` in `workdir` up to `config.total_steps`, continuing what is there.
 
     Whenever a run ends, by its last step, a signal or an error, its last good state is saved.
@@ -51,6 +51,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
         stage: see training/stage.py.
         config: a ConfigDict.
         workdir: DIR; gets DIR/checkpoints, config.json, metrics.jsonl, tb, and profile if asked.
+        command: what started the run, for DIR/config.json.
 
     Raises:
         SettingsError, OSError: of the configuration and of what it names, before the first step.
@@ -91,11 +92,12 @@ def train(stage: Stage, config, workdir: str | os.PathLike) -> Outcome:
             extra = checkpoints.extra | workdirs.identity(
                 workdir, checkpoints.extra, config, stage, pipeline.source, start
             )
-            workdirs.describe(workdir, plain, extra["model"], program)
+            about = {"config": plain, "model": extra["model"], "command": command}
+            workdirs.describe(workdir, about, program)
             frozen = stage.load_frozen()
         frozen = jax.device_put(layout.unbox(frozen), param_shardings(mesh, frozen))
 
-        with logs.RunLog(workdir, start, total) as run_log:
+        with logs.RunLog(workdir, start, total, config.wandb.project, plain) as run_log:
             if start >= total:
                 log.info("step %d of %d is reached: nothing left to train", start, total)
                 return Outcome(state, None)

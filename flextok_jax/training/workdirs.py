@@ -81,10 +81,10 @@ def identity(workdir, saved: dict, config, stage, source, step: int) -> dict:
     return now | {"total_steps": config.total_steps}
 
 
-def describe(workdir, plain: dict, model: dict, program):
-    """Writes DIR/config.json, and the table of parameters into the log."""
+def describe(workdir, about: dict, program):
+    """Writes DIR/config.json ("config", "model", "command"), and logs the table of parameters."""
     if jax.process_index() == 0:
-        storage.write_json(workdir / "config.json", {"config": plain, "model": model})
+        storage.write_json(workdir / "config.json", about)
         table = parameter_overview.get_parameter_overview(
             program.shapes.params, include_stats="sharding"
         )
