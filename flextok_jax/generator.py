@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flextok_jax.conditions import Conditions, check_labels, check_text
-from flextok_jax.io import storage
+from flextok_jax.io import hub, sources, storage
 from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, flextok, generation
 from flextok_jax.nn.ar import ARCondition
@@ -365,11 +365,60 @@ class ImageGenerator:
         A model that came with a `config.yaml` gets it back. What neither names nor shapes say
         (guidance, whose tokens they are) lies in the file's header.
         """
-        file = self._file or flexar.LoadedAR(self.config, {})
-        info = dict(file.info)
+        self._save(folder, self._info())
+
+    def push_to_hub(
+        self,
+        repo: str,
+        license: str,
+        picture=None,
+        numbers: hub.Table | None = None,
+        private: bool = False,
+        tokenizer_source: str | None = None,
+    ) -> str:
+        """Publishes the model on the Hugging Face hub, with a model card made from its run.
+
+        Args:
+            repo, license, picture, numbers, private: see `FlexTok.push_to_hub`.
+            tokenizer_source: where others find the tokenizer, a hub id; None: what the model's file
+                names, unless that is a path of this machine, which is left out.
+
+        Returns, Raises: see `FlexTok.push_to_hub`.
+        """
+        cfg, info = self.config, self._info()
+        for name in {"tokenizer", "text_encoder"} & info.keys():
+            info[name] = {
+                key: x
+                for key, x in (info[name] or {}).items()
+                if key != "origin" and (key != "source" or sources.is_public(x))
+            }
+        if tokenizer_source:
+            info["tokenizer"] = (info.get("tokenizer") or {}) | {"source": tokenizer_source}
+        source = (info.get("tokenizer") or {}).get("source")
+        by = f"{cfg.num_classes} classes" if cfg.num_classes else "nothing"
+        about = {
+            "tokens": f"{cfg.num_tokens} of {cfg.vocab_size:,} ids",
+            "of the tokenizer": source or "that is not published",
+            "generates by": f"texts, {cfg.text_dim} channels" if cfg.text_dim else by,
+            **hub.parameters(self.params, self.fingerprint),
+        }
+        given = f', tokenizer=FlexTok.from_pretrained("{source}")' if source else ""
+        use = "from flextok_jax import FlexTok, ImageGenerator\n\n"
+        use += f'gen = ImageGenerator.from_pretrained("{repo}"{given})'
+        card = hub.model_card(
+            repo, license, about, use, ["image-generation"], self._file and self._file.workdir,
+            picture is not None, numbers,
+        )  # fmt: skip
+        return hub.push(repo, lambda folder: self._save(folder, info), card, picture, private)
+
+    def _info(self) -> dict:
+        """What the file's header says, see `flexar.LoadedAR`."""
+        info = dict(self._file.info) if self._file else {}
         if info.get("tokenizer") is None and self.tokenizer is not None:
-            tok = self.tokenizer
-            info["tokenizer"] = {"fingerprint": tok.fingerprint}
+            info["tokenizer"] = {"fingerprint": self.tokenizer.fingerprint}
+        return info
+
+    def _save(self, folder, info: dict) -> None:
         params = self.params
         if flexar.text_encoder_config(info) is not None:
             if self.text_encoder is None:
@@ -377,6 +426,7 @@ class ImageGenerator:
                     "the model's own text encoder was taken away: text_encoder is None"
                 )
             params = params | {"text_encoder": self.text_encoder.params}
+        file = self._file or flexar.LoadedAR(self.config, {})
         params = jax.tree.map(np.asarray, params)
         flexar.save(folder, dataclasses.replace(file, params=params, info=info))
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from flextok_jax import lengths
 from flextok_jax.flow import sampler as flow_sampler
-from flextok_jax.io import models, storage
+from flextok_jax.io import hub, models, storage
 from flextok_jax.nn import flextok, vae
 from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.images import to_float
@@ -328,6 +328,47 @@ class FlexTok:
         file = self._file or models.Loaded(self.config, {})
         params = jax.tree.map(np.asarray, self.params)
         models.save(folder, dataclasses.replace(file, params=params))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        license: str,
+        picture=None,
+        numbers: hub.Table | None = None,
+        private: bool = False,
+    ) -> str:
+        """Publishes the model on the Hugging Face hub, with a model card made from its run.
+
+        The card says what the model is and how to load it; of a model from a workdir also the
+        command, the configuration, the data (without the folders on this machine) and the last
+        evaluation.
+
+        Args:
+            repo: "owner/name"; made where it is not there.
+            license: of the weights, as the hub names it, such as "apache-2.0".
+            picture: a PNG file for the card, such as the grid of `flextok reconstruct`.
+            numbers: a table for the card: the titles, then the rows, as text.
+            private: whether a new repository is.
+
+        Returns:
+            The source of what was published, "owner/name@COMMIT".
+
+        Raises:
+            ValueError, OSError: see `io.hub.push`.
+        """
+        cfg, (height, width) = self.config, self.config.image_size
+        kind = f"{cfg.vocab_size:,} ids" if cfg.discrete else f"{cfg.code_dim} numbers"
+        about = {
+            "images": f"{height} x {width} pixels",
+            "tokens": f"{self.num_tokens} of {kind}, {cfg.tokens.order}",
+            **hub.parameters(self.params, self.fingerprint),
+        }
+        use = f'from flextok_jax import FlexTok\n\ntok = FlexTok.from_pretrained("{repo}")'
+        card = hub.model_card(
+            repo, license, about, use, ["image-tokenizer"], self._file and self._file.workdir,
+            picture is not None, numbers,
+        )  # fmt: skip
+        return hub.push(repo, self.save_pretrained, card, picture, private)
 
     def _run_encoder(self, images, num_tokens, key):
         cfg = self.config

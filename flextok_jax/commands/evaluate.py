@@ -181,11 +181,16 @@ def _scales(given, default) -> list:
     return sorted(set(given)) if given else [default]
 
 
-def _print(results: list[dict]) -> None:
-    """A table of all settings, and the warnings."""
+def table(results: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """The titles and the rows of a table of all settings, as text."""
     settings = [result["metadata"]["setting"] for result in results]
     varied = [a for a in sweep.AXES if a == "num_tokens" or len({s[a] for s in settings}) > 1]
-    titles, rows = sweep_report.table(results, varied)
+    return sweep_report.table(results, varied)
+
+
+def _print(results: list[dict]) -> None:
+    """A table of all settings, and the warnings."""
+    titles, rows = table(results)
     widths = [max(map(len, column)) for column in zip(titles, *rows)]
     for row in (titles, *rows):
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))

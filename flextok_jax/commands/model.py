@@ -1,4 +1,4 @@
-"""`flextok info` and `flextok convert`: what a model is, and its file in the released format."""
+"""`flextok info`, `convert` and `push`: what a model is, and its file in the released format."""
 
 import dataclasses
 import json
@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import jax
 
+from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands import common, options
 from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import flexar, t5, vae_files
+from flextok_jax.io.paths import as_path
 
 WRITTEN = (sources.WEIGHTS, sources.VAE_WEIGHTS, "config.json", flexar.CONFIG)  # By `convert`.
 
@@ -18,6 +20,30 @@ def convert(args: options.Convert) -> None:
     out = common.out_folder(args.out, new=WRITTEN)
     model, save = _load(args.model, args.scaling_factor)
     print(f"{model['origin']}\n-> {save(out)}\nsha256 {model['sha256']}")
+
+
+def push(args: options.Push) -> None:
+    """Publishes a tokenizer or an AR model on the hub; prints the source of what is there now."""
+    kind = sources.kind_of(args.model)
+    if kind not in ("tokenizer", "ar"):
+        raise ValueError(
+            f"{args.model} is no tokenizer or AR model: write it by `flextok convert --out DIR`, "
+            "and publish that by `hf upload OWNER/NAME DIR`"
+        )
+    if args.tokenizer and kind != "ar":
+        raise ValueError(f"--tokenizer is for an AR model; {args.model} is a tokenizer")
+    numbers = None
+    if args.evaluation:
+        from flextok_jax.commands import evaluate
+        from flextok_jax.evaluation import sweep
+
+        if not (results := sweep.results(as_path(args.evaluation))[0]):
+            raise ValueError(f"--evaluation {args.evaluation} holds no result of flextok evaluate")
+        titles, rows = evaluate.table(results)
+        numbers = [titles, *rows]
+    more = {"tokenizer_source": args.tokenizer} if kind == "ar" else {}
+    model = (ImageGenerator if kind == "ar" else FlexTok).from_pretrained(args.model)
+    print(model.push_to_hub(args.repo, args.license, args.picture, numbers, args.private, **more))
 
 
 def info(args: options.Info) -> None:

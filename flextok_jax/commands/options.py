@@ -535,6 +535,28 @@ class Convert:
 
 
 @_options
+class Push:
+    """A model from any source to the Hugging Face hub, with a model card.
+
+    The card says what the model is and how to load it; of a workdir also command,
+    configuration, data and the last evaluation of the run, without the folders on
+    this machine. Prints OWNER/NAME@COMMIT, a source. Log in first: `hf auth login`.
+
+    example:
+      flextok push --model runs/mine --repo OWNER/NAME --license apache-2.0 \\
+          --picture reconstructions/grid.png --evaluation evaluation
+    """
+
+    model: Tokenizer
+    repo: Annotated[str, *_option("OWNER/NAME", hint=None)]  # made where it is not there
+    license: Annotated[str, *_option("ID", hint=None)]  # of the weights, such as apache-2.0
+    picture: File = None  # for the card, such as the grid.png of reconstruct or generate
+    evaluation: Annotated[str | None, *_option("DIR", _text, "of evaluate, for the card")] = None
+    tokenizer: Source = None  # of an AR model: where others find it (the one that its file names)
+    private: Flag = False  # make a private repository
+
+
+@_options
 class Info:
     """What a model is: configuration, parameter counts, sha256.
 
@@ -566,5 +588,6 @@ COMMANDS = {  # Words: options, MODULE:FUNCTION below flextok_jax.commands.
     "data check": (Check, "data:check"),
     "data pack": (Pack, "data:pack"),
     "convert": (Convert, "model:convert"),
+    "push": (Push, "model:push"),
     "info": (Info, "model:info"),
 }

@@ -29,6 +29,7 @@ class Loaded:
         metadata: the header of the file, None: to be made from `config`.
         origin: where it came from, in words.
         step: of training, None but for a workdir.
+        workdir: the path of that, else None.
         null_text: float32 [T, E], of a file NULL_TEXT beside a peer's, None: there is none.
         teacher: of a distilled model, the sha256 over the parameters of the one it came from.
     """
@@ -38,6 +39,7 @@ class Loaded:
     metadata: dict[str, str] | None = None
     origin: str = "memory"
     step: int | None = None
+    workdir: Any = None
     teacher: str | None = None
     null_text: np.ndarray | None = None
 
@@ -104,7 +106,7 @@ def _load_workdir(path) -> Loaded:
             f"{wanted[:16]}…)"
         )
     return Loaded(
-        cfg, params, origin=f"{path}, step {found.step}", step=found.step,
+        cfg, params, origin=f"{path}, step {found.step}", step=found.step, workdir=path,
         teacher=exported.get("teacher_fingerprint"),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from flextok_jax.io import storage
+from flextok_jax.io import hub, storage
 from flextok_jax.io.formats import peers
 from flextok_jax.io.paths import as_path, is_remote
 
@@ -54,13 +54,13 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
         ValueError: a revision of a local path, two revisions, or a file of another kind.
     """
     text = str(source)
-    if hub := _on_hub(text):
-        if revision and hub["revision"]:
+    if found := _on_hub(text):
+        if revision and found["revision"]:
             raise ValueError(f"{text} names a revision already: leave out revision={revision!r}")
-        inside = hub["file"] or hub["inside"] or ""
+        inside = found["file"] or found["inside"] or ""
         alone = re.search(r"\.[A-Za-z]\w*$", inside)
         wanted = [inside] if alone else [f"{inside}/{n}".lstrip("/") for n in (*files, *optional)]
-        path = _fetch(hub["id"], wanted, revision or hub["revision"]) / inside
+        path = _fetch(found["id"], wanted, revision or found["revision"]) / inside
         if files and not path.exists():
             raise FileNotFoundError(f"{text}: the repository holds no {' and no '.join(wanted)}")
     else:
@@ -87,6 +87,11 @@ def _on_hub(text: str) -> re.Match | None:
     return _HUB.fullmatch(text)
 
 
+def is_public(source) -> bool:
+    """Whether others have it too: a demo, or a hub id."""
+    return str(source) in DEMOS or bool(_on_hub(str(source)))
+
+
 def name_of(source, path) -> str | None:
     """A name for where a model came from; None: nothing names it better than its path.
 
@@ -100,10 +105,11 @@ def name_of(source, path) -> str | None:
     text = str(source)
     if text in DEMOS:
         return text
-    if not (hub := _on_hub(text)):
+    if not (found := _on_hub(text)):
         return None
     commit = re.search(r"/snapshots/(\w+)", path.as_posix())
-    parts = [f"{hub['id']}@{commit[1]}" if commit else hub["id"], hub["file"] or hub["inside"]]
+    parts = [f"{found['id']}@{commit[1]}" if commit else found["id"]]
+    parts += [found["file"] or found["inside"]]
     return "/".join(filter(None, parts))
 
 
@@ -142,10 +148,9 @@ def _fetch(hub_id: str, files: list[str], revision: str | None) -> pathlib.Path:
             huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files)
         )
     except Exception as error:  # Network, rights, absence: of many types.
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise FileNotFoundError(
-            f"{hub_id} is no local path, and cannot be fetched from the Hugging Face hub ({reason})"
-            f". Check the name, or download {' and '.join(files)} by hand and pass their folder"
+            f"{hub_id} is no local path, and cannot be fetched from the Hugging Face hub "
+            f"({hub.reason(error)}). Check the name, or download {' and '.join(files)} by hand and pass their folder"
         ) from error
 
 

@@ -61,6 +61,7 @@ class LoadedAR:
         config_yaml: the text of the released `config.yaml`, or None.
         origin: where it came from, in words.
         step: of training, None but for a workdir.
+        workdir: the path of that, else None.
         assumed: fields of the configuration that no file says.
     """
 
@@ -70,6 +71,7 @@ class LoadedAR:
     config_yaml: str | None = None
     origin: str = "memory"
     step: int | None = None
+    workdir: Any = None
     assumed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -86,7 +88,7 @@ def load(source, revision: str | None = None) -> LoadedAR:
         info, found = workdirs.load(path)
         cfg, origin = from_dict(ARConfig, info["config"]), f"{path}, step {found.step}"
         info = {name: x for name, x in info.items() if name not in ("kind", "config")}
-        return LoadedAR(cfg, found.params, info, origin=origin, step=found.step)
+        return LoadedAR(cfg, found.params, info, None, origin, found.step, path)
     found, name = _load_file(sources.weights_file(path)), sources.name_of(source, path)
     return dataclasses.replace(found, origin=name) if name else found
 
