@@ -150,7 +150,8 @@ def _fetch(hub_id: str, files: list[str], revision: str | None) -> pathlib.Path:
     except Exception as error:  # Network, rights, absence: of many types.
         raise FileNotFoundError(
             f"{hub_id} is no local path, and cannot be fetched from the Hugging Face hub "
-            f"({hub.reason(error)}). Check the name, or download {' and '.join(files)} by hand and pass their folder"
+            f"({hub.reason(error)}). Check the name, or download {' and '.join(files)} by hand and "
+            "pass their folder"
         ) from error
 
 
