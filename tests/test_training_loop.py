@@ -377,6 +377,9 @@ def test_sigterm_ends_the_command_with_its_own_exit_code(tmp_path):
     assert "stopped by SIGTERM" in rest
     last = steps(tmp_path)[-1]
     assert restore_ema(tmp_path)[2] == last >= 5
+    said = json.loads((tmp_path / "config.json").read_text())["command"]
+    options = f"{config} --workdir={tmp_path} --config.total_steps=1000000"
+    assert said == f"python -m flextok_jax.main {options}"
     run(tmp_path, total_steps=last + 2)
     assert steps(tmp_path) == list(range(1, last + 3))
 

@@ -54,8 +54,8 @@ def push(
             )
         except Exception as error:  # Network, rights, names: of many types.
             raise OSError(
-                f"{repo} cannot be written on the Hugging Face hub ({reason(error)}). Log in by `hf "
-                "auth login`, with a token that may write there"
+                f"{repo} cannot be written on the Hugging Face hub ({reason(error)}). Log in "
+                "by `hf auth login`, with a token that may write there"
             ) from error
     return f"{repo}@{done.oid}"
 
