@@ -95,10 +95,10 @@ class FlexTok:
         """Loads a tokenizer.
 
         Args:
-            source: a hub id, a folder or `model.safetensors` in the released format, a workdir of
-                our own training (its averaged weights), or the name of a shipped demo model
-                ("demo-digits").
-            revision: branch, tag or commit of a hub id.
+            source: a hub id (owner/name, owner/name@REVISION), a folder or `model.safetensors` in
+                the released format, a workdir of our own training (its averaged weights), or the
+                name of a shipped demo model ("demo-digits").
+            revision: branch, tag or commit of a hub id that names none.
             dtype: "float32" or "bfloat16", of the computation; parameters stay float32.
             mesh: spread batches and parameters over these devices (see `parallel.mesh.make_mesh`).
             attention: "xla", or "cudnn" on CUDA GPUs with bfloat16, or "pallas" on TPUs.

@@ -39,6 +39,7 @@ ONLY_IN = {
     "orbax": "io/checkpoint.py",
     "tensorflow_datasets": "data/tfds_source.py",
     "grain": "data/",
+    "wandb": "training/",
 }
 CHECKPOINT = "io/checkpoint.py"  # For training, and for reading a workdir: imported when used.
 

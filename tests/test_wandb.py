@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 
 import pytest
 from test_training_state import ToyStage, get_config
@@ -63,7 +64,7 @@ def test_wandb_gets_the_numbers_and_a_continued_run_is_the_same_one(tmp_path, mo
 
 
 def test_without_the_package_a_project_is_refused_before_anything_is_made(monkeypatch):
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="wandb.project='tokens'.*pip install"):
         checks.check_config(
             get_config(wandb__project="tokens"), make_mesh(data=1, fsdp=1, tensor=1)

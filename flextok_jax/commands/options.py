@@ -69,8 +69,9 @@ _DATA = (
     "that flextok wrote; tfds:NAME@DIR; KIND:PATH names the kind: folder, webdataset, array_record"
 )
 _MODEL = (
-    "a hub id such as EPFL-VILAB/flextok_d12_d12_in1k, a folder or model.safetensors in the "
-    "released format, a workdir of training (its averaged weights), or demo-digits"
+    "a hub id such as EPFL-VILAB/flextok_d12_d12_in1k (or OWNER/NAME@REVISION), a folder or "
+    "model.safetensors in the released format, a workdir of training (its averaged weights), or "
+    "demo-digits"
 )
 _AR_MODEL = "a hub id, a folder of released files, a workdir of the AR stage, or demo-digits-ar"
 _T5 = "of prompts: google/flan-t5-xl, another T5 v1.1 or Flan, or a folder of one"
@@ -540,7 +541,7 @@ class Push:
 
     The card says what the model is and how to load it; of a workdir also command,
     configuration, data and the last evaluation of the run, without the folders on
-    this machine. Prints OWNER/NAME@COMMIT, a source. Log in first: `hf auth login`.
+    this machine. Prints OWNER/NAME@COMMIT, a source. First: `hf auth login`.
 
     example:
       flextok push --model runs/mine --repo OWNER/NAME --license apache-2.0 \\

@@ -1,7 +1,6 @@
 """What is checked of a configuration before anything is made of it."""
 
 import fnmatch
-import importlib.util
 import re
 
 from jax.sharding import Mesh
@@ -48,8 +47,11 @@ def check_config(config, mesh: Mesh) -> None:
         if any(fnmatch.fnmatch(key, pattern) for pattern in patterns.split())
         and not all(_within(x, interval) for x in _numbers(value))
     ]
-    if (project := config.wandb.project) and importlib.util.find_spec("wandb") is None:
-        faults.append(f"wandb.project={project!r} needs wandb: pip install -e '.[wandb]'")
+    if project := config.wandb.project:
+        try:
+            import wandb  # noqa: F401
+        except ModuleNotFoundError:
+            faults.append(f"wandb.project={project!r} needs wandb: pip install -e '.[wandb]'")
     if faults:
         raise ValueError("\n  ".join(faults))
     make_optimizer(config)  # It checks the rest of `optim`.
