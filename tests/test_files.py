@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from common import GOLDEN, TINY, changed, last, random_params, small_vae, tiny_tokenizer
+from common import CONFIGS, GOLDEN, TINY, changed, last, random_params, small_vae, tiny_tokenizer
 from huggingface_hub import constants as hub_constants
 from safetensors import safe_open
 
@@ -21,8 +21,9 @@ from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import flexar, flextok_config, names, vae_files
 from flextok_jax.nn import vae
-from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.config import VAEConfig, from_dict
 from flextok_jax.training.distill_stage import student
+from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 WITH_VAE = dataclasses.replace(TINY, vae=small_vae())
 
@@ -263,6 +264,17 @@ def test_a_hub_id_is_found_in_the_cache_of_the_hub_without_a_network(file, hub, 
             models.load_vae(wrong)
     with pytest.raises(ValueError, match="revision already.*'v3'"):
         models.load_vae("owner/vae@v2", revision="v3")
+
+
+def test_a_run_records_the_commit_of_its_vae(hub):
+    commit = cached(hub, "owner/vae-of-a-run", GOLDEN / "vae").name
+    sizes = "width=64,enc_depth=1,dec_depth=1,num_tokens=4,image=32"
+    config = CONFIGS["tokenizer"].get_config(f"d18_d28,{sizes}")
+    config.vae.source, config.evaluation.num_images = "owner/vae-of-a-run", 0
+    about = TokenizerStage(config).export_config()
+    assert about["vae_source"] == f"owner/vae-of-a-run@{commit}"
+    params = models.vae_params(about["vae_source"], from_dict(VAEConfig, about["config"]["vae"]))
+    assert storage.fingerprint(params) == about["vae_fingerprint"]
 
 
 def test_one_question_is_asked_of_the_hub(monkeypatch):
