@@ -86,7 +86,7 @@ def test_a_card_is_made_of_the_run(workdir, monkeypatch):
     assert header["license"] == "cc-by-4.0" and header["library_name"] == "flextok_jax"
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert ["command", f"`{COMMAND.replace('/home/me/runs/', '')}`"] in rows
-    assert ["data", "folder, my digits, train"] in rows
+    assert ["data", "folder, my digits, train"] in rows and ["VAE, not trained", "identity"] in rows
     assert ["sha256 over them", f"`{tok.fingerprint}`"] in rows
     assert ["step", "6"] in rows and ["reconstruction/psnr", "12.25"] in rows
     assert rows[-2:] == [["---", "---"], ["16", "12.3"]]

@@ -98,7 +98,10 @@ def model_card(
         parts += ["## Training", *_training(run)]
         measured = _evaluated(workdir) + measured
     parts += ["## Numbers", *measured] if measured else []
-    parts += ["## License", f"{license}, of the weights. Training data have licenses of their own."]
+    parts += [
+        "## License",
+        f"{license}. Training data, and weights that were not trained here, have their own.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -115,6 +118,8 @@ def _training(run: dict) -> list[str]:
     where = [f"{data[key]}" for key in ("source", "name", "path", "split") if data.get(key)]
     facts = {"data": ", ".join(map(public, where))}
     facts |= {n: f"{config[n]}" for n in ("total_steps", "batch_size", "seed") if n in config}
+    if vae := (run.get("model") or {}).get("vae_source"):
+        facts["VAE, not trained"] = public(vae)
     command = shlex.join(map(public, shlex.split(run.get("command") or "")))
     if command:
         facts = {"command": f"`{command}`"} | facts
