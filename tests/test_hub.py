@@ -1,6 +1,7 @@
 """Publishing on the hub: the model card, and the way there and back through a stand-in."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from common import CONFIGS, GOLDEN, TINY, digits_folder, random_params, tiny_tok
 from PIL import Image
 
 from flextok_jax import FlexTok, ImageGenerator
+from flextok_jax.evaluation.pictures import write_png
 from flextok_jax.io import hub, sources
 from flextok_jax.io.checkpoint import Checkpoints, json_config
 from flextok_jax.io.formats import vae_files
@@ -133,7 +135,7 @@ def run(server, tmp_path, *commands, token=hub_server.TOKEN):
 def test_a_published_model_comes_back_by_its_revision(workdir, tmp_path):
     second, picture = tmp_path / "second", tmp_path / "grid.png"
     FlexTok(TINY, random_params(TINY, seed=1)).save_pretrained(second)
-    Image.new("RGB", (8, 8), "red").save(picture)
+    write_png(picture, np.full((8, 8, 3), 9, np.uint8), {"model": "/home/me/runs/a"})
     where = ["--repo", "me/tok", "--license", "mit"]
     with hub_server.running() as server:
         codes, _, error = run(server, tmp_path, ["push", "--model", workdir, *where], token="other")
@@ -146,16 +148,18 @@ def test_a_published_model_comes_back_by_its_revision(workdir, tmp_path):
             ["push", "--model", second, *where],
             ["evaluate", "--model", "me/tok", *evaluation, "--steps", 1, "--out", tmp_path / "e"],
             ["push", "--model", second, *where, "--evaluation", tmp_path / "e"],
+            ["push", "--model", workdir, *where, "--evaluation", tmp_path / "e"],
             ["info", "me/tok@main", "--json"],
         )
-        assert codes == [0] * 5, error
+        assert codes == [0, 0, 0, 0, 2, 0] and "evaluate the model that you publish" in error, error
         commits = [commit for commit, _ in server.repos["me/tok"][1:]]
         assert [x for x in out.splitlines() if x.startswith("me/tok@")] == [
             f"me/tok@{commit}" for commit in commits
         ]
         assert server.private == {"me/tok"}
         first, newest = (server.files("me/tok", commit)[1] for commit in (commits[0], commits[2]))
-        assert first[hub.PICTURE] == picture.read_bytes()
+        shown = Image.open(io.BytesIO(first[hub.PICTURE]))
+        assert not shown.info and np.all(np.asarray(shown) == 9)
         assert COMMAND.split("/home")[0] in first[hub.CARD].decode()
         assert (
             "PSNR" in newest[hub.CARD].decode() and "## Training" not in newest[hub.CARD].decode()

@@ -32,18 +32,28 @@ def push(args: options.Push) -> None:
         )
     if args.tokenizer and kind != "ar":
         raise ValueError(f"--tokenizer is for an AR model; {args.model} is a tokenizer")
-    numbers = None
-    if args.evaluation:
-        from flextok_jax.commands import evaluate
-        from flextok_jax.evaluation import sweep
-
-        if not (results := sweep.results(as_path(args.evaluation))[0]):
-            raise ValueError(f"--evaluation {args.evaluation} holds no result of flextok evaluate")
-        titles, rows = evaluate.table(results)
-        numbers = [titles, *rows]
-    more = {"tokenizer_source": args.tokenizer} if kind == "ar" else {}
     model = (ImageGenerator if kind == "ar" else FlexTok).from_pretrained(args.model)
+    numbers = _numbers(args.evaluation, model) if args.evaluation else None
+    more = {"tokenizer_source": args.tokenizer} if kind == "ar" else {}
     print(model.push_to_hub(args.repo, args.license, args.picture, numbers, args.private, **more))
+
+
+def _numbers(folder: str, model) -> list[list[str]]:
+    """The table of a folder of `flextok evaluate`, which must be of this model."""
+    from flextok_jax.commands import evaluate
+    from flextok_jax.evaluation import sweep
+
+    results = sweep.results(as_path(folder))[0]
+    if not results:
+        raise ValueError(f"--evaluation {folder} holds no result of flextok evaluate")
+    found = results[0]["metadata"]["model"]
+    if found["fingerprint"] != model.fingerprint:
+        raise ValueError(
+            f"--evaluation {folder} is of {found['origin']}, sha256 {found['fingerprint']}, not of "
+            f"{model.origin}, sha256 {model.fingerprint}: evaluate the model that you publish"
+        )
+    titles, rows = evaluate.table(results)
+    return [titles, *rows]
 
 
 def info(args: options.Info) -> None:

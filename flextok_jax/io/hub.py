@@ -4,11 +4,11 @@ import json
 import pathlib
 import re
 import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
@@ -44,8 +44,7 @@ def push(
         save(folder)
         (folder / CARD).write_text(card, encoding="utf-8")
         if picture:
-            with as_path(picture).open("rb") as file, (folder / PICTURE).open("wb") as copy:
-                shutil.copyfileobj(file, copy)
+            _copy_picture(picture, folder / PICTURE)
         try:
             api = huggingface_hub.HfApi()
             api.create_repo(repo, private=private, exist_ok=True)
@@ -58,6 +57,14 @@ def push(
                 "by `hf auth login`, with a token that may write there"
             ) from error
     return f"{repo}@{done.oid}"
+
+
+def _copy_picture(source, path) -> None:
+    """The pixels alone: pictures of `flextok` say where the model lies."""
+    from PIL import Image
+
+    with as_path(source).open("rb") as file:
+        Image.fromarray(np.asarray(Image.open(file).convert("RGB"))).save(path)
 
 
 def reason(error: Exception) -> str:

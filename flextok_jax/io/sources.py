@@ -107,7 +107,7 @@ def name_of(source, path) -> str | None:
         return text
     if not (found := _on_hub(text)):
         return None
-    commit = re.search(r"/snapshots/(\w+)", path.as_posix())
+    commit = re.search(r"/snapshots/([0-9a-f]{40})", path.as_posix())
     parts = [f"{found['id']}@{commit[1]}" if commit else found["id"]]
     parts += [found["file"] or found["inside"]]
     return "/".join(filter(None, parts))
