@@ -199,6 +199,7 @@ def test_a_generator_names_a_published_tokenizer_and_a_vae_lies_in_a_folder(tmp_
         assert codes == [0, 0, 2], error
         assert "me/pipeline@main/unet: the repository holds no" in error
         found = json.loads(out[out.index("{") : out.rindex("}") + 1])
+        assert found["origin"] == f"me/pipeline@{'c' * 40}/vae"
         assert found["kind"] == "vae" and found["config"]["block_out"] == [32, 32, 64]
         files = server.files("me/gen")[1]
     (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])

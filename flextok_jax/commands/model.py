@@ -96,7 +96,11 @@ def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
         raise ValueError(f"--scaling-factor is for a VAE on its own; {source} is none")
     if kind == "vae":
         cfg, params = models.load_vae(str(source), scaling_factor)
-        facts, save = {"origin": str(source)}, lambda out: vae_files.save_folder(out, cfg, params)
+        facts = {"origin": sources.pinned(source)}
+
+        def save(out):
+            return vae_files.save_folder(out, cfg, params)
+
     elif kind == "t5":
         found = t5.load(source)
         cfg, params = found.config, {"encoder": found.params}
