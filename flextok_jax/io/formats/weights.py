@@ -39,10 +39,7 @@ def opened(
         ValueError: a file is not understood.
     """
     for single in files:
-        opened, path = (
-            _torch if single == TORCH else storage.opened,
-            folder / f"{single}.index.json",
-        )
+        path = folder / f"{single}.index.json"
         if path.is_file():
             needed = storage.read_json(path).get("weight_map") or {}
             needed = sorted({file for name, file in needed.items() if wanted(name)})
@@ -55,7 +52,8 @@ def opened(
             if not (folder / single).is_file():
                 continue
         folder = sources.find(source, needed, revision=revision)
-        with opened([folder / file for file in needed], wanted) as tensors:
+        read = _torch if single == TORCH else storage.opened
+        with read([folder / file for file in needed], wanted) as tensors:
             yield tensors
         return
     raise FileNotFoundError(f"{folder} holds no {' or '.join(files)}, and no index of them")
