@@ -537,7 +537,7 @@ class Convert:
 
 @_options
 class Push:
-    """A model from any source to the Hugging Face hub, with a model card.
+    """A model to the Hugging Face hub, with a model card.
 
     The card says what the model is and how to load it; of a workdir also command,
     configuration, data and the last evaluation of the run, without the folders on
