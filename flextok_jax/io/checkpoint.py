@@ -1,9 +1,11 @@
 """Checkpoints in DIR/checkpoints: the only file that calls Orbax.
 
-Orbax writes into a temporary folder and renames it when it is complete.
+On a file system Orbax writes into a temporary folder and renames it when it is complete. A bucket
+has no rename: there a checkpoint counts once its mark, COMMITTED, is written, after all else.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -24,6 +26,7 @@ HARMLESS = (
     r"|(vae|tokenizer)\.source"
     r"|(checkpoint|mesh|evaluation|wandb)\..*|compute\.(attention|remat|scan)"
 )
+COMMITTED = "commit_success.txt"
 
 
 def _told(record: logging.LogRecord) -> bool:
@@ -54,10 +57,16 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, config: dict, keep: int | None = None):
         """Opens or makes DIR/checkpoints; `config` in JSON terms; `keep` stay, None: all."""
         self._folder, self._config, self.extra = _folder(workdir), config, {}
+        mode = ocp.options.AtomicityMode
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                atomicity_options=ocp.options.AtomicityOptions(
+                    mode.COMMIT_FILE if is_remote(self._folder) else mode.AUTO
+                ),
             ),
         )
         self._saving = None  # The step whose save is in flight.
@@ -156,6 +165,8 @@ def restore_ema(workdir: str | os.PathLike) -> Averaged:
     """
     folder = _folder(workdir)
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    if is_remote(folder):
+        steps = [step for step in steps if (folder / str(step) / COMMITTED).exists()]
     if not steps:
         raise WorkdirError(
             f"{folder.parent} holds no checkpoint: a workdir of a training run has a folder "
@@ -196,7 +207,41 @@ def json_config(config) -> dict:
 
 def _folder(workdir):
     workdir = as_path(workdir)
+    if str(workdir).startswith("s3://"):
+        _know_s3()
     return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
+
+
+@functools.cache
+def _know_s3():
+    """Lets Orbax name files in s3:// to TensorStore, which has a driver for them.
+
+    Orbax does so for gs:// alone; the driver of s3:// has the same keys, and an endpoint.
+    """
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    build = tensorstore_utils.build_kvstore_tspec
+
+    @functools.wraps(build)
+    def wrapped(directory: str, *args, **kwargs):
+        if not directory.startswith("s3://"):
+            return build(directory, *args, **kwargs)
+        return _s3_driver(build("gs" + directory.removeprefix("s3"), *args, **kwargs))
+
+    tensorstore_utils.build_kvstore_tspec = wrapped
+
+
+def _s3_driver(spec):
+    """A specification of TensorStore with the driver of s3:// instead of that of gs://."""
+    if isinstance(spec, list):
+        return [_s3_driver(part) for part in spec]
+    if not isinstance(spec, dict):
+        return spec
+    spec = {key: _s3_driver(value) for key, value in spec.items()}
+    if spec.get("driver") in ("gcs", "gcs_grpc"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        spec |= {"driver": "s3"} | ({"endpoint": endpoint} if endpoint else {})
+    return spec
 
 
 def _reason(error: Exception) -> str:

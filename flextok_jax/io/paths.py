@@ -1,6 +1,7 @@
 """Paths that a person gives: local ones, gs:// and s3:// addresses."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import re
@@ -34,6 +35,8 @@ def as_path(text):
         fsspec.get_filesystem_class(found[1])
     except ImportError as error:
         raise ValueError(f"{text} cannot be opened: `pip install {package}`") from error
+    # What other processes write and remove must be seen.
+    fsspec.config.conf.setdefault(found[1], {}).setdefault("use_listings_cache", False)
     os.environ.setdefault("EPATH_USE_TF", "false")
     from etils import epath
 
@@ -45,6 +48,55 @@ def is_remote(path) -> bool:
     return "://" in os.fspath(path)
 
 
+def reached(path):
+    """The path, whose store has answered. Raises ValueError: it did not (rights, network)."""
+    if is_remote(path):
+        try:
+            path.exists()
+        except Exception as error:  # Each store has its own.
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(
+                f"{path} cannot be reached ({reason}): check the name, the credentials and the "
+                "rights"
+            ) from error
+    return path
+
+
+def store(path):
+    """(the fsspec file system of an address, the address's name there)."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(os.fspath(path))
+
+
+def read(path, start: int | None = None, size: int | None = None) -> bytes:
+    """A file, or `size` bytes of it from `start` on; of an address by one request."""
+    if is_remote(path):
+        system, name = store(path)
+        return system.cat_file(name, start, None if start is None else start + size)
+    if start is None:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def upload(local: pathlib.Path, path) -> None:
+    """Copies a local file to an address, where it appears when it is whole."""
+    system, name = store(path)
+    system.put_file(str(local), name)
+
+
+def version(path) -> tuple[int, int]:
+    """(size in bytes, a number that changes with the file)."""
+    if is_remote(path):
+        system, name = store(path)
+        mark = hashlib.sha256(str(system.ukey(name)).encode()).digest()
+        return system.size(name), int.from_bytes(mark[:7])
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 @contextlib.contextmanager
 def local_copy(path) -> Iterator[pathlib.Path]:
     """A local file with the content of `path`, for libraries that open files themselves."""
@@ -54,5 +106,11 @@ def local_copy(path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / path.name
-        copy.write_bytes(path.read_bytes())
+        download(path, copy)
         yield copy
+
+
+def download(path, local: pathlib.Path) -> None:
+    """Copies the file of an address to a local one."""
+    system, name = store(path)
+    system.get_file(name, str(local))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.io.formats.names import flatten
-from flextok_jax.io.paths import as_path, is_remote, local_copy
+from flextok_jax.io.paths import as_path, is_remote, local_copy, upload
 
 FULL = os.strerror(errno.ENOSPC)
 _unfinished: set[pathlib.Path] = set()  # The temporary files of `atomic`.
@@ -148,7 +148,7 @@ def atomic(path) -> Iterator[pathlib.Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = pathlib.Path(folder) / path.name
             yield temporary
-            path.write_bytes(temporary.read_bytes())
+            upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
