@@ -41,7 +41,9 @@ NEXT = {  # What to do with a finished workdir.
     "ar": "flextok generate --model {0} --out OUT (of a text model with --text PROMPT)",
 }
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and logs")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder for checkpoints, metrics and logs; also gs://BUCKET/RUN, s3://..."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are more")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0")
@@ -64,7 +66,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option begins with --")
     from flextok_jax.io.checkpoint import WorkdirError
-    from flextok_jax.io.paths import as_path, is_remote
+    from flextok_jax.io.paths import as_path, reached
     from flextok_jax.parallel import startup
     from flextok_jax.parallel.mesh import make_mesh
     from flextok_jax.training.checks import check_config
@@ -76,8 +78,7 @@ def main(argv):
     log = logging.getLogger("flextok_jax.main")
     config, workdir = config_flag.CONFIG.value, _WORKDIR.value
     try:
-        if is_remote(as_path(workdir)):
-            raise ValueError(f"--workdir={workdir}: a local or mounted folder is needed")
+        reached(as_path(workdir))
         startup.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         check_config(config, make_mesh(**config.mesh))  # As `train` does, before the stage is made.
         stage = make_stage(config)

@@ -4,23 +4,25 @@ The servers are fake-gcs-server and moto. They have no rights, no hierarchical n
 of rate and no failures, and each answers from the memory of one process.
 """
 
-import os
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
-from common import ROOT
-from conftest import CACHE
 from test_checkpoint import program  # noqa: F401  (a fixture)
-from test_startup import TOY, losses
+from test_encode import write as write_tokens
+from test_sources import everything, folder_of, shard, tar
+from test_startup import losses
+from test_survival import checkpoints, start
 from test_training_state import equal, get_config, host
 
-from flextok_jax.io import paths, storage
+from flextok_jax.data import shards, sources
+from flextok_jax.data.webdataset import read_index
+from flextok_jax.io import paths
 from flextok_jax.io.checkpoint import COMMITTED, Checkpoints, json_config, restore_ema
 
 pytestmark = pytest.mark.slow
@@ -92,7 +94,7 @@ def bucket(request, tmp_path_factory):
             backend.fsspec_backend._get_filesystem.cache_clear()
             address = f"{request.param}://bucket"
             paths.as_path(address)
-            paths.store(address)[0].mkdir("bucket")
+            paths.store(address).mkdir("bucket")
             yield address
         finally:
             process.kill()
@@ -122,3 +124,128 @@ def test_a_state_comes_back_bitwise(bucket, program):  # noqa: F811
     found = restore_ema(f"{bucket}/saved")
     assert found.step == 3 and found.config == json_config(get_config())
     assert equal(found.params, host(program.init().ema))
+
+
+def uploaded(folder, address):
+    """The address, with all files of a local folder."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            paths.upload(file, paths.as_path(address) / file.relative_to(folder).as_posix())
+    return address
+
+
+def images(source):
+    return [source.read(i).image for i in range(len(source))]
+
+
+def of_folder(folder):
+    folder_of(folder, ["train/a/0.png", "train/b/1.png", "val/a/2.png", "val/b/3.png"])
+    (folder / "train/a/0.txt").write_text("été", encoding="utf-8")
+    np.save(folder / "train/a/0.npy", np.ones((2, 3), np.float16))
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden/x.png").write_bytes(b"")
+    (folder / "notes.md").write_text("no image")
+
+
+def of_list(folder):
+    folder_of(folder, ["train/0.png", "train/1.png", "val/2.png"])
+    lines = ["file_name,label,caption", '0.png,7,"a, b"', "1.png,3,", ""]
+    (folder / "train/metadata.csv").write_text("\n".join(lines))
+
+
+def of_tar(folder):
+    tar(folder / "train/a.tar", shard(0))
+    tar(folder / "train-b.tar", shard(4))
+    tar(folder / "val/c.tar", shard(8, 2))
+
+
+@pytest.mark.parametrize("make", [of_folder, of_list, of_tar])
+def test_images_are_read_from_a_bucket_as_from_a_disk(bucket, make, tmp_path):
+    folder = tmp_path / "data"
+    make(folder)
+    address = uploaded(folder, f"{bucket}/{make.__name__}")
+    here, there = sources.parse(str(folder)), sources.parse(address)
+    assert (there.source, there.path) == (here.source, address)
+    for split in ("train", "val", "all"):
+        a, b = (sources.make_source(data, split) for data in (here, there))
+        assert everything(a) == everything(b) and a.fingerprint() == b.fingerprint()
+        assert images(a) == images(b)
+        assert a.skipped.keys() == b.skipped.keys() and list(a.classes) == list(b.classes)
+        for i in range(len(a)):
+            np.testing.assert_array_equal(a.embedding(i), b.embedding(i))
+
+
+def test_a_tar_file_in_a_bucket_is_indexed_again_when_it_has_changed(bucket, tmp_path):
+    path = paths.as_path(bucket) / "changing" / "a.tar"
+    paths.upload(tar(tmp_path / "a.tar", shard(0)), path)
+    assert [read_index(path).keys.tolist()[0] for _ in range(2)] == [b"0000"] * 2
+    assert (path.parent / ".a.tar.index.npz").exists()
+    paths.upload(tar(tmp_path / "a.tar", shard(4)), path)
+    assert read_index(path).keys.tolist()[0] == b"0004"
+
+
+def test_shards_are_written_to_a_bucket_and_read_from_it(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = paths.as_path(bucket) / "tokens"
+    for folder in (tmp_path / "tokens", address):
+        for split in ("train", "test"):
+            write_tokens(folder, split, text=True)
+    assert write_tokens(address, text=True)["shards"]  # Again: nothing is left to write.
+    assert [wrong for _, wrong, _ in shards.verify(address / "train")] == [None] * 3
+    here, there = sources.parse(str(tmp_path / "tokens")), sources.parse(str(address))
+    assert (there.source, there.path) == (here.source, str(address))
+    for split in ("train", "val", "all"):
+        a, b = (sources.make_source(data, split) for data in (here, there))
+        assert a.fingerprint() == b.fingerprint() and a.text == b.text
+        for i in range(len(a)):
+            a_record, b_record = a.record(i), b.record(i)
+            assert (a_record.key, a_record.caption) == (b_record.key, b_record.caption)
+            np.testing.assert_array_equal(a_record.arrays["tokens"], b_record.arrays["tokens"])
+            np.testing.assert_array_equal(a_record.embedding, b_record.embedding)
+    with pytest.raises(ValueError, match="vocab_size: 40 there, 41 now"):
+        write_tokens(address, vocab_size=41)
+
+
+def test_tfds_is_read_from_a_bucket(bucket, tiny_tfds, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = uploaded(tiny_tfds, f"{bucket}/tfds")
+    data = [sources.parse(f"tfds:tiny_digits@{place}") for place in (tiny_tfds, address)]
+    a, b = (sources.make_source(each, "train[:10]") for each in data)
+    assert everything(a) == everything(b) and len(b) == 10
+    assert images(a) == images(b)
+
+
+def test_a_run_killed_in_a_bucket_continues_bitwise(bucket, tmp_path):
+    """And becomes the undisturbed run on a disk, from data on a disk."""
+    data = uploaded(pathlib.Path(get_config().data.path), f"{bucket}/digits")
+    workdir = paths.as_path(bucket) / "runs" / "killed"
+    assert start(tmp_path, "whole").wait() == 0, (tmp_path / "whole.log").read_text()
+
+    def begin():
+        return start(tmp_path, "killed", workdir, f"--config.data.path={data}")
+
+    killed = 0
+    for least in (5, 20):  # Killed while this step is written, or after.
+        process = begin()
+        while process.poll() is None and max(checkpoints(workdir), default=0) < least:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert begin().wait() == 0, (tmp_path / "killed.log").read_text()
+    assert killed, "both runs ended before they were killed"
+    assert "continuing from step" in (tmp_path / "killed.log").read_text()
+    whole = losses(tmp_path / "whole")
+    found = losses(workdir)  # A kill may lose the lines that were not copied yet.
+    assert found == whole[-len(found) :] or set(found) <= set(whole)
+    averaged = [restore_ema(folder) for folder in (tmp_path / "whole", workdir)]
+    assert [each.step for each in averaged] == [40, 40]
+    assert equal(averaged[0].params, averaged[1].params)
+    assert {"checkpoints", "config.json", "metrics.jsonl", "tb"} == {
+        p.name for p in workdir.iterdir()
+    }
+
+
+def test_a_folder_of_a_bucket_without_images_is_named(bucket):
+    address = f"{bucket}/nothing"
+    with pytest.raises(FileNotFoundError, match=address):
+        sources.make_source(sources.Data("folder", address), "all")

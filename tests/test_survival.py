@@ -22,10 +22,11 @@ def get_config():
 """
 
 
-def start(folder, name):
-    """Starts the training command with its workdir folder/name."""
+def start(folder, name, workdir=None, *arguments):
+    """Starts the training command with its workdir folder/name, or another; folder/NAME.log."""
     (folder / "toy.py").write_text(CONFIG)
-    arguments = [f"--config={folder / 'toy.py'}", f"--workdir={folder / name}"]
+    workdir = workdir or folder / name
+    arguments = [f"--config={folder / 'toy.py'}", f"--workdir={workdir}", *arguments]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),

@@ -11,6 +11,7 @@ import numpy as np
 
 from flextok_jax.data import source
 from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, composed
+from flextok_jax.io import paths
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 FIELDS = {"file_name", *source.LABEL, *source.CAPTION}
@@ -34,7 +35,7 @@ class FolderSource(source.Source):
             FileNotFoundError, ValueError: no folder, no image, no such split, or an unclear list.
         """
         super().__init__()
-        root = self._root = source.local(path)
+        root = self._root = source.place(path)
         if not root.is_dir():
             raise FileNotFoundError(
                 f"{str(root)!r} is no folder; pass the folder that holds the images (in a config: "
@@ -67,7 +68,7 @@ class FolderSource(source.Source):
 
     def read(self, index: int) -> Example:
         key = self._keys[index]
-        image = (self._root / key).read_bytes()
+        image = paths.read(self._root / key)
         return Example(image, int(self.labels[index]), self.caption(index), key)
 
     def caption(self, index: int) -> str | None:
@@ -79,13 +80,13 @@ class FolderSource(source.Source):
 
     def _read_caption(self, beside: str) -> str | None:
         try:
-            return source.parse_caption((self._root / beside).read_bytes())
+            return source.parse_caption(paths.read(self._root / beside))
         except OSError as error:
             raise ValueError(f"the caption cannot be read: {error.strerror}") from None
 
     def embedding(self, index: int) -> np.ndarray | None:
         beside = self._besides(self._keys[index], ".npy")
-        return beside and source.read_embedding(self._root / beside)
+        return beside and source.read_embedding(io.BytesIO(paths.read(self._root / beside)))
 
     def _besides(self, key: str, suffix: str) -> str | None:
         """The path of the caption or embedding of an image, if it has one."""
@@ -93,7 +94,22 @@ class FolderSource(source.Source):
 
     def _walk(self) -> set[str]:
         """The paths of all images below the root; what lies beside them is noted."""
-        images, visited = set(), set()
+        images = set()
+        for key in paths.below(self._root) if paths.is_remote(self._root) else self._files():
+            name, suffix = key.rpartition("/")[2], os.path.splitext(key)[1].lower()
+            if "/." in f"/{key}":
+                continue
+            if suffix in IMAGE_SUFFIXES:
+                images.add(key)
+            elif suffix in (".txt", ".npy"):
+                self._beside[composed(os.path.splitext(key)[0] + suffix)] = key
+            elif name not in METADATA:
+                self.skipped.add(f"no image by its ending {suffix or '(none)'}", key)
+        return images
+
+    def _files(self) -> Iterable[str]:
+        """The names of all files below a local root, but of those in hidden folders."""
+        visited = set()
         for folder, subfolders, names in os.walk(self._root, followlinks=True):
             real = os.path.realpath(folder)
             if real in visited:  # By a link, such as one to a folder above.
@@ -103,15 +119,7 @@ class FolderSource(source.Source):
             visited.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             inside = pathlib.Path(folder).relative_to(self._root).parts
-            for name in (name for name in names if not name.startswith(".")):
-                key, suffix = "/".join([*inside, name]), os.path.splitext(name)[1].lower()
-                if suffix in IMAGE_SUFFIXES:
-                    images.add(key)
-                elif suffix in (".txt", ".npy"):
-                    self._beside[composed(os.path.splitext(key)[0] + suffix)] = key
-                elif name not in METADATA:
-                    self.skipped.add(f"no image by its ending {suffix or '(none)'}", key)
-        return images
+            yield from ("/".join([*inside, name]) for name in names)
 
     def _listed(self, images: set[str]) -> dict[str, tuple[str | None, str | None]]:
         """{path below the root: (label, caption)}, of the lists of the root and of its splits."""
@@ -145,10 +153,10 @@ class FolderSource(source.Source):
         return found
 
 
-def _rows(file: pathlib.Path) -> Iterable[tuple[int, dict]]:
+def _rows(file) -> Iterable[tuple[int, dict]]:
     """(line, row) of a list; the names of fields in lower case."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(io.BytesIO(paths.read(file)), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}); store it as UTF-8") from error
     if file.suffix == ".csv":

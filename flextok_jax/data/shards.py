@@ -11,8 +11,8 @@ number of processes may each write their own shards; whoever finds all there com
 """
 
 import hashlib
+import io
 import json
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -21,7 +21,7 @@ from flextok_jax.data import source
 from flextok_jax.data.reader import Unreadable, UnreadableCount
 from flextok_jax.data.records import NULL_TEXT, Record, from_bytes, to_bytes
 from flextok_jax.data.source import Example, Source
-from flextok_jax.io import storage
+from flextok_jax.io import paths, storage
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # Of manifest and records.
@@ -58,7 +58,7 @@ def write_split(
         ValueError: the folder, or another split beside it, was made by other models or settings.
         OSError: more than a tenth of all images are unreadable.
     """
-    folder, settings = source.local(folder), json.loads(json.dumps({"format": FORMAT} | settings))
+    folder, settings = source.place(folder), json.loads(json.dumps({"format": FORMAT} | settings))
     for other in manifests(folder.parent):
         part_of = _settings if other.parent == folder else models
         check_same(part_of(open_manifest(other)), part_of(settings), other.parent)
@@ -87,7 +87,7 @@ def write_split(
     return manifest
 
 
-def _write_null_text(file: pathlib.Path, embedding: np.ndarray) -> None:
+def _write_null_text(file, embedding: np.ndarray) -> None:
     """Raises ValueError where the file holds another embedding."""
     if not file.exists():
         with storage.atomic(file) as temporary:
@@ -105,21 +105,22 @@ def source_settings(examples: Source, count: int) -> dict:
     return {"num_images": count, "keys_sha256": keys, "classes": classes}
 
 
-def _shard(folder: pathlib.Path, settings: dict, index: int) -> pathlib.Path:
+def _shard(folder, settings: dict, index: int):
     return folder / f"records-{index:05d}-of-{settings['num_shards']:05d}.array_record"
 
 
-def _info(shard: pathlib.Path) -> dict:
+def _info(shard) -> dict:
     if not (file := shard.with_suffix(".json")).exists():
         raise ValueError(f"{shard} has no {file.name} beside it: delete it, to write it again")
     return storage.read_json(file)
 
 
-def _write_shard(path: pathlib.Path, made, count: UnreadableCount, channels: int | None):
+def _write_shard(path, made, count: UnreadableCount, channels: int | None):
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    for leftover in path.parent.glob(f".{path.stem}.*"):  # Of a killed run.
-        leftover.unlink()
+    if not paths.is_remote(path):
+        for leftover in path.parent.glob(f".{path.stem}.*"):  # Of a killed run.
+            leftover.unlink()
     keys, labels, unreadable, longest, texts = [], [], {}, 0, 0
     with storage.atomic(path) as temporary:
         # One record per group: they are read one by one, in any order.
@@ -154,7 +155,7 @@ def _write_shard(path: pathlib.Path, made, count: UnreadableCount, channels: int
         storage.write_json(path.with_suffix(".json"), info)
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -178,12 +179,12 @@ def check_same(found: dict, wanted: dict, where) -> None:
         )
 
 
-def manifests(path) -> list[pathlib.Path]:
+def manifests(path) -> list:
     """The manifests of all splits in DIR, finished or not."""
-    return sorted(source.local(path).glob(f"*/{MANIFEST}"))
+    return sorted(source.place(path).glob(f"*/{MANIFEST}"))
 
 
-def open_manifest(file: pathlib.Path) -> dict:
+def open_manifest(file) -> dict:
     """A manifest, of a finished split or not. Raises ValueError for one of another format."""
     manifest = storage.read_json(file)
     if manifest.get("format") != FORMAT:
@@ -203,7 +204,7 @@ def read_manifest(path, split: str) -> dict:
     return _finished(path, split)[1]
 
 
-def _finished(path, split: str) -> tuple[pathlib.Path, dict]:
+def _finished(path, split: str) -> tuple:
     """(DIR/SPLIT, its manifest)."""
     found = {file.parent.name: file for file in manifests(path)}
     if not found:
@@ -223,7 +224,7 @@ def _finished(path, split: str) -> tuple[pathlib.Path, dict]:
     return file.parent, manifest
 
 
-def verify(folder: pathlib.Path) -> Iterator[tuple[str, str | None, int]]:
+def verify(folder) -> Iterator[tuple[str, str | None, int]]:
     """Reads every byte of a finished split: yields (shard, what is wrong or None, its records)."""
     for name, info in read_manifest(folder.parent, folder.name)["shards"].items():
         path, wrong = folder / name, None
@@ -254,7 +255,7 @@ class ShardSource(Source):
         import grain  # Here, because commands that need manifests only may have no grain.
 
         super().__init__()
-        root = source.local(path)
+        root = source.place(path)
         splits = [file.parent.name for file in manifests(root)]
         if split != source.ALL or split in splits or not splits:
             splits = [split]
@@ -270,7 +271,7 @@ class ShardSource(Source):
                 self.skipped.add(f"left out when the shards were written: {reason}", key)
             for name, info in manifest["shards"].items():
                 file = folder / name
-                size = file.stat().st_size if file.is_file() else None
+                size = paths.version(file)[0] if file.is_file() else None
                 if size != info["bytes"]:
                     raise ValueError(
                         f"{file} has {size} bytes, {info['bytes']} expected; delete it and run the "
@@ -281,7 +282,7 @@ class ShardSource(Source):
                 if info["max_text"] > MAX_TEXT:
                     self.skipped.add(f"captions are cut after {MAX_TEXT} tokens", str(file))
                 if info["records"]:
-                    files.append(str(file))
+                    files.append(_readable(file, info["sha256"]))
                     details = _info(file)
                     self._keys += details["keys"]
                     labels.append(details.get("labels"))
@@ -312,10 +313,17 @@ class ShardSource(Source):
         return self.record(index).embedding
 
 
+def _readable(file, sha256: str) -> str:
+    """What ArrayRecord opens: local files and gs://. Of s3:// a copy that stays on this machine."""
+    return str(storage.cached(file, sha256) if str(file).startswith("s3://") else file)
+
+
 def null_text(path) -> np.ndarray | None:
     """float16 [T, E]: the embedding of the empty caption, in a data set with text."""
-    file = source.local(path) / NULL_TEXT
+    file = source.place(path) / NULL_TEXT
     try:
-        return source.read_embedding(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        return source.read_embedding(io.BytesIO(paths.read(file)))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import pathlib
 import re
 import unicodedata
 import zlib
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flextok_jax.io.paths import as_path, is_remote
+from flextok_jax.io.paths import as_path, reached
 
 IMAGE_SUFFIXES = (
     ".png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .avif .heic .heif"
@@ -120,12 +119,9 @@ def keys_sha256(source: Source, count: int) -> str:
     return digest.hexdigest()
 
 
-def local(path) -> pathlib.Path:
-    """A folder or file of data; a ValueError for an address."""
-    path = as_path(path)
-    if is_remote(path):
-        raise ValueError(f"{path}: data are read from local or mounted folders; mount the bucket")
-    return path
+def place(path):
+    """A folder or file of data, by its path or address. Raises as `paths.reached`."""
+    return reached(as_path(path))
 
 
 def composed(name: str) -> str:

@@ -1,7 +1,7 @@
 """Which source a config (data.source, .path, .name, .split) or the text of a command names."""
 
 import dataclasses
-import pathlib
+import os
 
 from flextok_jax.data import source
 from flextok_jax.data.folder import FolderSource
@@ -9,7 +9,7 @@ from flextok_jax.data.shards import ShardSource, manifests, open_manifest
 from flextok_jax.data.source import IMAGE_SUFFIXES, Source
 from flextok_jax.data.tfds_source import TfdsSource
 from flextok_jax.data.webdataset import WebDatasetSource
-from flextok_jax.io.paths import as_path, is_remote
+from flextok_jax.io.paths import as_path, below, is_remote, resolved
 
 ENCODED = ("tokens", "encoded")  # Not images any more; see `pipeline.Crops`.
 SOURCES = ("folder", "tfds", "webdataset", "array_record", *ENCODED)
@@ -41,18 +41,18 @@ def parse(text: str) -> Data:
     """
     kind, colon, rest = text.partition(":")
     if not colon or kind not in SOURCES:
-        path = source.local(text).resolve()
+        path = resolved(source.place(text))
         return Data(_kind(path), str(path))
     if kind != "tfds":
-        return Data(kind, str(source.local(rest).resolve()))
+        return Data(kind, str(resolved(source.place(rest))))
     name, _, place = rest.partition("@")
     if not (name and place):
         raise ValueError(f"{text!r}: a TFDS data set is named tfds:NAME@DIR, DIR its data_dir")
     path = as_path(place)
-    return Data(kind, str(path if is_remote(path) else path.resolve()), name)
+    return Data(kind, str(resolved(path)), name)
 
 
-def _kind(path: pathlib.Path) -> str:
+def _kind(path) -> str:
     for file in manifests(path):
         arrays = open_manifest(file)["arrays"]
         if "image" in arrays:
@@ -62,9 +62,13 @@ def _kind(path: pathlib.Path) -> str:
     tar = next((file for pattern in patterns for file in path.glob(pattern)), None)
     if tar is None:
         return "webdataset" if path.suffix == ".tar" else "folder"
-    for file in path.rglob("*"):
-        inside = file.relative_to(path).as_posix()
-        if file.suffix.lower() in IMAGE_SUFFIXES and "/." not in f"/{inside}":
+    if is_remote(path):
+        files = below(path)
+    else:
+        files = (file.relative_to(path).as_posix() for file in path.rglob("*"))
+    for inside in files:
+        suffix = os.path.splitext(inside)[1].lower()
+        if suffix in IMAGE_SUFFIXES and "/." not in f"/{inside}":
             raise ValueError(
                 f"{path} holds both tar files ({tar.relative_to(path)}) and image files "
                 f"({inside}): say webdataset:{path} or folder:{path}"

@@ -4,8 +4,13 @@ The only file that imports tensorflow_datasets. It reads the prepared files by t
 description, so neither the data set's generating code nor a download runs.
 """
 
+import hashlib
+import pathlib
+
 from flextok_jax.data import source
 from flextok_jax.data.source import VALIDATION, Example, Source
+from flextok_jax.io import paths, storage
+from flextok_jax.io.paths import as_path
 
 TEXTS = ("caption", "text")  # Features that are taken for the caption.
 
@@ -39,6 +44,8 @@ class TfdsSource(Source):
         self._text = next(texts, None)
         if split in VALIDATION:
             split = source.resolve_split(split, list(builder.info.splits), name)
+        if path.startswith("s3://"):
+            builder = tfds.builder_from_directory(_copied(builder, split))
         decoders = {"image": tfds.decode.SkipDecoding()}
         try:
             self._data = builder.as_data_source(split=split, decoders=decoders)
@@ -63,6 +70,16 @@ class TfdsSource(Source):
         return Example(example["image"], label, caption, key)
 
 
+def _copied(builder, split: str) -> pathlib.Path:
+    """A folder on this machine with what a split needs: ArrayRecord does not open s3://."""
+    folder = as_path(builder.data_path)
+    described = [file for file in folder.iterdir() if ".array_record" not in file.name]
+    info = paths.read(folder / "dataset_info.json")
+    key = hashlib.sha256(f"{folder}\n".encode() + info).hexdigest()
+    shards = [folder / name for name in sorted(builder.info.splits[split].filenames)]
+    return [storage.cached(file, key) for file in (*shards, *described)][-1].parent
+
+
 def _remedy(name: str, path: str) -> str:
     return (
         "Prepare it once, where TensorFlow is installed:\n"
@@ -74,10 +91,9 @@ def _remedy(name: str, path: str) -> str:
 def _find(name: str, path: str):
     """The folder of the named (or else the newest) version."""
     import tensorflow_datasets as tfds
-    from etils import epath
 
     stem, _, version = name.partition(":")
-    root = epath.Path(path).expanduser() / stem
+    root = source.place(path) / stem
     found = {file.parent.name: file.parent for file in root.glob("*/dataset_info.json")}
     versions = [n for n in found if tfds.core.Version.is_valid(n) and version in ("", n)]
     if not versions:

@@ -10,7 +10,6 @@ the example `22.05`. Links lead to other members of the same tar file. Other fil
 
 import io
 import json
-import pathlib
 import posixpath
 import re
 import tarfile
@@ -22,7 +21,7 @@ import numpy as np
 
 from flextok_jax.data import source
 from flextok_jax.data.source import IMAGE_SUFFIXES, TRAIN, VALIDATION, Example, Skipped, log
-from flextok_jax.io import storage
+from flextok_jax.io import paths, storage
 
 FIELDS = ("image", "txt", "json", "npy")  # That are read when an example is wanted.
 VERSION = 2  # Of the index: of what counts as an example.
@@ -59,12 +58,11 @@ class WebDatasetSource(source.Source):
             FileNotFoundError, ValueError: there is none, no such split, or one is no tar file.
         """
         super().__init__()
-        root = source.local(path)
-        base, inside = (root.parent, [root]) if root.is_file() else (root, sorted(root.rglob("*")))
-        files = {f.relative_to(base).as_posix(): f for f in inside if f.suffix == ".tar"}
-        for file in inside:
-            if re.search(r"^[^.].*(\.tar\.\w+|\.tgz)$", file.name):
-                name = file.relative_to(base).as_posix()
+        root = source.place(path)
+        base, inside = (root.parent, [root.name]) if root.is_file() else (root, _below(root))
+        files = {name: base / name for name in inside if name.endswith(".tar")}
+        for name in inside:
+            if re.search(r"(^|/)[^./][^/]*(\.tar\.\w+|\.tgz)$", name):
                 self.skipped.add("compressed, without random access: unpack it to .tar", name)
         if not files:
             skipped = "\n  ".join(self.skipped.lines())
@@ -103,13 +101,18 @@ class WebDatasetSource(source.Source):
     def _read(self, index: int, fields) -> dict[str, bytes]:
         """The bytes of those fields that the example has."""
         found = {}
-        with open(self._files[self._shard[index]], "rb") as file:
-            for field in fields:
-                start, size = self._offsets[index, FIELDS.index(field)]
-                if start >= 0:
-                    file.seek(start)
-                    found[field] = file.read(size)
+        for field in fields:
+            start, size = self._offsets[index, FIELDS.index(field)].tolist()
+            if start >= 0:
+                found[field] = paths.read(self._files[self._shard[index]], start, size)
         return found
+
+
+def _below(root) -> list[str]:
+    """The sorted names of all files below a folder."""
+    if paths.is_remote(root):
+        return paths.below(root)
+    return [file.relative_to(root).as_posix() for file in sorted(root.rglob("*"))]
 
 
 def _part(name: str) -> str:
@@ -131,13 +134,12 @@ def _json(data: bytes) -> dict:
     return fields if isinstance(fields, dict) else {}
 
 
-def read_index(path: pathlib.Path) -> Index:
+def read_index(path) -> Index:
     """The examples of one tar file; makes the index file if it is not there."""
-    stat = path.stat()
-    stamp = np.array([VERSION, stat.st_size, stat.st_mtime_ns])
+    stamp = np.array([VERSION, *paths.version(path)])
     file = path.with_name(f".{path.name}.index.npz")
     try:
-        with np.load(file, allow_pickle=False) as found:
+        with np.load(io.BytesIO(paths.read(file)), allow_pickle=False) as found:
             if (found["stamp"] == stamp).all():
                 return Index(**{name: found[name] for name in Index._fields})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -147,16 +149,16 @@ def read_index(path: pathlib.Path) -> Index:
     try:
         with storage.atomic(file) as temporary:
             np.savez(temporary, stamp=stamp, **index._asdict())
-    except OSError as error:
+    except Exception as error:  # Each store has its own.
         log.warning("the index of %s is not kept for the next time: %s", path, error)
     return index
 
 
-def _scan(path: pathlib.Path) -> Index:
+def _scan(path) -> Index:
     """`read_index` by a pass over the headers, the labels and the JSON files."""
     skipped, labels = Skipped(), []
-    with open(path, "rb") as data:
-        examples = _examples(path, skipped)
+    with path.open("rb") as data:
+        examples = _examples(path, data, skipped)
         for key, fields in examples.items():
             label = None
             for field in ("cls", "json"):
@@ -174,11 +176,11 @@ def _scan(path: pathlib.Path) -> Index:
     return Index(_bytes(examples), offsets, _bytes(labels), _bytes(pairs).reshape(-1, 2))
 
 
-def _members(path: pathlib.Path, skipped: Skipped) -> dict[str, tuple[int, int]]:
+def _members(path, data, skipped: Skipped) -> dict[str, tuple[int, int]]:
     """{name: (start, size)} of the files in a tar file, in its order."""
     found: dict[str, tuple[int, int] | str] = {}  # A link's value is the name that it leads to.
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=data, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # Or it keeps them all.
                 name, value = _normal(member.name), (member.offset_data, member.size)
@@ -211,9 +213,9 @@ def _normal(name: str) -> str:
     return posixpath.normpath(name.replace("\\", "/"))
 
 
-def _examples(path: pathlib.Path, skipped: Skipped) -> dict[str, dict[str, tuple[int, int]]]:
+def _examples(path, data, skipped: Skipped) -> dict[str, dict[str, tuple[int, int]]]:
     """{key: {field: (start, size)}} of the examples with an image."""
-    members = _members(path, skipped)
+    members = _members(path, data, skipped)
     names = [name for name in members if not posixpath.basename(name).startswith(".")]
     first = {name: _split(name, name.find(".", name.rfind("/") + 1)) for name in names}
     complete = {key for key, field in first.values() if field == "image"}

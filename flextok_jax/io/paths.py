@@ -48,6 +48,11 @@ def is_remote(path) -> bool:
     return "://" in os.fspath(path)
 
 
+def resolved(path):
+    """The path that leads there from any folder, links followed."""
+    return path if is_remote(path) else path.resolve()
+
+
 def reached(path):
     """The path, whose store has answered. Raises ValueError: it did not (rights, network)."""
     if is_remote(path):
@@ -63,17 +68,17 @@ def reached(path):
 
 
 def store(path):
-    """(the fsspec file system of an address, the address's name there)."""
-    import fsspec
+    """The fsspec file system of an address."""
+    from etils.epath import backend
 
-    return fsspec.core.url_to_fs(os.fspath(path))
+    return backend.fsspec_backend.fs(path)
 
 
 def read(path, start: int | None = None, size: int | None = None) -> bytes:
     """A file, or `size` bytes of it from `start` on; of an address by one request."""
     if is_remote(path):
-        system, name = store(path)
-        return system.cat_file(name, start, None if start is None else start + size)
+        end = None if start is None else start + size
+        return store(path).cat_file(str(path), start=start, end=end)
     if start is None:
         return path.read_bytes()
     with path.open("rb") as file:
@@ -81,18 +86,27 @@ def read(path, start: int | None = None, size: int | None = None) -> bytes:
         return file.read(size)
 
 
+def below(folder) -> list[str]:
+    """The names of all files below the folder of an address ("a/b.png"), sorted as paths are."""
+    start = str(folder).partition("://")[2] + "/"
+    return sorted((f.removeprefix(start) for f in store(folder).find(str(folder))), key=_parts)
+
+
+def _parts(name: str) -> list[str]:
+    return name.split("/")
+
+
 def upload(local: pathlib.Path, path) -> None:
     """Copies a local file to an address, where it appears when it is whole."""
-    system, name = store(path)
-    system.put_file(str(local), name)
+    store(path).put_file(str(local), str(path))
 
 
 def version(path) -> tuple[int, int]:
     """(size in bytes, a number that changes with the file)."""
     if is_remote(path):
-        system, name = store(path)
-        mark = hashlib.sha256(str(system.ukey(name)).encode()).digest()
-        return system.size(name), int.from_bytes(mark[:7])
+        system = store(path)
+        mark = hashlib.sha256(str(system.ukey(str(path))).encode()).digest()
+        return system.size(str(path)), int.from_bytes(mark[:7])
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
 
@@ -112,5 +126,4 @@ def local_copy(path) -> Iterator[pathlib.Path]:
 
 def download(path, local: pathlib.Path) -> None:
     """Copies the file of an address to a local one."""
-    system, name = store(path)
-    system.get_file(name, str(local))
+    store(path).get_file(str(path), str(local))

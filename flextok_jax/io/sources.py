@@ -5,7 +5,7 @@ import re
 
 from flextok_jax.io import hub, storage
 from flextok_jax.io.formats import peers
-from flextok_jax.io.paths import as_path, is_remote
+from flextok_jax.io.paths import as_path, is_remote, resolved
 
 WEIGHTS = "model.safetensors"
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -119,7 +119,7 @@ def pinned(source) -> str:
     if _on_hub(text):
         return name_of(text, find(text, (), ("config.json",)))
     path = as_path(text)
-    return str(path.resolve()) if path.exists() and text not in DEMOS else text
+    return str(resolved(path)) if path.exists() and text not in DEMOS else text
 
 
 def _fault(path, files) -> Exception | None:

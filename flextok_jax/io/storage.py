@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.io.formats.names import flatten
-from flextok_jax.io.paths import as_path, is_remote, local_copy, upload
+from flextok_jax.io.paths import as_path, download, is_remote, local_copy, upload
 
+log = logging.getLogger(__name__)
 FULL = os.strerror(errno.ENOSPC)
 _unfinished: set[pathlib.Path] = set()  # The temporary files of `atomic`.
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # Of lazy tensors.
@@ -165,6 +167,17 @@ def atomic(path) -> Iterator[pathlib.Path]:
     finally:
         temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
+
+
+def cached(path, key: str) -> pathlib.Path:
+    """A copy of the file of an address that stays in this machine's cache, in the folder `key`."""
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    copy = home / "flextok_jax" / key / path.name
+    if not copy.exists():
+        log.info("copying %s to %s", path, copy.parent)
+        with atomic(copy) as temporary:
+            download(path, temporary)
+    return copy
 
 
 def discard_unfinished() -> None:

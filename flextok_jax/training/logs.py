@@ -1,5 +1,8 @@
 """What a run reports: DIR/metrics.jsonl, TensorBoard events in DIR/tb, lines for a person, and, if
 asked, Weights & Biases.
+
+Nothing can be appended to a file in a bucket: there all are written on this machine, and copied
+with every checkpoint, after every minute and at the end.
 """
 
 import contextlib
@@ -8,17 +11,26 @@ import logging
 import os
 import pathlib
 import sys
+import tempfile
+import time
 
 import jax
 import numpy as np
 
 from flextok_jax.io import storage
+from flextok_jax.io.paths import as_path, is_remote, upload
+
+COPIED_EVERY = 60  # seconds, to a bucket
 
 log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes metrics as JSON lines and events, and shows progress, in process 0 only."""
+    """Writes metrics as JSON lines and events, and shows progress, in process 0 only.
+
+    Attributes:
+        folder: a local one, DIR itself or what is copied to DIR; also for traces, of any process.
+    """
 
     def __init__(
         self,
@@ -35,16 +47,23 @@ class RunLog:
             config: what is shown there, in JSON terms.
         """
         self._pending, self._active = {}, jax.process_index() == 0
+        self._workdir, self._copied, self._sizes = as_path(workdir), time.monotonic(), {}
+        self._temporary = None
+        if is_remote(self._workdir):
+            self._temporary = tempfile.TemporaryDirectory()
+            self.folder = pathlib.Path(self._temporary.name)
+        else:
+            self.folder = self._workdir
         if not self._active:
             return
         import tensorboardX
         import tqdm
 
-        workdir = pathlib.Path(workdir)
-        self._path = workdir / "metrics.jsonl"
-        storage.write_text(self._path, "".join(_lines_until(self._path, start)))
-        self._events = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
-        self._wandb = _wandb(workdir, project, config) if project else None
+        self._path = self.folder / "metrics.jsonl"
+        lines = _lines_until(self._workdir / self._path.name, start)
+        storage.write_text(self._path, "".join(lines))
+        self._events = tensorboardX.SummaryWriter(str(self.folder / "tb"), purge_step=start + 1)
+        self._wandb = _wandb(self._workdir, self.folder, project, config) if project else None
         self._bar = tqdm.tqdm(initial=start, total=total, unit="step", disable=None)
 
     def __enter__(self):
@@ -57,6 +76,9 @@ class RunLog:
             self._bar.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(exc[0] is not None))
+        if self._temporary:
+            self._copy()
+            self._temporary.cleanup()
 
     def advance(self):
         """One step is done."""
@@ -67,8 +89,8 @@ class RunLog:
         """Takes metrics of `step`, numbers and vectors, into the record that `flush` writes."""
         self._pending |= {"step": step} | {name: _plain(value) for name, value in values.items()}
 
-    def flush(self):
-        """Writes the record."""
+    def flush(self, copy: bool = False):
+        """Writes the record; `copy`: to a bucket now."""
         record, self._pending = self._pending, {}
         if not (record and self._active):
             return
@@ -92,10 +114,30 @@ class RunLog:
             log.info("%s", line)
         else:
             self._bar.write(line, file=sys.stderr)
+        late = time.monotonic() - self._copied > COPIED_EVERY
+        if self._temporary and (copy or late):
+            self._copy()
+
+    def _copy(self):
+        """Copies what has grown since the last time to the bucket."""
+        for file in (file for file in self.folder.rglob("*") if file.is_file()):
+            name, size = file.relative_to(self.folder).as_posix(), file.stat().st_size
+            if self._sizes.get(name) != size:
+                try:
+                    upload(file, self._workdir / name)
+                except Exception as error:  # Each store has its own. The next copy has it all.
+                    log.warning("%s could not be written: %s", self._workdir / name, error)
+                else:
+                    self._sizes[name] = size
+        self._copied = time.monotonic()
 
 
-def _wandb(workdir: pathlib.Path, project: str, config: dict | None):
-    """The run of Weights & Biases that belongs to a workdir; DIR/wandb_id names it."""
+def _wandb(workdir, folder: pathlib.Path, project: str, config: dict | None):
+    """The run of Weights & Biases that belongs to a workdir; DIR/wandb_id names it.
+
+    Args:
+        folder: a local one, for its files.
+    """
     import wandb
 
     file = workdir / "wandb_id"
@@ -106,7 +148,7 @@ def _wandb(workdir: pathlib.Path, project: str, config: dict | None):
             name=workdir.name,
             id=before,
             resume="allow",
-            dir=workdir,
+            dir=folder,
             config=config,
             settings=wandb.Settings(console="off"),
         )
@@ -138,7 +180,7 @@ def compute(window):
     return values
 
 
-def _lines_until(path: pathlib.Path, step: int):
+def _lines_until(path, step: int):
     """The lines of the steps up to `step`; a crash may have torn the last line."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):

@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import logging
 import os
-import pathlib
 import signal
 import time
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import jax
 
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.io.checkpoint import Checkpoints, WorkdirError, json_config
+from flextok_jax.io.paths import as_path, is_remote
 from flextok_jax.nn import layout
 from flextok_jax.parallel.mesh import compiler_options, describe, make_mesh
 from flextok_jax.parallel.sharding import param_shardings
@@ -50,7 +50,8 @@ def train(stage: Stage, config, workdir: str | os.PathLike, command: str | None 
     Args:
         stage: see training/stage.py.
         config: a ConfigDict.
-        workdir: DIR; gets DIR/checkpoints, config.json, metrics.jsonl, tb, and profile if asked.
+        workdir: DIR, also in a bucket; gets DIR/checkpoints, config.json, metrics.jsonl, tb, and
+            profile if asked.
         command: what started the run, for DIR/config.json.
 
     Raises:
@@ -61,7 +62,8 @@ def train(stage: Stage, config, workdir: str | os.PathLike, command: str | None 
         OutOfMemory: a step needs more memory than a device has, said before it is compiled where
             that can be seen.
     """
-    workdir, total = pathlib.Path(workdir).absolute(), config.total_steps
+    workdir, total = as_path(workdir), config.total_steps
+    workdir = workdir if is_remote(workdir) else workdir.absolute()
     with _settings():
         mesh = make_mesh(**config.mesh)
         check_config(config, mesh)
@@ -112,7 +114,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike, command: str | None 
                 for step, batch in enumerate(batches, start + 1):
                     if step == max(first_traced, start + 1) <= last_traced:
                         jax.block_until_ready(previous)
-                        jax.profiler.start_trace(workdir / "profile")
+                        jax.profiler.start_trace(run_log.folder / "profile")
                     state, metrics = step_fn(state, frozen, batch)
                     done = step
                     window = metrics if window is None else logs.merge(window, metrics)
@@ -149,7 +151,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike, command: str | None 
                         for name, evaluator in evaluators.items():
                             found = evaluator(state.ema, frozen, mesh)
                             run_log.add(step, {f"eval/{name}/{metric}": x for metric, x in found})
-                    run_log.flush()
+                    run_log.flush(copy=saving)
                     if last:
                         break
                     window, timed, since = None, step, time.perf_counter()

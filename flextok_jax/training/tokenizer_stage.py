@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from flextok_jax.evaluation import metrics
 from flextok_jax.flow import path as flow
 from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import networks
+from flextok_jax.io.paths import as_path, resolved
 from flextok_jax.nn import dinov2, flextok, layout, repa, vae
 from flextok_jax.nn.config import Compute, TokenizerConfig, VAEConfig, from_dict, identity_vae
 from flextok_jax.nn.decoder import Condition
@@ -52,8 +52,8 @@ class TokenizerStage(Stage):
         source = config.vae.source
         if vae_config is None:
             vae_config = models.vae_config(source, config.vae.scaling_factor)
-        if source != models.IDENTITY and pathlib.Path(source).exists():
-            source = str(pathlib.Path(source).resolve())
+        if source != models.IDENTITY and as_path(source).exists():
+            source = str(resolved(as_path(source)))
         model = config.model.to_dict()
         if config.init_model:
             model = dataclasses.asdict(models.load(config.init_from).config)

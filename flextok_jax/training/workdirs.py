@@ -2,13 +2,13 @@
 
 import contextlib
 import logging
-import pathlib
 
 import jax
 from clu import parameter_overview
 
 from flextok_jax.io import storage
 from flextok_jax.io.checkpoint import WorkdirError
+from flextok_jax.io.paths import is_remote
 from flextok_jax.training.optimizer import lr_schedule
 from flextok_jax.training.state import TrainState
 
@@ -16,8 +16,10 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path):
+def locked(workdir):
     """Keeps a second run out of a workdir. The system releases the lock however a process ends.
+
+    In a bucket there is no such lock.
 
     Raises:
         WorkdirError: another run holds it, or the folder has a file of ours without a run of ours.
@@ -25,11 +27,14 @@ def locked(workdir: pathlib.Path):
     if jax.process_index() != 0:
         yield
         return
-    import fcntl
-
     for name in ("config.json", "metrics.jsonl"):
         if (workdir / name).exists() and not (workdir / "checkpoints").is_dir():
             raise WorkdirError(f"{workdir} holds {name} but no run: use a new workdir")
+    if is_remote(workdir):
+        yield
+        return
+    import fcntl
+
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("w") as file:
         try:
