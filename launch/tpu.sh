@@ -2,12 +2,12 @@
 # Training on TPU VMs of Google Cloud, on one slice or several:
 #
 #   ./launch/tpu.sh run --name=NAME --zone=ZONE --accelerator=TYPE --runtime=VERSION --spot \
-#       --bucket=BUCKET -- --config=configs/FILE.py:VARIANT --workdir=/gcs/BUCKET/runs/RUN
+#       -- --config=configs/FILE.py:VARIANT --workdir=gs://BUCKET/runs/RUN
 #
 #   create   asks for the slice (a queued resource) and waits until it is active
-#   run      create; copies this folder to every worker, installs it, mounts the bucket as /gcs/BUCKET;
-#            trains with the arguments after `--`. Starts again after a preemption (on a new slice) or
-#            a fault. Ctrl-C stops watching, not the training.
+#   run      create; copies this folder to every worker and installs it; trains with the arguments
+#            after `--`. Starts again after a preemption (on a new slice) or a fault. Ctrl-C stops
+#            watching, not the training.
 #   resume   watches and restarts again what `run` began
 #   status   the state of the slice and of the training on each worker
 #   logs     the end of the log of one worker [--worker=0] [--lines=50] [--follow]
@@ -17,7 +17,7 @@
 # environment variable (TPU_NAME, TPU_ZONE, ...):
 #   --name --zone --accelerator --runtime   required; docs/training.md says where to look them up
 #   --project=ID              default: that of gcloud
-#   --bucket=BUCKET           Cloud Storage for data and workdirs
+#   --bucket=BUCKET           also mounts this bucket as /gcs/BUCKET; gs://BUCKET needs no mount
 #   --slices=N                several slices
 #   --spot                    cheaper, can be preempted
 #   --create-flags='...'      more flags for `gcloud ... create`, such as --network or --reserved
@@ -92,9 +92,9 @@ if [[ $command == run || $command == resume ]]; then
     workdir=$(printf '%s\n' "${args[@]}" | sed -n 's/^--workdir=//p')
     if [[ " ${args[*]}" != *" --config="* || -z $workdir ]]; then
         die "training arguments are needed: run ... -- --config=FILE.py:VARIANT --workdir=DIR"
-    elif [[ $workdir != "/gcs/${TPU_BUCKET:-}"/* ]] &&
+    elif [[ $workdir != gs://?*/?* && $workdir != "/gcs/${TPU_BUCKET:-}"/* ]] &&
         [[ -n ${TPU_BUCKET:-} || $workdir != /* ]]; then # The disks of a slice go with it.
-        die "--workdir=$workdir must be on storage of all workers: /gcs/${TPU_BUCKET:-BUCKET}/..."
+        die "--workdir=$workdir must be on storage of all workers: gs://BUCKET/..."
     fi
 fi
 if [[ -z $dry ]] && [[ $command == run || ($command == create && ! -e $saved) ]]; then

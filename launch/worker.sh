@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What tpu.sh runs on each worker of a slice:
 #
-#   worker.sh setup [BUCKET]    environment, and the bucket as the folder /gcs/BUCKET
+#   worker.sh setup [BUCKET]    environment; with BUCKET also that bucket as the folder /gcs/BUCKET
 #   worker.sh start ARGUMENTS   python -m flextok_jax.main ARGUMENTS, detached from the connection
 #   worker.sh state             one line: "flextok-worker HOST none|running|exit:CODE|lost"
 #   worker.sh log [N] [follow]  the last N lines of the log
@@ -52,7 +52,7 @@ running() { [ -e "$RUN/lock" ] && ! flock -n -s "$RUN/lock" true; }
 case ${1:-} in
 setup)
     ensure_python
-    setup_venv train,tpu
+    setup_venv train,tpu,gs
     if [ -n "${2:-}" ]; then mount_bucket "$2"; fi
     ;;
 start)

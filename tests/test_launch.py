@@ -60,7 +60,7 @@ class Launch:
         (self._bin / "gcloud").chmod(0o755)
         self._sum = subprocess.check_output(["cksum", "setup.py"], cwd=ROOT, text=True).strip()
 
-    def __call__(self, script, *arguments, extras="train,tpu", **variables):
+    def __call__(self, script, *arguments, extras="train,tpu,gs", **variables):
         """(exit code, output); `extras`: those that count as installed."""
         (self._venv / ".installed").write_text(f"{self._sum} {extras}\n")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "SLURM", "JAX"))}
@@ -145,6 +145,14 @@ def test_what_a_supervised_run_does(launch, states, workers, after, code):
     assert found == code and launch.kinds() == after, out
 
 
+def test_an_address_needs_no_mount(launch):
+    launch.answers("NOT_FOUND ACTIVE", "none, exit:0 exit:0")
+    code, out = launch("tpu.sh", "run", *SLICE[:4], "--", CONFIG, "--workdir=gs://b/runs/x")
+    assert code == 0 and launch.kinds() == RUN, out
+    (setup,) = (word for call in launch.calls for word in call if "worker.sh setup" in word)
+    assert setup.endswith("worker.sh setup ")
+
+
 def test_a_run_is_not_started_twice(launch):
     launch.answers("ACTIVE", "running")
     code, out = launch("tpu.sh", "run", *SLICE, "--", *TRAIN)
@@ -179,6 +187,7 @@ def test_a_dry_run_prints_every_command_and_calls_none(launch):
         (["run", *SLICE, "--", TRAIN[0]], "--workdir="),
         (["run", *SLICE, "--", TRAIN[0], "--workdir=runs/x"], "--workdir=runs/x"),
         (["run", *SLICE, "--", TRAIN[0], "--workdir=/home/x"], "--workdir=/home/x"),
+        (["run", *SLICE[:4], "--", TRAIN[0], "--workdir=gs://b"], "--workdir=gs://b"),
         (["run", *SLICE[:4], "--", TRAIN[0], "--workdir=runs/x"], "--workdir=runs/x"),
         (["run", *SLICE, "--sopt", "--", *TRAIN], "--sopt"),
         (["resume", *SLICE], "--workdir="),
