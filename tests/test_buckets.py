@@ -11,19 +11,24 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from common import tiny_tokenizer
 from test_checkpoint import program  # noqa: F401  (a fixture)
 from test_encode import write as write_tokens
+from test_processes import finish, train_by
 from test_sources import everything, folder_of, shard, tar
 from test_startup import losses
 from test_survival import checkpoints, start
-from test_training_state import equal, get_config, host
+from test_training_state import ToyStage, equal, get_config, host
 
+from flextok_jax import cli, load_images
 from flextok_jax.data import shards, sources
 from flextok_jax.data.webdataset import read_index
 from flextok_jax.io import paths
-from flextok_jax.io.checkpoint import COMMITTED, Checkpoints, json_config, restore_ema
+from flextok_jax.io.checkpoint import COMMITTED, Checkpoints, WorkdirError, json_config, restore_ema
+from flextok_jax.training.loop import train
 
 pytestmark = pytest.mark.slow
 
@@ -215,34 +220,70 @@ def test_tfds_is_read_from_a_bucket(bucket, tiny_tfds, tmp_path, monkeypatch):
     assert images(a) == images(b)
 
 
+def test_commands_read_and_write_addresses(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    of_folder(tmp_path / "images")
+    address, packed, tokens, model = (
+        f"{bucket}/commands/{name}" for name in ("images", "packed", "tokens", "model")
+    )
+    uploaded(tmp_path / "images", address)
+    tok = tiny_tokenizer()
+    tok.save_pretrained(model)
+    assert cli.main(["data", "pack", address, "--split", "train", "--out", packed]) == 0
+    assert cli.main(["data", "check", packed]) == 0
+    words = ["--model", model, "--data", packed, "--split", "train", "--out", tokens]
+    assert cli.main(["tokenize", *words]) == 0
+    source = sources.make_source(sources.parse(tokens), "train")
+    files = [tmp_path / "images" / source.key(i) for i in range(len(source))]
+    wanted = tok.tokenize(load_images(files, 8))
+    found = [source.record(i).arrays["tokens"][0] for i in range(len(source))]
+    np.testing.assert_array_equal(found, wanted)
+
+
+def killed_when(process, ready) -> bool:
+    """Kills a process as soon as `ready()`; False if it had ended."""
+    while process.poll() is None and not ready():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
 def test_a_run_killed_in_a_bucket_continues_bitwise(bucket, tmp_path):
     """And becomes the undisturbed run on a disk, from data on a disk."""
     data = uploaded(pathlib.Path(get_config().data.path), f"{bucket}/digits")
-    workdir = paths.as_path(bucket) / "runs" / "killed"
+    workdir, log = paths.as_path(bucket) / "runs" / "killed", tmp_path / "killed.log"
     assert start(tmp_path, "whole").wait() == 0, (tmp_path / "whole.log").read_text()
 
     def begin():
         return start(tmp_path, "killed", workdir, f"--config.data.path={data}")
 
-    killed = 0
-    for least in (5, 20):  # Killed while this step is written, or after.
-        process = begin()
-        while process.poll() is None and max(checkpoints(workdir), default=0) < least:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert begin().wait() == 0, (tmp_path / "killed.log").read_text()
-    assert killed, "both runs ended before they were killed"
-    assert "continuing from step" in (tmp_path / "killed.log").read_text()
-    whole = losses(tmp_path / "whole")
-    found = losses(workdir)  # A kill may lose the lines that were not copied yet.
-    assert found == whole[-len(found) :] or set(found) <= set(whole)
-    averaged = [restore_ema(folder) for folder in (tmp_path / "whole", workdir)]
-    assert [each.step for each in averaged] == [40, 40]
-    assert equal(averaged[0].params, averaged[1].params)
-    assert {"checkpoints", "config.json", "metrics.jsonl", "tb"} == {
-        p.name for p in workdir.iterdir()
-    }
+    # Before there is a checkpoint, and while one is written.
+    assert killed_when(begin(), (workdir / "config.json").exists)
+    assert killed_when(begin(), lambda: max(checkpoints(workdir), default=0) >= 20)
+    assert begin().wait() == 0, log.read_text()
+    assert "continuing from step" in log.read_text()
+    wanted, found = losses(tmp_path / "whole"), losses(workdir)
+    assert found[-20:] == wanted[-20:]  # A kill may lose lines that were not copied yet.
+    assert found == [loss for loss in wanted if loss in found]
+    whole, found = (restore_ema(folder) for folder in (tmp_path / "whole", workdir))
+    assert whole.step == found.step == 40 and equal(whole.params, found.params)
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"checkpoints", "config.json", "metrics.jsonl", "tb"}
+    with pytest.raises(WorkdirError, match="another configuration"):
+        Checkpoints(workdir, {}).restore(None)
+
+
+def test_two_processes_save_in_a_bucket(bucket, tmp_path):
+    workdir = paths.as_path(bucket) / "runs" / "two"
+    codes, outputs = finish(tmp_path, train_by(tmp_path, 2, 1, f"--workdir={workdir}"))
+    assert codes == [0, 0], "\n".join(outputs)
+    config = get_config()
+    train(ToyStage(config), config, tmp_path / "one")
+    assert losses(workdir) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    one, two = (restore_ema(folder) for folder in (tmp_path / "one", workdir))
+    assert two.step == one.step == 6
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)
 
 
 def test_a_folder_of_a_bucket_without_images_is_named(bucket):

@@ -28,7 +28,7 @@ def locked(workdir):
         yield
         return
     for name in ("config.json", "metrics.jsonl"):
-        if (workdir / name).exists() and not (workdir / "checkpoints").is_dir():
+        if (workdir / name).exists() and not _began(workdir):
             raise WorkdirError(f"{workdir} holds {name} but no run: use a new workdir")
     if is_remote(workdir):
         yield
@@ -42,6 +42,14 @@ def locked(workdir):
         except BlockingIOError:
             raise WorkdirError(f"another run writes into {workdir}: use a new workdir") from None
         yield
+
+
+def _began(workdir) -> bool:
+    """Whether a run of ours began here. A bucket has no folder before its first checkpoint."""
+    if (workdir / "checkpoints").is_dir() or not is_remote(workdir):
+        return (workdir / "checkpoints").is_dir()
+    file = workdir / "config.json"
+    return file.exists() and {"config", "model"} <= storage.read_json(file).keys()
 
 
 def first_state(stage, config, program, checkpoints) -> TrainState:
