@@ -120,11 +120,12 @@ def test_a_state_comes_back_bitwise(bucket, program):  # noqa: F811
         assert equal(host(checkpoints.restore(program.shapes)), states[3])
         assert checkpoints.extra == {"scaling_factor": 3.5}
 
-    # Without its mark a checkpoint does not count, and makes room for another.
+    # Without its mark a checkpoint does not count, is removed, and makes room for another.
     (folder / "3" / COMMITTED).unlink()
     assert restore_ema(f"{bucket}/saved").step == 2
     with Checkpoints(f"{bucket}/saved", json_config(get_config())) as checkpoints:
         assert equal(host(checkpoints.restore(program.shapes)), states[2])
+        assert not (folder / "3").exists()
         checkpoints.save(3, program.init().replace(step=np.int32(3)))
     found = restore_ema(f"{bucket}/saved")
     assert found.step == 3 and found.config == json_config(get_config())
