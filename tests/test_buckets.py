@@ -162,7 +162,7 @@ def of_list(folder):
 def of_tar(folder):
     tar(folder / "train/a.tar", shard(0))
     tar(folder / "train-b.tar", shard(4))
-    tar(folder / "val/c.tar", shard(8, 2))
+    tar(folder / "val/c.tar", shard(8, 2) | {"0009.txt": b"", "0010.jpg": b""})
 
 
 @pytest.mark.parametrize("make", [of_folder, of_list, of_tar])

@@ -76,6 +76,8 @@ def store(path):
 
 def read(path, start: int | None = None, size: int | None = None) -> bytes:
     """A file, or `size` bytes of it from `start` on; of an address by one request."""
+    if size == 0:
+        return b""
     if is_remote(path):
         end = None if start is None else start + size
         return store(path).cat_file(str(path), start=start, end=end)
