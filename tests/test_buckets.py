@@ -291,3 +291,10 @@ def test_a_folder_of_a_bucket_without_images_is_named(bucket):
     address = f"{bucket}/nothing"
     with pytest.raises(FileNotFoundError, match=address):
         sources.make_source(sources.Data("folder", address), "all")
+
+
+def test_a_bucket_that_is_not_there_is_named_and_not_made(bucket):
+    address = paths.as_path(bucket.replace("bucket", "missing"))
+    with pytest.raises(ValueError, match=f"{address} cannot be reached"):
+        paths.reached(address / "runs" / "x")
+    assert not address.exists()

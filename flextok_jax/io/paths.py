@@ -1,6 +1,7 @@
 """Paths that a person gives: local ones, gs:// and s3:// addresses."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
@@ -54,17 +55,24 @@ def resolved(path):
 
 
 def reached(path):
-    """The path, whose store has answered. Raises ValueError: it did not (rights, network)."""
+    """The path, whose bucket has answered. Raises ValueError: it did not (name, rights, network).
+
+    Asked before anything is written, because some stores make a bucket that is not there.
+    """
     if is_remote(path):
-        try:
-            path.exists()
-        except Exception as error:  # Each store has its own.
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ValueError(
-                f"{path} cannot be reached ({reason}): check the name, the credentials and the "
-                "rights"
-            ) from error
+        _reach("/".join(str(path).split("/")[:3]))
     return path
+
+
+@functools.cache
+def _reach(bucket: str) -> None:
+    try:
+        store(bucket).ls(bucket, detail=False)
+    except Exception as error:  # Each store has its own.
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"{bucket} cannot be reached ({reason}): check the name, the credentials and the rights"
+        ) from error
 
 
 def store(path):
