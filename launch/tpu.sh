@@ -17,7 +17,6 @@
 # environment variable (TPU_NAME, TPU_ZONE, ...):
 #   --name --zone --accelerator --runtime   required; docs/training.md says where to look them up
 #   --project=ID              default: that of gcloud
-#   --bucket=BUCKET           also mounts this bucket as /gcs/BUCKET; gs://BUCKET needs no mount
 #   --slices=N                several slices
 #   --spot                    cheaper, can be preempted
 #   --create-flags='...'      more flags for `gcloud ... create`, such as --network or --reserved
@@ -57,7 +56,7 @@ if [[ $command != create && $command != run && -e $saved ]]; then
 fi
 while [ $# -gt 0 ]; do
     case $1 in
-    --name=* | --project=* | --zone=* | --accelerator=* | --runtime=* | --bucket=* | --slices=* | \
+    --name=* | --project=* | --zone=* | --accelerator=* | --runtime=* | --slices=* | \
         --create-flags=* | --ssh-flags=* | --retries=*)
         setting=${1%%=*}
         setting=TPU_${setting#--}
@@ -92,8 +91,8 @@ if [[ $command == run || $command == resume ]]; then
     workdir=$(printf '%s\n' "${args[@]}" | sed -n 's/^--workdir=//p')
     if [[ " ${args[*]}" != *" --config="* || -z $workdir ]]; then
         die "training arguments are needed: run ... -- --config=FILE.py:VARIANT --workdir=DIR"
-    elif [[ $workdir != gs://?*/?* && $workdir != "/gcs/${TPU_BUCKET:-}"/* ]] &&
-        [[ -n ${TPU_BUCKET:-} || $workdir != /* ]]; then # The disks of a slice go with it.
+    elif [[ $workdir != gs://?*/?* && $workdir != /* || $workdir == /home/* ]]; then
+        # The disks of a slice go with it.
         die "--workdir=$workdir must be on storage of all workers: gs://BUCKET/..."
     fi
 fi
@@ -154,7 +153,7 @@ install() {
     fi
     queued scp "$archive" "$TPU_NAME:" --node=all --worker=all "${ssh_flags[@]}" &&
         on_workers "rm -rf flextok && mkdir flextok && tar -xzf flextok.tgz -C flextok && \
-flextok/launch/worker.sh setup ${TPU_BUCKET:-}"
+flextok/launch/worker.sh setup"
 }
 
 start() { on_workers "flextok/launch/worker.sh start ${args[*]@Q}"; }

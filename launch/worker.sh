@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What tpu.sh runs on each worker of a slice:
 #
-#   worker.sh setup [BUCKET]    environment; with BUCKET also that bucket as the folder /gcs/BUCKET
+#   worker.sh setup             the environment
 #   worker.sh start ARGUMENTS   python -m flextok_jax.main ARGUMENTS, detached from the connection
 #   worker.sh state             one line: "flextok-worker HOST none|running|exit:CODE|lost"
 #   worker.sh log [N] [follow]  the last N lines of the log
@@ -22,30 +22,6 @@ ensure_python() {
     fi
 }
 
-# https://cloud.google.com/storage/docs/cloud-storage-fuse/install
-install_gcsfuse() {
-    local key=/usr/share/keyrings/cloud.google.asc base=https://packages.cloud.google.com/apt
-    curl -fsSL "$base/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
-    echo "deb [signed-by=$key] $base gcsfuse-$(lsb_release -c -s) main" |
-        sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-    # A new machine may be updating itself and hold apt's lock.
-    sudo apt-get -o DPkg::Lock::Timeout=600 update -q
-    sudo apt-get -o DPkg::Lock::Timeout=600 install -q -y gcsfuse
-}
-
-# https://cloud.google.com/storage/docs/cloud-storage-fuse/cli-options
-# No cached metadata: what one worker writes into a checkpoint, the others must see. The limit lets a
-# finished checkpoint be renamed in a bucket without hierarchical namespace.
-mount_bucket() {
-    local target=/gcs/$1
-    if mountpoint -q "$target"; then return; fi
-    command -v gcsfuse >/dev/null || install_gcsfuse
-    sudo mkdir -p "$target"
-    sudo chown "$(id -u):$(id -g)" "$target"
-    gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-        --rename-dir-limit=100000 "$1" "$target"
-}
-
 # The training holds this lock for as long as it lives; who looks shares it for a moment.
 running() { [ -e "$RUN/lock" ] && ! flock -n -s "$RUN/lock" true; }
 
@@ -53,7 +29,6 @@ case ${1:-} in
 setup)
     ensure_python
     setup_venv train,tpu,gs
-    if [ -n "${2:-}" ]; then mount_bucket "$2"; fi
     ;;
 start)
     if running; then

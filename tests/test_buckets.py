@@ -223,6 +223,7 @@ def test_tfds_is_read_from_a_bucket(bucket, tiny_tfds, tmp_path, monkeypatch):
 
 def test_commands_read_and_write_addresses(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # `data check` writes its picture there.
     of_folder(tmp_path / "images")
     address, packed, tokens, model = (
         f"{bucket}/commands/{name}" for name in ("images", "packed", "tokens", "model")

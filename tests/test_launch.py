@@ -19,14 +19,12 @@ SHELLCHECK = shutil.which(
     "shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 )
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-CONFIG, WORKDIR = "--config=configs/tokenizer.py:digits", "--workdir=/gcs/b/runs/x"
+CONFIG, WORKDIR = "--config=configs/tokenizer.py:digits", "--workdir=gs://b/runs/x"
 TRAIN = [CONFIG, WORKDIR, "--config.data.path=a b"]
-SLICE = ["--name=t", "--zone=z", "--accelerator=v5litepod-8", "--runtime=r", "--bucket=b"]
+SLICE = ["--name=t", "--zone=z", "--accelerator=v5litepod-8", "--runtime=r"]
 PACKED = ("flextok_jax", "configs", "examples", "launch", "setup.py", "README.md", "LICENSE")
 STANDINS = {
     "nvidia-smi": 'echo "$DRIVER"',
-    "sudo": "",
-    "gcsfuse": 'echo "$*" >>"$FAKE/mounts"',
     # sbatch runs the job's script as job 7; the options of its lines are in $FAKE/sbatch.
     "sbatch": 'cat >"$FAKE/job"; (printf "%s\\n" "$@"; sed -n "s/^#SBATCH //p" "$FAKE/job") '
     '>"$FAKE/sbatch"; SLURM_JOB_ID=7 bash "$FAKE/job"',
@@ -108,7 +106,7 @@ def test_a_run_from_nothing_to_the_end(launch):
     create, copy, setup, start = (c for c in launch.calls if "state" not in c[-2] and len(c) > 4)
     assert {"--spot", "--node-id=t", "--zone=z"} <= set(create)
     assert "launch/worker.sh start '--config" in start[-2] and "a b'" in start[-2]
-    assert setup[-2].endswith("worker.sh setup b")
+    assert setup[-2].endswith("worker.sh setup")
     with tarfile.open(copy[1]) as archive:
         assert {name.partition("/")[0] for name in archive.getnames()} == set(PACKED)
     # The other commands know the rest by the name.
@@ -145,14 +143,6 @@ def test_what_a_supervised_run_does(launch, states, workers, after, code):
     assert found == code and launch.kinds() == after, out
 
 
-def test_an_address_needs_no_mount(launch):
-    launch.answers("NOT_FOUND ACTIVE", "none, exit:0 exit:0")
-    code, out = launch("tpu.sh", "run", *SLICE[:4], "--", CONFIG, "--workdir=gs://b/runs/x")
-    assert code == 0 and launch.kinds() == RUN, out
-    (setup,) = (word for call in launch.calls for word in call if "worker.sh setup" in word)
-    assert setup.endswith("worker.sh setup ")
-
-
 def test_a_run_is_not_started_twice(launch):
     launch.answers("ACTIVE", "running")
     code, out = launch("tpu.sh", "run", *SLICE, "--", *TRAIN)
@@ -187,8 +177,7 @@ def test_a_dry_run_prints_every_command_and_calls_none(launch):
         (["run", *SLICE, "--", TRAIN[0]], "--workdir="),
         (["run", *SLICE, "--", TRAIN[0], "--workdir=runs/x"], "--workdir=runs/x"),
         (["run", *SLICE, "--", TRAIN[0], "--workdir=/home/x"], "--workdir=/home/x"),
-        (["run", *SLICE[:4], "--", TRAIN[0], "--workdir=gs://b"], "--workdir=gs://b"),
-        (["run", *SLICE[:4], "--", TRAIN[0], "--workdir=runs/x"], "--workdir=runs/x"),
+        (["run", *SLICE, "--", TRAIN[0], "--workdir=gs://b"], "--workdir=gs://b"),
         (["run", *SLICE, "--sopt", "--", *TRAIN], "--sopt"),
         (["resume", *SLICE], "--workdir="),
         (["status", *SLICE, "--", *TRAIN], "`run`"),
@@ -203,11 +192,7 @@ def test_wrong_use_is_refused_before_anything_is_asked_for(launch, arguments, ke
 
 def test_a_worker_runs_one_training_and_keeps_its_exit_code(launch):
     at = {"HOME": launch.fake / "home", "WAIT": "1", "CODE": "143"}
-    assert launch("worker.sh", "setup", "b", **at)[0] == 0
-    assert (launch.fake / "mounts").read_text() == (
-        "--implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "
-        "--rename-dir-limit=100000 b /gcs/b\n"
-    )
+    assert launch("worker.sh", "setup", **at)[0] == 0
     assert launch("worker.sh", "state", **at)[1].endswith(" none\n")
     assert launch("worker.sh", "start", *TRAIN, **at) == (0, "")
     assert launch("worker.sh", "state", **at)[1].endswith(" running\n")

@@ -99,11 +99,8 @@ def read(path, start: int | None = None, size: int | None = None) -> bytes:
 def below(folder) -> list[str]:
     """The names of all files below the folder of an address ("a/b.png"), sorted as paths are."""
     start = str(folder).partition("://")[2] + "/"
-    return sorted((f.removeprefix(start) for f in store(folder).find(str(folder))), key=_parts)
-
-
-def _parts(name: str) -> list[str]:
-    return name.split("/")
+    names = (file.removeprefix(start) for file in store(folder).find(str(folder)))
+    return sorted(names, key=lambda name: name.split("/"))
 
 
 def upload(local: pathlib.Path, path) -> None:

@@ -46,7 +46,7 @@ def locked(workdir):
 
 def _began(workdir) -> bool:
     """Whether a run of ours began here. A bucket has no folder before its first checkpoint."""
-    if (workdir / "checkpoints").is_dir() or not is_remote(workdir):
+    if not is_remote(workdir):
         return (workdir / "checkpoints").is_dir()
     file = workdir / "config.json"
     return file.exists() and {"config", "model"} <= storage.read_json(file).keys()
