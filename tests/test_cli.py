@@ -249,6 +249,12 @@ def test_convert_writes_the_averaged_weights_of_a_workdir(workdir, tmp_path, cap
     converted = FlexTok.from_pretrained(tmp_path / "released")
     assert converted.fingerprint == tiny_tokenizer().fingerprint and converted.config == TINY
     assert converted.fingerprint in capsys.readouterr().out
+    assert run("convert", "--model", workdir, "--out", tmp_path / "half", "--half") == 0
+    half = FlexTok.from_pretrained(tmp_path / "half")
+    rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), converted.params)
+    assert half.fingerprint == storage.fingerprint(rounded) in capsys.readouterr().out
+    sizes = [(tmp_path / f / "model.safetensors").stat().st_size for f in ("half", "released")]
+    assert sizes[0] < 0.7 * sizes[1]
     scaled = ["--out", tmp_path / "vae", "--scaling-factor", "2"]
     assert "--scaling-factor" in refused(capsys, "convert", "--model", workdir, *scaled)
     assert run("convert", "--model", GOLDEN / "vae", *scaled) == 0

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands import common, options
@@ -18,7 +19,7 @@ WRITTEN = (sources.WEIGHTS, sources.VAE_WEIGHTS, "config.json", flexar.CONFIG)  
 def convert(args: options.Convert) -> None:
     """Writes the released format from any source, of a workdir its averaged weights."""
     out = common.out_folder(args.out, new=WRITTEN)
-    model, save = _load(args.model, args.scaling_factor)
+    model, save = _load(args.model, args.scaling_factor, args.half)
     print(f"{model['origin']}\n-> {save(out)}\nsha256 {model['sha256']}")
 
 
@@ -89,8 +90,12 @@ def describe(source, scaling_factor: float | None = None) -> dict:
     return _load(source, scaling_factor)[0]
 
 
-def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
-    """(see `describe`, the function that writes the model into a folder and returns the path)."""
+def _load(source, scaling_factor: float | None = None, half=False) -> tuple[dict, Callable]:
+    """(see `describe`, the function that writes the model into a folder and returns the path).
+
+    Args:
+        half: whether float16 is written; the description is of what a reader of that finds.
+    """
     kind = sources.kind_of(source)
     if scaling_factor is not None and kind != "vae":
         raise ValueError(f"--scaling-factor is for a VAE on its own; {source} is none")
@@ -111,7 +116,11 @@ def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
     else:
         module = flexar if kind == "ar" else models
         model = module.load(source)
-        cfg, params, save = model.config, model.params, lambda out: module.save(out, model)
+        cfg, params = model.config, model.params
+
+        def save(out):
+            return module.save(out, dataclasses.replace(model, params=params))
+
         facts = {"origin": model.origin, "step": model.step}
         if kind == "ar":
             facts |= model.info | {"assumed": model.assumed or "nothing"}
@@ -120,11 +129,15 @@ def _load(source, scaling_factor: float | None = None) -> tuple[dict, Callable]:
             facts |= {"config.yaml": flexar.yaml_of(model.config_yaml)} if model.config_yaml else {}
         else:
             facts |= {"image_size": list(cfg.image_size), "vocab_size": cfg.vocab_size}
+    read = params
+    if half:
+        params = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), params)
+        read = jax.tree.map(lambda x: x.astype(np.float32), params)
     sizes = {k: sum(leaf.size for leaf in jax.tree.leaves(part)) for k, part in params.items()}
     return {
         "kind": kind if kind in ("ar", "vae", "t5") else "tokenizer",
         **{key: value for key, value in facts.items() if value is not None},
         "config": dataclasses.asdict(cfg),
         "parameters": sizes | {"total": sum(sizes.values())},
-        "sha256": storage.fingerprint(params),
+        "sha256": storage.fingerprint(read),
     }, save

@@ -532,6 +532,7 @@ class Convert:
 
     model: Tokenizer
     scaling_factor: Factor = None  # of a VAE whose files have none
+    half: Flag = False  # write float16: half the size; reading makes it float32 again
     out: Folder
 
 
