@@ -1,7 +1,10 @@
 """A workdir: what is saved comes back bitwise, damage is noticed, another configuration refused."""
 
+import dataclasses
+import json
 import os
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from test_training_state import ToyStage, build, equal, get_config, host, make_mesh
 
 from flextok_jax.io.checkpoint import Checkpoints, WorkdirError, json_config, restore_ema
+from flextok_jax.training import workdirs
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,26 @@ def test_keys_that_do_not_change_a_step_may_differ(workdir, program):
     changes = dict(total_steps=99, log_every=7, eval_every=2, checkpoint__keep=9, mesh__fsdp=-1)
     changes |= dict(compute__scan=False, wandb__project="tokens")
     assert restore(workdir, program, **changes) is not None
+
+
+def test_a_key_that_came_later_stands_for_what_was_done_before(workdir, program):
+    """The workdir lacks all of them."""
+    assert restore(workdir, program, **{"optim__rule": "adam"}) is not None
+    with pytest.raises(WorkdirError, match="optim.rule: 'adam' there, 'muon' now"):
+        restore(workdir, program, optim__rule="muon")
+    with pytest.raises(WorkdirError, match="optim.other: '.absent.' there, 0 now"):
+        restore(workdir, program, optim__other=0)
+
+
+def test_a_field_of_the_model_that_came_later_had_its_default():
+    config, source = get_config(), types.SimpleNamespace(fingerprint=lambda: "")
+    stage = ToyStage(config)
+    saved = json.loads(json.dumps({"model": stage.export_config()}))
+    del saved["model"]["config"]["norm_groups"]
+    workdirs.identity("", saved, config, stage, source, 0)
+    stage.model = dataclasses.replace(stage.model, norm_groups=7)
+    with pytest.raises(WorkdirError, match="norm_groups: 32 there, 7 now"):
+        workdirs.identity("", saved, config, stage, source, 0)
 
 
 def test_inference_reads_the_averaged_parameters_alone(saved, workdir):

@@ -9,6 +9,8 @@ from common import GOLDEN
 from configs import ar, distill, tokenizer, vae
 from examples import digits, photos
 from flextok_jax import main
+from flextok_jax.io import storage
+from flextok_jax.io.checkpoint import ADDED, HARMLESS, json_config
 from flextok_jax.training.loop import train
 
 CUT = [  # (module, variant with sizes); what is cut equal to another one is left out.
@@ -66,3 +68,13 @@ def test_every_variant_can_be_made_and_its_sizes_set(module):
     for arg, word in (("nope", "digits"), ("digits,colour=3", "batch")):
         with pytest.raises(ValueError, match=f"(?s){arg.split(',')[-1][:4]}.*{word}"):
             module.get_config(arg)
+
+
+@pytest.mark.parametrize("module", [vae, tokenizer, ar])
+def test_every_key_that_came_later_says_what_was_done_before(module):
+    """golden/configs.json was saved by an earlier version. Keys of `model`: test_checkpoint.py."""
+    old = json.loads((GOLDEN / "configs.json").read_text())[module.__name__.split(".")[-1]]
+    now = json_config(module.get_config())
+    absent = ADDED | {"model": now["model"]}
+    found = storage.differences(old, now, ignore=HARMLESS, absent=absent)
+    assert not [line for line in found if "(absent)" in line]

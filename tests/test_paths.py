@@ -94,6 +94,8 @@ def test_differences():
         "new: '(absent)' there, None now",
     ]
     assert storage.differences(old, new, ignore=r"a\..*|gone|new") == []
+    absent = {"a": {"b": 2}, "new": None, "newer": 3}
+    assert storage.differences(old, new, ignore=r"gone", absent=absent) == ["a.b: 1 there, 2 now"]
 
 
 def test_same_or_refuse(tmp_path):

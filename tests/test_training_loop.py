@@ -82,7 +82,7 @@ def test_a_run_finishes_and_reports(whole):
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert list((workdir / "tb").glob("events*"))
     info = json.loads((workdir / "config.json").read_text())
-    assert info["model"] == {"kind": "toy"} and info["config"]["optim"]["b2"] == 0.99
+    assert info["model"]["kind"] == "toy" and info["config"]["optim"]["b2"] == 0.99
 
 
 def test_the_step_is_traced_and_compiled_once(whole, tmp_path):

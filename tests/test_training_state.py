@@ -3,6 +3,8 @@
 The stage of these tests is a small denoising autoencoder on the digits.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from clu import metrics
 from flax.traverse_util import flatten_dict
 
 from examples.digits import folder
+from flextok_jax.nn.config import VAEConfig
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.parallel.rng import named
 from flextok_jax.training import optimizer
@@ -37,6 +40,8 @@ class Coder(nn.Module):
 
 class ToyStage(Stage):
     """See training/stage.py."""
+
+    model = VAEConfig()  # In name only.
 
     def __init__(self, config):
         self.noise = config.noise
@@ -79,7 +84,7 @@ class ToyStage(Stage):
         return {"size": size}
 
     def export_config(self):
-        return {"kind": "toy"}
+        return {"kind": "toy", "config": dataclasses.asdict(self.model)}
 
 
 @jax.tree_util.register_dataclass

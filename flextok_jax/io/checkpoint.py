@@ -26,6 +26,15 @@ HARMLESS = (
     r"|(vae|tokenizer)\.source"
     r"|(checkpoint|mesh|evaluation|wandb)\..*|compute\.(attention|remat|scan)"
 )
+# What a run did whose configuration is from before there was the key. Those of `model` have the
+# defaults of its dataclass (see training/workdirs.py).
+ADDED = {
+    "init_model": False,
+    "optim": {"rule": "adam"},
+    "text_encoder": dict(
+        source="", length=32, vocab_size=1024, depth=2, num_heads=2, head_dim=32, mlp_hidden=128
+    ),
+}
 COMMITTED = "commit_success.txt"
 
 
@@ -147,7 +156,8 @@ class Checkpoints:
         folder = self._folder / str(step)
         with _reading(folder):
             saved, self.extra = _read_json(folder, "config"), _read_json(folder, "extra")
-        if found := storage.differences(saved, self._config, ignore=HARMLESS):
+        absent = ADDED | {"model": self._config.get("model", {})}
+        if found := storage.differences(saved, self._config, ignore=HARMLESS, absent=absent):
             raise WorkdirError(
                 f"{self._folder.parent} holds a run with another configuration. "
                 "Use a new workdir, or set these back:\n  " + "\n  ".join(found)

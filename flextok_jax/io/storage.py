@@ -187,7 +187,11 @@ def discard_unfinished() -> None:
 
 
 def differences(
-    old: dict, new: dict, ignore: str = "", words: tuple[str, str] = ("there", "now")
+    old: dict,
+    new: dict,
+    ignore: str = "",
+    words: tuple[str, str] = ("there", "now"),
+    absent: dict | None = None,
 ) -> list[str]:
     """One line "a.b: OLD there, NEW now" for each key whose values differ.
 
@@ -196,8 +200,10 @@ def differences(
         new: what is wanted now; tuples equal lists.
         ignore: a regular expression of whole keys ("a.b") that may differ.
         words: after the old and the new value.
+        absent: nested as they are; what keys of `new` stand for that `old` lacks.
     """
-    old, new = dotted(old), dotted(json.loads(json.dumps(new)))
+    new, absent = (dotted(json.loads(json.dumps(tree))) for tree in (new, absent or {}))
+    old = {key: value for key, value in absent.items() if key in new} | dotted(old)
     return [
         f"{key}: {old.get(key, '(absent)')!r} {words[0]}, {new.get(key, '(absent)')!r} {words[1]}"
         for key in sorted(old.keys() | new.keys())

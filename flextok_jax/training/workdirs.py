@@ -1,6 +1,7 @@
 """A workdir: its lock, the state a run begins with, and its description."""
 
 import contextlib
+import dataclasses
 import logging
 
 import jax
@@ -73,16 +74,19 @@ def identity(workdir, saved: dict, config, stage, source, step: int) -> dict:
         step: that the run goes on after; the learning rate there depends on total_steps.
 
     Raises:
-        WorkdirError: the examples' keys or their order, or a frozen network, are not the same.
+        WorkdirError: the examples' keys or their order, the model or a frozen network are not the
+            same. A field of the model that is not saved, from before there was it, has its default.
     """
     now = {"data": source.fingerprint(), "model": stage.export_config()}
     before = {name: saved[name] for name in now if name in saved}
     same = {name: now[name] for name in before}
-    if changed := storage.differences(before, same, ignore=r"model\..*(source|origin)"):
+    absent = {"model": {"config": dataclasses.asdict(type(stage.model)())}}
+    ignore = r"model\..*(source|origin)"
+    if changed := storage.differences(before, same, ignore=ignore, absent=absent):
         raise WorkdirError(
-            f"{workdir} was trained with other data (other examples, or in another order) or "
-            "another frozen network. Put that back, or use a new workdir and init_from:\n  "
-            + "\n  ".join(changed)
+            f"{workdir} was trained with other data (other examples, or in another order), "
+            "another model or frozen network. Put that back, or use a new workdir and init_from:"
+            + "\n  ".join(["", *changed])
         )
     old = config.copy_and_resolve_references()
     old.total_steps = saved.get("total_steps", config.total_steps)
