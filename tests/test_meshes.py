@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from common import ROOT
 from test_ar_stage import config as ar_config
@@ -13,6 +14,10 @@ from test_ar_stage import write
 from test_tokenizer_stage import config as tokenizer_config
 
 from flextok_jax import main
+from flextok_jax.io.formats.names import flatten
+from flextok_jax.nn import layout
+from flextok_jax.parallel.sharding import param_shardings
+from flextok_jax.training import optimizer
 from flextok_jax.training.loop import train
 
 pytestmark = pytest.mark.slow  # a process of eight devices
@@ -49,6 +54,20 @@ def run(config, mesh, workdir):
     return len(compiled)
 
 
+def updates(config, mesh):
+    """{path: the first update by Muon or Adam}, for given gradients on the shardings of a run."""
+    config.optim.rule = "muon"
+    stage, tx = main.make_stage(config), optimizer.make_optimizer(config)
+    boxed = jax.eval_shape(stage.init, jax.random.key(0))
+    random, shapes = np.random.RandomState(0), layout.unbox(boxed)
+    params, grads = (
+        jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), shapes) for _ in "12"
+    )
+    placed = jax.device_put((params, grads), (param_shardings(mesh, boxed),) * 2)
+    found = jax.jit(lambda params, grads: tx.update(grads, tx.init(params), params)[0])(*placed)
+    return flatten(jax.device_get(found))
+
+
 ON_EIGHT = """
 import json, pathlib, sys
 import conftest
@@ -56,7 +75,7 @@ import jax
 import numpy as np
 from common import GOLDEN, TINY, random_params, tiny_generator, tiny_tokenizer
 from test_sweep import CFG, SETTINGS, sweep_of
-from test_meshes import RUNS, configs, run
+from test_meshes import RUNS, configs, run, updates
 from flextok_jax import FlexTok, ImageGenerator, TextEncoder, conditions, search, token_search
 from flextok_jax import verifiers
 from flextok_jax.io.checkpoint import Checkpoints
@@ -70,8 +89,11 @@ folder, labels = pathlib.Path(sys.argv[1]), np.arange(5)
 compiled = [
     run(configs(folder / "tokens")[kind], sizes, folder / f"{kind} {sizes}") for kind, sizes in RUNS
 ]
-plain = tiny_generator(TINY)
 mesh = make_mesh(2, 2, 2)
+config = configs(folder / "tokens")["tokenizer"]
+one, eight = (updates(config, m) for m in (make_mesh(devices=jax.devices()[:1]), mesh))
+moved = {p: [float(np.abs(x - one[p]).max()), float(np.abs(x).max())] for p, x in eight.items()}
+plain = tiny_generator(TINY)
 params = place(mesh, plain.params, ar.shapes(plain.config))
 tok = FlexTok(TINY, place(mesh, plain.tokenizer.params, flextok.shapes(TINY)), mesh=mesh)
 gen = ImageGenerator(plain.config, params, tok, mesh=mesh)
@@ -105,7 +127,7 @@ for count in (1, 2, 8):
     out.mkdir()
     (result,) = sweep_of(tok, out).run(SETTINGS[:1])
     swept.append(result["metrics"])
-print(json.dumps(dict(compiled=compiled, generated=generated, swept=swept)))
+print(json.dumps(dict(compiled=compiled, moved=moved, generated=generated, swept=swept)))
 """
 
 
@@ -149,6 +171,13 @@ def test_the_losses_are_those_of_one_device(kind, sizes, runs):
 
 def test_every_run_compiles_its_step_once(runs):
     assert runs[1]["compiled"] == [1] * len(RUNS)
+
+
+def test_muon_moves_every_parameter_as_on_one_device(runs):
+    moved = runs[1]["moved"]
+    assert {path.split("/")[0] for path in moved} == {"encoder", "decoder"}
+    for path, (error, largest) in moved.items():
+        assert error < 1e-4 * largest, path
 
 
 def test_generation_gives_the_same_tokens_and_images(runs):
