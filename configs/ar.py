@@ -74,6 +74,7 @@ def _base() -> ConfigDict:
             mlp_hidden=2048,
             qk_norm=False,  # [assumed]
             norm_eps=1e-6,  # [assumed]
+            group=1,  # tokens at once; 0: 1, 1, 2, 4, ..., one step for each doubling
             guidance_scale=1.5,  # [released]: recommended by class
         ),
     )

@@ -1,12 +1,14 @@
-"""The laboratory: other tokenizers on the parts of FlexTok, on 16x16 digits.
+"""The laboratory: other tokenizers and generators on the parts of FlexTok, on 16x16 digits.
 
     python -m flextok_jax.main --config=configs/lab.py:one_pass --workdir=runs/one_pass
 
-Each variant is the base with a few fields changed; minutes on two CPU cores.
+Each variant is the base with a few fields changed; minutes on two CPU cores. docs/systems.md says
+of each what is in and what is left out.
 """
 
 from ml_collections import ConfigDict
 
+from configs.ar import VARIANTS as GENERATORS_OF_DIGITS
 from configs.base import choose
 from configs.tokenizer import SIZES
 from configs.tokenizer import VARIANTS as TOKENIZERS
@@ -94,7 +96,21 @@ def _elastictok() -> ConfigDict:
     return c
 
 
-VARIANTS = {
+def _pairs() -> ConfigDict:
+    """Two tokens of `demo-digits` per step, drawn independently: 8 steps for 16 tokens."""
+    c = GENERATORS_OF_DIGITS["digits"]()
+    c.model.group = 2
+    return c
+
+
+def _doubling() -> ConfigDict:
+    """One step for each doubling of the tokens of `demo-digits`: 1, 1, 2, 4, 8."""
+    c = _pairs()
+    c.model.group = 0
+    return c
+
+
+TOKENIZERS = {
     "elastictok": _elastictok,
     "one_pass": _one_pass,
     "continuous": _continuous,
@@ -102,3 +118,5 @@ VARIANTS = {
     "one_d_piece": _one_d_piece,
     "llamagen": _llamagen,
 }
+GENERATORS = {"pairs": _pairs, "doubling": _doubling}
+VARIANTS = TOKENIZERS | GENERATORS

@@ -157,7 +157,7 @@ class Proposals:
     def _room(self, stop: int) -> int:
         """The size of the cache."""
         most, need = self.gen.num_tokens, self.last(stop)
-        first = min(generation.FIRST_LENGTH, most)
+        first = generation.first_room(self.gen.config)
         return next(length for length in generation.rooms(first, most) if length >= need)
 
     def _condition(self, prompt: int) -> tuple[ARCondition, ARCondition | None]:

@@ -134,7 +134,7 @@ CONFIGS = {name: config_file(name) for name in ("vae", "tokenizer", "distill", "
 def shipped(name: str, variant: str):
     """(stage, configuration) of a shipped variant; its data is not opened."""
     config = CONFIGS[name].get_config(variant)
-    if name == "ar":
+    if config.stage == "ar":
         return ARStage(config, PAPER), config
     config.evaluation.num_images = 0
     if name == "vae":

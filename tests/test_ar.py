@@ -19,6 +19,8 @@ from flextok_jax.parallel.mesh import AXES
 CLASS = ARConfig(50, 12, 64, 2, head_dim=32, mlp_hidden=96, num_classes=5)
 TEXT = dataclasses.replace(CLASS, num_classes=0, text_dim=24, text_hidden=40, qk_norm=True)
 PLAIN = dataclasses.replace(CLASS, num_classes=0)
+GROUPS = dataclasses.replace(CLASS, depth=1, group=3)
+DOUBLING = dataclasses.replace(TEXT, num_tokens=16, depth=1, group=0)
 KINDS = pytest.mark.parametrize("cfg", (CLASS, TEXT, PLAIN), ids=("class", "text", "plain"))
 
 
@@ -51,17 +53,34 @@ def tokens(cfg: ARConfig, batch: int = 3, seed: int = 0):
 logits = jax.jit(ar.logits, static_argnames=("cfg", "compute"))
 
 
-@KINDS
-def test_a_position_sees_the_tokens_before_it_and_no_others(cfg):
+@pytest.mark.parametrize("cfg", (CLASS, TEXT, PLAIN, GROUPS, DOUBLING))
+def test_a_position_sees_the_tokens_of_groups_before_its_own_and_no_others(cfg):
     params, ids = random_params(cfg), tokens(cfg)
+    later = {1: 8, 3: 9, 0: 8}[cfg.group]  # Where the group after token 7 begins.
     whole = np.asarray(logits(params, cfg, Compute(), ids, condition(cfg)))
     other = ids.copy()
     other[:, 7] = (other[:, 7] + 1) % cfg.vocab_size
     changed = np.asarray(logits(params, cfg, Compute(), other, condition(cfg)))
-    np.testing.assert_array_equal(changed[:, :8], whole[:, :8])
-    assert (np.abs(changed[:, 8:] - whole[:, 8:]).max(axis=-1) > 1e-3).all()
+    np.testing.assert_array_equal(changed[:, :later], whole[:, :later])
+    assert (np.abs(changed[:, later:] - whole[:, later:]).max(axis=-1) > 1e-3).all()
     short = logits(params, cfg, Compute(), ids[:, :5], condition(cfg))
     assert relative(short, whole[:, :5]) < 1e-5
+
+
+def test_a_group_reads_as_many_tokens_before_it():
+    ids = np.arange(10, 26)[None]
+
+    def read(cfg):
+        return np.asarray(ar.read_by(cfg, ids[:, : cfg.num_tokens]))[0].tolist()
+
+    assert read(CLASS) == [ar.SOS, *range(10, 21)]
+    assert CLASS.ranks == tuple(range(12)) and CLASS.runs == ((0, 1, 12),)
+    assert read(GROUPS) == [ar.SOS] * 3 + list(range(10, 19))
+    assert GROUPS.ranks == (0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9)
+    assert read(DOUBLING) == [ar.SOS, 10, 10, 11, *range(10, 14), *range(10, 18)]
+    assert DOUBLING.ranks == (0, 1, 2, 2, *[4] * 4, *[8] * 8)
+    assert len(dataclasses.replace(DOUBLING, num_tokens=256).runs) == 9
+    assert dataclasses.replace(CLASS, num_tokens=1, group=0).ranks == (0,)
 
 
 def test_the_class_is_added_to_the_start_and_a_negative_label_adds_nothing():
@@ -128,6 +147,9 @@ def test_every_parameter_has_one_sharding_rule_and_the_vocabulary_is_cut(cfg):
         ({"depth": 0}, "depth=0"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"norm_eps": 0.0}, "norm_eps=0.0"),
+        ({"group": 5}, "group=5: num_tokens must be a multiple of 5"),
+        ({"group": 0}, "group=0: num_tokens must be a power of two"),
+        ({"group": -1}, "group=-1"),
     ),
 )
 def test_configurations_without_a_model_are_refused(fields, message):

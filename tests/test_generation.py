@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import relative
-from test_ar import CLASS, PLAIN, TEXT, condition, logits, random_params
+from test_ar import CLASS, DOUBLING, GROUPS, PLAIN, TEXT, condition, logits, random_params
 
 from flextok_jax import ImageGenerator
 from flextok_jax.generator import _generate
@@ -18,6 +18,7 @@ from flextok_jax.nn.config import Compute
 
 L, V = CLASS.num_tokens, CLASS.vocab_size
 SCALES = np.linspace(0.5, 3.0, L).astype(np.float32)
+GROUPED = {"groups": GROUPS, "doubling": DOUBLING}
 
 
 @functools.cache
@@ -36,15 +37,18 @@ def keywords(cfg):
     return ({"labels": given.labels} if cfg.num_classes else {}), {}
 
 
-def recomputed(cfg, scales=None):
-    """Greedy tokens by a whole pass per token: no cache, head on every position."""
+def recomputed(cfg, scales=None, seed=None):
+    """Tokens by a whole pass per token: no cache, head on every position. Greedy without a seed."""
     gen, (given, null) = generator(cfg), keywords(cfg)
-    tokens = np.zeros((3, L), np.int32)
-    for i in range(L):
+    tokens = np.zeros((3, cfg.num_tokens), np.int32)
+    for i in range(cfg.num_tokens):
         found = np.asarray(gen.logits(tokens, **given))[:, i]
         if scales is not None:
             other = np.asarray(gen.logits(tokens, **null))[:, i]
             found = other + scales[i] * (found - other)
+        if seed is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(generation.sample_keys(seed, 3), i)
+            found += np.asarray(jax.vmap(lambda k: jax.random.gumbel(k, (V,)))(keys))
         tokens[:, i] = found.argmax(axis=-1)
     return tokens
 
@@ -56,6 +60,22 @@ def test_cached_equals_recomputed(cfg):
     expected = recomputed(cfg, SCALES)
     assert len(np.unique(expected)) > 5
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("cfg", GROUPED.values(), ids=GROUPED)
+def test_groups_of_tokens_are_those_of_a_plain_loop(cfg):
+    given, null = keywords(cfg)
+    scales = np.linspace(0.5, 3.0, cfg.num_tokens).astype(np.float32)
+    run = functools.partial(
+        generator(cfg).generate_tokens, **given, **null, guidance_scale=scales, key=7
+    )
+    whole = np.asarray(run())
+    assert len(np.unique(whole)) > 5
+    np.testing.assert_array_equal(whole, recomputed(cfg, scales, seed=7))
+    # Prefixes and lengths that cut a group, and one that does not.
+    for count in (3, 10):
+        np.testing.assert_array_equal(run(num_tokens=count), whole[:, :count])
+        np.testing.assert_array_equal(run(prefix=whole[:, :count]), whole)
 
 
 def test_cached_equals_recomputed_without_a_condition():

@@ -24,7 +24,7 @@ def config(variant):
     return c
 
 
-@pytest.fixture(scope="module", params=LAB.VARIANTS)
+@pytest.fixture(scope="module", params=LAB.TOKENIZERS)
 def model(request):
     """(configuration, stage, parameters without the zeros of a new model, a tokenizer of them)."""
     c = config(request.param)

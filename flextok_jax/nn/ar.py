@@ -3,6 +3,11 @@
 Norm before attention and MLP, learned positions, a learned start (SOS) to which the class is
 added; text enters by cross-attention in every block. Output position i predicts token i.
 
+Tokens may be predicted in groups (`ARConfig.group`): a group of g positions reads the g tokens
+before it, and its positions attend to each other and to all groups before them. So no position sees
+a token of its own group, and with g = 1 this is the usual model. A group is never smaller than the
+one before it, so every token is read by the group that follows.
+
 B batch, T positions of a call, L positions of the model, V ids, D width, H heads.
 """
 
@@ -11,10 +16,12 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flextok_jax.nn import layout, order
+from flextok_jax.nn import layout
 from flextok_jax.nn.block import Norm, normal, stack, xavier
 from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.order import Sequence
 
 SOS = -1  # The "token" before the first one.
 HEAD = ("embed", "vocab")  # Axes of the head's kernel.
@@ -73,7 +80,8 @@ class Trunk(nn.Module):
     def __call__(self, x: jax.Array, context=None) -> jax.Array:
         """x: [B, T, D]; context: see `context` -> [B, T, D]."""
         carry, options = ((x,), None, jnp.int32(0)), dict(cross=bool(self.cfg.text_dim))
-        sequences = (order.causal(tokens=x.shape[1]),)
+        length = x.shape[1]
+        sequences = (Sequence(("tokens",), (length,), self.cfg.ranks[:length]),)
         shared = (None, context, None)
         (x,), *_ = stack(
             self.cfg.blocks, self.compute, carry, shared, sequences=sequences, **options
@@ -95,11 +103,22 @@ def final_norm(params, cfg: ARConfig, x: jax.Array) -> jax.Array:
     return _final_norm(cfg).apply({"params": params["ar"]["norm"]}, x)
 
 
+def read_by(cfg: ARConfig, tokens: jax.Array) -> jax.Array:
+    """The token that each position reads: int32 [B, T] -> [B, T], T at the end of a group.
+
+    A group of g positions reads the g tokens before it, the first group `SOS`.
+    """
+    ranks = np.asarray(cfg.ranks[: tokens.shape[1]])
+    sizes = np.bincount(ranks)[ranks]
+    padded = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=SOS)
+    return padded[:, np.maximum(np.arange(len(ranks)) - sizes + 1, 0)]
+
+
 def embed(params, cfg: ARConfig, dtype, previous, start, labels=None) -> jax.Array:
     """The Transformer's input at positions start, start + 1, …
 
     Args:
-        previous: int32 [B, T], the token before each position, `SOS` before the first.
+        previous: int32 [B, T], the token that each position reads (see `read_by`), or `SOS`.
         start: int or int32 [], at most L - T.
         labels: int32 [B] or None; see `ARCondition`.
 
@@ -138,10 +157,10 @@ def context(params, cfg: ARConfig, dtype, condition: ARCondition):
 def hidden(
     params, cfg: ARConfig, compute: Compute, tokens: jax.Array, condition: ARCondition
 ) -> jax.Array:
-    """Features from which position i predicts token i, given the tokens before it.
+    """Features from which position i predicts token i, given the tokens of groups before its own.
 
     Args:
-        tokens: int32 [B, T], T <= L. The last one has no effect: nothing comes after it.
+        tokens: int32 [B, T], T <= L. Those of the last group have no effect: nothing comes after.
         condition: of the B sequences.
 
     Returns:
@@ -149,12 +168,13 @@ def hidden(
     """
     if tokens.shape[1] > cfg.num_tokens:
         raise ValueError(f"{tokens.shape[1]} tokens: the model has {cfg.num_tokens} positions")
-    dtype = jnp.dtype(compute.dtype)
-    previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=SOS)
-    x = embed(params, cfg, dtype, previous, 0, condition.labels)
+    dtype, length = jnp.dtype(compute.dtype), tokens.shape[1]
+    whole = cfg.ranks.index(cfg.ranks[length - 1]) + cfg.ranks.count(cfg.ranks[length - 1])
+    tokens = jnp.pad(tokens, ((0, 0), (0, whole - length)))  # To the end of the last group.
+    x = embed(params, cfg, dtype, read_by(cfg, tokens), 0, condition.labels)
     blocks = {"params": {"blocks": params["ar"]["blocks"]}}
     x = Trunk(cfg, compute).apply(blocks, x, context(params, cfg, dtype, condition))
-    return final_norm(params, cfg, x)
+    return final_norm(params, cfg, x[:, :length])
 
 
 def head_weights(params, dtype) -> jax.Array:

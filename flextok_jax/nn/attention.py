@@ -132,7 +132,7 @@ def even(q, k, v, mask=None, bias=None):
     return q, k, v, mask, None if bias is None else pad(bias, 0, 0, *odd)
 
 
-def attend_cached(q, k, v, keys, values, index, head_dim: int):
+def attend_cached(q, k, v, keys, values, index, head_dim: int, ranks: tuple[int, ...] = ()):
     """Attention of new positions to themselves and to those in a cache.
 
     Args:
@@ -140,6 +140,7 @@ def attend_cached(q, k, v, keys, values, index, head_dim: int):
         keys, values: the cache, [B, H, S, head_dim]: heads lie outside of positions, so that
             products with one query read it as it is.
         index: int32 [], how many positions are filled.
+        ranks: of all positions, S of them or more; (): each its number.
 
     Returns:
         ([B, T, D], the keys and the values with the new positions).
@@ -149,8 +150,12 @@ def attend_cached(q, k, v, keys, values, index, head_dim: int):
         jax.lax.dynamic_update_slice_in_dim(old, heads_first(new), index, axis=2)
         for old, new in ((keys, k), (values, v))
     )
-    position = index + jnp.arange(q.shape[1])
-    mask = jnp.arange(keys.shape[2])[None, :] <= position[:, None]
+    if ranks:
+        given = jnp.asarray(ranks)[: keys.shape[2]]
+        own = jax.lax.dynamic_slice_in_dim(given, index, q.shape[1])
+    else:
+        given, own = jnp.arange(keys.shape[2]), index + jnp.arange(q.shape[1])
+    mask = given[None, :] <= own[:, None]
     out = jax.nn.dot_product_attention(
         q, heads_first(keys), heads_first(values), mask=mask[None, None]
     )

@@ -218,6 +218,7 @@ class Block(nn.Module):
         modulated: whether it is modulated by an embedding.
         cross: whether it attends to a context.
         capture: the index of the block after which the first pass's first segment is kept.
+        ranks: with a cache, those of all its positions; () where each has its own.
     """
 
     cfg: Blocks
@@ -226,6 +227,7 @@ class Block(nn.Module):
     modulated: bool = False
     cross: bool = False
     capture: int | None = None
+    ranks: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, carry, shared):
@@ -265,7 +267,8 @@ class Block(nn.Module):
             return attention.attend(q, k, v, *how_to), None
 
         def continued(q, k, v):
-            y, *kept = attention.attend_cached(q, k, v, cache.k, cache.v, cache.index, cfg.head_dim)
+            known = cache.k, cache.v, cache.index
+            y, *kept = attention.attend_cached(q, k, v, *known, cfg.head_dim, self.ranks)
             return y, kept
 
         def across(q, k, v):

@@ -595,6 +595,9 @@ class ARConfig:
         text_gelu_tanh: whether their GELU is the tanh approximation.
         qk_norm: whether queries and keys are normalised per head, by RMSNorm.
         guidance_scale: the default of generation.
+        group: tokens that are predicted at once, independently of each other given all before
+            them; it divides L. 0: as many as there are (1, 1, 2, 4, ..., L / 2), one step for each
+            doubling; L is a power of two.
     """
 
     vocab_size: int = 64000
@@ -612,10 +615,11 @@ class ARConfig:
     guidance_scale: float = 1.5
     norm: str = "rms"
     mlp: str = "swiglu"
+    group: int = 1
 
     def __post_init__(self):
         faults = _at_least(self, 1, "vocab_size", "num_tokens", "depth", "mlp_hidden")
-        faults += _at_least(self, 0, "num_classes", "text_dim", "text_hidden")
+        faults += _at_least(self, 0, "num_classes", "text_dim", "text_hidden", "group")
         faults += _choices(self, norm=("rms", "affine"))
         if self.num_classes and self.text_dim:
             faults.append(
@@ -629,6 +633,11 @@ class ARConfig:
             )
         if not math.isfinite(self.guidance_scale):
             faults.append(f"guidance_scale={self.guidance_scale}, must be finite")
+        if not faults and sum(size * count for _, size, count in self.runs) != self.num_tokens:
+            wanted = f"a multiple of {self.group}" if self.group else "a power of two"
+            faults.append(
+                f"num_tokens={self.num_tokens} and group={self.group}: num_tokens must be {wanted}"
+            )
         _check(self, faults)
         _ = self.blocks  # checks the rest
 
@@ -645,6 +654,20 @@ class ARConfig:
             "rms" if self.qk_norm else "none",
             self.mlp,
         )
+
+    @property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Groups of one size in a row: (their first position, their size, how many they are)."""
+        if self.group:
+            return ((0, self.group, self.num_tokens // self.group),)
+        doublings = range(self.num_tokens.bit_length() - 1)
+        return ((0, 1, 1), *((1 << n, 1 << n, 1) for n in doublings))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of each position the first one of its group: who attends to whom, see nn/order.py."""
+        groups = ((a + i * size, size) for a, size, count in self.runs for i in range(count))
+        return tuple(first for first, size in groups for _ in range(size))
 
     @property
     def num_heads(self) -> int:

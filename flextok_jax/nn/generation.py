@@ -1,7 +1,8 @@
-"""Generation: tokens one after the other, with a cache (docs/reference.md, AR models).
+"""Generation: group after group of tokens, with a cache (docs/reference.md, AR models).
 
-Each position costs one pass of the blocks over one token per sequence, and the head on that one.
-The cache grows by doubling, so attention costs in proportion to the positions that are filled.
+Each group, usually of one token, costs one pass of the blocks over its positions, and the head on
+each. The cache of single tokens grows by doubling, so attention costs in proportion to the
+positions that are filled.
 """
 
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def generate(
     Returns:
         int32 [B, L]: the prefix, the new tokens (-1 where logits are not finite), and zeros.
     """
-    first = max(prefix.shape[1], min(FIRST_LENGTH, cfg.num_tokens))
+    first = max(prefix.shape[1], first_room(cfg))
     state = open_state(params, cfg, compute, condition, null, prefix, start, first)
 
     def pick(logits, i):
@@ -123,7 +124,8 @@ def open_state(
     tokens = jnp.pad(prefix, ((0, 0), (0, cfg.num_tokens - given)))
     state = State(tokens, caches, both.labels, None if context is None else context[1])
     if given or cfg.text_dim:  # The text's keys and values are computed here, once.
-        previous = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=ar.SOS)[:, : max(given, 1)]
+        # Positions of a group that is not complete are computed once more by `advance`.
+        previous = ar.read_by(cfg, tokens)[:, : max(given, 1)]
         run = _blocks(params, cfg, compute, state, context)
         _, caches = run(previous, 0, caches)
         state = state._replace(caches=tuple(cache._replace(index=start) for cache in caches))
@@ -140,7 +142,7 @@ def advance(
     start: jax.Array,
     stop: jax.Array,
 ) -> State:
-    """Adds tokens at positions start .. stop - 1, for which there must be room.
+    """Adds tokens at positions start .. stop - 1, for whose groups there must be room.
 
     Args:
         guidance: float32 [L], scale of each position, where there are null conditions.
@@ -156,21 +158,40 @@ def advance(
     run = _blocks(params, cfg, compute, state, None if mask is None else (None, mask))
     weights = ar.head_weights(params, dtype)
 
-    def step(i, both):
-        tokens, caches = both
-        before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(i - 1, 0), 1, axis=1)
-        x, caches = run(jnp.where(i == 0, ar.SOS, before), i, caches)
-        x = ar.final_norm(params, cfg, x[:, 0])
+    def drawn(item):
+        x, i = item  # [n or 2 n, D], of position i
         if guided:
             # The head is linear: guiding the features is guiding the logits, at half the cost.
             x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(rows, 2, -1), 1, 0)
             x = (other + guidance[i] * (x - other)).astype(dtype)
         logits = ar.head(weights, x)
-        token = jnp.where(jnp.isfinite(logits).all(axis=-1), pick(logits, i), -1)
-        return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), caches
+        return jnp.where(jnp.isfinite(logits).all(axis=-1), pick(logits, i), -1)
 
-    tokens, caches = jax.lax.fori_loop(start, stop, step, (state.tokens, state.caches))
-    return state._replace(tokens=tokens, caches=caches)
+    def step(begin, size, both):
+        """The group of `size` positions from `begin` on."""
+        tokens, caches = both
+        before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(begin - size, 0), size, axis=1)
+        caches = tuple(cache._replace(index=begin) for cache in caches)
+        x, caches = run(jnp.where(begin == 0, ar.SOS, before), begin, caches)
+        x = ar.final_norm(params, cfg, x)
+        if size == 1:
+            token = drawn((x[:, 0], begin))[:, None]
+        else:
+            positions = begin + jnp.arange(size)
+            token = jax.lax.map(drawn, (x.swapaxes(0, 1), positions)).swapaxes(0, 1)
+            old = jax.lax.dynamic_slice_in_dim(tokens, begin, size, axis=1)
+            asked = (start <= positions) & (positions < stop)
+            token = jnp.where(asked[None], token, old)
+        return jax.lax.dynamic_update_slice_in_dim(tokens, token, begin, axis=1), caches
+
+    both = state.tokens, state.caches
+    for first, size, count in cfg.runs:
+        low = jnp.clip((start - first) // size, 0, count)
+        high = jnp.clip(-((first - stop) // size), low, count)
+        both = jax.lax.fori_loop(
+            low, high, lambda i, both, a=first, n=size: step(a + i * n, n, both), both
+        )
+    return state._replace(tokens=both[0], caches=both[1])
 
 
 def take(state: State, index: jax.Array) -> State:
@@ -187,6 +208,11 @@ def take(state: State, index: jax.Array) -> State:
 def grow(state: State, length: int) -> State:
     """The state with room for so many positions."""
     return state._replace(caches=tuple(_grow(cache, length) for cache in state.caches))
+
+
+def first_room(cfg: ARConfig) -> int:
+    """Positions of the first cache: few, or all where they come in groups, which it cannot cut."""
+    return min(FIRST_LENGTH, cfg.num_tokens) if cfg.group == 1 else cfg.num_tokens
 
 
 def rooms(first: int, most: int):
@@ -208,7 +234,8 @@ def _blocks(params, cfg: ARConfig, compute: Compute, state: State, context) -> C
     dtype = jnp.dtype(compute.dtype)
     # Unstacked, so that each product reads its matrix where it lies instead of a copied slice.
     layers = [jax.tree.map(lambda p: p[i], params["ar"]["blocks"]) for i in range(cfg.depth)]
-    block = Block(cfg.blocks, compute, cross=bool(cfg.text_dim))
+    ranks = cfg.ranks if cfg.group != 1 else ()
+    block = Block(cfg.blocks, compute, cross=bool(cfg.text_dim), ranks=ranks)
     rows, labels = state.caches[0].k.shape[0], state.labels
     labels = None if labels is None else jnp.tile(labels, rows // len(labels))
 
