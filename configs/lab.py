@@ -8,20 +8,19 @@ of each what is in and what is left out.
 
 from ml_collections import ConfigDict
 
-from configs.ar import VARIANTS as GENERATORS_OF_DIGITS
+from configs import ar, tokenizer
 from configs.base import choose
-from configs.tokenizer import SIZES
-from configs.tokenizer import VARIANTS as TOKENIZERS
 
 
 def get_config(arg: str = "one_pass") -> ConfigDict:
     """The configuration of a variant; see VARIANTS."""
-    return choose(arg, VARIANTS, SIZES)
+    sizes = ar.SIZES if arg.split(",")[0] in GENERATORS else tokenizer.SIZES
+    return choose(arg, VARIANTS, sizes)
 
 
 def _base() -> ConfigDict:
     """The digits of configs/tokenizer.py for a tenth of its steps."""
-    c = TOKENIZERS["digits"]()
+    c = tokenizer.get_config("digits")
     c.total_steps, c.eval_every, c.optim.warmup_steps = 2500, 2500, 100
     return c
 
@@ -98,7 +97,7 @@ def _elastictok() -> ConfigDict:
 
 def _pairs() -> ConfigDict:
     """Two tokens of `demo-digits` per step, drawn independently: 8 steps for 16 tokens."""
-    c = GENERATORS_OF_DIGITS["digits"]()
+    c = ar.get_config("digits")
     c.model.group = 2
     return c
 

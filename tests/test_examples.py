@@ -1,4 +1,4 @@
-"""The digits and the photographs: fixed pixels, fixed splits, folders written once."""
+"""The data of examples/: fixed pixels, fixed splits, folders written once."""
 
 import hashlib
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import examples
-from examples import digits, photos
+from examples import canvas, digits, paper, photos
 from flextok_jax.data import decode
 from flextok_jax.data.folder import FolderSource
 
@@ -103,3 +103,49 @@ def test_the_photographs_are_rgb():
         assert photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3, name
         assert min(photo.shape[:2]) >= 100 and photo.std() > 10, name
         assert np.ptp(photo.astype(int), axis=2).max() > 50, name  # Not grey.
+
+
+def test_a_canvas_holds_digits_of_its_split_and_says_which(cache, monkeypatch):
+    counts, quarters = np.zeros(5, int), 0
+    known = {images.tobytes(): label for images, label in zip(*digits.arrays("test"))}
+    for i in range(200):
+        made = canvas.canvas("test", i)
+        counts[made.count] += 1
+        for place, digit in enumerate(made.digits):
+            y, x = 16 * (place // 2), 16 * (place % 2)
+            quarter = made.image[y : y + 16, x : x + 16]
+            assert known[quarter.tobytes()] == digit if digit >= 0 else not quarter.any()
+            quarters += quarter.any()
+    # 50 each are expected, with a standard deviation of 6.1.
+    assert counts[0] == 0 and counts[1:].min() > 50 - 4 * 6.1 and counts @ range(5) == quarters
+    again, other = canvas.canvas("test", 7), canvas.canvas("test", 7, seed=1)
+    np.testing.assert_array_equal(again.image, canvas.canvas("test", 7).image)
+    assert (again.image != other.image).any()
+    assert canvas.Canvas(made.image, np.array([-1, 8, -1, 1])).caption == (
+        "an eight top right, a one bottom right"
+    )
+    monkeypatch.setattr(canvas, "SPLITS", {"train": 12, "test": 12})
+    source = FolderSource(canvas.folder(), "test")
+    assert len(source) == 12 and set(source.classes) <= set("1234")
+    found = {pathlib.Path(source.read(i).key).stem: source.read(i) for i in range(12)}
+    expected = canvas.canvas("test", 3)
+    np.testing.assert_array_equal(decode.upright(found["0003"].image), expected.image)
+    assert found["0003"].caption == expected.caption
+
+
+def test_a_threshold_cleans_a_page_without_wear_and_no_worn_one():
+    def best(pair):
+        levels = np.unique(pair.worn)
+        return max(paper.f_measure(pair.worn > level, pair.clean > 0) for level in levels)
+
+    for i in range(10):
+        new, worn = paper.pair("train", i, wear=0), paper.pair("train", i)
+        assert best(new) > 0.99 and best(worn) < 0.96, i
+        np.testing.assert_array_equal(new.clean, worn.clean)
+        np.testing.assert_array_equal(worn.worn, paper.pair("train", i).worn)
+    assert (paper.pair("train", 0, seed=1).worn != paper.pair("train", 0).worn).any()
+    assert paper.pair("test", 0, size=64).worn.shape == (64, 64, 3)
+    clean = np.array([True, False, False, True])
+    assert paper.f_measure([False, False, True, True], clean) == 0.5
+    with pytest.raises(ValueError, match="size=40"):
+        paper.pair("train", 0, size=40)
