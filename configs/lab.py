@@ -109,6 +109,13 @@ def _doubling() -> ConfigDict:
     return c
 
 
+def _masked() -> ConfigDict:
+    """MaskGIT's generator, of TiTok and One-D-Piece too: all tokens in a few passes."""
+    c = ar.get_config("digits")
+    c.model.masked = True
+    return c
+
+
 TOKENIZERS = {
     "elastictok": _elastictok,
     "one_pass": _one_pass,
@@ -117,5 +124,5 @@ TOKENIZERS = {
     "one_d_piece": _one_d_piece,
     "llamagen": _llamagen,
 }
-GENERATORS = {"pairs": _pairs, "doubling": _doubling}
+GENERATORS = {"pairs": _pairs, "doubling": _doubling, "masked": _masked}
 VARIANTS = TOKENIZERS | GENERATORS

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from flextok_jax.conditions import Conditions, check_labels, check_text
 from flextok_jax.io import hub, sources, storage
 from flextok_jax.io.formats import flexar
-from flextok_jax.nn import ar, flextok, generation
+from flextok_jax.nn import ar, flextok, generation, masked
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.parallel.mesh import platform
@@ -24,13 +24,16 @@ from flextok_jax.tokenizer import FlexTok, Key, is_int
 
 Guidance = float | Callable[[int], float] | np.ndarray | None
 
+PASSES = 8  # Of a masked model.
+
 _generate = jax.jit(generation.generate, static_argnames=("cfg", "compute"))
+_fill = jax.jit(masked.generate, static_argnames=("cfg", "compute"))
 _logits = jax.jit(ar.logits, static_argnames=("cfg", "compute"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageGenerator:
-    """An autoregressive model over the tokens of a tokenizer. Make one with `from_pretrained`.
+    """A generative model over the tokens of a tokenizer. Make one with `from_pretrained`.
 
     One program is compiled per batch size, number of prefix tokens (rounded up to a power of two)
     and use of guidance: not per number of tokens, temperature, filter or scale.
@@ -182,12 +185,15 @@ class ImageGenerator:
         null_mask=None,
         text=None,
         conditions: Conditions | None = None,
+        passes: int | None = None,
     ) -> jax.Array:
         """Tokens, coarse to fine.
 
         Sample i depends on its condition, its prefix and its key alone, not on the rest of the
         batch (up to rounding). A position's sample does not depend on `num_tokens` or on where the
         prefix ends: fewer tokens are a prefix of more, and a continued prefix is the one run.
+        A masked model makes all tokens, of which the first `num_tokens` are returned; its samples
+        do depend on the prefix's length.
 
         Args:
             labels: int [B], classes; None for models without classes, and for the null branch,
@@ -197,7 +203,8 @@ class ImageGenerator:
             guidance_scale: logits are u + scale (c - u), c with and u without the condition: a
                 number, a callable of the position (0 is the first token), an array of one per
                 position, or None for the model's own. 1 everywhere halves the cost.
-            temperature: 0 is greedy.
+            temperature: 0 is greedy. Of a masked model it falls to 0 from pass to pass, and also
+                says how random the choice is of what is kept.
             top_k: sample from the k likeliest tokens (and what equals the last of them); 0 is off.
             top_p: then drop the least likely tokens, while their probability together is at most
                 1 - p; 0 is off. Among equals, all are kept.
@@ -209,6 +216,7 @@ class ImageGenerator:
                 with a text encoder, or `null_text`, its own by default.
             text: B prompts, for text models with a text encoder.
             conditions: labels or texts in one object, in place of the arguments for them.
+            passes: how many of a masked model, 8 by default; see `nn.masked.left`.
 
         Returns:
             int32 [B, num_tokens], the prefix first.
@@ -236,31 +244,24 @@ class ImageGenerator:
         texts = (text_embeddings, text_mask)
         condition, batch = self.condition(labels, *texts, None if prefix is None else len(prefix))
         scale = cfg.guidance_scale if guidance_scale is None else guidance_scale
-        scales = generation.guidance_schedule(scale, int(count), cfg.num_tokens)
+        drawn = cfg.num_tokens if cfg.masked else int(count)
+        scales = generation.guidance_schedule(scale, drawn, cfg.num_tokens)
         null = None
-        if (labels is not None or cfg.text_dim) and not (scales[given:count] == 1).all():
+        if (labels is not None or cfg.text_dim) and not (scales[given:drawn] == 1).all():
             null = self.null_condition(batch, null_embeddings, null_mask)
         condition, null = generation.pad_texts(condition, null)
         how = generation.Sampling(scales, *check_sampling(temperature, top_k, top_p))
+        run = self._program(given, int(count), passes)
         length = flextok.bucket(given, cfg.num_tokens) if given else 0
         padded = np.zeros((batch, length), np.int32)
+        if cfg.masked:
+            padded = np.full((batch, cfg.num_tokens), ar.SOS, np.int32)
         if given:
             padded[:, :given] = prefix
         arrays = (condition, null, generation.sample_keys(key, batch), padded)
         with self.on_mesh():
             condition, null, keys, padded = spread_batch(self.mesh, arrays)
-            tokens = _generate(
-                self.params,
-                cfg=cfg,
-                compute=self.compute,
-                condition=condition,
-                null=null,
-                sampling=how,
-                keys=keys,
-                prefix=padded,
-                start=np.int32(given),
-                stop=np.int32(count),
-            )
+            tokens = run(self.params, cfg, self.compute, condition, null, how, keys, padded)
         # Cut on the host: on the device each length would be a program of its own.
         tokens = np.asarray(tokens)[:batch, :count]
         if wrong := int(np.sum((tokens < 0).any(axis=1))):
@@ -269,6 +270,18 @@ class ImageGenerator:
                 "the model's parameters, or try float32"
             )
         return jax.device_put(tokens)
+
+    def _program(self, given: int, count: int, passes: int | None) -> Callable:
+        """What makes tokens of (params, cfg, compute, condition, null, sampling, keys, prefix)."""
+        if not self.config.masked:
+            if passes is not None:
+                raise ValueError(f"passes={passes!r}: the model draws tokens in their order")
+            return functools.partial(_generate, start=np.int32(given), stop=np.int32(count))
+        passes = PASSES if passes is None else passes
+        if not is_int(passes) or passes < 1:
+            raise ValueError(f"passes={passes!r}: must be an int, at least 1")
+        still = masked.left(self.config.num_tokens - given, passes)
+        return functools.partial(_fill, masked=np.array(still, np.int32))
 
     def encode_text(self, prompts) -> tuple[np.ndarray, np.ndarray]:
         """B prompts -> `text_embeddings` float32 [B, T, E] and `text_mask` bool [B, T].
@@ -291,7 +304,7 @@ class ImageGenerator:
         """Teacher-forced logits: what is predicted for each token from those before it.
 
         Args:
-            tokens: int [B, k], 1 <= k <= L.
+            tokens: int [B, k], 1 <= k <= L. Of a masked model -1 where a token is not known.
             labels: int [B]; None is the null branch.
             text_embeddings, text_mask: [B, T, E] and [B, T], for text models.
             null_embeddings, null_mask: [1, T, E] and [1, T]: the null branch, in their place; with
@@ -439,7 +452,8 @@ class ImageGenerator:
                 f"{name} are {tokens.dtype} of shape {tokens.shape}: must be integers [B, k] with "
                 f"B >= 1 and k in {least}..{cfg.num_tokens}"
             )
-        wrong = tokens[(tokens < 0) | (tokens >= cfg.vocab_size)]
+        lowest = ar.SOS if cfg.masked and name == "tokens" else 0
+        wrong = tokens[(tokens < lowest) | (tokens >= cfg.vocab_size)]
         if wrong.size:
             raise ValueError(f"token id {wrong[0]} in {name}: must be in 0..{cfg.vocab_size - 1}")
         return tokens.astype(np.int32)

@@ -7,11 +7,12 @@ import pytest
 from common import CONFIGS, random_params, relative
 
 from examples.digits import arrays
-from flextok_jax import FlexTok
+from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands.common import read_lengths
 from flextok_jax.evaluation import reconstruction as rec
-from flextok_jax.nn import flextok, layout
+from flextok_jax.nn import flextok, layout, masked
 from flextok_jax.nn.images import mae, to_float
+from flextok_jax.training.ar_stage import ARStage, Tokens
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 LAB = CONFIGS["lab"]
@@ -158,3 +159,49 @@ def test_lengths_and_sweeps_encode_for_each_number_where_the_encoder_is_told(ord
             tok.tokenize(pixels[:, :8])
     k = int(found.num_tokens[0])
     np.testing.assert_array_equal(found.tokens[0, :k], tok.tokenize(pixels, k)[0])
+
+
+@pytest.fixture(scope="module", params=LAB.GENERATORS)
+def generator(request):
+    """(stage, parameters without the zeros of a new model, a generator of them)."""
+    c = LAB.get_config(request.param)
+    c.model.update(width=32, depth=1, head_dim=16, mlp_hidden=64)
+    c.tokenizer.source = ""
+    stage = ARStage(c, Tokens({}, vocab_size=50, num_tokens=16, num_classes=10))
+    params = layout.unbox(stage.init(jax.random.key(0)))
+    return stage, params, ImageGenerator(stage.model, params)
+
+
+def test_a_gradient_reaches_every_parameter_of_a_generator(generator):
+    stage, params, gen = generator
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(50, size=(64, 16)), "label": np.arange(64) % 10}
+    batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch)
+
+    def loss(params):
+        return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, layout.path_string(path)
+
+
+def test_a_saved_generator_is_the_same_generator(generator, tmp_path):
+    _, _, gen = generator
+    gen.save_pretrained(tmp_path)
+    again = ImageGenerator.from_pretrained(tmp_path)
+    assert again.config == gen.config and again.fingerprint == gen.fingerprint
+    how = dict(key=3, guidance_scale=2.0)
+    found = np.asarray(gen.generate_tokens([1, 2], **how))
+    np.testing.assert_array_equal(again.generate_tokens([1, 2], **how), found)
+    assert found.shape == (2, 16) and 0 <= found.min() and found.max() < 50
+
+
+def test_a_generator_takes_fewer_steps_than_tokens():
+    steps = {}
+    for variant in LAB.GENERATORS:
+        c = LAB.get_config(variant)
+        c.tokenizer.source = ""
+        cfg = ARStage(c, Tokens({}, vocab_size=50, num_tokens=16, num_classes=10)).model
+        steps[variant] = len(masked.left(16, 8)) if cfg.masked else sum(n for *_, n in cfg.runs)
+    assert steps == {"pairs": 8, "doubling": 5, "masked": 8}

@@ -6,7 +6,8 @@ added; text enters by cross-attention in every block. Output position i predicts
 Tokens may be predicted in groups (`ARConfig.group`): a group of g positions reads the g tokens
 before it, and its positions attend to each other and to all groups before them. So no position sees
 a token of its own group, and with g = 1 this is the usual model. A group is never smaller than the
-one before it, so every token is read by the group that follows.
+one before it, so every token is read by the group that follows. A masked model reads all that is
+known in every place (nn/masked.py).
 
 B batch, T positions of a call, L positions of the model, V ids, D width, H heads.
 """
@@ -106,8 +107,11 @@ def final_norm(params, cfg: ARConfig, x: jax.Array) -> jax.Array:
 def read_by(cfg: ARConfig, tokens: jax.Array) -> jax.Array:
     """The token that each position reads: int32 [B, T] -> [B, T], T at the end of a group.
 
-    A group of g positions reads the g tokens before it, the first group `SOS`.
+    A group of g positions reads the g tokens before it, the first group `SOS`; of a masked model
+    each position its own token, `SOS` where it is not known.
     """
+    if cfg.masked:
+        return tokens
     ranks = np.asarray(cfg.ranks[: tokens.shape[1]])
     sizes = np.bincount(ranks)[ranks]
     padded = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=SOS)
@@ -161,6 +165,7 @@ def hidden(
 
     Args:
         tokens: int32 [B, T], T <= L. Those of the last group have no effect: nothing comes after.
+            Of a masked model `SOS` where a token is not known, as those after T are not.
         condition: of the B sequences.
 
     Returns:
@@ -170,7 +175,7 @@ def hidden(
         raise ValueError(f"{tokens.shape[1]} tokens: the model has {cfg.num_tokens} positions")
     dtype, length = jnp.dtype(compute.dtype), tokens.shape[1]
     whole = cfg.ranks.index(cfg.ranks[length - 1]) + cfg.ranks.count(cfg.ranks[length - 1])
-    tokens = jnp.pad(tokens, ((0, 0), (0, whole - length)))  # To the end of the last group.
+    tokens = jnp.pad(tokens, ((0, 0), (0, whole - length)), constant_values=SOS)
     x = embed(params, cfg, dtype, read_by(cfg, tokens), 0, condition.labels)
     blocks = {"params": {"blocks": params["ar"]["blocks"]}}
     x = Trunk(cfg, compute).apply(blocks, x, context(params, cfg, dtype, condition))

@@ -598,6 +598,8 @@ class ARConfig:
         group: tokens that are predicted at once, independently of each other given all before
             them; it divides L. 0: as many as there are (1, 1, 2, 4, ..., L / 2), one step for each
             doubling; L is a power of two.
+        masked: whether each position reads its own token or the start vector in its place, and all
+            attend to all (see nn/masked.py); else each reads tokens before it.
     """
 
     vocab_size: int = 64000
@@ -616,6 +618,7 @@ class ARConfig:
     norm: str = "rms"
     mlp: str = "swiglu"
     group: int = 1
+    masked: bool = False
 
     def __post_init__(self):
         faults = _at_least(self, 1, "vocab_size", "num_tokens", "depth", "mlp_hidden")
@@ -638,6 +641,8 @@ class ARConfig:
             faults.append(
                 f"num_tokens={self.num_tokens} and group={self.group}: num_tokens must be {wanted}"
             )
+        if self.masked and self.group != 1:
+            faults.append(f"masked=True and group={self.group}: a masked model has no groups")
         _check(self, faults)
         _ = self.blocks  # checks the rest
 
@@ -666,6 +671,8 @@ class ARConfig:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Of each position the first one of its group: who attends to whom, see nn/order.py."""
+        if self.masked:
+            return (0,) * self.num_tokens
         groups = ((a + i * size, size) for a, size, count in self.runs for i in range(count))
         return tuple(first for first, size in groups for _ in range(size))
 

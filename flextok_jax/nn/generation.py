@@ -116,7 +116,7 @@ def open_state(
     params, dtype = _cast(params, compute)
     rows, given = prefix.shape
     branches = 1 if null is None else 2
-    both = condition if null is None else jax.tree.map(_interleave, condition, null)
+    both = condition if null is None else jax.tree.map(interleave, condition, null)
     context = ar.context(params, cfg, dtype, both)
     shape = (rows * branches, cfg.num_heads, length, cfg.head_dim)
     empty = layout.batch_first(jnp.zeros(shape, dtype))
@@ -411,7 +411,7 @@ def repeat(condition: ARCondition, batch: int) -> ARCondition:
     return jax.tree.map(lambda a: np.repeat(a, batch, axis=0), condition)
 
 
-def _interleave(a, b):
+def interleave(a, b):
     """[B, ...] twice -> [2B, ...], pairs side by side: a cut of the batch keeps them together."""
     return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 

@@ -16,7 +16,7 @@ from flextok_jax.data.source import check_labels
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar, text_tokens
 from flextok_jax.io.sources import pinned
-from flextok_jax.nn import ar, flextok, layout, t5
+from flextok_jax.nn import ar, flextok, layout, masked, t5
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
@@ -191,6 +191,8 @@ class ARStage(Stage):
     def loss(self, params, frozen, batch, key, step):
         """The mean of -log p(token i | tokens before i, condition) over images and positions.
 
+        Of a masked model that of -log p(token i | tokens not hidden, condition), over hidden ones.
+
         Positions from an image's length on, where its tokens have one, do not count.
 
         An image's condition is dropped with probability `condition.null_prob`. `loss.z_loss` times
@@ -203,8 +205,8 @@ class ARStage(Stage):
         """
         tokens = self._tokens(frozen, batch)
         null = jax.random.bernoulli(named(key, "null"), self._drop, tokens.shape[:1])
-        out = self._predict(params, tokens, self._condition(params, frozen, batch, null))
-        counted = _counted(tokens, batch)
+        condition = self._condition(params, frozen, batch, null)
+        out, counted = self._predict(params, tokens, batch, condition, named(key, "mask"))
         logged = self._metrics(out, counted)
         del logged["loss"]
         loss = jnp.mean(out.loss, where=counted)
@@ -242,10 +244,15 @@ class ARStage(Stage):
             return ar.ARCondition(text=text, text_mask=mask)
         return ar.ARCondition(labels=jnp.where(null, -1, batch["label"]))
 
-    def _predict(self, params, tokens, condition):
-        hidden = ar.hidden(params, self.model, self.compute, tokens, condition)
+    def _predict(self, params, tokens, batch, condition, key):
+        """(cross-entropies, bool [B, L] which of them count)."""
+        known, counted = tokens, _counted(tokens, batch)
+        if self.model.masked:
+            hidden_ones = masked.draw(key, *tokens.shape)
+            known, counted = jnp.where(hidden_ones, ar.SOS, tokens), counted & hidden_ones
+        hidden = ar.hidden(params, self.model, self.compute, known, condition)
         head = functools.partial(ar.head, ar.head_weights(params, hidden.dtype))
-        return cross_entropy(head, hidden, tokens, self._loss.chunk)
+        return cross_entropy(head, hidden, tokens, self._loss.chunk), counted
 
     def _metrics(self, out, counted) -> dict[str, metrics.Metric]:
         """Of the positions that count, bool [B, L]; also by position: 1, 2, 3-4, 5-8, ..."""
@@ -276,8 +283,9 @@ class ARStage(Stage):
     def _evaluate(self, params, frozen, batch):
         tokens, mask = self._tokens(frozen, batch), batch["mask"]
         condition = self._condition(params, frozen, batch, jnp.zeros_like(mask))
-        counted = _counted(tokens, batch) & mask[:, None]
-        return self._metrics(self._predict(params, tokens, condition), counted)
+        key = jax.random.key(0)  # The same hidden tokens in every evaluation.
+        out, counted = self._predict(params, tokens, batch, condition, key)
+        return self._metrics(out, counted & mask[:, None])
 
     def export_config(self):
         """What `ImageGenerator.from_pretrained` needs to rebuild the model from a workdir.
