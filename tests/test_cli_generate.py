@@ -179,3 +179,13 @@ def test_a_model_without_conditions_generates(models, tmp_path, capsys):
     assert len(np.unique(np.load(tmp_path / "out" / "tokens.npz")["tokens"], axis=0)) == 3
     assert run(*given, "--labels", "0", "--out", tmp_path / "other") == 2
     assert "no classes" in capsys.readouterr().err
+
+
+def test_passes_are_of_a_masked_model(models, tmp_path):
+    gen = tiny_generator(TINY)
+    gen = dataclasses.replace(gen, config=dataclasses.replace(gen.config, masked=True))
+    gen.save_pretrained(tmp_path / "ar")
+    asked = [*models[2:], "--labels", "0", "--num-tokens", "4", "--passes", "3"]
+    assert run("--model", tmp_path / "ar", *asked, "--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "generation.json").read_text())["passes"] == 3
+    assert run(*models[:2], *asked, "--out", tmp_path / "other") == 2

@@ -153,7 +153,7 @@ def generate(args: options.Generate) -> None:
     counts = rec.check_counts(tok, args.num_tokens or [gen.num_tokens], available=gen.num_tokens)
     sampler = common.sampler(args, tok, gen.decoding)
     scale = gen.config.guidance_scale if args.token_guidance is None else args.token_guidance
-    how = token_filters(args)
+    how = token_filters(args) | ({"passes": args.passes} if args.passes else {})
     info = rec.metadata(tok, sampler, args.seed) | how | {"token_guidance": scale}
     info |= {"ar_model": gen.origin, "ar_fingerprint": gen.fingerprint}
     settings = {**info, **wanted.about, "num_tokens": counts}
