@@ -75,6 +75,7 @@ def _base() -> ConfigDict:
             qk_norm=False,  # [assumed]
             norm_eps=1e-6,  # [assumed]
             group=1,  # tokens at once; 0: 1, 1, 2, 4, ..., one step for each doubling
+            folded=False,  # a group as one position of the Transformer
             masked=False,  # hidden tokens from all others, in place of the next from those before
             guidance_scale=1.5,  # [released]: recommended by class
         ),

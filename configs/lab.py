@@ -102,6 +102,13 @@ def _pairs() -> ConfigDict:
     return c
 
 
+def _folded() -> ConfigDict:
+    """Token-Shuffle of ordered tokens: pairs that are one position of the Transformer."""
+    c = _pairs()
+    c.model.folded = True
+    return c
+
+
 def _doubling() -> ConfigDict:
     """One step for each doubling of the tokens of `demo-digits`: 1, 1, 2, 4, 8."""
     c = _pairs()
@@ -124,5 +131,5 @@ TOKENIZERS = {
     "one_d_piece": _one_d_piece,
     "llamagen": _llamagen,
 }
-GENERATORS = {"pairs": _pairs, "doubling": _doubling, "masked": _masked}
+GENERATORS = {"pairs": _pairs, "folded": _folded, "doubling": _doubling, "masked": _masked}
 VARIANTS = TOKENIZERS | GENERATORS

@@ -20,6 +20,7 @@ CLASS = ARConfig(50, 12, 64, 2, head_dim=32, mlp_hidden=96, num_classes=5)
 TEXT = dataclasses.replace(CLASS, num_classes=0, text_dim=24, text_hidden=40, qk_norm=True)
 PLAIN = dataclasses.replace(CLASS, num_classes=0)
 GROUPS = dataclasses.replace(CLASS, depth=1, group=3)
+FOLDED = dataclasses.replace(CLASS, depth=1, group=4, folded=True)
 DOUBLING = dataclasses.replace(TEXT, num_tokens=16, depth=1, group=0)
 KINDS = pytest.mark.parametrize("cfg", (CLASS, TEXT, PLAIN), ids=("class", "text", "plain"))
 
@@ -53,10 +54,10 @@ def tokens(cfg: ARConfig, batch: int = 3, seed: int = 0):
 logits = jax.jit(ar.logits, static_argnames=("cfg", "compute"))
 
 
-@pytest.mark.parametrize("cfg", (CLASS, TEXT, PLAIN, GROUPS, DOUBLING))
+@pytest.mark.parametrize("cfg", (CLASS, TEXT, PLAIN, GROUPS, FOLDED, DOUBLING))
 def test_a_position_sees_the_tokens_of_groups_before_its_own_and_no_others(cfg):
     params, ids = random_params(cfg), tokens(cfg)
-    later = {1: 8, 3: 9, 0: 8}[cfg.group]  # Where the group after token 7 begins.
+    later = {1: 8, 3: 9, 4: 8, 0: 8}[cfg.group]  # Where the group after token 7 begins.
     whole = np.asarray(logits(params, cfg, Compute(), ids, condition(cfg)))
     other = ids.copy()
     other[:, 7] = (other[:, 7] + 1) % cfg.vocab_size
@@ -150,6 +151,8 @@ def test_every_parameter_has_one_sharding_rule_and_the_vocabulary_is_cut(cfg):
         ({"group": 5}, "group=5: num_tokens must be a multiple of 5"),
         ({"group": 0}, "group=0: num_tokens must be a power of two"),
         ({"group": -1}, "group=-1"),
+        ({"folded": True}, "group=1"),
+        ({"folded": True, "group": 3}, "group=3 and width=64"),
     ),
 )
 def test_configurations_without_a_model_are_refused(fields, message):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import relative
-from test_ar import CLASS, DOUBLING, GROUPS, PLAIN, TEXT, condition, logits, random_params
+from test_ar import CLASS, DOUBLING, FOLDED, GROUPS, PLAIN, TEXT, condition, logits, random_params
 
 from flextok_jax import ImageGenerator
 from flextok_jax.generator import _generate
@@ -18,7 +18,7 @@ from flextok_jax.nn.config import Compute
 
 L, V = CLASS.num_tokens, CLASS.vocab_size
 SCALES = np.linspace(0.5, 3.0, L).astype(np.float32)
-GROUPED = {"groups": GROUPS, "doubling": DOUBLING}
+GROUPED = {"groups": GROUPS, "folded": FOLDED, "doubling": DOUBLING}
 
 
 @functools.cache

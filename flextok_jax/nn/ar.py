@@ -22,6 +22,7 @@ import numpy as np
 from flextok_jax.nn import layout
 from flextok_jax.nn.block import Norm, normal, stack, xavier
 from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.fold import Fold, Unfold
 from flextok_jax.nn.order import Sequence
 
 SOS = -1  # The "token" before the first one.
@@ -67,6 +68,11 @@ def init(cfg: ARConfig, key: jax.Array) -> dict:
     x, context = jnp.zeros((1, 1, width)), None
     if cfg.text_dim:
         context = x, jnp.ones((1, 1), bool)
+    if cfg.folded:
+        tokens = jnp.zeros((1, cfg.group, width))
+        for name, module, like in (("fold", Fold, tokens), ("unfold", Unfold, x)):
+            made = module(cfg.blocks, cfg.group, jnp.float32)
+            params[name] = made.init(jax.random.fold_in(key, len(params)), like)["params"]
     trunk = Trunk(cfg, Compute())
     return {"ar": params | trunk.init(keys["blocks"], x, context)["params"]}
 
@@ -82,7 +88,8 @@ class Trunk(nn.Module):
         """x: [B, T, D]; context: see `context` -> [B, T, D]."""
         carry, options = ((x,), None, jnp.int32(0)), dict(cross=bool(self.cfg.text_dim))
         length = x.shape[1]
-        sequences = (Sequence(("tokens",), (length,), self.cfg.ranks[:length]),)
+        ranks = tuple(range(length)) if self.cfg.folded else self.cfg.ranks[:length]
+        sequences = (Sequence(("tokens",), (length,), ranks),)
         shared = (None, context, None)
         (x,), *_ = stack(
             self.cfg.blocks, self.compute, carry, shared, sequences=sequences, **options
@@ -140,6 +147,23 @@ def embed(params, cfg: ARConfig, dtype, previous, start, labels=None) -> jax.Arr
     return (x + positions[None]).astype(dtype)
 
 
+def fold(params, cfg: ARConfig, x: jax.Array) -> jax.Array:
+    """Vectors of tokens [B, T, D] to those of the blocks' positions, and ...
+
+    T is a multiple of `cfg.folds`.
+    """
+    if not cfg.folded:
+        return x
+    return Fold(cfg.blocks, cfg.group, x.dtype).apply({"params": params["ar"]["fold"]}, x)
+
+
+def unfold(params, cfg: ARConfig, x: jax.Array) -> jax.Array:
+    """... back, for the head."""
+    if not cfg.folded:
+        return x
+    return Unfold(cfg.blocks, cfg.group, x.dtype).apply({"params": params["ar"]["unfold"]}, x)
+
+
 def context(params, cfg: ARConfig, dtype, condition: ARCondition):
     """What blocks attend to across: (text features [B, T, D], mask [B, T]), or None without text.
 
@@ -177,9 +201,9 @@ def hidden(
     whole = cfg.ranks.index(cfg.ranks[length - 1]) + cfg.ranks.count(cfg.ranks[length - 1])
     tokens = jnp.pad(tokens, ((0, 0), (0, whole - length)), constant_values=SOS)
     x = embed(params, cfg, dtype, read_by(cfg, tokens), 0, condition.labels)
-    blocks = {"params": {"blocks": params["ar"]["blocks"]}}
-    x = Trunk(cfg, compute).apply(blocks, x, context(params, cfg, dtype, condition))
-    return final_norm(params, cfg, x[:, :length])
+    blocks, text = {"blocks": params["ar"]["blocks"]}, context(params, cfg, dtype, condition)
+    x = Trunk(cfg, compute).apply({"params": blocks}, fold(params, cfg, x), text)
+    return final_norm(params, cfg, unfold(params, cfg, x)[:, :length])
 
 
 def head_weights(params, dtype) -> jax.Array:

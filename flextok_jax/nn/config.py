@@ -598,6 +598,8 @@ class ARConfig:
         group: tokens that are predicted at once, independently of each other given all before
             them; it divides L. 0: as many as there are (1, 1, 2, 4, ..., L / 2), one step for each
             doubling; L is a power of two.
+        folded: whether the tokens of a group are one position of the blocks (see nn/fold.py), which
+            then compute L / group of them; needs group > 1 that divides the width.
         masked: whether each position reads its own token or the start vector in its place, and all
             attend to all (see nn/masked.py); else each reads tokens before it.
     """
@@ -619,6 +621,7 @@ class ARConfig:
     mlp: str = "swiglu"
     group: int = 1
     masked: bool = False
+    folded: bool = False
 
     def __post_init__(self):
         faults = _at_least(self, 1, "vocab_size", "num_tokens", "depth", "mlp_hidden")
@@ -643,6 +646,11 @@ class ARConfig:
             )
         if self.masked and self.group != 1:
             faults.append(f"masked=True and group={self.group}: a masked model has no groups")
+        if self.folded and (self.group < 2 or self.width % self.group):
+            faults.append(
+                f"folded=True, group={self.group} and width={self.width}: group must be 2 or more "
+                "and divide the width"
+            )
         _check(self, faults)
         _ = self.blocks  # checks the rest
 
@@ -667,6 +675,11 @@ class ARConfig:
             return ((0, self.group, self.num_tokens // self.group),)
         doublings = range(self.num_tokens.bit_length() - 1)
         return ((0, 1, 1), *((1 << n, 1 << n, 1) for n in doublings))
+
+    @property
+    def folds(self) -> int:
+        """How many tokens one position of the blocks stands for."""
+        return self.group if self.folded else 1
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -125,7 +125,8 @@ def open_state(
     state = State(tokens, caches, both.labels, None if context is None else context[1])
     if given or cfg.text_dim:  # The text's keys and values are computed here, once.
         # Positions of a group that is not complete are computed once more by `advance`.
-        previous = ar.read_by(cfg, tokens)[:, : max(given, 1)]
+        whole = -(-max(given, 1) // cfg.folds) * cfg.folds
+        previous = ar.read_by(cfg, tokens)[:, :whole]
         run = _blocks(params, cfg, compute, state, context)
         _, caches = run(previous, 0, caches)
         state = state._replace(caches=tuple(cache._replace(index=start) for cache in caches))
@@ -171,7 +172,7 @@ def advance(
         """The group of `size` positions from `begin` on."""
         tokens, caches = both
         before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(begin - size, 0), size, axis=1)
-        caches = tuple(cache._replace(index=begin) for cache in caches)
+        caches = tuple(cache._replace(index=begin // cfg.folds) for cache in caches)
         x, caches = run(jnp.where(begin == 0, ar.SOS, before), begin, caches)
         x = ar.final_norm(params, cfg, x)
         if size == 1:
@@ -234,20 +235,20 @@ def _blocks(params, cfg: ARConfig, compute: Compute, state: State, context) -> C
     dtype = jnp.dtype(compute.dtype)
     # Unstacked, so that each product reads its matrix where it lies instead of a copied slice.
     layers = [jax.tree.map(lambda p: p[i], params["ar"]["blocks"]) for i in range(cfg.depth)]
-    ranks = cfg.ranks if cfg.group != 1 else ()
+    ranks = () if cfg.group == 1 or cfg.folded else cfg.ranks
     block = Block(cfg.blocks, compute, cross=bool(cfg.text_dim), ranks=ranks)
     rows, labels = state.caches[0].k.shape[0], state.labels
     labels = None if labels is None else jnp.tile(labels, rows // len(labels))
 
     def run(previous, index, caches):
         previous = jnp.repeat(previous, rows // len(previous), axis=0)
-        x = ar.embed(params, cfg, dtype, previous, index, labels)
+        x = ar.fold(params, cfg, ar.embed(params, cfg, dtype, previous, index, labels))
         kept = []
         for layer, cache in zip(layers, caches):
             carry = ((x,), None, jnp.int32(0))
             ((x,), *_), cache = block.apply({"params": layer}, carry, (None, context, cache))
             kept.append(cache)
-        return x, tuple(kept)
+        return ar.unfold(params, cfg, x), tuple(kept)
 
     return run
 

@@ -40,6 +40,8 @@ NAMES = (
     ("ar/blocks/cross/(proj|[qk]_norm)", BLOCK + r"cross_attn.\1"),
     ("ar/blocks/mlp/(fc[123])", BLOCK + r"mlp.\1"),
     ("ar/blocks/(norm_[123])", BLOCK + r"\1"),
+    ("ar/((?:un)?fold)/(proj|norm)", MODEL + r"\1.\2"),
+    ("ar/((?:un)?fold)/mlp/(fc[123])", MODEL + r"\1.mlp.\2"),
     ("ar/norm", MODEL + "trunk.post_trunk_norm"),
     ("ar/head", MODEL + "head.linear"),
     ("ar/text_(fc[12])", r"models.text_encoder.mlp.\1"),
