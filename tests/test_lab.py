@@ -10,7 +10,8 @@ from examples.digits import arrays
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands.common import read_lengths
 from flextok_jax.evaluation import reconstruction as rec
-from flextok_jax.nn import flextok, layout, masked
+from flextok_jax.nn import ar, flextok, layout, masked
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import mae, to_float
 from flextok_jax.training.ar_stage import ARStage, Tokens
 from flextok_jax.training.tokenizer_stage import TokenizerStage
@@ -205,3 +206,17 @@ def test_a_generator_takes_fewer_steps_than_tokens():
         cfg = ARStage(c, Tokens({}, vocab_size=50, num_tokens=16, num_classes=10)).model
         steps[variant] = len(masked.left(16, 8)) if cfg.masked else sum(n for *_, n in cfg.runs)
     assert steps == {"pairs": 8, "folded": 8, "doubling": 5, "masked": 8}
+
+
+def test_folded_groups_cost_half_the_positions():
+    flops = {}
+    for variant in ("pairs", "folded"):
+        c = LAB.get_config(variant)
+        c.tokenizer.source = ""
+        cfg = ARStage(c, Tokens({}, vocab_size=50, num_tokens=16, num_classes=10)).model
+        tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+        run = jax.jit(ar.hidden, static_argnums=(1, 2))
+        given = layout.unbox(ar.shapes(cfg)), cfg, Compute(scan=False), tokens, ar.ARCondition()
+        flops[variant] = run.lower(*given).cost_analysis()["flops"]
+    # Of 4 blocks half, and the folds' MLPs, 2/3 of half a block each: (2 + 2/3) / 4.
+    assert 0.6 < flops["folded"] / flops["pairs"] < 0.72

@@ -47,6 +47,19 @@ def test_best_of_one_is_generate():
     np.testing.assert_allclose(found.scores[:, 0], wanted, rtol=1e-6)
 
 
+def test_a_search_of_a_model_of_groups_goes_on_within_a_group():
+    doubling = dataclasses.replace(gen(), config=dataclasses.replace(gen().config, group=0))
+    how = dict(labels=[1, 2], key=3)
+    one = dict(beams=1, candidates=1, schedule=(1, 3, 4), **STEPS)
+    found = search(doubling, BRIGHT, **how, **one)
+    wanted = np.asarray(doubling.generate_tokens(**how))
+    np.testing.assert_array_equal(found.tokens[:, 0], wanted)
+    assert (wanted != np.asarray(gen().generate_tokens(**how))).any()
+    masked = dataclasses.replace(gen(), config=dataclasses.replace(gen().config, masked=True))
+    with pytest.raises(ValueError, match="masked"):
+        search(masked, BRIGHT, **how, **one)
+
+
 def plain(label, key, branch, temperature, lookahead, beams=2, candidates=3, steps=1):
     """The search of one prompt without a cache: every prefix anew, one candidate at a time."""
     gen_, tok = gen(), gen().tokenizer
