@@ -95,9 +95,14 @@ def _elastictok() -> ConfigDict:
     return c
 
 
+def _single() -> ConfigDict:
+    """One token of `demo-digits` after the other: configs/ar.py:digits, to compare with."""
+    return ar.get_config("digits")
+
+
 def _pairs() -> ConfigDict:
     """Two tokens of `demo-digits` per step, drawn independently: 8 steps for 16 tokens."""
-    c = ar.get_config("digits")
+    c = _single()
     c.model.group = 2
     return c
 
@@ -118,12 +123,13 @@ def _doubling() -> ConfigDict:
 
 def _masked() -> ConfigDict:
     """MaskGIT's generator, of TiTok and One-D-Piece too: all tokens in a few passes."""
-    c = ar.get_config("digits")
+    c = _single()
     c.model.masked = True
     return c
 
 
 TOKENIZERS = {
+    "flow": _base,
     "elastictok": _elastictok,
     "one_pass": _one_pass,
     "continuous": _continuous,
@@ -131,5 +137,11 @@ TOKENIZERS = {
     "one_d_piece": _one_d_piece,
     "llamagen": _llamagen,
 }
-GENERATORS = {"pairs": _pairs, "folded": _folded, "doubling": _doubling, "masked": _masked}
+GENERATORS = {
+    "single": _single,
+    "pairs": _pairs,
+    "folded": _folded,
+    "doubling": _doubling,
+    "masked": _masked,
+}
 VARIANTS = TOKENIZERS | GENERATORS

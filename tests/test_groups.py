@@ -130,7 +130,8 @@ def test_lengths_of_the_full_size_models_and_of_those_that_need_all_tokens():
     stage = TokenizerStage(c)
     assert stage.lengths(16) == (16,) * 10 + (64,) * 3 + (128,) + (256,) * 2
     assert TokenizerStage(c, grouped=False).lengths(16) == (256,) * 16
-    for variant in lab.TOKENIZERS:  # No causal order; a bottleneck's loss of all tokens.
+    for variant in set(lab.TOKENIZERS) - {"flow"}:
+        # No causal order, or a bottleneck's loss of all tokens.
         of_lab = lab.get_config(variant)
         assert set(TokenizerStage(of_lab).lengths(8)) == {of_lab.model.tokens.count}
     c.compute.scan = False

@@ -205,7 +205,7 @@ def test_a_generator_takes_fewer_steps_than_tokens():
         c.tokenizer.source = ""
         cfg = ARStage(c, Tokens({}, vocab_size=50, num_tokens=16, num_classes=10)).model
         steps[variant] = len(masked.left(16, 8)) if cfg.masked else sum(n for *_, n in cfg.runs)
-    assert steps == {"pairs": 8, "folded": 8, "doubling": 5, "masked": 8}
+    assert steps == {"single": 16, "pairs": 8, "folded": 8, "doubling": 5, "masked": 8}
 
 
 def test_folded_groups_cost_half_the_positions():

@@ -1,0 +1,267 @@
+"""The laboratory's table of claims: every variant of configs/lab.py at one budget, three seeds.
+
+    python -m examples.lab --out lab
+
+trains one variant after the other (a night on two cores), measures each, and writes
+lab/report.md: the numbers of every variant, and of each claim below its margin and whether it is
+shown. The same command goes on after a stop: finished runs are not trained or measured again. The
+claims were written before anything was trained; what comes out contrary stays in the table.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from configs import lab
+from examples.digits import arrays
+from examples.digits.classifier import CLASSES, features, parameters
+from examples.digits.evaluation import sample
+from flextok_jax import FlexTok, ImageGenerator
+from flextok_jax.evaluation.metrics import psnr
+from flextok_jax.evaluation.statistics import FeatureSet, fid
+from flextok_jax.io import storage
+from flextok_jax.nn import masked
+from flextok_jax.nn.images import to_float, to_uint8
+
+MEASURED = "measured.json"
+Results = dict[str, dict]  # Of one seed: variant -> what `measure` found.
+
+
+class Claim(NamedTuple):
+    """What is claimed of a variant: that `margin` of the results of a seed is above 0."""
+
+    variant: str
+    sentence: str
+    margin: Callable[[Results], float]
+
+
+def _more(name: str, a: str, b: str, least: float = 0.0) -> Callable[[Results], float]:
+    """Margin of "`name` of a is above that of b", or at most -`least` below it."""
+    return lambda found: found[a][name] - found[b][name] - least
+
+
+def _rises(variant: str) -> Callable[[Results], float]:
+    """Margin of "each doubling of the tokens has a higher PSNR": the smallest gain in dB."""
+    return lambda found: float(np.min(np.diff(list(found[variant]["psnr by tokens"].values()))))
+
+
+RISES = "Every doubling of the tokens adds to the PSNR (dB)"
+CLAIMS = (
+    Claim(
+        "one_pass",
+        "One pass has a higher PSNR than a flow (dB)",
+        _more("psnr", "one_pass", "flow"),
+    ),
+    Claim(
+        "one_pass",
+        "A flow is nearer to the distribution of images (Frechet distance)",
+        _more("frechet", "one_pass", "flow"),
+    ),
+    Claim(
+        "continuous",
+        "Tokens of four numbers have a higher PSNR than ids (dB)",
+        _more("psnr", "continuous", "flow"),
+    ),
+    Claim(
+        "llamagen",
+        "Tokens that see the whole image have a higher PSNR than a grid's (dB)",
+        _more("psnr", "one_pass", "llamagen"),
+    ),
+    Claim("one_d_piece", RISES, _rises("one_d_piece")),
+    Claim("elastictok", RISES, _rises("elastictok")),
+    Claim(
+        "pairs",
+        "Two tokens at once lose what they say of each other (nats per token)",
+        _more("loss", "pairs", "single"),
+    ),
+    Claim(
+        "pairs",
+        "Half the steps cost at most 2 points of accuracy",
+        _more("accuracy", "pairs", "single", -0.02),
+    ),
+    Claim(
+        "folded",
+        "Half the positions cost at most 2 points of accuracy beside pairs",
+        _more("accuracy", "folded", "pairs", -0.02),
+    ),
+    Claim(
+        "doubling",
+        "5 steps cost at most 5 points of accuracy beside 16",
+        _more("accuracy", "doubling", "single", -0.05),
+    ),
+    Claim(
+        "masked",
+        "8 passes cost at most 2 points of accuracy beside 16 steps",
+        _more("accuracy", "masked", "single", -0.02),
+    ),
+)
+
+
+def train(variant: str, seed: int, workdir: pathlib.Path, steps: int | None = None) -> bool:
+    """Trains a variant, or goes on with it; whether it is finished."""
+    from flextok_jax import main
+    from flextok_jax.training.loop import train as run
+
+    config = lab.get_config(variant)
+    config.seed = seed
+    if steps:
+        config.update(total_steps=steps, eval_every=steps)
+        config.checkpoint.every = steps
+    outcome = run(main.make_stage(config), config, workdir)
+    jax.clear_caches()
+    return not outcome.stopped
+
+
+def measure(workdir: pathlib.Path, generator: bool, per_class: int) -> dict:
+    """The numbers of a trained variant."""
+    if generator:
+        return measure_generator(workdir, per_class)
+    return measure_tokenizer(FlexTok.from_pretrained(str(workdir)))
+
+
+def measure_tokenizer(tok: FlexTok) -> dict:
+    """Reconstructions of the 297 validation digits from all tokens, and PSNR by their number."""
+    images, _ = arrays("test")
+    key = {"key": 0} if tok.config.is_flow else {}
+    doublings = (2**i for i in range(tok.num_tokens.bit_length()))
+    counts = sorted({*doublings, tok.num_tokens} & set(tok.prefixes))
+    by_tokens = {}
+    for k in counts:  # Tokens are made for each number: an encoder may be told it.
+        tokens = tok.tokenize(images, k)
+        made = to_uint8(tok.detokenize(tokens, **key))
+        by_tokens[str(k)] = float(np.mean(psnr(to_float(made), to_float(images))))
+    numbers = {
+        "psnr": by_tokens[str(tok.num_tokens)],
+        "psnr by tokens": by_tokens,
+        "tokens": tok.num_tokens,
+        "passes": tok.config.sampler.steps if tok.config.is_flow else 1,
+    }
+    return (
+        numbers | _of_images(made) | _cost(tok.params, len(images), tok.detokenize, tokens, **key)
+    )
+
+
+def measure_generator(workdir: pathlib.Path, per_class: int) -> dict:
+    """Samples of every class, and the loss on the validation digits."""
+    gen = ImageGenerator.from_pretrained(str(workdir), FlexTok.from_pretrained("demo-digits"))
+    made = sample(gen, per_class)
+    cfg, labels = gen.config, list(range(CLASSES)) * 10
+    runs = len(masked.left(cfg.num_tokens, 8)) if cfg.masked else sum(n for *_, n in cfg.runs)
+    records = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [x["eval/validation/loss"] for x in map(json.loads, records)
+              if "eval/validation/loss" in x]  # fmt: skip
+    numbers = {
+        "accuracy": float(made.correct.sum() / (CLASSES * per_class)),
+        "loss": losses[-1],
+        "tokens": cfg.num_tokens,
+        "passes": runs,
+    }
+    images = made.images.reshape(-1, *made.images.shape[2:])
+    cost = _cost(gen.params, len(labels), gen.generate_tokens, labels)
+    return numbers | _of_images(images) | cost
+
+
+def _of_images(images: np.ndarray) -> dict:
+    """The Frechet distance of the classifier's features to those of the validation digits."""
+
+    def gaussian(x):
+        found, logits = map(np.asarray, features(parameters(), to_float(x)))
+        return FeatureSet(found, logits, np.full(len(x), -1)).gaussian
+
+    return {"frechet": float(fid(gaussian(images), gaussian(arrays("test")[0])))}
+
+
+def _cost(params, count: int, function: Callable, *args, **kwargs) -> dict:
+    """Parameters, and processor seconds for each of `count` images, after a call that compiles."""
+    jax.block_until_ready(function(*args, **kwargs))
+    start = time.process_time()
+    jax.block_until_ready(function(*args, **kwargs))
+    seconds = (time.process_time() - start) / count
+    return {"parameters": sum(x.size for x in jax.tree.leaves(params)), "seconds": seconds}
+
+
+def verdict(margins: list[float]) -> str:
+    """ "shown" where the mean is more than two standard errors above 0, "contrary" below it.
+
+    Else, and of fewer than two seeds, "not shown".
+    """
+    if len(margins) < 2:
+        return "not shown"
+    mean, error = np.mean(margins), np.std(margins, ddof=1) / len(margins) ** 0.5
+    return "shown" if mean > 2 * error else "contrary" if mean < -2 * error else "not shown"
+
+
+def report(found: dict[int, Results]) -> str:
+    """Markdown of the results of each seed."""
+    lines = ["# The laboratory", "", "Mean and standard deviation over seeds.", ""]
+    for title, variants, names in (
+        ("Tokenizers", lab.TOKENIZERS, ("psnr", "frechet")),
+        ("Generators", lab.GENERATORS, ("accuracy", "loss", "frechet")),
+    ):
+        columns = ("variant", "seeds", *names, "tokens", "passes", "parameters", "CPU s per image")
+        lines += [f"## {title}", "", _row(columns), _row(["---"] * len(columns))]
+        for variant in variants:
+            runs = [results[variant] for results in found.values() if variant in results]
+            if runs:
+                fixed = [f"{runs[0][name]:,}" for name in ("tokens", "passes", "parameters")]
+                values = [_spread([run[name] for run in runs]) for name in names]
+                seconds = _spread([run["seconds"] for run in runs])
+                lines.append(_row([variant, len(runs), *values, *fixed, seconds]))
+        lines.append("")
+    lines += ["## Claims", "", "A margin above 0 is as claimed.", ""]
+    lines += [_row(("variant", "claim", "seeds", "margin", "")), _row(["---"] * 5)]
+    for claim in CLAIMS:
+        margins = []
+        for results in found.values():
+            try:
+                margins.append(claim.margin(results))
+            except KeyError:  # A variant that it compares with has not run with this seed.
+                continue
+        said = [_spread(margins), verdict(margins)] if margins else ["", "not run"]
+        lines.append(_row([claim.variant, claim.sentence, len(margins), *said]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _spread(values: list[float]) -> str:
+    """ "1.23 ± 0.04" """
+    deviation = f" ± {np.std(values, ddof=1):.3g}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4g}{deviation}"
+
+
+def main(argv=None) -> None:
+    """Trains, measures and writes the report after each variant."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of all runs")
+    parser.add_argument("--variants", default=",".join(lab.VARIANTS), help="some, by commas (all)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
+    parser.add_argument("--steps", type=int, help="of each training (the variant's own)")
+    parser.add_argument("--per-class", type=int, default=50, help="samples of each class (50)")
+    args = parser.parse_args(argv)
+    variants, found = args.variants.split(","), {}
+    if unknown := set(variants) - set(lab.VARIANTS):
+        parser.error(f"variants {sorted(unknown)}: allowed are {', '.join(lab.VARIANTS)}")
+    for seed in range(args.seeds):
+        for variant in variants:
+            workdir = args.out / f"{variant}-{seed}"
+            if not (workdir / MEASURED).exists():
+                if not train(variant, seed, workdir, args.steps):
+                    return
+                numbers = measure(workdir, variant in lab.GENERATORS, args.per_class)
+                storage.write_json(workdir / MEASURED, numbers)
+            found.setdefault(seed, {})[variant] = storage.read_json(workdir / MEASURED)
+            storage.write_text(args.out / "report.md", report(found))
+    print(args.out / "report.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The laboratory's report: verdicts, claims about what did not run, and one small run of it."""
+
+import re
+
+import pytest
+
+from configs import lab as variants
+from examples import lab
+
+
+def test_a_verdict_needs_two_standard_errors():
+    # Mean 1; standard errors 0.577 and 0.346.
+    assert lab.verdict([0.0, 1.0, 2.0]) == "not shown"
+    assert lab.verdict([0.4, 1.0, 1.6]) == "shown"
+    assert lab.verdict([-0.4, -1.0, -1.6]) == "contrary"
+    assert lab.verdict([5.0]) == "not shown"
+
+
+def test_every_claim_is_of_a_variant_and_said_of_it():
+    for claim in lab.CLAIMS:
+        assert claim.variant in variants.VARIANTS
+        numbers = {"psnr": 0.0, "frechet": 0.0, "loss": 0.0, "accuracy": 0.0}
+        results = {name: dict(numbers) for name in variants.VARIANTS}
+        for result in results.values():
+            result["psnr by tokens"] = {"1": 0.0, "2": 0.0, "4": 0.0}
+        before = claim.margin(results)
+        for result in (results[claim.variant],):
+            result.update(psnr=1.0, frechet=2.0, loss=3.0, accuracy=4.0)
+            result["psnr by tokens"] = {"1": 0.0, "2": 1.0, "4": 1.5}
+        assert claim.margin(results) != before, claim
+
+
+def rows(text):
+    """{first two cells: the others} of all tables."""
+    lines = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line[:1] == "|"]
+    return {(cells[0], cells[1]): cells[2:] for cells in lines}
+
+
+def test_the_report_says_what_ran():
+    base = {"tokens": 16, "passes": 8, "parameters": 1234, "seconds": 0.5, "frechet": 1.0}
+    found = {
+        seed: {
+            "single": base | {"accuracy": 0.9, "loss": 2.0},
+            "pairs": base | {"accuracy": 0.85 + 0.001 * seed, "loss": 2.2 + 0.01 * seed},
+        }
+        for seed in (0, 1)
+    }
+    table = rows(lab.report(found))
+    assert table["pairs", "2"][:2] == ["0.8505 ± 0.000707", "2.205 ± 0.00707"]
+    assert table["pairs", "2"][3:6] == ["16", "8", "1,234"]
+    said = {c.sentence: table[c.variant, c.sentence] for c in lab.CLAIMS}
+    loss, accuracy = (said[c.sentence] for c in lab.CLAIMS if c.variant == "pairs")
+    assert (loss[0], loss[2]) == ("2", "shown") and accuracy[2] == "contrary"
+    assert said["5 steps cost at most 5 points of accuracy beside 16"] == ["0", "", "not run"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    args = ["--out", str(tmp_path), "--seeds", "1", "--steps", "1", "--per-class", "1"]
+    lab.main([*args, "--variants", "elastictok,doubling"])
+    first = (tmp_path / "report.md").read_text()
+    assert {name for name, _ in rows(first)} >= {"elastictok", "doubling"}
+    monkeypatch.setattr(lab, "train", lambda *_: pytest.fail("it was trained again"))
+    lab.main([*args, "--variants", "elastictok,doubling"])
+    assert (tmp_path / "report.md").read_text() == first
