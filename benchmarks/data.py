@@ -44,7 +44,7 @@ def pipeline_of(folder):
     config = types.SimpleNamespace(
         source="folder", path=folder, name="", split="all", eval_split="all", image_size=SIZE,
         crop="random", crop_scale=(0.08, 1.0), flip=True, quarter_turns=False, shift=0,
-        rotate=0.0, zoom=0.0, color=0.0, max_unreadable=0.0,
+        rotate=0.0, zoom=0.0, color=0.0, max_unreadable=0.0, paired=False,
     )  # fmt: skip
     return make_pipeline(
         config, seed=0, batch_size=BATCH, train=True, process_index=0, process_count=1

@@ -45,6 +45,7 @@ def base(stage: str, **changes) -> ConfigDict:
                 rotate=0.0,
                 zoom=0.0,
                 color=0.0,
+                paired=False,  # images are two side by side: what is read, and what is wanted
             ),
             optim=dict(
                 rule="adam",  # or "muon" for kernels of convolutions, attention and MLPs

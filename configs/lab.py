@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import ar, tokenizer
 from configs.base import choose
+from examples import paper
 
 
 def get_config(arg: str = "one_pass") -> ConfigDict:
@@ -95,6 +96,27 @@ def _elastictok() -> ConfigDict:
     return c
 
 
+def _binformer() -> ConfigDict:
+    """T2T-BinFormer: worn pages to clean ones; patches are the tokens, nothing is quantised."""
+    c = _one_pass()
+    c.data.update(path=paper.folder(), image_size=32, paired=True)
+    c.evaluation.update(num_images=200, batch_size=100)
+    c.model.sites.patch_size = 4
+    c.model.tokens.update(count=64, registers=False)
+    c.model.bottleneck.update(kind="none", dim=64, size=0)
+    return c
+
+
+def _cleaner() -> ConfigDict:
+    """The same by ordered tokens: a clean page from the first of 16 tokens of a worn one."""
+    c = _base()
+    c.data.update(path=paper.folder(), image_size=32, paired=True)
+    c.evaluation.update(num_images=200, batch_size=100)
+    c.model.sites.patch_size = 4
+    c.model.target.kind = "values"
+    return c
+
+
 def _single() -> ConfigDict:
     """One token of `demo-digits` after the other: configs/ar.py:digits, to compare with."""
     return ar.get_config("digits")
@@ -137,6 +159,7 @@ TOKENIZERS = {
     "one_d_piece": _one_d_piece,
     "llamagen": _llamagen,
 }
+IMAGE_TO_IMAGE = {"binformer": _binformer, "cleaner": _cleaner}
 GENERATORS = {
     "single": _single,
     "pairs": _pairs,
@@ -144,4 +167,4 @@ GENERATORS = {
     "doubling": _doubling,
     "masked": _masked,
 }
-VARIANTS = TOKENIZERS | GENERATORS
+VARIANTS = TOKENIZERS | IMAGE_TO_IMAGE | GENERATORS

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from configs import lab
+from examples import paper
 from examples.digits import arrays
 from examples.digits.classifier import CLASSES, features, parameters
 from examples.digits.evaluation import sample
@@ -76,6 +77,16 @@ CLAIMS = (
     Claim("one_d_piece", RISES, _rises("one_d_piece")),
     Claim("elastictok", RISES, _rises("elastictok")),
     Claim(
+        "binformer",
+        "Ink of worn pages is found better than by Sauvola's threshold (F-measure)",
+        lambda found: found["binformer"]["f"] - found["binformer"]["sauvola"],
+    ),
+    Claim(
+        "cleaner",
+        "Sixteen ordered tokens find it better than that threshold (F-measure)",
+        lambda found: found["cleaner"]["f"] - found["cleaner"]["sauvola"],
+    ),
+    Claim(
         "pairs",
         "Two tokens at once lose what they say of each other (nats per token)",
         _more("loss", "pairs", "single"),
@@ -118,21 +129,49 @@ def train(variant: str, seed: int, workdir: pathlib.Path, steps: int | None = No
     return not outcome.stopped
 
 
-def measure(workdir: pathlib.Path, generator: bool, per_class: int) -> dict:
+def measure(variant: str, workdir: pathlib.Path, per_class: int) -> dict:
     """The numbers of a trained variant."""
-    if generator:
+    if variant in lab.GENERATORS:
         return measure_generator(workdir, per_class)
-    return measure_tokenizer(FlexTok.from_pretrained(str(workdir)))
+    tok = FlexTok.from_pretrained(str(workdir))
+    return measure_pages(tok) if variant in lab.IMAGE_TO_IMAGE else measure_tokenizer(tok)
+
+
+def _counts(tok: FlexTok) -> list[int]:
+    """1, 2, 4, ... and all tokens, as far as they stand for an image."""
+    doublings = (2**i for i in range(tok.num_tokens.bit_length()))
+    return sorted({*doublings, tok.num_tokens} & set(tok.prefixes))
+
+
+def measure_pages(tok: FlexTok, count: int = 200) -> dict:
+    """Clean pages of `count` worn ones: the F-measure of ink, and that of Sauvola's threshold."""
+    from skimage.filters import threshold_sauvola
+
+    pairs = [paper.pair("test", i) for i in range(count)]
+    worn, clean = (np.stack(images) for images in zip(*pairs))
+    grey = worn[..., 0]
+    found = np.stack([x > threshold_sauvola(x, 15) for x in grey])
+    by_tokens = {}
+    for k in _counts(tok):
+        made = to_uint8(tok.detokenize(tok.tokenize(worn, k)))
+        by_tokens[str(k)] = paper.f_measure(made > 127, clean > 127)
+    numbers = {
+        "f": by_tokens[str(tok.num_tokens)],
+        "f by tokens": by_tokens,
+        "sauvola": paper.f_measure(found, clean[..., 0] > 127),
+        "tokens": tok.num_tokens,
+        "passes": 1,
+    }
+    tokens = tok.tokenize(worn)
+    return numbers | _cost(tok.params, count, tok.detokenize, tokens)
 
 
 def measure_tokenizer(tok: FlexTok) -> dict:
     """Reconstructions of the 297 validation digits from all tokens, and PSNR by their number."""
     images, _ = arrays("test")
     key = {"key": 0} if tok.config.is_flow else {}
-    doublings = (2**i for i in range(tok.num_tokens.bit_length()))
-    counts = sorted({*doublings, tok.num_tokens} & set(tok.prefixes))
     by_tokens = {}
-    for k in counts:  # Tokens are made for each number: an encoder may be told it.
+    for k in _counts(tok):  # Tokens are made for each number: an encoder may be told it.
         tokens = tok.tokenize(images, k)
         made = to_uint8(tok.detokenize(tokens, **key))
         by_tokens[str(k)] = float(np.mean(psnr(to_float(made), to_float(images))))
@@ -202,6 +241,7 @@ def report(found: dict[int, Results]) -> str:
     lines = ["# The laboratory", "", "Mean and standard deviation over seeds.", ""]
     for title, variants, names in (
         ("Tokenizers", lab.TOKENIZERS, ("psnr", "frechet")),
+        ("Image to image", lab.IMAGE_TO_IMAGE, ("f", "sauvola")),
         ("Generators", lab.GENERATORS, ("accuracy", "loss", "frechet")),
     ):
         columns = ("variant", "seeds", *names, "tokens", "passes", "parameters", "CPU s per image")
@@ -256,7 +296,7 @@ def main(argv=None) -> None:
             if not (workdir / MEASURED).exists():
                 if not train(variant, seed, workdir, args.steps):
                     return
-                numbers = measure(workdir, variant in lab.GENERATORS, args.per_class)
+                numbers = measure(variant, workdir, args.per_class)
                 storage.write_json(workdir / MEASURED, numbers)
             found.setdefault(seed, {})[variant] = storage.read_json(workdir / MEASURED)
             storage.write_text(args.out / "report.md", report(found))

@@ -1,5 +1,7 @@
 """Worn pages and what was written on them: pairs of images for image-to-image models.
 
+`python -m examples.paper` prints the path of their folder.
+
 A page is a grid of handwritten digits in ink. The worn page has low-frequency stains, the writing
 of its back, mirrored, showing through, a blurred scan and noise; the clean one is black ink on
 white. Pair `index` of a split is a function of (seed, split, index) and of the arguments alone; its
@@ -10,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples import digits
+from examples import digits, image_folder
 
+SPLITS = {"train": 2000, "test": 200}  # Pairs in the folder.
 SIDE = 16  # Of a digit, in pixels.
 INK = 0.5  # The clean page is black where a digit covers more than this share of a pixel.
 
@@ -36,7 +39,7 @@ def pair(split: str, index: int, seed: int = 0, size: int = 32, wear: float = 1.
     """
     if size < SIDE or size % SIDE:
         raise ValueError(f"size={size}: must be a multiple of {SIDE}, the side of a digit")
-    random = np.random.default_rng((seed, ("train", "test").index(split), index))
+    random = np.random.default_rng((seed, list(SPLITS).index(split), index))
     images = digits.arrays(split)[0]
     front, back = (_page(images, random, size) for _ in range(2))
     stains = _smooth(random.uniform(0, 1, (5, 5)), size)
@@ -46,6 +49,11 @@ def pair(split: str, index: int, seed: int = 0, size: int = 32, wear: float = 1.
     light = light * (1 - wear * shade * stains)
     worn = (1 - wear) * light + wear * _blur(light) + wear * noise
     return Pair(_rgb(worn), _rgb(front <= INK))
+
+
+def folder() -> str:
+    """The path of {train,test}/IIII.png, 64 x 32 pixels: worn left, clean right."""
+    return image_folder("paper", _files)
 
 
 def f_measure(found: np.ndarray, clean: np.ndarray) -> float:
@@ -88,3 +96,13 @@ def _rgb(x: np.ndarray) -> np.ndarray:
     """Values from 0 to 1 -> uint8 [H, W, 3]."""
     grey = np.rint(255 * np.clip(x, 0, 1)).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def _files():
+    for split, count in SPLITS.items():
+        for i in range(count):
+            yield f"{split}/{i:04d}.png", np.concatenate(pair(split, i), axis=1)
+
+
+if __name__ == "__main__":
+    print(folder())

@@ -20,7 +20,7 @@ def pipeline(train=True, seed=0, batch_size=8, index=0, count=1, **changes):
     values = dict(
         source="folder", path=digits_folder(), name="", split="train", eval_split="test",
         image_size=16, crop="none", crop_scale=(0.08, 1.0), flip=True, shift=2, rotate=10.0,
-        zoom=0.1, color=0.0, quarter_turns=False, max_unreadable=0.5,
+        zoom=0.1, color=0.0, quarter_turns=False, max_unreadable=0.5, paired=False,
     )  # fmt: skip
     cfg = types.SimpleNamespace(**{**values, **changes})
     return make_pipeline(
@@ -49,6 +49,25 @@ def write_images(folder, sizes, broken=()):
         if i in broken:
             path.write_bytes(path.read_bytes()[:60])
     return dict(source="folder", path=str(folder), split="all", eval_split="all")
+
+
+def test_the_halves_of_a_pair_are_cropped_and_turned_alike(tmp_path):
+    how = dict(path=str(tmp_path), split="all", eval_split="all", paired=True, crop="random")
+    how |= dict(quarter_turns=True, color=0.1)
+    (tmp_path / "a").mkdir()
+    for i in range(8):
+        half = np.random.RandomState(i).randint(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(np.concatenate([half, half], axis=1)).save(tmp_path / "a" / f"{i}.png")
+    batch = pipeline(**how)[3]
+    assert batch["image"].shape == (8, 16, 16, 3)
+    np.testing.assert_array_equal(batch["image"], batch["target"])
+    Image.fromarray(np.concatenate([half, 255 - half], axis=1)).save(tmp_path / "a" / "7.png")
+    (batch,) = pipeline(train=False, **how | {"crop": "center", "image_size": 20}).eval_batches(8)
+    np.testing.assert_array_equal(batch["image"][7], half[:, 2:22])
+    np.testing.assert_array_equal(batch["target"][7], 255 - half[:, 2:22])
+    Image.fromarray(half[:, :23]).save(tmp_path / "a" / "7.png")
+    with pytest.raises(ValueError, match="23 pixels wide"):
+        list(pipeline(train=False, **how).eval_batches(8))
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from common import CONFIGS, random_params, relative
 
+from examples import paper
 from examples.digits import arrays
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands.common import read_lengths
@@ -220,3 +221,28 @@ def test_folded_groups_cost_half_the_positions():
         flops[variant] = run.lower(*given).cost_analysis()["flops"]
     # Of 4 blocks half, and the folds' MLPs, 2/3 of half a block each: (2 + 2/3) / 4.
     assert 0.6 < flops["folded"] / flops["pairs"] < 0.72
+
+
+@pytest.mark.parametrize("variant", LAB.IMAGE_TO_IMAGE)
+def test_an_image_to_image_model_writes_what_lies_beside(variant):
+    stage = TokenizerStage(config(variant))
+    pairs = [paper.pair("train", i) for i in range(16)]
+    batch = {
+        "image": np.stack([p.worn for p in pairs]),
+        "target": np.stack([p.clean for p in pairs]),
+    }
+    params = layout.unbox(stage.init(jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+
+    @jax.jit
+    def run(params):
+        return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
+
+    # The head of a new model writes zeros.
+    np.testing.assert_allclose(run(params), np.mean(to_float(batch["target"]) ** 2), rtol=1e-5)
+    gradients = jax.jit(jax.grad(run))(jax.tree.unflatten(tree, noisy))
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        path = layout.path_string(path)
+        assert np.abs(gradient).max() > 0 or not stage.trainable(path), path

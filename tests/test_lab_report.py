@@ -19,13 +19,20 @@ def test_a_verdict_needs_two_standard_errors():
 def test_every_claim_is_of_a_variant_and_said_of_it():
     for claim in lab.CLAIMS:
         assert claim.variant in variants.VARIANTS
-        numbers = {"psnr": 0.0, "frechet": 0.0, "loss": 0.0, "accuracy": 0.0}
+        numbers = {
+            "f": 0.0,
+            "sauvola": 0.0,
+            "psnr": 0.0,
+            "frechet": 0.0,
+            "loss": 0.0,
+            "accuracy": 0.0,
+        }
         results = {name: dict(numbers) for name in variants.VARIANTS}
         for result in results.values():
             result["psnr by tokens"] = {"1": 0.0, "2": 0.0, "4": 0.0}
         before = claim.margin(results)
         for result in (results[claim.variant],):
-            result.update(psnr=1.0, frechet=2.0, loss=3.0, accuracy=4.0)
+            result.update(f=0.5, psnr=1.0, frechet=2.0, loss=3.0, accuracy=4.0)
             result["psnr by tokens"] = {"1": 0.0, "2": 1.0, "4": 1.5}
         assert claim.margin(results) != before, claim
 

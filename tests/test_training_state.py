@@ -125,7 +125,7 @@ def get_config(**changes):
                 "split": "train", "eval_split": "test",
                 "image_size": 16, "crop": "none", "crop_scale": (0.5, 1.0), "flip": False,
                 "quarter_turns": False, "shift": 1.0, "rotate": 0.0, "zoom": 0.0, "color": 0.0,
-                "max_unreadable": 0.1,
+                "max_unreadable": 0.1, "paired": False,
             },
             "optim": {
                 "lr": 1e-2, "warmup_steps": 2, "final_lr_fraction": 0.1, "b1": 0.9, "b2": 0.99,

@@ -57,7 +57,8 @@ def make_pipeline(
         examples = Crops.of(cfg.source, source, text)
     else:
         names = (field.name for field in dataclasses.fields(Transform))
-        examples = Images(Transform(**{name: getattr(cfg, name) for name in names}), text)
+        transform = Transform(**{name: getattr(cfg, name) for name in names})
+        examples = Images(transform, text, cfg.paired)
     process = process_index, process_count
     return Pipeline(source, examples, seed, batch_size, process, cfg.max_unreadable)
 
@@ -66,32 +67,43 @@ def make_pipeline(
 class Images:
     """How images become a batch: "image" uint8 [B, S, S, 3] and "label" int32 [B].
 
-    With `captions` also the arrays that it makes of each. An example gets `num_draws` uniform
-    random numbers in [0, 1).
+    With `captions` also the arrays that it makes of each. With `paired` an image is two of one size
+    side by side, and the right half becomes "target", uint8 [B, S, S, 3], cropped and turned as the
+    left one. An example gets `num_draws` uniform random numbers in [0, 1).
     """
 
     transform: Transform
     captions: CaptionArrays | None = None
+    paired: bool = False
     num_draws = NUM_DRAWS
 
     def without_randomness(self) -> "Images":
-        return Images(self.transform.without_randomness(), self.captions)
+        return Images(self.transform.without_randomness(), self.captions, self.paired)
 
     def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
         """One example. Raises ValueError where the settings do not fit the image."""
         found = reader.read(source, index, self.transform.least)
         if isinstance(found, Unreadable):
             return found
+        names = ("image", "target") if self.paired else ("image",)
+        width, rest = divmod(found.image.width, len(names))
         try:
-            image = self.transform.fit(found.image, draws)
+            if rest:
+                raise ValueError(f"a pair is {found.image.width} pixels wide: must be even")
+            parts = (
+                found.image.crop((i * width, 0, (i + 1) * width, found.image.height))
+                for i in range(len(names))
+            )
+            images = {n: self.transform.fit(part, draws) for n, part in zip(names, parts)}
         except ValueError as error:
             raise ValueError(f"{found.key}: {error}") from None
         text = self.captions(found.caption) if self.captions else {}
-        return {"image": image, "label": np.int32(found.label), **text}
+        return images | {"label": np.int32(found.label), **text}
 
     def augment(self, batch: dict, draws: np.ndarray) -> dict:
         """What is done for a whole batch; draws: [B, num_draws]."""
-        return batch | {"image": self.transform.augment(batch["image"], draws)}
+        images = {name: batch[name] for name in ("image", "target") if name in batch}
+        return batch | {n: self.transform.augment(x, draws) for n, x in images.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -219,8 +219,9 @@ class TokenizerStage(Stage):
         """The target's loss, plus `loss.bottleneck_weight` times the bottleneck's.
 
         Args:
-            batch: "image": uint8 [B, H, W, 3]; or "moments": [B, h, w, 2C], mean and log variance
-                of the VAE's posterior, made before. For REPA without a `repa.source` also "repa":
+            batch: "image": uint8 [B, H, W, 3], and "target", the same, where the decoder is to write
+                another image than the encoder reads; or "moments": [B, h, w, 2C], mean and log
+                variance of the VAE's posterior, made before. For REPA without a `repa.source` also "repa":
                 [B, P, E], features of DINOv2, made before. And what `draw` made, which is made
                 here where it is missing.
             length: K, how many tokens are computed; no image may keep more. All by default.
@@ -230,13 +231,15 @@ class TokenizerStage(Stage):
         if "keep" not in batch:
             size = len(jax.tree.leaves(batch)[0])
             batch = self.draw(key, groups.ranks(named(key, "rank"), size)) | batch
-        x0 = self._latents(frozen, batch)
+        x0 = wanted = self._latents(frozen, batch)
+        if "target" in batch:
+            wanted = self._latents(frozen, batch | {"image": batch["target"]})
         # By rounding, the highest quantile of a group may be the lowest of the next one.
         keep = jnp.minimum(batch["keep"], length)
         registers = flextok.encode(params, cfg, self.compute, x0, length, keep)
         found = flextok.quantize(params, cfg, registers, batch.get("code"))
         target = self._flow if cfg.is_flow else self._values
-        loss, per_image, logged = target(params, frozen, batch, x0, found.codes, keep, step)
+        loss, per_image, logged = target(params, frozen, batch, wanted, found.codes, keep, step)
         logged |= self._by_tokens(per_image, keep, batch["null"])
         if cfg.discrete:
             logged["codebook"] = CodeUsage.from_ids(found.ids, keep, cfg.num_tokens, cfg.vocab_size)
@@ -287,7 +290,8 @@ class TokenizerStage(Stage):
         if not self._dinov2:
             return batch["repa"]
         size, params = self._repa.image_size, frozen["dinov2"]
-        return repa.targets(params, self._dinov2, self.compute, batch["image"], size)
+        images = batch.get("target", batch["image"])
+        return repa.targets(params, self._dinov2, self.compute, images, size)
 
     @property
     def _samples_posterior(self):
@@ -341,7 +345,7 @@ class TokenizerStage(Stage):
                 for k in lengths:
                     count = flextok.bucket(k, lengths[-1], 4) if len(lengths) > 1 else k
                     found = self._decoded(params, frozen, batch["image"], key, jnp.int32(k), count)
-                    yield f"/{k}", found, batch["image"], batch["mask"]
+                    yield f"/{k}", found, batch.get("target", batch["image"]), batch["mask"]
 
         return {"reconstruction": lambda *args: metrics.means(stream(*args))}
 
