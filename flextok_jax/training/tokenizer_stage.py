@@ -219,11 +219,11 @@ class TokenizerStage(Stage):
         """The target's loss, plus `loss.bottleneck_weight` times the bottleneck's.
 
         Args:
-            batch: "image": uint8 [B, H, W, 3], and "target", the same, where the decoder is to write
-                another image than the encoder reads; or "moments": [B, h, w, 2C], mean and log
-                variance of the VAE's posterior, made before. For REPA without a `repa.source` also "repa":
-                [B, P, E], features of DINOv2, made before. And what `draw` made, which is made
-                here where it is missing.
+            batch: "image": uint8 [B, H, W, 3], and "target", the same, where the decoder is to
+                write another image than the encoder reads; or "moments": [B, h, w, 2C], mean and
+                log variance of the VAE's posterior, made before. For REPA without a `repa.source`
+                also "repa": [B, P, E], features of DINOv2, made before. And what `draw` made, which
+                is made here where it is missing.
             length: K, how many tokens are computed; no image may keep more. All by default.
         """
         cfg = self.model
