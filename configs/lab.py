@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import ar, tokenizer
 from configs.base import choose
-from examples import paper
+from examples import canvas, paper
 
 
 def get_config(arg: str = "one_pass") -> ConfigDict:
@@ -117,6 +117,26 @@ def _cleaner() -> ConfigDict:
     return c
 
 
+def _on_canvas(c: ConfigDict, patch: int) -> ConfigDict:
+    c.data.update(path=canvas.folder(), image_size=32)
+    c.evaluation.update(num_images=400, batch_size=100)
+    c.model.sites.patch_size = patch
+    return c
+
+
+def _canvas() -> ConfigDict:
+    """Ordered tokens of canvases of one to four digits, in one pass."""
+    c = _on_canvas(_base(), 4)
+    c.model.tokens.count = 32
+    c.model.target.kind = "values"
+    return c
+
+
+def _canvas_elastic() -> ConfigDict:
+    """The same by ElasticTok."""
+    return _on_canvas(_elastictok(), 8)
+
+
 def _single() -> ConfigDict:
     """One token of `demo-digits` after the other: configs/ar.py:digits, to compare with."""
     return ar.get_config("digits")
@@ -160,6 +180,7 @@ TOKENIZERS = {
     "llamagen": _llamagen,
 }
 IMAGE_TO_IMAGE = {"binformer": _binformer, "cleaner": _cleaner}
+CANVAS = {"canvas": _canvas, "canvas_elastic": _canvas_elastic}
 GENERATORS = {
     "single": _single,
     "pairs": _pairs,
@@ -167,4 +188,4 @@ GENERATORS = {
     "doubling": _doubling,
     "masked": _masked,
 }
-VARIANTS = TOKENIZERS | IMAGE_TO_IMAGE | GENERATORS
+VARIANTS = TOKENIZERS | IMAGE_TO_IMAGE | CANVAS | GENERATORS

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from scipy.stats import spearmanr
 
 from configs import lab
-from examples import paper
+from examples import canvas, paper
 from examples.digits import arrays
 from examples.digits.classifier import CLASSES, features, parameters
 from examples.digits.evaluation import sample
@@ -53,6 +54,7 @@ def _rises(variant: str) -> Callable[[Results], float]:
 
 
 RISES = "Every doubling of the tokens adds to the PSNR (dB)"
+NEEDS = "Tokens for one error follow the number of digits (rank correlation above 0.5)"
 CLAIMS = (
     Claim(
         "one_pass",
@@ -76,6 +78,8 @@ CLAIMS = (
     ),
     Claim("one_d_piece", RISES, _rises("one_d_piece")),
     Claim("elastictok", RISES, _rises("elastictok")),
+    Claim("canvas", NEEDS, lambda found: found["canvas"]["correlation"] - 0.5),
+    Claim("canvas_elastic", NEEDS, lambda found: found["canvas_elastic"]["correlation"] - 0.5),
     Claim(
         "binformer",
         "Ink of worn pages is found better than by Sauvola's threshold (F-measure)",
@@ -134,7 +138,9 @@ def measure(variant: str, workdir: pathlib.Path, per_class: int) -> dict:
     if variant in lab.GENERATORS:
         return measure_generator(workdir, per_class)
     tok = FlexTok.from_pretrained(str(workdir))
-    return measure_pages(tok) if variant in lab.IMAGE_TO_IMAGE else measure_tokenizer(tok)
+    if variant in lab.IMAGE_TO_IMAGE:
+        return measure_pages(tok)
+    return measure_canvas(tok) if variant in lab.CANVAS else measure_tokenizer(tok)
 
 
 def _counts(tok: FlexTok) -> list[int]:
@@ -184,6 +190,37 @@ def measure_tokenizer(tok: FlexTok) -> dict:
     return (
         numbers | _of_images(made) | _cost(tok.params, len(images), tok.detokenize, tokens, **key)
     )
+
+
+def measure_canvas(tok: FlexTok, count: int = 400) -> dict:
+    """How far the tokens that an image needs follow the number of its digits; see `needed`."""
+    made = [canvas.canvas("test", i) for i in range(count)]
+    images = np.stack([one.image for one in made])
+    counts = range(2, tok.num_tokens + 1, 2)
+    found = tok.choose_length(images, "mae", target=0.0, counts=counts)
+    tokens, digits = needed(found.values, counts), np.array([one.count for one in made])
+    numbers = {
+        "correlation": float(spearmanr(tokens, digits).statistic),
+        "tokens by digits": {str(n): float(tokens[digits == n].mean()) for n in range(1, 5)},
+        "tokens": tok.num_tokens,
+        "passes": 1,
+    }
+    return numbers | _cost(tok.params, count, tok.detokenize, tok.tokenize(images))
+
+
+def needed(errors: np.ndarray, counts) -> np.ndarray:
+    """The fewest tokens of each image for one error of all: int [n].
+
+    That is the median of the errors with the middle one of the counts, so that a model's own
+    quality is no part of it. Where no number meets it, the largest.
+
+    Args:
+        errors: float [n, numbers], of each image and each number of tokens.
+        counts: the numbers, ascending.
+    """
+    meets = errors <= np.median(errors[:, (len(counts) - 1) // 2])
+    first = np.where(meets.any(axis=1), meets.argmax(axis=1), len(counts) - 1)
+    return np.asarray(counts)[first]
 
 
 def measure_generator(workdir: pathlib.Path, per_class: int) -> dict:
@@ -242,6 +279,7 @@ def report(found: dict[int, Results]) -> str:
     for title, variants, names in (
         ("Tokenizers", lab.TOKENIZERS, ("psnr", "frechet")),
         ("Image to image", lab.IMAGE_TO_IMAGE, ("f", "sauvola")),
+        ("Canvases", lab.CANVAS, ("correlation",)),
         ("Generators", lab.GENERATORS, ("accuracy", "loss", "frechet")),
     ):
         columns = ("variant", "seeds", *names, "tokens", "passes", "parameters", "CPU s per image")

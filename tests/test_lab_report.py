@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from configs import lab as variants
@@ -16,24 +17,21 @@ def test_a_verdict_needs_two_standard_errors():
     assert lab.verdict([5.0]) == "not shown"
 
 
+def test_the_tokens_needed_are_for_one_error_of_all_images():
+    errors = np.array([[0.2, 0.1, 0.1], [0.5, 0.3, 0.2], [0.9, 0.8, 0.4]])
+    assert lab.needed(errors, (2, 4, 6)).tolist() == [2, 4, 6]  # The error is 0.3.
+
+
 def test_every_claim_is_of_a_variant_and_said_of_it():
+    names = ("f", "sauvola", "correlation", "psnr", "frechet", "loss", "accuracy")
     for claim in lab.CLAIMS:
         assert claim.variant in variants.VARIANTS
-        numbers = {
-            "f": 0.0,
-            "sauvola": 0.0,
-            "psnr": 0.0,
-            "frechet": 0.0,
-            "loss": 0.0,
-            "accuracy": 0.0,
-        }
-        results = {name: dict(numbers) for name in variants.VARIANTS}
+        results = {name: dict.fromkeys(names, 0.0) for name in variants.VARIANTS}
         for result in results.values():
             result["psnr by tokens"] = {"1": 0.0, "2": 0.0, "4": 0.0}
         before = claim.margin(results)
-        for result in (results[claim.variant],):
-            result.update(f=0.5, psnr=1.0, frechet=2.0, loss=3.0, accuracy=4.0)
-            result["psnr by tokens"] = {"1": 0.0, "2": 1.0, "4": 1.5}
+        changed = {name: i + 1.0 for i, name in enumerate(names)}
+        results[claim.variant] |= changed | {"psnr by tokens": {"1": 0.0, "2": 1.0, "4": 1.5}}
         assert claim.margin(results) != before, claim
 
 
