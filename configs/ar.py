@@ -77,6 +77,8 @@ def _base() -> ConfigDict:
             group=1,  # tokens at once; 0: 1, 1, 2, 4, ..., one step for each doubling
             folded=False,  # a group as one position of the Transformer
             masked=False,  # hidden tokens from all others, in place of the next from those before
+            levels=(),  # of the tokens' FSQ, for ...
+            coarse=(),  # so many of each are one in a coarse id, which is predicted first
             guidance_scale=1.5,  # [released]: recommended by class
         ),
     )

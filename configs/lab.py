@@ -170,6 +170,13 @@ def _masked() -> ConfigDict:
     return c
 
 
+def _coarse() -> ConfigDict:
+    """CTF: ids of 108 cells of `demo-digits` one by one, then all 1 000 ids of them in one step."""
+    c = _single()
+    c.model.update(depth=2, levels=(8, 5, 5, 5), coarse=(2, 2, 2, 2))
+    return c
+
+
 TOKENIZERS = {
     "flow": _base,
     "elastictok": _elastictok,
@@ -187,5 +194,6 @@ GENERATORS = {
     "folded": _folded,
     "doubling": _doubling,
     "masked": _masked,
+    "coarse": _coarse,
 }
 VARIANTS = TOKENIZERS | IMAGE_TO_IMAGE | CANVAS | GENERATORS

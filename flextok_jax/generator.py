@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from flextok_jax.conditions import Conditions, check_labels, check_text
 from flextok_jax.io import hub, sources, storage
 from flextok_jax.io.formats import flexar
-from flextok_jax.nn import ar, flextok, generation, masked
+from flextok_jax.nn import ar, flextok, generation, masked, refiner
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.parallel.mesh import platform
@@ -28,7 +28,9 @@ PASSES = 8  # Of a masked model.
 
 _generate = jax.jit(generation.generate, static_argnames=("cfg", "compute"))
 _fill = jax.jit(masked.generate, static_argnames=("cfg", "compute"))
+_refine = jax.jit(refiner.generate, static_argnames=("cfg", "compute"))
 _logits = jax.jit(ar.logits, static_argnames=("cfg", "compute"))
+_refined_logits = jax.jit(refiner.logits, static_argnames=("cfg", "compute"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,8 +194,8 @@ class ImageGenerator:
         Sample i depends on its condition, its prefix and its key alone, not on the rest of the
         batch (up to rounding). A position's sample does not depend on `num_tokens` or on where the
         prefix ends: fewer tokens are a prefix of more, and a continued prefix is the one run.
-        A masked model makes all tokens, of which the first `num_tokens` are returned; its samples
-        do depend on the prefix's length.
+        A masked model, and one with coarse ids, makes all tokens, of which the first `num_tokens`
+        are returned; a masked model's samples do depend on the prefix's length.
 
         Args:
             labels: int [B], classes; None for models without classes, and for the null branch,
@@ -244,7 +246,7 @@ class ImageGenerator:
         texts = (text_embeddings, text_mask)
         condition, batch = self.condition(labels, *texts, None if prefix is None else len(prefix))
         scale = cfg.guidance_scale if guidance_scale is None else guidance_scale
-        drawn = cfg.num_tokens if cfg.masked else int(count)
+        drawn = cfg.num_tokens if cfg.whole else int(count)
         scales = generation.guidance_schedule(scale, drawn, cfg.num_tokens)
         null = None
         if (labels is not None or cfg.text_dim) and not (scales[given:drawn] == 1).all():
@@ -276,6 +278,8 @@ class ImageGenerator:
         if not self.config.masked:
             if passes is not None:
                 raise ValueError(f"passes={passes!r}: the model draws tokens in their order")
+            if self.config.coarse:
+                return functools.partial(_refine, start=np.int32(given))
             return functools.partial(_generate, start=np.int32(given), stop=np.int32(count))
         passes = PASSES if passes is None else passes
         if not is_int(passes) or passes < 1:
@@ -304,7 +308,8 @@ class ImageGenerator:
         """Teacher-forced logits: what is predicted for each token from those before it.
 
         Args:
-            tokens: int [B, k], 1 <= k <= L. Of a masked model -1 where a token is not known.
+            tokens: int [B, k], 1 <= k <= L. Of a masked model -1 where a token is not known. Of a
+                model with coarse ids k = L, and logits are log p (see `nn.refiner.head`).
             labels: int [B]; None is the null branch.
             text_embeddings, text_mask: [B, T, E] and [B, T], for text models.
             null_embeddings, null_mask: [1, T, E] and [1, T]: the null branch, in their place; with
@@ -317,7 +322,9 @@ class ImageGenerator:
         Raises:
             ValueError: a wrong type, shape or value.
         """
-        tokens = self._check_tokens(tokens, "tokens", least=1)
+        cfg = self.config
+        least = cfg.num_tokens if cfg.coarse else 1
+        tokens = self._check_tokens(tokens, "tokens", least)
         batch = len(tokens)
         if text is not None:
             text_embeddings, text_mask = self._encode(text, text_embeddings)
@@ -327,7 +334,8 @@ class ImageGenerator:
             condition, _ = self.condition(labels, text_embeddings, text_mask, batch)
         with self.on_mesh():
             tokens, condition = spread_batch(self.mesh, (tokens, condition))
-            found = _logits(self.params, self.config, self.compute, tokens, condition)
+            run = _refined_logits if cfg.coarse else _logits
+            found = run(self.params, cfg, self.compute, tokens, condition)
         return found[:batch]
 
     def generate(

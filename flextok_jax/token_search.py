@@ -242,8 +242,8 @@ def prepare(
         schedule = last if settings.algorithm == "best_of" else flextok.lengths(cfg.num_tokens)
         settings = dataclasses.replace(settings, schedule=schedule)
     drawing.check(settings, cfg.num_tokens)
-    if cfg.masked:
-        raise ValueError(f"{gen.origin} is a masked model: a search needs tokens drawn in order")
+    if cfg.whole:
+        raise ValueError(f"{gen.origin} draws tokens again or at once: a search needs an order")
     if not is_int(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: must be an int, at least 1")
     used = [member for one in (verifier, *judges) for member in _members(one)]

@@ -47,18 +47,22 @@ def init(cfg: ARConfig, key: jax.Array) -> dict:
     """Random parameters {"ar": {...}}, float32, in boxes with their axes (see nn/layout.py)."""
     names = ("embed", "pos", "sos", "classes", "head", "blocks", "text", "norm")
     keys = dict(zip(names, jax.random.split(key, len(names))))
+    keys["refiner"] = jax.random.fold_in(key, 1)
 
     def made(init, name, axes, *shape):
         return layout.Axes(init(keys[name], shape), axes)
 
     width = cfg.width
     params = {
-        "embed": made(normal, "embed", ("vocab", "embed"), cfg.vocab_size, width),
+        "embed": made(normal, "embed", ("vocab", "embed"), cfg.num_ids, width),
         "pos": made(normal, "pos", (None, "embed"), cfg.num_tokens, width),
         "sos": made(normal, "sos", (None,), width),
         "norm": _final_norm(cfg).init(keys["norm"], jnp.zeros((1, width)))["params"],
-        "head": {"kernel": made(xavier, "head", HEAD, width, cfg.vocab_size)},
+        "head": {"kernel": made(xavier, "head", HEAD, width, cfg.num_ids)},
     }
+    if cfg.coarse:
+        params["refiner"] = init(cfg.refiner, jax.random.fold_in(key, 0))["ar"]
+        params["refiner"]["head"] = {"kernel": made(xavier, "refiner", HEAD, width, cfg.vocab_size)}
     if cfg.num_classes:
         params["classes"] = made(normal, "classes", (None, "embed"), cfg.num_classes, width)
     if cfg.text_dim:
@@ -201,9 +205,14 @@ def hidden(
     whole = cfg.ranks.index(cfg.ranks[length - 1]) + cfg.ranks.count(cfg.ranks[length - 1])
     tokens = jnp.pad(tokens, ((0, 0), (0, whole - length)), constant_values=SOS)
     x = embed(params, cfg, dtype, read_by(cfg, tokens), 0, condition.labels)
-    blocks, text = {"blocks": params["ar"]["blocks"]}, context(params, cfg, dtype, condition)
+    return through(params, cfg, compute, x, condition)[:, :length]
+
+
+def through(params, cfg: ARConfig, compute: Compute, x, condition: ARCondition) -> jax.Array:
+    """Inputs [B, T, D] to features [B, T, D], by the blocks and the last norm."""
+    blocks, text = {"blocks": params["ar"]["blocks"]}, context(params, cfg, x.dtype, condition)
     x = Trunk(cfg, compute).apply({"params": blocks}, fold(params, cfg, x), text)
-    return final_norm(params, cfg, unfold(params, cfg, x)[:, :length])
+    return final_norm(params, cfg, unfold(params, cfg, x))
 
 
 def head_weights(params, dtype) -> jax.Array:

@@ -602,6 +602,10 @@ class ARConfig:
             then compute L / group of them; needs group > 1 that divides the width.
         masked: whether each position reads its own token or the start vector in its place, and all
             attend to all (see nn/masked.py); else each reads tokens before it.
+        levels: of the FSQ whose ids are predicted in two steps; () else.
+        coarse: for each of these levels, how many neighbouring values are one in a coarse id. Coarse
+            ids are predicted as any, then all ids at once from all coarse ones, by as many blocks
+            of their own (see nn/refiner.py).
     """
 
     vocab_size: int = 64000
@@ -622,6 +626,8 @@ class ARConfig:
     group: int = 1
     masked: bool = False
     folded: bool = False
+    levels: tuple[int, ...] = ()
+    coarse: tuple[int, ...] = ()
 
     def __post_init__(self):
         faults = _at_least(self, 1, "vocab_size", "num_tokens", "depth", "mlp_hidden")
@@ -651,6 +657,15 @@ class ARConfig:
                 f"folded=True, group={self.group} and width={self.width}: group must be 2 or more "
                 "and divide the width"
             )
+        if self.coarse and (self.masked or math.prod(self.levels) != self.vocab_size):
+            faults.append(
+                f"coarse={self.coarse}, levels={self.levels}, masked={self.masked}: the product of "
+                f"the levels must be vocab_size={self.vocab_size}, and masked False"
+            )
+        if len(self.levels) != len(self.coarse) or min(self.coarse, default=1) < 1:
+            faults.append(
+                f"coarse={self.coarse}, must have a positive number for each of {self.levels}"
+            )
         _check(self, faults)
         _ = self.blocks  # checks the rest
 
@@ -667,6 +682,24 @@ class ARConfig:
             "rms" if self.qk_norm else "none",
             self.mlp,
         )
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids are predicted in order: V, or the number of coarse ids."""
+        if not self.coarse:
+            return self.vocab_size
+        return math.prod(-(-n // size) for n, size in zip(self.levels, self.coarse))
+
+    @property
+    def refiner(self) -> "ARConfig":
+        """Of a model with coarse ids: the one that reads all of them."""
+        changes = dict(levels=(), coarse=(), vocab_size=self.num_ids, masked=True)
+        return dataclasses.replace(self, **changes, group=1, folded=False)
+
+    @property
+    def whole(self) -> bool:
+        """Whether tokens depend on later ones too: some of them cost as much as all."""
+        return self.masked or bool(self.coarse)
 
     @property
     def runs(self) -> tuple[tuple[int, int, int], ...]:

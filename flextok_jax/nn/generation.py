@@ -154,17 +154,15 @@ def advance(
     """
     params, dtype = _cast(params, compute)
     rows = len(state.tokens)
-    guided = state.caches[0].k.shape[0] > rows
+    has_null = state.caches[0].k.shape[0] > rows
     mask = state.text_mask
     run = _blocks(params, cfg, compute, state, None if mask is None else (None, mask))
     weights = ar.head_weights(params, dtype)
 
     def drawn(item):
         x, i = item  # [n or 2 n, D], of position i
-        if guided:
-            # The head is linear: guiding the features is guiding the logits, at half the cost.
-            x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(rows, 2, -1), 1, 0)
-            x = (other + guidance[i] * (x - other)).astype(dtype)
+        if has_null:
+            x = guided(x, guidance[i])
         logits = ar.head(weights, x)
         return jnp.where(jnp.isfinite(logits).all(axis=-1), pick(logits, i), -1)
 
@@ -410,6 +408,16 @@ def pad_texts(condition: ARCondition, null: ARCondition | None):
 def repeat(condition: ARCondition, batch: int) -> ARCondition:
     """The condition of one sequence for `batch` of them."""
     return jax.tree.map(lambda a: np.repeat(a, batch, axis=0), condition)
+
+
+def guided(x: jax.Array, scale) -> jax.Array:
+    """Features of conditions and null conditions (see `interleave`): [2B, ...] -> [B, ...].
+
+    The head is linear: guiding the features is guiding the logits, at half the cost.
+    """
+    x32 = x.astype(jnp.float32).reshape(-1, 2, *x.shape[1:])
+    given, null = x32[:, 0], x32[:, 1]
+    return (null + scale * (given - null)).astype(x.dtype)
 
 
 def interleave(a, b):

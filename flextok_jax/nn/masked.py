@@ -78,10 +78,7 @@ def generate(
         if null is None:
             return ar.head(weights, ar.hidden(params, cfg, compute, tokens, both))
         x = ar.hidden(params, cfg, compute, jnp.repeat(tokens, 2, axis=0), both)
-        # The head is linear: guiding the features is guiding the logits, at half the cost.
-        x, other = jnp.moveaxis(x.astype(jnp.float32).reshape(rows, 2, length, -1), 1, 0)
-        x = other + sampling.guidance[None, :, None] * (x - other)
-        return ar.head(weights, x.astype(weights.dtype))
+        return ar.head(weights, generation.guided(x, sampling.guidance[None, :, None]))
 
     def one(carry, item):
         tokens, finite = carry

@@ -16,7 +16,7 @@ from flextok_jax.data.source import check_labels
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar, text_tokens
 from flextok_jax.io.sources import pinned
-from flextok_jax.nn import ar, flextok, layout, masked, t5
+from flextok_jax.nn import ar, flextok, layout, masked, refiner, t5
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
@@ -129,6 +129,10 @@ class ARStage(Stage):
         size = self._data.image_size
         if cfg.image_size != (size, size):
             raise ValueError(f"data.image_size={size}: {self._source} has {cfg.image_size}")
+        if model["coarse"] and tuple(model["levels"]) != cfg.bottleneck.levels:
+            raise ValueError(
+                f"model.levels={model['levels']}: {self._source} has {cfg.bottleneck.levels}"
+            )
         info = {"source": self._source, "origin": loaded.origin, "fingerprint": fingerprint}
         return Tokens(info, cfg.vocab_size, cfg.num_tokens, **_labels(self._sources(), model))
 
@@ -191,7 +195,8 @@ class ARStage(Stage):
     def loss(self, params, frozen, batch, key, step):
         """The mean of -log p(token i | tokens before i, condition) over images and positions.
 
-        Of a masked model that of -log p(token i | tokens not hidden, condition), over hidden ones.
+        Of a masked model that of -log p(token i | tokens not hidden, condition), over hidden ones;
+        of one with coarse ids the sum of both steps (nn/refiner.py).
 
         Positions from an image's length on, where its tokens have one, do not count.
 
@@ -250,8 +255,10 @@ class ARStage(Stage):
         if self.model.masked:
             hidden_ones = masked.draw(key, *tokens.shape)
             known, counted = jnp.where(hidden_ones, ar.SOS, tokens), counted & hidden_ones
-        hidden = ar.hidden(params, self.model, self.compute, known, condition)
-        head = functools.partial(ar.head, ar.head_weights(params, hidden.dtype))
+        net = refiner if self.model.coarse else ar
+        hidden = net.hidden(params, self.model, self.compute, known, condition)
+        weights = net.head_weights(params, hidden.dtype)
+        head = functools.partial(net.head, *([self.model] if net is refiner else []), weights)
         return cross_entropy(head, hidden, tokens, self._loss.chunk), counted
 
     def _metrics(self, out, counted) -> dict[str, metrics.Metric]:

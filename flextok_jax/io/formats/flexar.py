@@ -46,6 +46,11 @@ NAMES = (
     ("ar/head", MODEL + "head.linear"),
     ("ar/text_(fc[12])", r"models.text_encoder.mlp.\1"),
 )
+# A second Transformer, of our own files: the same names below "refiner".
+REFINER = tuple(
+    (ours.replace("ar/", "ar/refiner/"), re.sub(r"^models\.\w+\.", MODEL + "refiner.", theirs))
+    for ours, theirs in NAMES
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +251,7 @@ def shapes(cfg: ARConfig):
 
 def _entries(cfg: ARConfig) -> list[names.Entry]:
     """The table of a model's tensors; with text the self-attention has another name."""
-    table = NAMES
+    table = NAMES + REFINER
     if cfg.text_dim:
-        table = [(ours, theirs.replace("}.attn.", "}.self_attn.")) for ours, theirs in NAMES]
+        table = [(ours, theirs.replace("}.attn.", "}.self_attn.")) for ours, theirs in table]
     return names.entries(shapes(cfg), names.by_table(table))
