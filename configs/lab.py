@@ -96,6 +96,14 @@ def _elastictok() -> ConfigDict:
     return c
 
 
+def _spectral() -> ConfigDict:
+    """Spectral Image Tokenizer: three scales of a Haar transform, 16 tokens each, coarse to fine."""
+    c = _one_pass()
+    c.model.sites.levels = 2
+    c.model.tokens.update(order="scales", registers=False, count=48)
+    return c
+
+
 def _binformer() -> ConfigDict:
     """T2T-BinFormer: worn pages to clean ones; patches are the tokens, nothing is quantised."""
     c = _one_pass()
@@ -185,6 +193,7 @@ TOKENIZERS = {
     "titok": _titok,
     "one_d_piece": _one_d_piece,
     "llamagen": _llamagen,
+    "spectral": _spectral,
 }
 IMAGE_TO_IMAGE = {"binformer": _binformer, "cleaner": _cleaner}
 CANVAS = {"canvas": _canvas, "canvas_elastic": _canvas_elastic}

@@ -162,15 +162,18 @@ def check_counts(tok, counts: Sequence[int] | None) -> tuple[int, ...]:
         ValueError: they do not ascend or are outside 1..R, or the model's tokens are not ordered.
     """
     most = tok.num_tokens
-    if len(tok.prefixes) < most:
+    if tok.prefixes == (most,) and most > 1:
         raise ValueError(
             f"the tokens of {tok.origin} are not ordered: all {most} of them stand for an image, "
             "there is nothing to choose"
         )
-    counts = flextok.lengths(most) if counts is None else tuple(counts)
-    right = all(isinstance(k, (int, np.integer)) and 1 <= k <= most for k in counts)
+    allowed = tok.prefixes
+    few = tuple(k for k in flextok.lengths(most) if k in allowed)
+    counts = few if counts is None else tuple(counts)
+    right = all(isinstance(k, (int, np.integer)) and k in allowed for k in counts)
     if not counts or not right or any(a >= b for a, b in zip(counts, counts[1:])):
-        raise ValueError(f"counts={counts}: must be ascending numbers of tokens in 1..{most}")
+        values = f"1..{most}" if len(allowed) == most else allowed
+        raise ValueError(f"counts={counts}: must be ascending numbers of tokens in {values}")
     return tuple(int(k) for k in counts)
 
 

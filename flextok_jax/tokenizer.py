@@ -127,7 +127,7 @@ class FlexTok:
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """The numbers of tokens that stand for an image: 1..R for ordered tokens, else R alone."""
+        """The numbers of tokens that stand for an image: 1..R, whole scales, or R alone."""
         return self.config.prefixes
 
     def __repr__(self) -> str:
@@ -383,8 +383,8 @@ class FlexTok:
             down = cfg.vae.downsample
             shape = (batch, height // down, width // down, cfg.vae.latent_channels)
             noise = jax.random.normal(_key(key), shape)
-        causal, keep = cfg.tokens.order == "causal", np.full(batch, k, np.int32)
-        count = flextok.bucket(int(k), cfg.num_tokens) if causal else cfg.num_tokens
+        exact, keep = cfg.tokens.order != "full", np.full(batch, k, np.int32)
+        count = flextok.bucket(int(k), cfg.num_tokens) if exact else cfg.num_tokens
         with self.on_mesh():
             images, noise, keep = spread_batch(self.mesh, (images, noise, keep))
             *found, finite = _encode(self.params, images, noise, keep, cfg, self.compute, count)
@@ -398,9 +398,13 @@ class FlexTok:
 
     def _check_count(self, k: int):
         if k not in self.prefixes:
+            *some, most = self.prefixes
             raise ValueError(
-                f"num_tokens={k}: the tokens of {self.origin} are not ordered, only all "
-                f"{self.num_tokens} of them stand for an image"
+                f"num_tokens={k}: the tokens of {self.origin} come in scales, allowed are {some} "
+                f"and {most}"
+                if some
+                else f"num_tokens={k}: the tokens of {self.origin} are not ordered, only all "
+                f"{most} of them stand for an image"
             )
 
     def _check_images(self, images):

@@ -232,15 +232,27 @@ class Sites:
             the first block; "none".
         repeat: (how often the sequence repeats the patches, how often a patch repeats its values):
             a model of videos reads an image as equal frames, and the first one is what it decodes.
+        levels: L of a Haar transform of the patches (nn/haar.py), whose L + 1 scales are read and
+            written by positions of their own, coarse to fine; 0: none.
     """
 
     grid: tuple[int, int] = (16, 16)
     patch_size: int = 2
     positions: str = "sincos"
     repeat: tuple[int, int] = (1, 1)
+    levels: int = 0
 
     def __post_init__(self):
-        faults = _at_least(self, 1, "patch_size")
+        faults = _at_least(self, 1, "patch_size") + _at_least(self, 0, "levels")
+        if self.levels and (
+            self.patch_size % 2**self.levels
+            or self.positions != "sincos"
+            or tuple(self.repeat) != (1, 1)
+        ):
+            faults.append(
+                f"levels={self.levels}, needs a patch_size that 2^{self.levels} divides, "
+                "positions='sincos' and repeat=(1, 1)"
+            )
         faults += _choices(self, positions=("sincos", "learned", "none"))
         if len(self.repeat) != 2 or min(self.repeat) < 1:
             faults.append(f"repeat={self.repeat}, must be two positive numbers")
@@ -257,7 +269,8 @@ class Tokens:
         count: R, the number of tokens.
         registers: whether they are learned registers beside the patches; else they are the patches.
         order: "causal": token i does not depend on later ones, so that every prefix is exact;
-            "full": every token depends on all.
+            "full": every token depends on all; "scales": on those of its scale and of coarser ones
+            (`Sites.levels`), and so does what the decoder writes.
         keep: how nested dropout samples the number of kept tokens, one of KEEP_MODES.
         dropped: what the decoder reads for a token that is not kept: "mask": a learned vector;
             "zero": a code of zeros; "cut": nothing, its position is left out.
@@ -278,7 +291,10 @@ class Tokens:
     def __post_init__(self):
         faults = _at_least(self, 1, "count")
         faults += _choices(
-            self, order=("causal", "full"), keep=KEEP_MODES, dropped=("mask", "zero", "cut")
+            self,
+            order=("causal", "full", "scales"),
+            keep=KEEP_MODES,
+            dropped=("mask", "zero", "cut"),
         )
         if self.keep == "pow2" and self.count & (self.count - 1):
             faults.append(
@@ -287,8 +303,15 @@ class Tokens:
             )
         if self.order == "full" and self.keep != "fixed" and self.dropped == "mask":
             faults.append(f"order='full' with keep={self.keep!r} needs dropped 'zero' or 'cut'")
-        if self.order != "full" and (self.reshaped or self.told or not self.registers):
-            faults.append(f"order={self.order!r}, must be 'full' if told, reshaped or no registers")
+        if self.order != "full" and (self.reshaped or self.told):
+            faults.append(f"order={self.order!r}, must be 'full' if told or reshaped")
+        if (self.order == "causal" and not self.registers) or (
+            self.order == "scales" and (self.registers or self.keep != "fixed")
+        ):
+            faults.append(
+                f"order={self.order!r} with registers={self.registers}, keep={self.keep!r}: "
+                "'causal' is of registers, 'scales' is not, and keeps a 'fixed' number"
+            )
         if self.keep == "fixed" and (self.told or self.dropped != "mask"):
             faults.append("keep='fixed' drops nothing: told must be False and dropped 'mask'")
         _check(self, faults)
@@ -472,9 +495,15 @@ class TokenizerConfig:
             for name, part in blocks.items()
             if part.width % 4
         ]
-        sites = self.num_patches * self.sites.repeat[0]
+        sites = self.num_patches * self.sites.repeat[0] * self.num_scales
         if not self.tokens.registers and count != sites:
             faults.append(f"tokens.count={count}, without registers there are {sites}")
+        scales = self.tokens.order == "scales"
+        if scales != bool(self.sites.levels) or (scales and self.target.kind != "values"):
+            faults.append(
+                f"sites.levels={self.sites.levels}: tokens.order='scales' needs some, no other "
+                "order has any, and target.kind is 'values'"
+            )
         if self.tokens.registers and self.sites.repeat != (1, 1):
             faults.append(f"sites.repeat={self.sites.repeat}, with registers it must be (1, 1)")
         if self.is_flow and (
@@ -533,8 +562,10 @@ class TokenizerConfig:
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """The numbers of tokens that stand for an image: all, or R alone."""
+        """The numbers of tokens that stand for an image: all, whole scales, or R alone."""
         count = self.num_tokens
+        if self.tokens.order == "scales":
+            return tuple(self.num_patches * (i + 1) for i in range(self.num_scales))
         ordered = self.tokens.order == "causal" or self.tokens.keep != "fixed"
         return tuple(range(1, count + 1)) if ordered else (count,)
 
@@ -552,6 +583,11 @@ class TokenizerConfig:
         """The same with some fields changed. Raises ValueError where the model cannot."""
         sampler = dataclasses.replace(self.sampler, **changes)
         return dataclasses.replace(self.target.flow, sampler=sampler).sampler
+
+    @property
+    def num_scales(self) -> int:
+        """S, of the Haar transform; 1 without."""
+        return self.sites.levels + 1
 
     @property
     def num_patches(self) -> int:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flextok_jax.nn import layers, layout, order
+from flextok_jax.nn import haar, layers, layout, order
 from flextok_jax.nn.block import Norm, modulate, normal, stack, zeros
 from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.convs import ConvDecoder
@@ -110,6 +110,8 @@ class Decoder(nn.Module):
         )  # fmt: skip
         written = "patches" if cfg.tokens.registers else "registers"
         patches = tuple(s.part(x, written) for s, x in zip(sequences, passes))
+        if sites.levels:
+            return tuple(self._scales(x, c.keep, grid) for x, c in zip(patches, conditions))
         made = self._head(patches, embedding, grid)
         return made if capture is None else (made, features)
 
@@ -175,11 +177,14 @@ class Decoder(nn.Module):
                 x = x + jnp.broadcast_to(positions[None, :count], x.shape)
             if mask is not None:
                 x = jnp.where(_kept(codes, keep)[:, :, None], x, mask[None, None, :])
-            folded = total - count if dropped == "mask" else 0
+            folded = total - count if dropped == "mask" and cfg.tokens.registers else 0
             if folded:
                 x = jnp.concatenate([x, jnp.broadcast_to(mask, (batch, 1, width))], axis=1)
             if null is not None:
                 x = jnp.where(is_null[:, None, None], null[None, None, :], x)
+            if cfg.tokens.order == "scales":
+                yield x, order.scales("registers", count, cfg.num_patches)
+                continue
             sequence = order.Sequence(
                 (*lengths, "registers"), (*lengths.values(), x.shape[1]), folded=max(folded, 1)
             )
@@ -217,6 +222,19 @@ class Decoder(nn.Module):
             return nn.tanh(x) if output == "tanh" else x
 
         return tuple(write(x) for x in patches)
+
+    def _scales(self, x, keep, grid):
+        """Features [B, K, D] of scales -> float32 [B, h, w, C]; scales without tokens are 0."""
+        cfg, side, patches = self.cfg, self.cfg.sites.patch_size, self.cfg.num_patches
+        x = Norm(cfg.decoder.norm, cfg.decoder.norm_eps, name="norm")(x.astype(jnp.float32))
+        x = jnp.pad(x, ((0, 0), (0, cfg.num_tokens - x.shape[1]), (0, 0)))
+        found = []
+        for i, size in enumerate(haar.sizes(side, cfg.sites.levels, cfg.vae.latent_channels)):
+            head = layers.dense(size, jnp.float32, f"head_{i}", zeros, bias=cfg.linear_bias)
+            made = head(x[:, i * patches : (i + 1) * patches])
+            found.append(jnp.where((keep < (i + 1) * patches)[:, None, None], 0, made))
+        x = haar.join(found, side, cfg.sites.levels)
+        return layers.unpatchify(x, side, *(rows * side for rows in grid))
 
     def _codes(self, head, x, grid):
         """Patch features -> the mean of the codebook's vectors, through convolutions."""

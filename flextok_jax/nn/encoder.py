@@ -27,9 +27,9 @@ class Encoder(nn.Module):
 
         Args:
             latents: [B, h, w, C], scaled.
-            num_registers: K, how many to compute, one of `cfg.prefixes`; all R by default. Of
-                causal registers the sequence has N + K positions, and the result is the prefix of
-                the full one, because no register attends to one of a higher rank.
+            num_registers: K, how many to compute; all R by default. Of causal registers the
+                sequence has N + K positions, of scales K, and the result is the prefix of the full
+                one, because no register attends to one of a higher rank.
             keep: int32 [B], how many of its tokens an image will keep, for `cfg.tokens.told`; K by
                 default.
 
@@ -53,8 +53,12 @@ class Encoder(nn.Module):
         if cfg.tokens.told:
             keep = jnp.full(len(latents), count) if keep is None else keep
             parts[tokens] = parts[tokens] + self._told(keep)
-        make = order.causal_last if cfg.tokens.order == "causal" else order.full
-        sequence = make(**{name: part.shape[1] for name, part in parts.items()})
+        if cfg.tokens.order == "scales":
+            parts[tokens] = parts[tokens][:, :count]
+            sequence = order.scales(tokens, count, cfg.num_patches)
+        else:
+            make = order.causal_last if cfg.tokens.order == "causal" else order.full
+            sequence = make(**{name: part.shape[1] for name, part in parts.items()})
         x = sequence.join(*parts.values())
         if learned:
             x = Norm(cfg.encoder.norm, cfg.encoder.norm_eps, name="pre_norm")(x)

@@ -127,6 +127,8 @@ def last_kernel(cfg: TokenizerConfig) -> tuple[str, ...]:
     """The path below "decoder" of the weights that write the values."""
     if cfg.has_convs:
         return "convs", "conv_out", "kernel"
+    if cfg.sites.levels:  # The finest of several.
+        return f"head_{cfg.sites.levels}", "kernel"
     return "head_conv" if cfg.target.output == "conv" else "head", "kernel"
 
 

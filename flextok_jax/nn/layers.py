@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flextok_jax.nn import layout
+from flextok_jax.nn import haar, layout
 from flextok_jax.nn.block import normal, xavier, zeros
 from flextok_jax.nn.config import Sites
 
@@ -78,11 +78,22 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> dict[str, jax.Array]:
-        """latents: [B, h, w, C] -> {"patches": [B, N, D]} and perhaps {"class": [B, 1, D]}."""
-        grid = tuple(s // self.sites.patch_size for s in latents.shape[1:3])
-        names, (sequence, values) = (None, "embed"), self.sites.repeat
-        project = dense(self.width, self.dtype, "patch_emb", names=names, bias=self.bias)
-        x = patchify(latents.astype(self.dtype), self.sites.patch_size)
+        """latents: [B, h, w, C] -> {"patches": [B, N, D]} and perhaps {"class": [B, 1, D]}.
+
+        With `levels` patches are [B, S N, D], scale after scale.
+        """
+        side, levels = self.sites.patch_size, self.sites.levels
+        grid, (sequence, values) = tuple(s // side for s in latents.shape[1:3]), self.sites.repeat
+
+        def project(x, name="patch_emb"):
+            names = (None, "embed")
+            return dense(self.width, self.dtype, name, names=names, bias=self.bias)(x)
+
+        x = patchify(latents.astype(self.dtype), side)
+        if levels:
+            parts = haar.split(x, side, levels)
+            x = jnp.concatenate([project(p, f"patch_emb_{i}") for i, p in enumerate(parts)], axis=1)
+            return placed(self, self.sites, x, grid)
         x = project(jnp.tile(x, (1, 1, values)) if values > 1 else x)
         x = jnp.tile(x, (1, sequence, 1)) if sequence > 1 else x
         return placed(self, self.sites, x, grid)
@@ -95,7 +106,8 @@ def placed(module: nn.Module, sites: Sites, x: jax.Array, used) -> dict[str, jax
         module: whose parameters the positions are: a table "sincos" only so that it is kept as a
             file has it (it is never trained, see `is_fixed`); or learned "positions" [1 + N, D] and
             "class_token" [D].
-        x: [B or 1, n, D], of the patches of a `used` grid, the top left of `sites.grid`.
+        x: [B or 1, n, D], of the patches of a `used` grid, the top left of `sites.grid`; of several
+            scales the same patches again.
 
     Returns:
         {"patches": [B or 1, n, D]}; with learned positions {"class": [B or 1, 1, D]} before it.
@@ -108,7 +120,8 @@ def placed(module: nn.Module, sites: Sites, x: jax.Array, used) -> dict[str, jax
         raise ValueError(f"{rows}x{columns} patches: the model has positions for {most}")
 
     def added(x, table):
-        return x + table[:rows, :columns].reshape(1, rows * columns, width).astype(x.dtype)
+        table = table[:rows, :columns].reshape(1, rows * columns, width).astype(x.dtype)
+        return x + jnp.tile(table, (1, sites.levels + 1, 1))
 
     if sites.positions == "none":
         return {"patches": x}

@@ -97,6 +97,11 @@ def causal_last(**lengths: int) -> Sequence:
     return Sequence(tuple(lengths), tuple(lengths.values()), ranks)
 
 
+def scales(name: str, length: int, of_each: int) -> Sequence:
+    """A segment whose positions attend to those of their scale, `of_each` in a row, and before."""
+    return Sequence((name,), (length,), tuple(i // of_each for i in range(length)))
+
+
 def causal(**lengths: int) -> Sequence:
     """Every position attends to itself and those before it."""
     total = sum(lengths.values())
