@@ -60,6 +60,7 @@ def _base() -> ConfigDict:
         loss=dict(
             chunk=32,  # positions whose logits exist at a time; no effect on the result
             z_loss=0.0,  # 1e-4 (PaLM) where logits drift
+            kl_weight=1e-4,  # of what a flow from text begins at, in nats per image
         ),
         model=dict(
             # None: as the tokens or the tokenizer have them.
@@ -79,6 +80,7 @@ def _base() -> ConfigDict:
             masked=False,  # hidden tokens from all others, in place of the next from those before
             levels=(),  # of the tokens' FSQ, for ...
             coarse=(),  # so many of each are one in a coarse id, which is predicted first
+            channels=0,  # of continuous tokens, for a flow in place of ids
             guidance_scale=1.5,  # [released]: recommended by class
         ),
     )

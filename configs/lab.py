@@ -97,7 +97,7 @@ def _elastictok() -> ConfigDict:
 
 
 def _spectral() -> ConfigDict:
-    """Spectral Image Tokenizer: three scales of a Haar transform, 16 tokens each, coarse to fine."""
+    """Spectral Image Tokenizer: three scales of a Haar transform, 16 tokens each."""
     c = _one_pass()
     c.model.sites.levels = 2
     c.model.tokens.update(order="scales", registers=False, count=48)
@@ -185,6 +185,22 @@ def _coarse() -> ConfigDict:
     return c
 
 
+def _token_flow() -> ConfigDict:
+    """A flow over the continuous tokens of `continuous`, from noise, by class."""
+    c = _single()
+    c.tokenizer.source = ""  # --config.tokenizer.source=runs/continuous
+    c.model.update(channels=4, guidance_scale=2.0)
+    return c
+
+
+def _flowtok() -> ConfigDict:
+    """FlowTok: the same from the text, captions such as "the digit three", without noise beside."""
+    c = ar.get_config("digits_text")
+    c.tokenizer.source = ""
+    c.model.update(channels=4, guidance_scale=2.0)
+    return c
+
+
 TOKENIZERS = {
     "flow": _base,
     "elastictok": _elastictok,
@@ -204,5 +220,8 @@ GENERATORS = {
     "doubling": _doubling,
     "masked": _masked,
     "coarse": _coarse,
+    "token_flow": _token_flow,
+    "flowtok": _flowtok,
 }
+FLOWS = {"token_flow": "continuous", "flowtok": "continuous"}  # Over whose tokens.
 VARIANTS = TOKENIZERS | IMAGE_TO_IMAGE | CANVAS | GENERATORS

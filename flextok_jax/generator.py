@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flextok_jax.conditions import Conditions, check_labels, check_text
+from flextok_jax.flow.sampler import Sampler
 from flextok_jax.io import hub, sources, storage
 from flextok_jax.io.formats import flexar
-from flextok_jax.nn import ar, flextok, generation, masked, refiner
+from flextok_jax.nn import ar, flextok, generation, masked, refiner, token_flow
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.parallel.mesh import platform
@@ -24,11 +25,12 @@ from flextok_jax.tokenizer import FlexTok, Key, is_int
 
 Guidance = float | Callable[[int], float] | np.ndarray | None
 
-PASSES = 8  # Of a masked model.
+PASSES, STEPS = 8, 20  # Of a masked model, and of a flow.
 
 _generate = jax.jit(generation.generate, static_argnames=("cfg", "compute"))
 _fill = jax.jit(masked.generate, static_argnames=("cfg", "compute"))
 _refine = jax.jit(refiner.generate, static_argnames=("cfg", "compute"))
+_flow = jax.jit(token_flow.generate, static_argnames=("cfg", "compute"))
 _logits = jax.jit(ar.logits, static_argnames=("cfg", "compute"))
 _refined_logits = jax.jit(refiner.logits, static_argnames=("cfg", "compute"))
 
@@ -194,8 +196,9 @@ class ImageGenerator:
         Sample i depends on its condition, its prefix and its key alone, not on the rest of the
         batch (up to rounding). A position's sample does not depend on `num_tokens` or on where the
         prefix ends: fewer tokens are a prefix of more, and a continued prefix is the one run.
-        A masked model, and one with coarse ids, makes all tokens, of which the first `num_tokens`
-        are returned; a masked model's samples do depend on the prefix's length.
+        A masked model, one with coarse ids, and a flow make all tokens, of which the first
+        `num_tokens` are returned; a masked model's samples do depend on the prefix's length, and a
+        flow has no prefix.
 
         Args:
             labels: int [B], classes; None for models without classes, and for the null branch,
@@ -206,7 +209,7 @@ class ImageGenerator:
                 number, a callable of the position (0 is the first token), an array of one per
                 position, or None for the model's own. 1 everywhere halves the cost.
             temperature: 0 is greedy. Of a masked model it falls to 0 from pass to pass, and also
-                says how random the choice is of what is kept.
+                says how random the choice is of what is kept. Of a flow it multiplies the noise.
             top_k: sample from the k likeliest tokens (and what equals the last of them); 0 is off.
             top_p: then drop the least likely tokens, while their probability together is at most
                 1 - p; 0 is off. Among equals, all are kept.
@@ -218,10 +221,11 @@ class ImageGenerator:
                 with a text encoder, or `null_text`, its own by default.
             text: B prompts, for text models with a text encoder.
             conditions: labels or texts in one object, in place of the arguments for them.
-            passes: how many of a masked model, 8 by default; see `nn.masked.left`.
+            passes: how many of a masked model, 8 by default (see `nn.masked.left`), or Euler steps
+                of a flow, 20.
 
         Returns:
-            int32 [B, num_tokens], the prefix first.
+            int32 [B, num_tokens], the prefix first; of a flow float32 [B, num_tokens, F].
 
         Raises:
             ValueError: an argument has a wrong type, shape or value, or does not suit the model; or
@@ -254,6 +258,8 @@ class ImageGenerator:
         condition, null = generation.pad_texts(condition, null)
         how = generation.Sampling(scales, *check_sampling(temperature, top_k, top_p))
         run = self._program(given, int(count), passes)
+        if cfg.channels and (given or top_k or top_p):
+            raise ValueError("a flow makes all tokens at once: no prefix, no top_k, no top_p")
         length = flextok.bucket(given, cfg.num_tokens) if given else 0
         padded = np.zeros((batch, length), np.int32)
         if cfg.masked:
@@ -263,28 +269,35 @@ class ImageGenerator:
         arrays = (condition, null, generation.sample_keys(key, batch), padded)
         with self.on_mesh():
             condition, null, keys, padded = spread_batch(self.mesh, arrays)
-            tokens = run(self.params, cfg, self.compute, condition, null, how, keys, padded)
+            rest = () if cfg.channels else (padded,)
+            tokens = run(self.params, cfg, self.compute, condition, null, how, keys, *rest)
         # Cut on the host: on the device each length would be a program of its own.
         tokens = np.asarray(tokens)[:batch, :count]
-        if wrong := int(np.sum((tokens < 0).any(axis=1))):
+        bad = ~np.isfinite(tokens).all(axis=2) if cfg.channels else tokens < 0
+        if wrong := int(np.sum(bad.any(axis=1))):
+            what = "tokens" if cfg.channels else "logits"
             raise ValueError(
-                f"{self.origin}: the logits are not finite, for {wrong} of {batch} samples. Check "
+                f"{self.origin}: the {what} are not finite, for {wrong} of {batch} samples. Check "
                 "the model's parameters, or try float32"
             )
         return jax.device_put(tokens)
 
     def _program(self, given: int, count: int, passes: int | None) -> Callable:
         """What makes tokens of (params, cfg, compute, condition, null, sampling, keys, prefix)."""
-        if not self.config.masked:
+        cfg = self.config
+        if not (cfg.masked or cfg.channels):
             if passes is not None:
                 raise ValueError(f"passes={passes!r}: the model draws tokens in their order")
-            if self.config.coarse:
+            if cfg.coarse:
                 return functools.partial(_refine, start=np.int32(given))
             return functools.partial(_generate, start=np.int32(given), stop=np.int32(count))
-        passes = PASSES if passes is None else passes
+        passes = (STEPS if cfg.channels else PASSES) if passes is None else passes
         if not is_int(passes) or passes < 1:
             raise ValueError(f"passes={passes!r}: must be an int, at least 1")
-        still = masked.left(self.config.num_tokens - given, passes)
+        if cfg.channels:
+            schedule = Sampler(int(passes), guidance_scale=1.0).schedule()
+            return functools.partial(_flow, schedule=schedule, stop=np.int32(passes))
+        still = masked.left(cfg.num_tokens - given, passes)
         return functools.partial(_fill, masked=np.array(still, np.int32))
 
     def encode_text(self, prompts) -> tuple[np.ndarray, np.ndarray]:
@@ -323,6 +336,8 @@ class ImageGenerator:
             ValueError: a wrong type, shape or value.
         """
         cfg = self.config
+        if cfg.channels:
+            raise ValueError(f"{self.origin} is a flow: its tokens are numbers, without logits")
         least = cfg.num_tokens if cfg.coarse else 1
         tokens = self._check_tokens(tokens, "tokens", least)
         batch = len(tokens)
@@ -417,8 +432,9 @@ class ImageGenerator:
             info["tokenizer"] = (info.get("tokenizer") or {}) | {"source": tokenizer_source}
         source = (info.get("tokenizer") or {}).get("source")
         by = f"{cfg.num_classes} classes" if cfg.num_classes else "nothing"
+        kind = f"{cfg.channels} numbers" if cfg.channels else f"{cfg.vocab_size:,} ids"
         about = {
-            "tokens": f"{cfg.num_tokens} of {cfg.vocab_size:,} ids",
+            "tokens": f"{cfg.num_tokens} of {kind}",
             "of the tokenizer": source or "that is not published",
             "generates by": f"texts, {cfg.text_dim} channels" if cfg.text_dim else by,
             **hub.parameters(self.params, self.fingerprint),
@@ -495,7 +511,7 @@ class ImageGenerator:
 
     def null_condition(self, batch: int, text, mask) -> ARCondition:
         """The null condition of `batch` sequences."""
-        if not self.config.text_dim:
+        if not self.config.text_dim or self.config.channels:
             return ARCondition(np.full(batch, -1, np.int32))
         if text is None and self._null_text is not None:
             text, mask = self._null_text
@@ -533,6 +549,11 @@ class ImageGenerator:
 
 
 def _check_fit(cfg: ARConfig, tok: FlexTok) -> None:
+    if cfg.channels != (0 if tok.discrete else tok.config.code_dim):
+        kind = f"{tok.config.vocab_size} ids" if tok.discrete else f"{tok.config.code_dim} channels"
+        raise ValueError(
+            f"the model has tokens of {cfg.channels} channels, the tokenizer {tok.origin} of {kind}"
+        )
     if cfg.vocab_size != tok.config.vocab_size or cfg.num_tokens > tok.num_tokens:
         raise ValueError(
             f"the AR model has {cfg.vocab_size} ids and {cfg.num_tokens} positions, the tokenizer "

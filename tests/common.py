@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 import pathlib
 import tempfile
 
@@ -135,7 +136,9 @@ def shipped(name: str, variant: str):
     """(stage, configuration) of a shipped variant; its data is not opened."""
     config = CONFIGS[name].get_config(variant)
     if config.stage == "ar":
-        return ARStage(config, PAPER), config
+        levels, continuous = config.model.levels, config.model.channels
+        ids = 0 if continuous else math.prod(levels) if levels else PAPER.vocab_size
+        return ARStage(config, PAPER._replace(vocab_size=ids)), config
     config.evaluation.num_images = 0
     if name == "vae":
         return VAEStage(config), config

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from common import CONFIGS, random_params, relative
 
-from examples import paper
+from examples import digits, lab, paper
 from examples.digits import arrays
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands.common import read_lengths
 from flextok_jax.evaluation import reconstruction as rec
-from flextok_jax.nn import ar, flextok, layout, masked
+from flextok_jax.nn import ar, flextok, layout
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import mae, to_float
 from flextok_jax.training.ar_stage import ARStage, Tokens
@@ -78,7 +78,7 @@ def test_tokens_are_what_the_model_says_of_itself(model):
         assert 0 <= tokens.min() and tokens.max() < tok.config.vocab_size
     else:
         assert tokens.dtype == np.float32 and tokens.shape == (6, count, c.model.bottleneck.dim)
-    for k in (1, 5, count):
+    for k in sorted({1, 5, 16, count}):
         if k in tok.prefixes:
             found = np.asarray(tok.tokenize(images(), k))
             if c.model.tokens.told and k < count:  # The encoder knows k.
@@ -168,17 +168,38 @@ def generator(request):
     """(stage, parameters without the zeros of a new model, a generator of them)."""
     c = LAB.get_config(request.param)
     c.model.update(width=32, depth=1, head_dim=16, mlp_hidden=64)
-    c.tokenizer.source = ""
-    stage = ARStage(c, Tokens({}, vocab_size=50, num_tokens=16, num_classes=10))
+    stage = of_tokens(c)
     params = layout.unbox(stage.init(jax.random.key(0)))
-    return stage, params, ImageGenerator(stage.model, params)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    params = jax.tree.unflatten(tree, noisy)
+    return stage, params, ImageGenerator(stage.model, {"ar": params["ar"]})
+
+
+def text_batch(stage):
+    """Captions of 64 images as the stage reads them."""
+    rows = [stage.captions(f"the digit {digits.WORDS[i % 10]}") for i in range(64)]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def of_tokens(c):
+    """The stage of a variant for 16 tokens of 1 000 ids, or of four numbers."""
+    c.tokenizer.source = ""
+    vocab_size = 0 if c.model.channels else 1000
+    return ARStage(c, Tokens({}, vocab_size, num_tokens=16, num_classes=10))
 
 
 def test_a_gradient_reaches_every_parameter_of_a_generator(generator):
     stage, params, gen = generator
-    rng = np.random.default_rng(0)
-    batch = {"tokens": rng.integers(50, size=(64, 16)), "label": np.arange(64) % 10}
-    batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch)
+    rng, cfg = np.random.default_rng(0), stage.model
+    tokens = rng.integers(1000, size=(64, 16)).astype(np.int32)
+    if cfg.channels:
+        tokens = rng.normal(size=(64, 16, cfg.channels)).astype(np.float32)
+    batch = {"tokens": tokens, "label": np.arange(64, dtype=np.int32) % 10}
+    if cfg.text_dim:
+        batch |= text_batch(stage)
+    batch = jax.tree.map(jnp.asarray, batch)
 
     def loss(params):
         return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
@@ -193,28 +214,29 @@ def test_a_saved_generator_is_the_same_generator(generator, tmp_path):
     gen.save_pretrained(tmp_path)
     again = ImageGenerator.from_pretrained(tmp_path)
     assert again.config == gen.config and again.fingerprint == gen.fingerprint
-    how = dict(key=3, guidance_scale=2.0)
-    found = np.asarray(gen.generate_tokens([1, 2], **how))
-    np.testing.assert_array_equal(again.generate_tokens([1, 2], **how), found)
-    assert found.shape == (2, 16) and 0 <= found.min() and found.max() < 50
+    how = dict(key=3, guidance_scale=2.0, labels=[1, 2])
+    if gen.config.text_dim:
+        how |= dict(labels=None, text_embeddings=np.ones((2, 5, gen.config.text_dim)))
+    found = np.asarray(gen.generate_tokens(**how))
+    np.testing.assert_array_equal(again.generate_tokens(**how), found)
+    assert found.shape[:2] == (2, 16)
+    assert gen.config.channels or (0 <= found.min() and found.max() < 1000)
 
 
 def test_a_generator_takes_fewer_steps_than_tokens():
     steps = {}
     for variant in LAB.GENERATORS:
-        c = LAB.get_config(variant)
-        c.tokenizer.source = ""
-        cfg = ARStage(c, Tokens({}, vocab_size=50, num_tokens=16, num_classes=10)).model
-        steps[variant] = len(masked.left(16, 8)) if cfg.masked else sum(n for *_, n in cfg.runs)
-    assert steps == {"single": 16, "pairs": 8, "folded": 8, "doubling": 5, "masked": 8}
+        steps[variant] = lab._passes(of_tokens(LAB.get_config(variant)).model)
+    assert steps == {
+        "single": 16, "pairs": 8, "folded": 8, "doubling": 5, "masked": 8, "coarse": 17,
+        "token_flow": 20, "flowtok": 20,
+    }  # fmt: skip
 
 
 def test_folded_groups_cost_half_the_positions():
     flops = {}
     for variant in ("pairs", "folded"):
-        c = LAB.get_config(variant)
-        c.tokenizer.source = ""
-        cfg = ARStage(c, Tokens({}, vocab_size=50, num_tokens=16, num_classes=10)).model
+        cfg = of_tokens(LAB.get_config(variant)).model
         tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
         run = jax.jit(ar.hidden, static_argnums=(1, 2))
         given = layout.unbox(ar.shapes(cfg)), cfg, Compute(scan=False), tokens, ar.ARCondition()

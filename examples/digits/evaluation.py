@@ -12,7 +12,7 @@ import json
 
 import numpy as np
 
-from examples.digits import arrays
+from examples.digits import WORDS, arrays
 from examples.digits.classifier import CLASSES, correct
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.evaluation.metrics import psnr
@@ -87,11 +87,11 @@ def sample(gen: ImageGenerator, per_class: int, **sampling) -> Samples:
     """Generates digits of every class.
 
     Args:
-        gen: a generator of ten classes, with its tokenizer.
+        gen: a generator of ten classes, or by text, with its tokenizer.
         sampling: arguments of `ImageGenerator.generate`. The key of batch i is i.
     """
-    labels = list(range(CLASSES)) * 10
-    rounds = [gen.generate(labels=labels, key=i, **sampling) for i in range(-(-per_class // 10))]
+    sampling |= wanted(gen, list(range(CLASSES)) * 10)
+    rounds = [gen.generate(key=i, **sampling) for i in range(-(-per_class // 10))]
     images = to_uint8(np.concatenate(rounds)).reshape(-1, CLASSES, 16, 16, 3).swapaxes(0, 1)
     images = images[:, :per_class]
     hits = [int(correct(x, np.full(per_class, c)).sum()) for c, x in enumerate(images)]
@@ -106,6 +106,13 @@ def sample(gen: ImageGenerator, per_class: int, **sampling) -> Samples:
         float(np.median(real)),
         float(np.mean(ours < np.quantile(real, 0.05))),
     )
+
+
+def wanted(gen: ImageGenerator, labels: list[int]) -> dict:
+    """The argument that asks for these digits."""
+    if gen.config.text_dim:
+        return {"text": [f"the digit {WORDS[label]}" for label in labels]}
+    return {"labels": labels}
 
 
 def nearest_training(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -364,7 +364,9 @@ class Generate(Compute, Sampling, TokenSampling):
         None
     )
     num_tokens: Counts = None  # images from the first so many tokens, several by commas (all)
-    passes: Count = None  # in which a masked model makes its tokens (8)
+    passes: Count = (
+        None  # in which a masked model makes its tokens (8), or steps of a flow of tokens (20)
+    )
     out: Folder
 
 

@@ -35,8 +35,8 @@ def logit_normal_time(key: jax.Array, batch: int, stratified: bool = False) -> j
 
 
 def interpolate(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """x_t = t eps + (1 - t) x0. x0, noise: [B, h, w, C]; t: [B]."""
-    t = t[:, None, None, None]
+    """x_t = t eps + (1 - t) x0. x0, noise: [B, ...]; t: [B]."""
+    t = t.reshape(-1, *(1,) * (x0.ndim - 1))
     return t * noise + (1.0 - t) * x0
 
 
@@ -57,9 +57,9 @@ def target(x0: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def flow_loss(velocity: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Mean squared error of a velocity, per image: [B, h, w, C] -> float32 [B]."""
+    """Mean squared error of a velocity, per image: [B, ...] -> float32 [B]."""
     error = velocity.astype(jnp.float32) - wanted
-    return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+    return jnp.mean(jnp.square(error), axis=range(1, error.ndim))
 
 
 def kept(q: jax.Array, num_tokens: int, mode: str) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.nn import layout
+from flextok_jax.nn import layout, velocity
 from flextok_jax.nn.block import Norm, normal, stack, xavier
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.fold import Fold, Unfold
@@ -45,6 +45,12 @@ class ARCondition(NamedTuple):
 
 def init(cfg: ARConfig, key: jax.Array) -> dict:
     """Random parameters {"ar": {...}}, float32, in boxes with their axes (see nn/layout.py)."""
+    if cfg.channels:
+        params = velocity.init(cfg, key)
+        if cfg.text_dim:
+            source = init(cfg.source, jax.random.fold_in(key, 0))["ar"]
+            params["source"] = {n: p for n, p in source.items() if n not in ("embed", "sos")}
+        return {"ar": params}
     names = ("embed", "pos", "sos", "classes", "head", "blocks", "text", "norm")
     keys = dict(zip(names, jax.random.split(key, len(names))))
     keys["refiner"] = jax.random.fold_in(key, 1)

@@ -639,9 +639,12 @@ class ARConfig:
         masked: whether each position reads its own token or the start vector in its place, and all
             attend to all (see nn/masked.py); else each reads tokens before it.
         levels: of the FSQ whose ids are predicted in two steps; () else.
-        coarse: for each of these levels, how many neighbouring values are one in a coarse id. Coarse
-            ids are predicted as any, then all ids at once from all coarse ones, by as many blocks
-            of their own (see nn/refiner.py).
+        coarse: for each of these levels, how many neighbouring values are one in a coarse id.
+            Coarse ids are predicted as any, then all ids at once from all coarse ones, by as many
+            blocks of their own (see nn/refiner.py).
+        channels: F of continuous tokens, which a flow generates all at once (nn/token_flow.py):
+            by class from noise, by text from the text; 0: tokens are ids.
+        scale: what tokens are divided by in a flow, their standard deviation.
     """
 
     vocab_size: int = 64000
@@ -664,10 +667,22 @@ class ARConfig:
     folded: bool = False
     levels: tuple[int, ...] = ()
     coarse: tuple[int, ...] = ()
+    channels: int = 0
+    scale: float = 1.0
 
     def __post_init__(self):
-        faults = _at_least(self, 1, "vocab_size", "num_tokens", "depth", "mlp_hidden")
-        faults += _at_least(self, 0, "num_classes", "text_dim", "text_hidden", "group")
+        faults = _at_least(self, 1, "num_tokens", "depth", "mlp_hidden")
+        faults += _at_least(
+            self, 0, "num_classes", "text_dim", "text_hidden", "group", "vocab_size", "channels"
+        )
+        plain = (self.group, self.masked, self.folded, self.coarse) == (1, False, False, ())
+        if (self.channels > 0) == (self.vocab_size > 0) or (self.channels and not plain):
+            faults.append(
+                f"vocab_size={self.vocab_size}, channels={self.channels}: one of them must be 0; "
+                "with channels group, masked, folded and coarse mean nothing"
+            )
+        if not 0 < self.scale < math.inf:
+            faults.append(f"scale={self.scale}, must be positive and finite")
         faults += _choices(self, norm=("rms", "affine"))
         if self.num_classes and self.text_dim:
             faults.append(
@@ -733,9 +748,15 @@ class ARConfig:
         return dataclasses.replace(self, **changes, group=1, folded=False)
 
     @property
+    def source(self) -> "ARConfig":
+        """Of a flow from text: what makes its beginning, by half as many blocks."""
+        changes = dict(channels=0, vocab_size=2 * self.channels, masked=True)
+        return dataclasses.replace(self, **changes, depth=max(1, self.depth // 2))
+
+    @property
     def whole(self) -> bool:
         """Whether tokens depend on later ones too: some of them cost as much as all."""
-        return self.masked or bool(self.coarse)
+        return self.masked or bool(self.coarse or self.channels)
 
     @property
     def runs(self) -> tuple[tuple[int, int, int], ...]:

@@ -399,6 +399,8 @@ def pad_texts(condition: ARCondition, null: ARCondition | None):
     length = 1 << (max(t.shape[1] for t in texts) - 1).bit_length()
 
     def pad(c):
+        if c.text is None:
+            return c
         more = ((0, 0), (0, length - c.text.shape[1]))
         return c._replace(text=np.pad(c.text, (*more, (0, 0))), text_mask=np.pad(c.text_mask, more))
 

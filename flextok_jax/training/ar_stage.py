@@ -11,12 +11,12 @@ import numpy as np
 from clu import metrics
 
 from flextok_jax.data import reader, shards, sources
-from flextok_jax.data.pipeline import padded_text
+from flextok_jax.data.pipeline import make_pipeline, padded_text
 from flextok_jax.data.source import check_labels
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar, text_tokens
 from flextok_jax.io.sources import pinned
-from flextok_jax.nn import ar, flextok, layout, masked, refiner, t5
+from flextok_jax.nn import ar, flextok, layout, masked, refiner, t5, token_flow
 from flextok_jax.nn.config import ARConfig, Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
@@ -28,6 +28,7 @@ from flextok_jax.training.stage import Stage
 
 TOKENS = "tokens"
 CAPTIONS = 100_000  # How many at most a tokenizer of texts is made of.
+SCALE_IMAGES = 256  # Whose tokens say the scale of continuous ones.
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Tokens(NamedTuple):
 
     `tokenizer` is the identity of what makes them, see `ARStage.export_config`. `num_classes` is 0
     for images without labels, None where it is not known. `text_dim` counts the channels of the
-    captions' embeddings, 0 without.
+    captions' embeddings, 0 without; `channels` those of continuous tokens, whose standard deviation
+    is `scale`.
     """
 
     tokenizer: dict
@@ -54,6 +56,8 @@ class Tokens(NamedTuple):
     num_classes: int | None
     classes: tuple[str, ...] = ()
     text_dim: int = 0
+    channels: int = 0
+    scale: float = 1.0
 
 
 PAPER = Tokens({}, vocab_size=64_000, num_tokens=256, num_classes=1000)  # Of FlexTok on ImageNet.
@@ -96,6 +100,7 @@ class ARStage(Stage):
             if self.captions:  # It says what is wrong with them before anything runs.
                 found = found._replace(text_dim=model["text_dim"])
             _check_fit(model, found)
+        model["scale"] = found.scale
         self.model, self._tokens_info = ARConfig(**model), found
 
     def _sources(self) -> dict:
@@ -134,7 +139,13 @@ class ARStage(Stage):
                 f"model.levels={model['levels']}: {self._source} has {cfg.bottleneck.levels}"
             )
         info = {"source": self._source, "origin": loaded.origin, "fingerprint": fingerprint}
-        return Tokens(info, cfg.vocab_size, cfg.num_tokens, **_labels(self._sources(), model))
+        found = Tokens(info, cfg.vocab_size, cfg.num_tokens, **_labels(self._sources(), model))
+        if cfg.discrete:
+            return found
+        how = dict(seed=0, batch_size=SCALE_IMAGES, train=True, process_index=0, process_count=1)
+        images = to_float(make_pipeline(self._data, **how)[0]["image"])
+        tokens = flextok.tokens_of(loaded.params, cfg, Compute(), images)[1]
+        return found._replace(channels=cfg.code_dim, scale=float(jnp.std(tokens)))
 
     @functools.cached_property
     def _text_tokenizer(self) -> str:
@@ -196,7 +207,8 @@ class ARStage(Stage):
         """The mean of -log p(token i | tokens before i, condition) over images and positions.
 
         Of a masked model that of -log p(token i | tokens not hidden, condition), over hidden ones;
-        of one with coarse ids the sum of both steps (nn/refiner.py).
+        of one with coarse ids the sum of both steps (nn/refiner.py). Of a flow the mean squared
+        error of the velocity, plus `loss.kl_weight` times the text's nats per image.
 
         Positions from an image's length on, where its tokens have one, do not count.
 
@@ -210,6 +222,11 @@ class ARStage(Stage):
         """
         tokens = self._tokens(frozen, batch)
         null = jax.random.bernoulli(named(key, "null"), self._drop, tokens.shape[:1])
+        if self.model.channels:
+            out = self._flow(params, frozen, batch, tokens, null, key)
+            loss = jnp.mean(out.flow) + self._loss.kl_weight * jnp.mean(out.kl)
+            logged = {"loss_flow": _average(out.flow), "kl": _average(out.kl)}
+            return loss, logged | {"loss_null": _average(out.flow, null)}
         condition = self._condition(params, frozen, batch, null)
         out, counted = self._predict(params, tokens, batch, condition, named(key, "mask"))
         logged = self._metrics(out, counted)
@@ -261,6 +278,12 @@ class ARStage(Stage):
         head = functools.partial(net.head, *([self.model] if net is refiner else []), weights)
         return cross_entropy(head, hidden, tokens, self._loss.chunk), counted
 
+    def _flow(self, params, frozen, batch, tokens, null, key) -> token_flow.Losses:
+        text = bool(self.model.text_dim)
+        condition = self._condition(params, frozen, batch, null & (not text))
+        args = self.model, self.compute, tokens, condition, null, named(key, "flow")
+        return token_flow.losses(params, *args)
+
     def _metrics(self, out, counted) -> dict[str, metrics.Metric]:
         """Of the positions that count, bool [B, L]; also by position: 1, 2, 3-4, 5-8, ..."""
         found = {
@@ -289,6 +312,10 @@ class ARStage(Stage):
     @functools.partial(jax.jit, static_argnums=0)
     def _evaluate(self, params, frozen, batch):
         tokens, mask = self._tokens(frozen, batch), batch["mask"]
+        if self.model.channels:
+            none = jnp.zeros_like(mask)
+            out = self._flow(params, frozen, batch, tokens, none, jax.random.key(0))
+            return {"loss": _average(out.flow, mask), "kl": _average(out.kl, mask)}
         condition = self._condition(params, frozen, batch, jnp.zeros_like(mask))
         key = jax.random.key(0)  # The same hidden tokens in every evaluation.
         out, counted = self._predict(params, tokens, batch, condition, key)
@@ -336,6 +363,7 @@ def _check_fit(fields: dict, tokens: Tokens) -> None:
         "num_tokens": fields["num_tokens"] > tokens.num_tokens,
         "text_dim": fields["text_dim"] not in (0, tokens.text_dim),
         "num_classes": classes and not fits,
+        "channels": fields["channels"] != tokens.channels,
     }
     for name in wrong:
         if wrong[name]:

@@ -46,9 +46,14 @@ NAMES = (
     ("ar/head", MODEL + "head.linear"),
     ("ar/text_(fc[12])", r"models.text_encoder.mlp.\1"),
 )
-# A second Transformer, of our own files: the same names below "refiner".
-REFINER = tuple(
-    (ours.replace("ar/", "ar/refiner/"), re.sub(r"^models\.\w+\.", MODEL + "refiner.", theirs))
+# Of our own files: the network of a flow, and a second Transformer with the same names below its.
+NAMES += (
+    ("ar/blocks/adaln", BLOCK + "adaLN_modulation.1"),
+    ("ar/(token_proj|time_mlp_[01]|head_adaln)", MODEL + r"flow.\1"),
+)
+SECOND = tuple(
+    (ours.replace("ar/", f"ar/{part}/"), re.sub(r"^models\.\w+\.", f"{MODEL}{part}.", theirs))
+    for part in ("refiner", "source")
     for ours, theirs in NAMES
 )
 
@@ -251,7 +256,7 @@ def shapes(cfg: ARConfig):
 
 def _entries(cfg: ARConfig) -> list[names.Entry]:
     """The table of a model's tensors; with text the self-attention has another name."""
-    table = NAMES + REFINER
+    table = NAMES + SECOND
     if cfg.text_dim:
         table = [(ours, theirs.replace("}.attn.", "}.self_attn.")) for ours, theirs in table]
     return names.entries(shapes(cfg), names.by_table(table))
