@@ -31,6 +31,8 @@ HARMLESS = (
 ADDED = {
     "init_model": False,
     "optim": {"rule": "adam"},
+    "data": {"paired": False},
+    "loss": {"kl_weight": 1e-4},
     "text_encoder": dict(
         source="", length=32, vocab_size=1024, depth=2, num_heads=2, head_dim=32, mlp_hidden=128
     ),
