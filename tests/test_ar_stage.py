@@ -19,7 +19,7 @@ from flextok_jax.data.shards import write_split
 from flextok_jax.io.checkpoint import WorkdirError
 from flextok_jax.io.storage import fingerprint
 from flextok_jax.nn import ar, layout
-from flextok_jax.nn.config import ARConfig
+from flextok_jax.nn.config import ARConfig, from_dict
 from flextok_jax.parallel import sharding
 from flextok_jax.parallel.mesh import AXES, make_mesh
 from flextok_jax.training.ar_stage import PAPER, ARStage
@@ -111,7 +111,7 @@ def test_a_run_logs_what_the_field_looks_at(trained):
     assert last["perplexity"] == pytest.approx(np.exp(last["loss"]), rel=1e-5)
     info = json.loads((trained[0] / "config.json").read_text())["model"]
     assert info["kind"] == "ar" and info["tokenizer"] == TOKENIZER
-    assert ARConfig(**info["config"]) == ARStage(config(trained_path(trained))).model
+    assert from_dict(ARConfig, info["config"]) == ARStage(config(trained_path(trained))).model
 
 
 def trained_path(trained):
@@ -191,11 +191,12 @@ def test_positions_from_an_images_length_on_do_not_count(data):
     short = batch | {"length": jnp.array([1, 3, 16, 20, 8, 2, 7, 5])}
     counted = np.arange(LENGTH) < np.asarray(short["length"])[:, None]
     condition = stage._condition(params, {}, batch, jnp.zeros(8, bool))
-    head = jax.jit(stage._predict)(params, batch["tokens"], condition)
+    predict, key = jax.jit(stage._predict), jax.random.key(0)
+    head, _ = predict(params, batch["tokens"], batch, condition, key)
     by_hand = np.asarray(head.loss)[counted].mean() + 0.1 * (head.log_z[counted] ** 2).mean()
 
     def loss(batch, moved=0.0):
-        stage._predict = lambda *_: jax.tree.map(lambda x: x + moved, head)
+        stage._predict = lambda *args: (jax.tree.map(lambda x: x + moved, head), predict(*args)[1])
         value, logged = stage.loss(params, {}, batch, jax.random.key(1), jnp.int32(0))
         del stage._predict
         return value, logged
