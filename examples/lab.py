@@ -162,7 +162,7 @@ def train(variant: str, seed: int, workdir: pathlib.Path, steps: int | None = No
         config.tokenizer.source = str(workdir.parent / f"{lab.FLOWS[variant]}-{seed}")
     if steps:
         config.update(total_steps=steps, eval_every=steps)
-        config.checkpoint.every = steps
+        config.checkpoint.every = min(config.checkpoint.every, steps)
     outcome = run(main.make_stage(config), config, workdir)
     jax.clear_caches()
     return not outcome.stopped
@@ -350,12 +350,13 @@ def report(found: dict[int, Results]) -> str:
         ("Canvases", lab.CANVAS, ("correlation",)),
         ("Generators", lab.GENERATORS, ("accuracy", "loss", "frechet")),
     ):
-        columns = ("variant", "seeds", *names, "tokens", "passes", "parameters", "CPU s per image")
+        same = ("steps", "tokens", "passes", "parameters")
+        columns = ("variant", "seeds", *names, *same, "CPU s per image")
         lines += [f"## {title}", "", _row(columns), _row(["---"] * len(columns))]
         for variant in variants:
             runs = [results[variant] for results in found.values() if variant in results]
             if runs:
-                fixed = [f"{runs[0][name]:,}" for name in ("tokens", "passes", "parameters")]
+                fixed = [f"{runs[0][name]:,}" for name in same]
                 values = [
                     _spread([run[name] for run in runs]) if name in runs[0] else ""
                     for name in names
@@ -405,7 +406,8 @@ def main(argv=None) -> None:
             if not (workdir / MEASURED).exists():
                 if not train(variant, seed, workdir, args.steps):
                     return
-                numbers = measure(variant, workdir, args.per_class)
+                steps = args.steps or lab.get_config(variant).total_steps
+                numbers = measure(variant, workdir, args.per_class) | {"steps": steps}
                 storage.write_json(workdir / MEASURED, numbers)
             found.setdefault(seed, {})[variant] = storage.read_json(workdir / MEASURED)
             storage.write_text(args.out / "report.md", report(found))

@@ -44,6 +44,7 @@ def rows(text):
 
 def test_the_report_says_what_ran():
     base = {"tokens": 16, "passes": 8, "parameters": 1234, "seconds": 0.5, "frechet": 1.0}
+    base["steps"] = 1000
     found = {
         seed: {
             "single": base | {"accuracy": 0.9, "loss": 2.0},
@@ -53,7 +54,7 @@ def test_the_report_says_what_ran():
     }
     table = rows(lab.report(found))
     assert table["pairs", "2"][:2] == ["0.8505 ± 0.000707", "2.205 ± 0.00707"]
-    assert table["pairs", "2"][3:6] == ["16", "8", "1,234"]
+    assert table["pairs", "2"][3:7] == ["1,000", "16", "8", "1,234"]
     said = {c.sentence: table[c.variant, c.sentence] for c in lab.CLAIMS}
     loss, accuracy = (said[c.sentence] for c in lab.CLAIMS if c.variant == "pairs")
     assert (loss[0], loss[2]) == ("2", "shown") and accuracy[2] == "contrary"
