@@ -145,6 +145,29 @@ def _canvas_elastic() -> ConfigDict:
     return _on_canvas(_elastictok(), 8)
 
 
+def _textok() -> ConfigDict:
+    """TexTok: encoder and decoder read the caption, so that tokens need not say it."""
+    c = _on_canvas(_one_pass(), 4)
+    c.model.tokens.count = 4
+    c.model.bottleneck.update(kind="none", dim=8, size=0)
+    c.model.text.update(dim=canvas.CHANNELS, length=4, encoder=True, padded=True)
+    return c
+
+
+def _tatitok() -> ConfigDict:
+    """TA-TiTok's way with the caption: the decoder alone reads it."""
+    c = _textok()
+    c.model.text.encoder = False
+    return c
+
+
+def _textless() -> ConfigDict:
+    """The same without captions, to compare with."""
+    c = _textok()
+    c.model.text.update(dim=0, length=0, encoder=False, padded=False)
+    return c
+
+
 def _single() -> ConfigDict:
     """One token of `demo-digits` after the other: configs/ar.py:digits, to compare with."""
     return ar.get_config("digits")
@@ -213,6 +236,7 @@ TOKENIZERS = {
 }
 IMAGE_TO_IMAGE = {"binformer": _binformer, "cleaner": _cleaner}
 CANVAS = {"canvas": _canvas, "canvas_elastic": _canvas_elastic}
+TEXT = {"textok": _textok, "tatitok": _tatitok, "textless": _textless}
 GENERATORS = {
     "single": _single,
     "pairs": _pairs,
@@ -224,4 +248,4 @@ GENERATORS = {
     "flowtok": _flowtok,
 }
 FLOWS = {"token_flow": "continuous", "flowtok": "continuous"}  # Over whose tokens.
-VARIANTS = TOKENIZERS | IMAGE_TO_IMAGE | CANVAS | GENERATORS
+VARIANTS = TOKENIZERS | IMAGE_TO_IMAGE | CANVAS | TEXT | GENERATORS

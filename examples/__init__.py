@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def image_folder(name: str, images: Callable[[], Iterable[tuple[str, np.ndarray | str]]]) -> str:
-    """A folder of PNG files, and of texts beside them, written on first use.
+    """A folder of PNG files, of texts and arrays beside them, written on first use.
 
     It lies in `.cache/examples` of the repository, or in the folder that the environment variable
     FLEXTOK_EXAMPLES names. It appears as a whole or not at all, so several processes may ask at
@@ -21,7 +21,7 @@ def image_folder(name: str, images: Callable[[], Iterable[tuple[str, np.ndarray 
 
     Args:
         name: of the folder.
-        images: yields (path below the folder, uint8 [H, W, 3] or a text).
+        images: yields (path below the folder, uint8 [H, W, 3] or a text; of NAME.npy any array).
 
     Returns:
         its absolute path.
@@ -39,6 +39,8 @@ def image_folder(name: str, images: Callable[[], Iterable[tuple[str, np.ndarray 
             file.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(image, str):
                 file.write_text(image, encoding="utf-8")
+            elif file.suffix == ".npy":
+                np.save(file, image)
             else:
                 Image.fromarray(image).save(file)
         temporary.rename(folder)

@@ -16,6 +16,7 @@ from examples import digits, image_folder
 SPLITS = {"train": 4000, "test": 400}  # Canvases in the folder.
 SIDE = 16  # Of a digit, in pixels.
 PLACES = "top left", "top right", "bottom left", "bottom right"
+CHANNELS = len(digits.WORDS) + len(PLACES)  # Of a caption's embedding.
 
 
 class Canvas(NamedTuple):
@@ -33,6 +34,13 @@ class Canvas(NamedTuple):
     def count(self) -> int:
         """How many digits there are: 1 to 4, equally often."""
         return int(np.sum(self.digits >= 0))
+
+    @property
+    def embedding(self) -> np.ndarray:
+        """The caption as float16 [4, CHANNELS]: of each of PLACES its digit; zeros for none."""
+        which = np.eye(len(digits.WORDS), dtype=np.float16)[self.digits]
+        where = np.eye(len(PLACES), dtype=np.float16)
+        return np.concatenate([which, where], axis=1) * (self.digits[:, None] >= 0)
 
     @property
     def caption(self) -> str:
@@ -57,7 +65,10 @@ def canvas(split: str, index: int, seed: int = 0) -> Canvas:
 
 
 def folder() -> str:
-    """The path of {train,test}/N/IIII.png, N its number of digits, and captions IIII.txt beside."""
+    """The path of {train,test}/N/IIII.png, N its number of digits.
+
+    Beside it lie its caption, IIII.txt, and the caption's embedding, IIII.npy.
+    """
     return image_folder("canvas", _files)
 
 
@@ -68,6 +79,7 @@ def _files():
             path = f"{split}/{made.count}/{i:04d}"
             yield f"{path}.png", made.image
             yield f"{path}.txt", made.caption
+            yield f"{path}.npy", made.embedding
 
 
 if __name__ == "__main__":

@@ -104,6 +104,21 @@ CLAIMS = (
         lambda found: found["cleaner"]["f"] - found["cleaner"]["sauvola"],
     ),
     Claim(
+        "textok",
+        "Captions add to the PSNR of four tokens (dB)",
+        _more("psnr", "textok", "textless"),
+    ),
+    Claim(
+        "textok",
+        "Captions of other canvases take it away (dB)",
+        lambda found: found["textless"]["psnr"] - found["textok"]["psnr of others"],
+    ),
+    Claim(
+        "tatitok",
+        "A decoder that reads captions alone gains less than with the encoder (dB)",
+        _more("psnr", "textok", "tatitok"),
+    ),
+    Claim(
         "pairs",
         "Two tokens at once lose what they say of each other (nats per token)",
         _more("loss", "pairs", "single"),
@@ -175,6 +190,8 @@ def measure(variant: str, workdir: pathlib.Path, per_class: int) -> dict:
     tok = FlexTok.from_pretrained(str(workdir))
     if variant in lab.IMAGE_TO_IMAGE:
         return measure_pages(tok)
+    if variant in lab.TEXT:
+        return measure_text(tok)
     return measure_canvas(tok) if variant in lab.CANVAS else measure_tokenizer(tok)
 
 
@@ -266,6 +283,20 @@ def measure_canvas(tok: FlexTok, count: int = 400) -> dict:
     return numbers | _cost(tok.params, count, tok.detokenize, tok.tokenize(images))
 
 
+def measure_text(tok: FlexTok, count: int = 400) -> dict:
+    """PSNR of canvases with their captions, and with those of other canvases."""
+    made = [canvas.canvas("test", i) for i in range(count)]
+    images = np.stack([one.image for one in made])
+    numbers, cfg = {"tokens": tok.num_tokens, "passes": 1}, tok.config.text
+    texts = np.stack([one.embedding for one in made])
+    for name, shift in (("psnr of others", 1), ("psnr", 0)):
+        text = np.roll(texts, shift, axis=0) if cfg.dim else None
+        tokens = tok.tokenize(images, text=text if cfg.encoder else None)
+        found = to_float(to_uint8(tok.detokenize(tokens, text=text)))
+        numbers[name] = float(np.mean(psnr(found, to_float(images))))
+    return numbers | _cost(tok.params, count, tok.detokenize, tokens, text=text)
+
+
 def needed(errors: np.ndarray, counts) -> np.ndarray:
     """The fewest tokens of each image for one error of all: int [n].
 
@@ -348,6 +379,7 @@ def report(found: dict[int, Results]) -> str:
         ("Tokenizers", lab.TOKENIZERS, ("psnr", "frechet")),
         ("Image to image", lab.IMAGE_TO_IMAGE, ("f", "sauvola")),
         ("Canvases", lab.CANVAS, ("correlation",)),
+        ("Canvases with captions", lab.TEXT, ("psnr", "psnr of others")),
         ("Generators", lab.GENERATORS, ("accuracy", "loss", "frechet")),
     ):
         same = ("steps", "tokens", "passes", "parameters")

@@ -25,11 +25,12 @@ MOST = 2.0  # What a float image may reach, as decoded ones do; it is clipped to
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute", "count"))
-def _encode(params, images, noise, keep, cfg: TokenizerConfig, compute: Compute, count: int):
+def _encode(params, images, noise, keep, text, cfg: TokenizerConfig, compute: Compute, count: int):
     """uint8 or float images -> (registers, tokens [B, count, …], bool [B]: all are finite)."""
     if images.dtype == jnp.uint8:
         images = to_float(images)
-    registers, tokens = flextok.tokens_of(params, cfg, compute, images, count, noise, keep)
+    found = flextok.tokens_of(params, cfg, compute, images, count, noise, keep, text)
+    registers, tokens = found
     return registers, tokens, jnp.isfinite(registers).all(axis=(1, 2))
 
 
@@ -146,7 +147,9 @@ class FlexTok:
         """Whether tokens of the model with this sha256 are its own: that is it, or its teacher."""
         return fingerprint in (self.fingerprint, self._file and self._file.teacher)
 
-    def tokenize(self, images, num_tokens: int | None = None, key: Key = None) -> jax.Array:
+    def tokenize(
+        self, images, num_tokens: int | None = None, key: Key = None, text=None
+    ) -> jax.Array:
         """Images to tokens, coarse to fine.
 
         Args:
@@ -155,6 +158,8 @@ class FlexTok:
             num_tokens: k, how many tokens; all R by default. The result is the prefix of the full
                 one, at the cost of k tokens.
             key: None uses the mean of the VAE's posterior; a key or an int seed samples it.
+            text: float [B, T, E], features of texts, for a model whose encoder reads them; see
+                `detokenize`.
 
         Returns:
             int32 [B, k]; of a continuous bottleneck float32 [B, k, F].
@@ -163,11 +168,11 @@ class FlexTok:
             ValueError: a wrong shape, type, range, or number of tokens; or the encoder's output is
                 not finite.
         """
-        return self._run_encoder(images, num_tokens, key)[1]
+        return self._run_encoder(images, num_tokens, key, text)[1]
 
-    def registers(self, images, num_tokens: int | None = None) -> jax.Array:
+    def registers(self, images, num_tokens: int | None = None, text=None) -> jax.Array:
         """The registers before quantisation, for probing: float32 [B, k, F] (2 F of "kl")."""
-        return self._run_encoder(images, num_tokens, None)[0]
+        return self._run_encoder(images, num_tokens, None, text)[0]
 
     def detokenize(
         self,
@@ -204,7 +209,8 @@ class FlexTok:
             guidance_interval: (low, high), the times at which there is guidance; elsewhere a step
                 costs one pass. See `flow.sampler.Sampler`.
             text: float [B, T, E], features of texts, for a model whose decoder reads them; by
-                default the model's `null_text` for every image.
+                default the model's `null_text` for every image, or none where vectors of zeros are
+                padding.
 
         Returns:
             float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
@@ -227,7 +233,7 @@ class FlexTok:
             time_shift=time_shift, guidance_interval=guidance_interval,
         )  # fmt: skip
         how = {name: value for name, value in how.items() if value is not None}
-        text = self._text(text, batch)
+        text = self._text(text, batch, cfg.text.dim, "decoder")
         if not cfg.is_flow:
             others = dict(key=key, noise=noise, on_step=on_step)
             if useless := [*how, *(name for name, x in others.items() if x is not None)]:
@@ -370,7 +376,7 @@ class FlexTok:
         )  # fmt: skip
         return hub.push(repo, self.save_pretrained, card, picture, private)
 
-    def _run_encoder(self, images, num_tokens, key):
+    def _run_encoder(self, images, num_tokens, key, text):
         cfg = self.config
         images = self._check_images(images)
         k = cfg.num_tokens if num_tokens is None else num_tokens
@@ -378,6 +384,7 @@ class FlexTok:
             raise ValueError(f"num_tokens={k!r}: must be an int in 1..{cfg.num_tokens}")
         self._check_count(int(k))
         batch, height, width, _ = images.shape
+        text = self._text(text, batch, cfg.text.encoder, "encoder")
         noise = None
         if key is not None and cfg.vae.kind != "identity":
             down = cfg.vae.downsample
@@ -386,8 +393,8 @@ class FlexTok:
         exact, keep = cfg.tokens.order != "full", np.full(batch, k, np.int32)
         count = flextok.bucket(int(k), cfg.num_tokens) if exact else cfg.num_tokens
         with self.on_mesh():
-            images, noise, keep = spread_batch(self.mesh, (images, noise, keep))
-            *found, finite = _encode(self.params, images, noise, keep, cfg, self.compute, count)
+            arrays = spread_batch(self.mesh, (images, noise, keep, text))
+            *found, finite = _encode(self.params, *arrays, cfg, self.compute, count)
         self._check_finite(finite, batch, "the encoder")
 
         def cut(x):
@@ -481,18 +488,20 @@ class FlexTok:
         self._check_size(*size)
         return size
 
-    def _text(self, text, batch: int):
-        """The features of texts float32 [B, T, E]; None for a model that reads none."""
+    def _text(self, text, batch: int, reads, part: str):
+        """The features of texts float32 [B, T, E]; None for a part that reads none."""
         dim, length = self.config.text.dim, self.config.text.length
-        if text is None and self.null_text is not None:
+        if reads and text is None and self.null_text is not None:
             text = np.broadcast_to(self.null_text[None], (batch, *self.null_text.shape))
+        if text is None and self.config.text.padded:
+            return None
         found = None if text is None else np.shape(text)
-        if found != ((batch, length, dim) if dim else None):
-            wanted = f"float {[batch, length, dim]}: its decoder reads them" if dim else "None"
+        if found != ((batch, length, dim) if reads else None):
+            wanted = f"float {[batch, length, dim]}: its {part} reads them" if reads else "None"
             raise ValueError(
                 f"text has shape {found}: must be {wanted}"
                 + f" (or put those of the empty text as {models.NULL_TEXT}, [{length}, {dim}], "
-                "beside the model's file)" * bool(dim)
+                "beside the model's file)" * bool(reads)
             )
         return None if text is None else np.asarray(text, np.float32)
 

@@ -105,6 +105,20 @@ def test_the_tpu_kernel_is_called_only_where_it_can_compute():
     assert called == {"alone": True, "bias": True, "short": False}
 
 
+def test_padding_among_the_keys_changes_nothing_of_norms_and_folds():
+    q, k, v = (np.asarray(x[:, :9]).reshape(B, 9, H * D) for x in inputs()[:3])
+    here = np.array([0, 1, 4, 5, 8])  # The last one stands for three.
+
+    def run(rows, length, mask=None):
+        sequence = order.Sequence(("x",), (length,), folded=3)
+        given = (x[:, rows] for x in (q, k, v))
+        return attention.attend(*given, D, sequence, "xla", SCALE, True, mask=mask)
+
+    mask = np.broadcast_to(np.isin(np.arange(9), here), (B, 9))
+    found = run(np.arange(9), 9, jnp.asarray(mask))
+    np.testing.assert_allclose(found[:, here], run(here, len(here)), atol=1e-5)
+
+
 def test_a_padded_hidden_width_changes_nothing():
     width, hidden, computed = 96, 250, 256
     cfg = Blocks(width=width, head_dim=32, mlp_hidden=hidden)

@@ -1,19 +1,24 @@
 """Every variant of the laboratory: gradients, files, prefixes, and what its decoder can do."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import CONFIGS, random_params, relative
+from common import CONFIGS, changed, random_params, relative
+from PIL import Image
 
-from examples import digits, lab, paper
+from examples import canvas, digits, lab, paper
 from examples.digits import arrays
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands.common import read_lengths
+from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.evaluation import reconstruction as rec
 from flextok_jax.nn import ar, flextok, layout
-from flextok_jax.nn.config import Compute
+from flextok_jax.nn.config import Compute, Text
 from flextok_jax.nn.images import mae, to_float
+from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training.ar_stage import ARStage, Tokens
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
@@ -27,7 +32,7 @@ def config(variant):
     return c
 
 
-@pytest.fixture(scope="module", params=LAB.TOKENIZERS)
+@pytest.fixture(scope="module", params=[*LAB.TOKENIZERS, "textok"])
 def model(request):
     """(configuration, stage, parameters without the zeros of a new model, a tokenizer of them)."""
     c = config(request.param)
@@ -44,9 +49,20 @@ def images(count=6):
     return arrays("train")[0][:count]
 
 
+def examples_of(tok, count=6):
+    """(images, what `tokenize` reads beside them, what `detokenize` does)."""
+    if tok.config.image_size == (16, 16):
+        return images(count), {}, {}
+    made = [canvas.canvas("train", i) for i in range(count)]
+    text = {"text": np.stack([one.embedding for one in made])} if tok.config.text.dim else {}
+    pixels = np.stack([one.image for one in made])
+    return pixels, text if tok.config.text.encoder else {}, text
+
+
 def test_a_gradient_reaches_every_parameter(model):
-    _, stage, params, _ = model
-    batch = {"image": jnp.asarray(images(32))}
+    _, stage, params, tok = model
+    pixels, _, text = examples_of(tok, 32)
+    batch = jax.tree.map(jnp.asarray, {"image": pixels} | text)
 
     def loss(params):
         return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
@@ -63,16 +79,18 @@ def test_a_saved_model_is_the_same_model(model, tmp_path):
     tok.save_pretrained(tmp_path)
     again = FlexTok.from_pretrained(tmp_path)
     assert again.config == tok.config and again.fingerprint == tok.fingerprint
-    np.testing.assert_array_equal(again.tokenize(images()), tok.tokenize(images()))
+    pixels, given, _ = examples_of(tok)
+    np.testing.assert_array_equal(again.tokenize(pixels, **given), tok.tokenize(pixels, **given))
     c = LAB.get_config("one_pass")
-    c.init_model, c.init_from = True, str(tmp_path)
+    c.init_model, c.init_from, c.data.image_size = True, str(tmp_path), tok.config.image_size[0]
     assert TokenizerStage(c).model == stage.model
     jax.tree.map(np.testing.assert_array_equal, stage.init_from(c.init_from), params)
 
 
 def test_tokens_are_what_the_model_says_of_itself(model):
     c, _, _, tok = model
-    tokens, count = np.asarray(tok.tokenize(images())), c.model.tokens.count
+    pixels, text, read = examples_of(tok)
+    tokens, count = np.asarray(tok.tokenize(pixels, **text)), c.model.tokens.count
     if tok.discrete:
         assert tokens.dtype == np.int32 and tokens.shape == (6, count)
         assert 0 <= tokens.min() and tokens.max() < tok.config.vocab_size
@@ -80,22 +98,23 @@ def test_tokens_are_what_the_model_says_of_itself(model):
         assert tokens.dtype == np.float32 and tokens.shape == (6, count, c.model.bottleneck.dim)
     for k in sorted({1, 5, 16, count}):
         if k in tok.prefixes:
-            found = np.asarray(tok.tokenize(images(), k))
+            found = np.asarray(tok.tokenize(pixels, k, **text))
             if c.model.tokens.told and k < count:  # The encoder knows k.
                 assert (found != tokens[:, :k]).any()
             else:
                 assert relative(found, tokens[:, :k]) < 1e-5
-            assert np.isfinite(tok.detokenize(tokens, k)).all()
-        else:
+            assert np.isfinite(tok.detokenize(tokens, k, **read)).all()
+        elif k <= count:
             with pytest.raises(ValueError, match=f"num_tokens={k}"):
-                tok.tokenize(images(), k)
+                tok.tokenize(pixels, k)
             with pytest.raises(ValueError, match=f"num_tokens={k}"):
                 tok.detokenize(tokens, k)
 
 
 def test_a_decoder_of_one_pass_takes_no_arguments_of_a_flow(model):
     _, _, _, tok = model
-    tokens = tok.tokenize(images())
+    pixels, text, _ = examples_of(tok)
+    tokens = tok.tokenize(pixels, **text)
     if tok.config.is_flow:
         seen = []
         found = tok.detokenize(tokens, steps=3, on_step=lambda i, x: seen.append((i, x.shape)))
@@ -161,6 +180,90 @@ def test_lengths_and_sweeps_encode_for_each_number_where_the_encoder_is_told(ord
             tok.tokenize(pixels[:, :8])
     k = int(found.num_tokens[0])
     np.testing.assert_array_equal(found.tokens[0, :k], tok.tokenize(pixels, k)[0])
+
+
+@pytest.fixture(scope="module", params=["textok", "tatitok"])
+def reader(request):
+    """A tokenizer that reads captions, and images with those."""
+    cfg = TokenizerStage(config(request.param)).model
+    tok = FlexTok(cfg, random_params(cfg))
+    return tok, *examples_of(tok, 2)
+
+
+def test_a_part_that_reads_a_caption_depends_on_it(reader):
+    tok, pixels, given, text = reader
+    tokens = np.asarray(tok.tokenize(pixels, **given))
+    others = text["text"][::-1]
+    if tok.config.text.encoder:
+        assert (np.abs(tok.tokenize(pixels, text=others) - tokens) > 1e-3).any((1, 2)).all()
+    else:
+        with pytest.raises(ValueError, match="must be None"):
+            tok.tokenize(pixels, text=others)
+    made = np.asarray(tok.detokenize(tokens, **text))
+    assert (np.abs(tok.detokenize(tokens, text=others) - made) > 1e-3).any((1, 2, 3)).all()
+    with pytest.raises(ValueError, match=r"\(2, 3, 14\).*\[2, 4, 14\]"):
+        tok.detokenize(tokens, text=others[:, :3])
+
+
+def test_no_caption_is_a_caption_of_padding_and_the_model_without_captions(reader):
+    tok, pixels, *_ = reader
+    nothing = np.zeros((2, 4, canvas.CHANNELS))
+    empty = {"text": nothing} if tok.config.text.encoder else {}
+    tokens = np.asarray(tok.tokenize(pixels))
+    made = np.asarray(tok.detokenize(tokens))
+    np.testing.assert_array_equal(tok.tokenize(pixels, **empty), tokens)
+    np.testing.assert_array_equal(tok.detokenize(tokens, text=nothing), made)
+    rest = {
+        part: {name: x for name, x in params.items() if not name.startswith("text_")}
+        for part, params in tok.params.items()
+    }
+    plain = FlexTok(changed(tok.config, text=dataclasses.asdict(Text())), rest)
+    assert relative(tokens, plain.tokenize(pixels)) < 1e-5
+    assert relative(made, plain.detokenize(tokens)) < 1e-5
+
+
+def test_the_order_of_a_caption_lies_in_its_positions_and_padding_says_nothing(reader):
+    tok, pixels, given, text = reader
+    order = np.array([2, 0, 3, 1])
+    moved = {
+        part: {name: x[order] if name == "text_pos" else x for name, x in params.items()}
+        for part, params in tok.params.items()
+    }
+    # Padding that is attended to is seen.
+    words, all_read = text["text"], FlexTok(changed(tok.config, text__padded=False), tok.params)
+    assert (words == 0).all(-1).any()
+    tokens = np.asarray(tok.tokenize(pixels, **given))
+    made, other = tok.detokenize(tokens, **text), FlexTok(tok.config, moved)
+    again = {name: x[:, order] for name, x in given.items()}
+    assert relative(other.tokenize(pixels, **again), tokens) < 1e-5
+    assert relative(other.detokenize(tokens, text=words[:, order]), made) < 1e-5
+    assert relative(all_read.detokenize(tokens, **text), made) > 1e-3
+
+
+def test_captions_are_read_from_files_beside_the_images(tmp_path):
+    for split in ("train", "test"):
+        for i in range(4):
+            made = canvas.canvas(split, i)
+            (tmp_path / split).mkdir(exist_ok=True)
+            Image.fromarray(made.image).save(tmp_path / split / f"{i}.png")
+            np.save(tmp_path / split / f"{i}.npy", made.embedding)
+    c = config("textok")
+    c.data.path = str(tmp_path)
+    c.evaluation.update(num_images=4, batch_size=4)
+    stage = TokenizerStage(c)
+    given = dict(seed=0, batch_size=4, train=False, embedding=stage.embedding)
+    (batch,) = make_pipeline(c.data, **given).eval_batches(4)
+    expected = [canvas.canvas("test", i).embedding for i in range(4)]
+    np.testing.assert_array_equal(batch["text"], np.stack(expected))
+    params = layout.unbox(stage.init(jax.random.key(0)))
+    found = dict(stage.evaluators()["reconstruction"](params, {}, make_mesh(data=1)))
+    assert np.isfinite(found["psnr/4"])
+    with pytest.raises(ValueError, match="14 channels, not 5"):
+        make_pipeline(c.data, **given | {"embedding": (4, 5)})[0]
+    for path in tmp_path.rglob("*.npy"):
+        path.unlink()
+    with pytest.raises(ValueError, match="flextok embed"):
+        make_pipeline(c.data, **given)
 
 
 @pytest.fixture(scope="module", params=LAB.GENERATORS)

@@ -19,7 +19,7 @@ import numpy as np
 from flextok_jax.data import reader, sources
 from flextok_jax.data.decode import reason
 from flextok_jax.data.reader import Unreadable, UnreadableCount
-from flextok_jax.data.source import Source, log
+from flextok_jax.data.source import LOOKED_AT, Source, log
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
 
 CaptionArrays = Callable[[str | None], dict]  # A caption, or None -> arrays of an example.
@@ -34,6 +34,7 @@ def make_pipeline(
     process_index: int | None = None,
     process_count: int | None = None,
     text: CaptionArrays | None = None,
+    embedding: tuple[int, int] | None = None,
 ) -> "Pipeline":
     """Builds the pipeline that the `data` part of a config describes.
 
@@ -45,6 +46,10 @@ def make_pipeline(
         train: read `cfg.split`; otherwise `cfg.eval_split`.
         process_index, process_count: this process among all; those of JAX by default.
         text: what becomes of a caption, None: captions are not used.
+        embedding: (T, E) of the embeddings of captions, which then are in a batch too.
+
+    Raises:
+        ValueError: the settings do not fit the data.
     """
     if process_index is None or process_count is None:
         import jax
@@ -53,12 +58,17 @@ def make_pipeline(
     source = sources.make_source(cfg, cfg.split if train else cfg.eval_split)
     for line in source.skipped.lines() if train else ():
         log.warning("%s: skipped %s", cfg.path, line)
+    if embedding and all(source.embedding(i) is None for i in range(min(len(source), LOOKED_AT))):
+        raise ValueError(
+            f"{cfg.path}: no embedding of a caption beside the first {LOOKED_AT} images: make them "
+            "with `flextok embed` (docs/data.md)"
+        )
     if cfg.source in sources.ENCODED:
-        examples = Crops.of(cfg.source, source, text)
+        examples = Crops.of(cfg.source, source, text, embedding)
     else:
         names = (field.name for field in dataclasses.fields(Transform))
         transform = Transform(**{name: getattr(cfg, name) for name in names})
-        examples = Images(transform, text, cfg.paired)
+        examples = Images(transform, text, cfg.paired, embedding)
     process = process_index, process_count
     return Pipeline(source, examples, seed, batch_size, process, cfg.max_unreadable)
 
@@ -69,20 +79,22 @@ class Images:
 
     With `captions` also the arrays that it makes of each. With `paired` an image is two of one size
     side by side, and the right half becomes "target", uint8 [B, S, S, 3], cropped and turned as the
-    left one. An example gets `num_draws` uniform random numbers in [0, 1).
+    left one. With `embedding`, (T, E), also what `padded_text` makes of that of the caption. An
+    example gets `num_draws` uniform random numbers in [0, 1).
     """
 
     transform: Transform
     captions: CaptionArrays | None = None
     paired: bool = False
+    embedding: tuple[int, int] | None = None
     num_draws = NUM_DRAWS
 
     def without_randomness(self) -> "Images":
-        return Images(self.transform.without_randomness(), self.captions, self.paired)
+        return dataclasses.replace(self, transform=self.transform.without_randomness())
 
     def read(self, source: Source, index: int, draws: np.ndarray) -> dict | Unreadable:
         """One example. Raises ValueError where the settings do not fit the image."""
-        found = reader.read(source, index, self.transform.least)
+        found = reader.read(source, index, self.transform.least, bool(self.embedding))
         if isinstance(found, Unreadable):
             return found
         names = ("image", "target") if self.paired else ("image",)
@@ -95,9 +107,10 @@ class Images:
                 for i in range(len(names))
             )
             images = {n: self.transform.fit(part, draws) for n, part in zip(names, parts)}
+            text = padded_text(found.embedding, self.embedding) if self.embedding else {}
         except ValueError as error:
             raise ValueError(f"{found.key}: {error}") from None
-        text = self.captions(found.caption) if self.captions else {}
+        text |= self.captions(found.caption) if self.captions else {}
         return images | {"label": np.int32(found.label), **text}
 
     def augment(self, batch: dict, draws: np.ndarray) -> dict:
@@ -126,13 +139,13 @@ class Crops:
     num_draws = 1
 
     @classmethod
-    def of(cls, kind: str, source, captions: CaptionArrays | None = None) -> "Crops":
+    def of(cls, kind: str, source, captions: CaptionArrays | None = None, embedding=None):
         """The tokens of a `shards.ShardSource`, or all its other arrays ("encoded")."""
         arrays = source.manifest["arrays"]
         names = tuple(name for name in arrays if (name == "tokens") == (kind == "tokens"))
         if not names:
             raise ValueError(f"data.source is {kind!r}, but the data has {', '.join(arrays)} only")
-        return cls(names, None if captions else source.text, captions)
+        return cls(names, None if captions else embedding or source.text, captions)
 
     def without_randomness(self) -> "Crops":
         return dataclasses.replace(self, random=False)
@@ -159,9 +172,14 @@ class Crops:
 
 
 def padded_text(embedding: np.ndarray | None, shape: tuple[int, int]) -> dict:
-    """ "text": float16 [T, E] and "text_mask": bool [T]; longer ones are cut; None: all padding."""
+    """ "text": float16 [T, E] and "text_mask": bool [T]; longer ones are cut; None: all padding.
+
+    Padding is zeros. Raises ValueError for other channels.
+    """
     text, count = np.zeros(shape, np.float16), 0
     if embedding is not None:
+        if embedding.shape[1] != shape[1]:
+            raise ValueError(f"the embedding has {embedding.shape[1]} channels, not {shape[1]}")
         count = min(len(embedding), shape[0])
         text[:count] = embedding[:count]
     return {"text": text, "text_mask": np.arange(shape[0]) < count}

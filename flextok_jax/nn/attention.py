@@ -55,6 +55,10 @@ def attend(
     scale = head_dim**-0.5 if scale is None else scale
     if bias is not None or mask is not None:
         q, k, v = (x.reshape(batch, length, -1, head_dim) for x in (q, k, v))
+        if normalize:
+            q, k = layer_norm(q), layer_norm(k)
+        if (own := sequence.key_bias()) is not None:
+            bias = jnp.broadcast_to(own[None, None, None], (1, 1, length, length)).astype(q.dtype)
         keys = None if mask is None else mask[:, None, None, :]
         if (order := sequence.mask()) is not None:
             keys = order[None, None] if keys is None else keys & order[None, None]

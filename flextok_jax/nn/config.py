@@ -455,16 +455,23 @@ class Text:
 
     Attributes:
         dim: E, their channels; 0: none.
-        length: T, vectors of a text. All are attended to, padding too.
+        length: T, vectors of a text.
+        encoder: whether the encoder reads them too. Then tokens with another text are other tokens.
+        padded: whether a vector of zeros is padding, which nobody attends to: zeros alone are no
+            text. Else all are attended to.
     """
 
     dim: int = 0
     length: int = 0
+    encoder: bool = False
+    padded: bool = False
 
     def __post_init__(self):
         faults = _at_least(self, 0, "dim", "length")
         if (self.dim > 0) != (self.length > 0):
             faults.append(f"dim={self.dim}, length={self.length}: both must be 0, or neither")
+        if not self.dim and (self.encoder or self.padded):
+            faults.append("encoder and padded are of a text: set dim and length, or both to False")
         _check(self, faults)
 
 

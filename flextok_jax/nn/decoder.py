@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import haar, layers, layout, order
-from flextok_jax.nn.block import Norm, modulate, normal, stack, zeros
+from flextok_jax.nn.block import Norm, Shared, modulate, normal, stack, zeros
 from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.convs import ConvDecoder
 
@@ -78,7 +78,8 @@ class Decoder(nn.Module):
             `capture`, the pair (that tuple, features [B, N, D]).
         """
         cfg, dtype, width = self.cfg, jnp.dtype(self.compute.dtype), self.cfg.decoder.width
-        sites, embedding, batch = cfg.sites, None, conditions[0].codes.shape[0]
+        sites, batch = cfg.sites, conditions[0].codes.shape[0]
+        embedding = there = None
         if cfg.is_flow:
             grid = tuple(side // sites.patch_size for side in x_t.shape[1:3])
             embedding = self._time_embedding(t, length)
@@ -92,7 +93,7 @@ class Decoder(nn.Module):
                 return (self._convs(codes.reshape(batch, *grid, codes.shape[-1])),)
             parts = self._queries(batch, grid) if cfg.tokens.registers else {}
             if cfg.text.dim:
-                parts["text"] = self._text(text)
+                parts["text"], there = layers.read_text(self, cfg.text, text, parts["patches"])
         lengths = {name: part.shape[1] for name, part in parts.items()}
         registers, sequences = zip(*self._registers(conditions, lengths))
         passes = tuple(s.join(*parts.values(), r) for s, r in zip(sequences, registers))
@@ -101,9 +102,13 @@ class Decoder(nn.Module):
             passes = tuple(map(norm, passes))
         features = None if capture is None else jnp.zeros_like(parts["patches"])
         carry = (passes, features, jnp.int32(0))
-        shared = (None if embedding is None else embedding.astype(dtype), None, None)
+        kept = None
         if cfg.tokens.dropped == "cut":
-            shared = (*shared, None, self._seen(conditions[0], lengths))
+            kept = _kept(conditions[0].codes, conditions[0].keep)
+        shared = Shared(
+            None if embedding is None else embedding.astype(dtype),
+            mask=sequences[0].seen(batch, text=there, registers=kept),
+        )
         (passes, features, _) = stack(
             cfg.decoder, self.compute, carry, shared,
             sequences=sequences, modulated=cfg.is_flow, capture=capture,
@@ -122,14 +127,6 @@ class Decoder(nn.Module):
         query = jnp.broadcast_to(query[None, None], (1, math.prod(grid), width))
         parts = layers.placed(self, self.cfg.sites, query, grid)
         return {name: jnp.broadcast_to(x, (batch, *x.shape[1:])) for name, x in parts.items()}
-
-    def _text(self, text):
-        """The text's features with their positions: [B, T, E] -> [B, T, D]."""
-        width, dtype = self.cfg.decoder.width, jnp.dtype(self.compute.dtype)
-        axes = layout.axes(normal, None, None)
-        positions = self.param("text_pos", axes, (self.cfg.text.length, width)).astype(dtype)
-        x = layers.dense(width, dtype, "text_proj", names=(None, "embed"))(text.astype(dtype))
-        return x + jnp.broadcast_to(positions[None], x.shape)
 
     def _time_embedding(self, t, length):
         flow, width = self.cfg.target.flow, self.cfg.decoder.width
@@ -189,12 +186,6 @@ class Decoder(nn.Module):
                 (*lengths, "registers"), (*lengths.values(), x.shape[1]), folded=max(folded, 1)
             )
             yield x, sequence
-
-    def _seen(self, condition, lengths: dict[str, int]):
-        """bool [B, T]: the positions that are there, all but those of dropped tokens."""
-        kept = _kept(condition.codes, condition.keep)
-        before = jnp.ones((len(kept), sum(lengths.values())), bool)
-        return jnp.concatenate([before, kept], axis=1)
 
     def _head(self, patches, embedding, grid):
         """Patch features -> float32 [B, h, w, C], one for each pass."""

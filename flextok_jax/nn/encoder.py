@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import bottleneck, layers, layout, order
-from flextok_jax.nn.block import Norm, normal, stack, xavier, zeros
+from flextok_jax.nn.block import Norm, Shared, normal, stack, xavier, zeros
 from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.convs import ConvEncoder
 
@@ -22,6 +22,7 @@ class Encoder(nn.Module):
         latents: jax.Array,
         num_registers: int | None = None,
         keep: jax.Array | None = None,
+        text: jax.Array | None = None,
     ) -> jax.Array:
         """The first registers of each image, before the bottleneck.
 
@@ -32,6 +33,7 @@ class Encoder(nn.Module):
                 one, because no register attends to one of a higher rank.
             keep: int32 [B], how many of its tokens an image will keep, for `cfg.tokens.told`; K by
                 default.
+            text: float [B, T, E], for `cfg.text.encoder`; see `layers.read_text`.
 
         Returns:
             float32 [B, K, channels that the bottleneck reads].
@@ -46,6 +48,9 @@ class Encoder(nn.Module):
         embed = layers.PatchEmbed(cfg.sites, width, dtype, cfg.linear_bias)
         nn.share_scope(self, embed)
         parts = embed(latents)
+        there = None
+        if cfg.text.encoder:
+            parts["text"], there = layers.read_text(self, cfg.text, text, parts["patches"])
         tokens = "registers" if cfg.tokens.registers else "patches"
         if cfg.tokens.registers:
             run = count if cfg.tokens.order == "causal" else most
@@ -63,7 +68,8 @@ class Encoder(nn.Module):
         if learned:
             x = Norm(cfg.encoder.norm, cfg.encoder.norm_eps, name="pre_norm")(x)
         carry = ((x,), None, jnp.int32(0))
-        (x,), *_ = stack(cfg.encoder, self.compute, carry, (None,) * 3, sequences=(sequence,))
+        shared = Shared(mask=sequence.seen(len(latents), text=there))
+        (x,), *_ = stack(cfg.encoder, self.compute, carry, shared, sequences=(sequence,))
         norm = Norm(cfg.encoder.norm, cfg.encoder.norm_eps, name="norm")
         x = norm(sequence.part(x, tokens)).astype(jnp.float32)
         if cfg.tokens.reshaped:

@@ -25,12 +25,11 @@ def init(cfg: TokenizerConfig, key: jax.Array) -> dict:
         jnp.zeros((1,), bool),
     )
     given = dict(x_t=latents, t=jnp.zeros((1,))) if cfg.is_flow else {}
-    if cfg.text.dim:
-        given["text"] = jnp.zeros((1, cfg.text.length, cfg.text.dim))
+    text = jnp.zeros((1, cfg.text.length, cfg.text.dim)) if cfg.text.dim else None
     params = {
         "vae": vae.init_vae(cfg.vae, key_vae),
-        "encoder": Encoder(cfg).init(key_enc, latents)["params"],
-        "decoder": Decoder(cfg).init(key_dec, (condition,), **given)["params"],
+        "encoder": Encoder(cfg).init(key_enc, latents, text=text)["params"],
+        "decoder": Decoder(cfg).init(key_dec, (condition,), text=text, **given)["params"],
     }
     for part in ("encoder", "decoder"):  # Their layers are the VAE's, which say no axes.
         if "convs" in params[part]:
@@ -58,10 +57,16 @@ def bucket(k: int, num_tokens: int, base: int = 2) -> int:
 
 
 def encode(
-    params, cfg: TokenizerConfig, compute: Compute, latents, num_registers=None, keep=None
+    params,
+    cfg: TokenizerConfig,
+    compute: Compute,
+    latents,
+    num_registers=None,
+    keep=None,
+    text=None,
 ) -> jax.Array:
     """Latents [B, h, w, C] -> registers float32 [B, K, channels]; see `Encoder.__call__`."""
-    args = (latents, num_registers, keep)
+    args = (latents, num_registers, keep, text)
     return Encoder(cfg, compute).apply({"params": params["encoder"]}, *args)
 
 
@@ -76,7 +81,14 @@ def codes_of(params, cfg: TokenizerConfig, tokens) -> jax.Array:
 
 
 def tokens_of(
-    params, cfg: TokenizerConfig, compute: Compute, images, count=None, noise=None, keep=None
+    params,
+    cfg: TokenizerConfig,
+    compute: Compute,
+    images,
+    count=None,
+    noise=None,
+    keep=None,
+    text=None,
 ):
     """Images to tokens: the way of `FlexTok.tokenize` and of training on tokens alike.
 
@@ -87,7 +99,7 @@ def tokens_of(
         images: float32 [B, H, W, 3] in [-1, 1].
         count: K, how many tokens; all by default.
         noise: [B, h, w, C], for a sample of the VAE's posterior; None: its mean.
-        keep: int32 [B], see `Encoder.__call__`.
+        keep: int32 [B], text: float [B, T, E]; see `Encoder.__call__`.
 
     Returns:
         (registers float32 [B, K, channels], tokens: ids int32 [B, K] or codes float32 [B, K, F]).
@@ -95,7 +107,7 @@ def tokens_of(
     dtype, exact = jnp.dtype(compute.dtype), compute.dtype == "float32"
     with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
         latents = vae.images_to_latents(params["vae"], cfg.vae, images, dtype, noise)
-        registers = encode(params, cfg, compute, latents, count, keep)
+        registers = encode(params, cfg, compute, latents, count, keep, text)
         found = quantize(params, cfg, registers)
     return registers, found.codes if found.ids is None else found.ids
 
@@ -162,17 +174,18 @@ def flow_steps(
     return sampler.integrate(step, state, schedule, first, stop, method)
 
 
-def decode(params, cfg: TokenizerConfig, compute: Compute, codes, keep, noise, how=None):
+def decode(params, cfg: TokenizerConfig, compute: Compute, codes, keep, noise, how=None, text=None):
     """Codes to scaled latents, float32 [B, h, w, C], by either target.
 
     Args:
         codes, keep: see `flow_steps`.
         noise: [B, h, w, C]; of the target "values" its shape alone counts.
         how: a `Sampler`, None for the model's own; not for the target "values".
+        text: float [B, T, E], see `Decoder.__call__`.
     """
     if not cfg.is_flow:
         grid = tuple(side // cfg.sites.patch_size for side in noise.shape[1:3])
-        return values(params, cfg, compute, codes, keep, grid)
+        return values(params, cfg, compute, codes, keep, grid, text)
     how = cfg.sampler if how is None else how
     state, steps = sampler.start(noise), how.schedule()
     return flow_steps(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flextok_jax.nn import haar, layout
 from flextok_jax.nn.block import normal, xavier, zeros
-from flextok_jax.nn.config import Sites
+from flextok_jax.nn.config import Sites, Text
 
 
 def dense(
@@ -133,6 +133,32 @@ def placed(module: nn.Module, sites: Sites, x: jax.Array, used) -> dict[str, jax
     table = module.param("positions", layout.axes(normal, None, None), shape)
     first = jnp.broadcast_to((first + table[0])[None, None].astype(x.dtype), (len(x), 1, width))
     return {"class": first, "patches": added(x, table[1:].reshape(*most, width))}
+
+
+def read_text(module: nn.Module, cfg: Text, text, like: jax.Array):
+    """The features of texts as a segment of a sequence.
+
+    Args:
+        module: whose parameters "text_proj" and "text_pos" [T, D] are.
+        text: float [B, T, E]; None, for a `padded` one: no text.
+        like: [B, n, D], another segment.
+
+    Returns:
+        ([B, T, D], bool [B, T]: where there is something to attend to; None: everywhere).
+
+    Raises:
+        ValueError: there is no text, and the model needs one.
+    """
+    batch, _, width = like.shape
+    if text is None:
+        if not cfg.padded:
+            raise ValueError(f"text=None: must be [{batch}, {cfg.length}, {cfg.dim}]")
+        text = jnp.zeros((batch, cfg.length, cfg.dim))
+    axes = layout.axes(normal, None, None)
+    positions = module.param("text_pos", axes, (cfg.length, width)).astype(like.dtype)
+    x = dense(width, like.dtype, "text_proj", names=(None, "embed"))(text.astype(like.dtype))
+    there = jnp.any(text != 0, axis=-1) if cfg.padded else None
+    return x + jnp.broadcast_to(positions[None], x.shape), there
 
 
 def is_fixed(path: str) -> bool:

@@ -56,6 +56,16 @@ class Sequence:
         start = sum(self.lengths[:index])
         return x[:, start : start + self.lengths[index]]
 
+    def seen(self, batch: int, **masks: jax.Array | None) -> jax.Array | None:
+        """bool [B, T], from bool [B, length] of some segments; None: of all, everything is seen."""
+        if not any(mask is not None for mask in masks.values()):
+            return None
+        parts = (
+            jnp.ones((batch, length), bool) if masks.get(name) is None else masks[name]
+            for name, length in zip(self.names, self.lengths)
+        )
+        return jnp.concatenate(list(parts), axis=1)
+
     def mask(self) -> np.ndarray | None:
         """bool [T, T]: whether query q (row) may attend to key k (column); None: everywhere."""
         return mask(self.ranks) if any(rank != self.ranks[0] for rank in self.ranks) else None

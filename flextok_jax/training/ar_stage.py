@@ -300,7 +300,7 @@ class ARStage(Stage):
         """ "validation": loss (nats), loss_by_position/BIN, accuracy, perplexity = exp(loss)."""
         if not self._evaluation.num_images:
             return {}
-        images = Validation(self._data, self._evaluation, self.captions)
+        images = Validation(self._data, self._evaluation, text=self.captions)
 
         def validation(params, frozen, mesh):
             found = (self._evaluate(params, frozen, batch) for batch in images.batches(mesh))

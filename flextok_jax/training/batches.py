@@ -25,10 +25,10 @@ def on_mesh(batches: Iterable[dict], mesh: Mesh) -> Iterator[dict]:
 class Validation:
     """The first `evaluation.num_images` examples of a validation split, opened at once."""
 
-    def __init__(self, data, evaluation, text=None):
-        """Args: the parts `data` and `evaluation` of a config; `text` as of `make_pipeline`."""
+    def __init__(self, data, evaluation, **texts):
+        """Args: the parts `data` and `evaluation` of a config; `texts` as of `make_pipeline`."""
         self._size = evaluation.batch_size
-        self._pipeline = make_pipeline(data, seed=0, batch_size=self._size, train=False, text=text)
+        self._pipeline = make_pipeline(data, seed=0, batch_size=self._size, train=False, **texts)
         self.count = min(evaluation.num_images, self._pipeline.num_examples)
 
     def batches(self, mesh: Mesh, detail: str = "") -> Iterator[dict]:

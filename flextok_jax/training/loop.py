@@ -77,6 +77,7 @@ def train(stage: Stage, config, workdir: str | os.PathLike, command: str | None 
             batch_size=config.batch_size,
             train=True,
             text=stage.captions,
+            embedding=stage.embedding,
         )
     plain, signals = json_config(config), StopSignals()
     with (

@@ -17,6 +17,8 @@ class Stage(Protocol):
     model: Any  # The network's configuration, a dataclass of nn/config.py.
     # What becomes of a caption in a batch (see data/pipeline.py); None: captions are not used.
     captions: Callable[[str | None], dict] | None = None
+    # (T, E) of the embeddings of captions in a batch; None: they are not used.
+    embedding: tuple[int, int] | None = None
 
     def init(self, key: jax.Array) -> Params:
         """The float32 parameters at the start, in boxes that say their axes (nn/layout.py)."""

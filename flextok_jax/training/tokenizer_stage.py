@@ -77,8 +77,9 @@ class TokenizerStage(Stage):
                 "loss.lpips_weight and loss.gan_weight are for model.target.kind='values' with "
                 "vae.source='identity': set them to 0"
             )
-        if cfg.text.dim:
-            raise ValueError(f"model.text.dim={cfg.text.dim}: tokenizers train without texts")
+        if cfg.text.dim and not cfg.text.padded:
+            raise ValueError("model.text.padded=False: texts of a training differ in length: True")
+        self.embedding = (cfg.text.length, cfg.text.dim) if cfg.text.dim else None
         self.compute = Compute(**config.compute)
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
         self._time_shift, self._repa = config.time_shift, config.repa
@@ -221,7 +222,8 @@ class TokenizerStage(Stage):
         Args:
             batch: "image": uint8 [B, H, W, 3], and "target", the same, where the decoder is to
                 write another image than the encoder reads; or "moments": [B, h, w, 2C], mean and
-                log variance of the VAE's posterior, made before. For REPA without a `repa.source`
+                log variance of the VAE's posterior, made before. For a model that reads texts
+                "text": [B, T, E]. For REPA without a `repa.source`
                 also "repa": [B, P, E], features of DINOv2, made before. And what `draw` made, which
                 is made here where it is missing.
             length: K, how many tokens are computed; no image may keep more. All by default.
@@ -236,7 +238,8 @@ class TokenizerStage(Stage):
             wanted = self._latents(frozen, batch | {"image": batch["target"]})
         # By rounding, the highest quantile of a group may be the lowest of the next one.
         keep = jnp.minimum(batch["keep"], length)
-        registers = flextok.encode(params, cfg, self.compute, x0, length, keep)
+        text = batch.get("text")
+        registers = flextok.encode(params, cfg, self.compute, x0, length, keep, text)
         found = flextok.quantize(params, cfg, registers, batch.get("code"))
         target = self._flow if cfg.is_flow else self._values
         loss, per_image, logged = target(params, frozen, batch, wanted, found.codes, keep, step)
@@ -278,7 +281,7 @@ class TokenizerStage(Stage):
         def decode(last_kernel):
             changed = traverse_util.unflatten_dict(decoder | {last: last_kernel})
             tree = params | {"decoder": changed}
-            return flextok.values(tree, cfg, self.compute, codes, keep, grid)
+            return flextok.values(tree, cfg, self.compute, codes, keep, grid, batch.get("text"))
 
         made, to_last = jax.vjp(decode, decoder[last])
         loss, logged = self._pixels.loss(params, frozen, x0, made, to_last, step)
@@ -335,7 +338,7 @@ class TokenizerStage(Stage):
         """
         if not self._evaluation.num_images:
             return {}
-        images = Validation(self._images(), self._evaluation)
+        images = Validation(self._images(), self._evaluation, embedding=self.embedding)
         prefixes = self.model.prefixes
         lengths = [k for k in flextok.lengths(self.model.num_tokens) if k in prefixes]
 
@@ -344,7 +347,8 @@ class TokenizerStage(Stage):
                 key = jax.random.fold_in(jax.random.key(0), i)
                 for k in lengths:
                     count = flextok.bucket(k, lengths[-1], 4) if len(lengths) > 1 else k
-                    found = self._decoded(params, frozen, batch["image"], key, jnp.int32(k), count)
+                    given = batch["image"], batch.get("text"), key, jnp.int32(k), count
+                    found = self._decoded(params, frozen, *given)
                     yield f"/{k}", found, batch.get("target", batch["image"]), batch["mask"]
 
         return {"reconstruction": lambda *args: metrics.means(stream(*args))}
@@ -359,16 +363,17 @@ class TokenizerStage(Stage):
             data.update(source=found.source, path=found.path, name=found.name)
         return data
 
-    @functools.partial(jax.jit, static_argnums=(0, 6))
-    def _decoded(self, params, frozen, images, key, k, count):
+    @functools.partial(jax.jit, static_argnums=(0, 7))
+    def _decoded(self, params, frozen, images, text, key, k, count):
         """uint8 [B, H, W, 3] → float32 [B, H, W, 3], from the first k of `count` tokens."""
         cfg, compute, of_vae = self.model, self.compute, frozen.get("vae", {})
         dtype = jnp.dtype(compute.dtype)
         x0 = vae.images_to_latents(of_vae, cfg.vae, to_float(images), dtype)
         keep = jnp.full(x0.shape[:1], k)
-        registers = flextok.encode(params, cfg, compute, x0, count, keep)
+        registers = flextok.encode(params, cfg, compute, x0, count, keep, text)
         codes = flextok.quantize(params, cfg, registers).codes
-        x = flextok.decode(params, cfg, compute, codes, keep, jax.random.normal(key, x0.shape))
+        noise = jax.random.normal(key, x0.shape)
+        x = flextok.decode(params, cfg, compute, codes, keep, noise, text=text)
         return vae.latents_to_images(of_vae, cfg.vae, x, dtype)
 
     def export_config(self):
