@@ -78,7 +78,7 @@ class TokenizerStage(Stage):
                 "vae.source='identity': set them to 0"
             )
         if cfg.text.dim and not cfg.text.padded:
-            raise ValueError("model.text.padded=False: texts of a training differ in length: True")
+            raise ValueError("model.text.padded=False: captions differ in length, set it to True")
         self.embedding = (cfg.text.length, cfg.text.dim) if cfg.text.dim else None
         self.compute = Compute(**config.compute)
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
