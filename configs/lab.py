@@ -105,11 +105,14 @@ def _spectral() -> ConfigDict:
 
 
 def _binformer() -> ConfigDict:
-    """T2T-BinFormer: worn pages to clean ones; patches are the tokens, nothing is quantised."""
+    """T2T-BinFormer: worn pages to clean ones; patches are the tokens, nothing is quantised.
+
+    The patches that are read overlap: windows of 3x3 pixels, and of 3x3 windows.
+    """
     c = _one_pass()
     c.data.update(path=paper.folder(), image_size=32, paired=True)
     c.evaluation.update(num_images=200, batch_size=100)
-    c.model.sites.patch_size = 4
+    c.model.sites.update(patch_size=4, strides=(2, 2))
     c.model.tokens.update(count=64, registers=False)
     c.model.bottleneck.update(kind="none", dim=64, size=0)
     return c
@@ -143,6 +146,13 @@ def _canvas() -> ConfigDict:
 def _canvas_elastic() -> ConfigDict:
     """The same by ElasticTok."""
     return _on_canvas(_elastictok(), 8)
+
+
+def _alit() -> ConfigDict:
+    """ALIT: eight more tokens in each of four rounds of the encoder, which revise the others."""
+    c = _on_canvas(_one_pass(), 4)
+    c.model.tokens.update(count=32, rounds=4, keep="uniform", dropped="cut")
+    return c
 
 
 def _textok() -> ConfigDict:
@@ -235,7 +245,7 @@ TOKENIZERS = {
     "spectral": _spectral,
 }
 IMAGE_TO_IMAGE = {"binformer": _binformer, "cleaner": _cleaner}
-CANVAS = {"canvas": _canvas, "canvas_elastic": _canvas_elastic}
+CANVAS = {"canvas": _canvas, "canvas_elastic": _canvas_elastic, "alit": _alit}
 TEXT = {"textok": _textok, "tatitok": _tatitok, "textless": _textless}
 GENERATORS = {
     "single": _single,

@@ -93,6 +93,12 @@ CLAIMS = (
     ),
     Claim("canvas", NEEDS, lambda found: found["canvas"]["correlation"] - 0.5),
     Claim("canvas_elastic", NEEDS, lambda found: found["canvas_elastic"]["correlation"] - 0.5),
+    Claim("alit", NEEDS, lambda found: found["alit"]["correlation"] - 0.5),
+    Claim(
+        "alit",
+        "Rounds follow the number of digits more closely than ordered tokens (rank correlation)",
+        _more("correlation", "alit", "canvas"),
+    ),
     Claim(
         "binformer",
         "Ink of worn pages is found better than by Sauvola's threshold (F-measure)",
@@ -271,7 +277,7 @@ def measure_canvas(tok: FlexTok, count: int = 400) -> dict:
     """How far the tokens that an image needs follow the number of its digits; see `needed`."""
     made = [canvas.canvas("test", i) for i in range(count)]
     images = np.stack([one.image for one in made])
-    counts = range(2, tok.num_tokens + 1, 2)
+    counts = [k for k in range(2, tok.num_tokens + 1, 2) if k in tok.prefixes]
     found = tok.choose_length(images, "mae", target=0.0, counts=counts)
     tokens, digits = needed(found.values, counts), np.array([one.count for one in made])
     numbers = {

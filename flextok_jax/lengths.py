@@ -130,7 +130,7 @@ def choose(
         with tok.on_mesh():
             originals = _by_batches(lambda i: _latents_of(tok, images[i]), rows, size)
     data = _Data(tok, originals, {most: tokens}, rows if seeds is None else seeds, key, size)
-    if cfg.tokens.told:
+    if cfg.tokens.revised:
         for k in counts:
             data.tokens[k] = _by_batches(lambda i, k=k: tok.tokenize(images[i], k), rows, size)
     if criterion.of == "velocity":
@@ -149,7 +149,7 @@ def choose(
 
     better = criterion.larger_is_better
     found = smallest(checked, len(images), counts, target, within, rule, better)
-    if cfg.tokens.told:
+    if cfg.tokens.revised:
         for row, k in enumerate(found[0]):
             tokens[row, :k] = data.tokens[int(k)][row]
     return Lengths(*found, counts, tokens)
@@ -204,8 +204,8 @@ def _sampler(tok, criterion, how: dict):
 class _Data(NamedTuple):
     """Images or their latents, and their tokens, on the host; and how batches of them are run.
 
-    `tokens` are all R of them, {R: tokens}; where the encoder is told how many are kept, also those
-    for each number.
+    `tokens` are all R of them, {R: tokens}; where those for fewer are other tokens, also those for
+    each number.
     """
 
     tok: object

@@ -128,7 +128,7 @@ class FlexTok:
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """The numbers of tokens that stand for an image: 1..R, whole scales, or R alone."""
+        """The numbers of tokens that stand for an image: 1..R, whole scales or rounds, or R alone."""
         return self.config.prefixes
 
     def __repr__(self) -> str:
@@ -392,6 +392,7 @@ class FlexTok:
             noise = jax.random.normal(_key(key), shape)
         exact, keep = cfg.tokens.order != "full", np.full(batch, k, np.int32)
         count = flextok.bucket(int(k), cfg.num_tokens) if exact else cfg.num_tokens
+        count = int(k) if cfg.tokens.rounds > 1 else count  # One round after the other.
         with self.on_mesh():
             arrays = spread_batch(self.mesh, (images, noise, keep, text))
             *found, finite = _encode(self.params, *arrays, cfg, self.compute, count)
@@ -407,7 +408,7 @@ class FlexTok:
         if k not in self.prefixes:
             *some, most = self.prefixes
             raise ValueError(
-                f"num_tokens={k}: the tokens of {self.origin} come in scales, allowed are {some} "
+                f"num_tokens={k}: the tokens of {self.origin} come in scales or rounds, allowed are {some} "
                 f"and {most}"
                 if some
                 else f"num_tokens={k}: the tokens of {self.origin} are not ordered, only all "

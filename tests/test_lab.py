@@ -1,6 +1,7 @@
 """Every variant of the laboratory: gradients, files, prefixes, and what its decoder can do."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def config(variant):
     return c
 
 
-@pytest.fixture(scope="module", params=[*LAB.TOKENIZERS, "textok"])
+@pytest.fixture(scope="module", params=[*LAB.TOKENIZERS, "textok", "alit"])
 def model(request):
     """(configuration, stage, parameters without the zeros of a new model, a tokenizer of them)."""
     c = config(request.param)
@@ -99,7 +100,7 @@ def test_tokens_are_what_the_model_says_of_itself(model):
     for k in sorted({1, 5, 16, count}):
         if k in tok.prefixes:
             found = np.asarray(tok.tokenize(pixels, k, **text))
-            if c.model.tokens.told and k < count:  # The encoder knows k.
+            if tok.config.tokens.revised and k < count:  # The encoder knows k.
                 assert (found != tokens[:, :k]).any()
             else:
                 assert relative(found, tokens[:, :k]) < 1e-5
@@ -180,6 +181,70 @@ def test_lengths_and_sweeps_encode_for_each_number_where_the_encoder_is_told(ord
             tok.tokenize(pixels[:, :8])
     k = int(found.num_tokens[0])
     np.testing.assert_array_equal(found.tokens[0, :k], tok.tokenize(pixels, k)[0])
+
+
+@pytest.fixture(scope="module")
+def rounds():
+    """A tokenizer of 32 tokens in four rounds, and images."""
+    c = config("alit")
+    c.model.encoder.width = c.model.decoder.width = 32
+    cfg = TokenizerStage(c).model
+    return FlexTok(cfg, random_params(cfg)), examples_of(FlexTok(cfg, {}), 4)[0]
+
+
+def test_a_round_does_not_depend_on_later_ones(rounds):
+    tok, pixels = rounds
+    latents = jnp.asarray(to_float(pixels))
+    keep = np.array([8, 16, 24, 32])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def encode(keep, count):
+        return flextok.encode(tok.params, tok.config, tok.compute, latents, count, keep)
+
+    mixed = np.asarray(encode(keep, 32))
+    for row, k in enumerate(keep.tolist()):
+        alone = encode(np.full(4, k), k)
+        assert alone.shape == (4, k, 8)
+        assert relative(mixed[row, :k], alone[row]) < 1e-5
+        assert relative(tok.registers(pixels, k), alone) < 1e-5
+    # A round revises the tokens of those before it.
+    assert relative(mixed[3, :8], encode(keep, 8)[3]) > 1e-2
+
+
+def test_the_cost_grows_by_rounds(rounds):
+    tok, pixels = rounds
+    flops = {}
+    for k in tok.prefixes:
+        run = jax.jit(lambda p, x, k=k: flextok.encode(p, tok.config, Compute(scan=False), x, k))
+        flops[k] = run.lower(tok.params, to_float(pixels)).cost_analysis()["flops"]
+    # Per position a block of width D costs 24 D^2 + 4 T D, T the positions: 64 patches and tokens.
+    cost = [(24 * 32 + 4 * t) * t for t in (72, 80, 88, 96)]
+    grown = [(flops[k] - flops[8]) / (flops[32] - flops[8]) for k in tok.prefixes]
+    np.testing.assert_allclose(grown, np.cumsum([0, *cost[1:]]) / sum(cost[1:]), atol=0.01)
+
+
+def test_every_round_is_sampled_equally_often(rounds):
+    stage = TokenizerStage(config("alit"))
+    keep = stage.draw(jax.random.key(0), jnp.arange(8))["keep"]
+    assert sorted(keep.tolist()) == [8, 8, 16, 16, 24, 24, 32, 32]
+    assert set(stage.lengths(2)) == {32}
+
+
+def test_rounds_are_chosen_by_the_error(rounds):
+    tok, pixels = rounds
+    found = tok.choose_length(pixels, "mae", target=0.0)
+    assert found.counts == (8, 16, 32) and (found.num_tokens == 32).all()
+    tokens = tok.tokenize(pixels, 8)
+    made = np.asarray(tok.detokenize(tokens)).clip(-1, 1)
+    np.testing.assert_allclose(found.values[:, 0], mae(made, to_float(pixels)), rtol=1e-5)
+    with pytest.raises(ValueError, match="rounds.*8, 16, 24"):
+        tok.tokenize(pixels, 12)
+
+
+def test_rounds_that_are_none_are_refused(rounds):
+    for name, value in (("count", 30), ("dropped", "zero"), ("order", "causal")):
+        with pytest.raises(ValueError, match="rounds=4"):
+            changed(rounds[0].config, **{f"tokens__{name}": value})
 
 
 @pytest.fixture(scope="module", params=["textok", "tatitok"])
@@ -349,7 +414,7 @@ def test_folded_groups_cost_half_the_positions():
 
 
 @pytest.mark.parametrize("variant", LAB.IMAGE_TO_IMAGE)
-def test_an_image_to_image_model_writes_what_lies_beside(variant):
+def test_an_image_to_image_model_writes_what_lies_beside(variant, tmp_path):
     stage = TokenizerStage(config(variant))
     pairs = [paper.pair("train", i) for i in range(16)]
     batch = {
@@ -367,7 +432,13 @@ def test_an_image_to_image_model_writes_what_lies_beside(variant):
 
     # The head of a new model writes zeros.
     np.testing.assert_allclose(run(params), np.mean(to_float(batch["target"]) ** 2), rtol=1e-5)
-    gradients = jax.jit(jax.grad(run))(jax.tree.unflatten(tree, noisy))
+    params = jax.tree.unflatten(tree, noisy)
+    tok = FlexTok(stage.model, params | {"vae": {}})
+    tok.save_pretrained(tmp_path)
+    again = FlexTok.from_pretrained(tmp_path)
+    assert again.config == tok.config
+    np.testing.assert_array_equal(*(t.tokenize(batch["image"][:2]) for t in (tok, again)))
+    gradients = jax.jit(jax.grad(run))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         path = layout.path_string(path)
         assert np.abs(gradient).max() > 0 or not stage.trainable(path), path

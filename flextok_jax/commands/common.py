@@ -178,11 +178,11 @@ def read_lengths(path: str, tok: FlexTok, names: Sequence[str]) -> KnownLengths:
         FileNotFoundError, ValueError: it is no such file, of another model, or lacks images; or
             fewer tokens of this model are other tokens.
     """
-    if tok.config.tokens.told:
+    if tok.config.tokens.revised:
         raise ValueError(
-            f"--lengths {path}: the encoder of {tok.origin} is told how many tokens are kept, so "
-            "the tokens of a shorter image are not the first of all: call `choose_length` from "
-            "Python, which returns them"
+            f"--lengths {path}: the encoder of {tok.origin} is told how many tokens are kept, or "
+            "revises them from round to round, so the tokens of a shorter image are not the first "
+            "of all: call `choose_length` from Python, which returns them"
         )
     found = storage.read_json(path)
     try:

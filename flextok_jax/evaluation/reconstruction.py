@@ -89,10 +89,10 @@ def encode(tok: FlexTok, images: np.ndarray, num_tokens: int, batch_size: int) -
 def tokens_for(tok: FlexTok, tokens, images: np.ndarray, num_tokens: int, batch_size: int):
     """Tokens to decode an image from `num_tokens` of.
 
-    These are `tokens`, of which the first ones count, unless the encoder is told how many are
-    kept: then those that `encode` makes of the images for this number.
+    These are `tokens`, of which the first ones count, unless those for fewer are other tokens
+    (`Tokens.revised`): then those that `encode` makes of the images for this number.
     """
-    if not tok.config.tokens.told or tokens.shape[1] == num_tokens:
+    if not tok.config.tokens.revised or tokens.shape[1] == num_tokens:
         return tokens
     return encode(tok, images, num_tokens, batch_size)
 

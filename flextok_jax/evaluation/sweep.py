@@ -181,7 +181,7 @@ class Sweep:
     def _tokens(self, setting: Setting, data) -> np.ndarray:
         """int32 [n, K] by a scale of token guidance, K the setting's number or more."""
         scale = setting.token_guidance
-        if self.samples is None and self.tok.config.tokens.told:
+        if self.samples is None and self.tok.config.tokens.revised:
             k, tokens, images = setting.num_tokens, data.tokens[None], data.originals
             parts = (
                 rec.tokens_for(self.tok, tokens[rows], images[rows], k, self.batch_size)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flextok_jax.nn import attention, kernels, layout
 from flextok_jax.nn.attention import heads_first, layer_norm
 from flextok_jax.nn.config import Blocks, Compute
-from flextok_jax.nn.order import Sequence
+from flextok_jax.nn.order import Sequence, full
 
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
@@ -214,7 +214,7 @@ class Block(nn.Module):
     Attributes:
         cfg: its options.
         compute: how it is run.
-        sequences: of each pass. Without attention in a whole sequence (a cache), ().
+        sequences: of each pass. (): of one pass in which all attend to all, or with a cache.
         modulated: whether it is modulated by an embedding.
         cross: whether it attends to a context.
         capture: the index of the block after which the first pass's first segment is kept.
@@ -279,7 +279,8 @@ class Block(nn.Module):
         def one_pass(x, sequence):
             lengths = sequence.lengths if sequence else x.shape[1:2]
             branch = functools.partial(self._branch, modulation, lengths, norms, scales)
-            core = functools.partial(whole, sequence) if cache is None else continued
+            core = functools.partial(whole, sequence or full(all=x.shape[1]))
+            core = core if cache is None else continued
             x, kept = branch("attn", x, lambda y: self_attention(y, y, core))
             cross = None
             if self.cross:
@@ -392,6 +393,16 @@ def stack(cfg: Blocks, compute: Compute, carry, shared, **options):
     Returns:
         The carry after the last block.
     """
+    carry, _ = stacked(cfg, compute, carry, shared, **options)(carry, shared)
+    return carry
+
+
+def stacked(cfg: Blocks, compute: Compute, carry, shared, **options):
+    """What `stack` runs, to be called with (carry, shared), also several times.
+
+    The arguments say the shapes that parameters are made with. Without `sequences` each call may
+    have its own number of positions.
+    """
     dtype = jnp.dtype(compute.dtype)
     one = Block(cfg, compute, **options, parent=None)
     like = jax.eval_shape(one.init, jax.random.key(0), carry, shared)["params"]
@@ -414,5 +425,4 @@ def stack(cfg: Blocks, compute: Compute, carry, shared, **options):
         length=cfg.depth,
         unroll=1 if compute.scan else cfg.depth,
     )
-    carry, _ = loop(cfg, compute, name="blocks", **options)(carry, shared)
-    return carry
+    return loop(cfg, compute, name="blocks", **options)

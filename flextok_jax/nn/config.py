@@ -234,6 +234,8 @@ class Sites:
             a model of videos reads an image as equal frames, and the first one is what it decodes.
         levels: L of a Haar transform of the patches (nn/haar.py), whose L + 1 scales are read and
             written by positions of their own, coarse to fine; 0: none.
+        strides: of windows that overlap (nn/windows.py), whose product is the patch size; (): the
+            patches that are read do not overlap.
     """
 
     grid: tuple[int, int] = (16, 16)
@@ -241,9 +243,15 @@ class Sites:
     positions: str = "sincos"
     repeat: tuple[int, int] = (1, 1)
     levels: int = 0
+    strides: tuple[int, ...] = ()
 
     def __post_init__(self):
         faults = _at_least(self, 1, "patch_size") + _at_least(self, 0, "levels")
+        if self.strides and (self.levels or math.prod(self.strides) != self.patch_size):
+            faults.append(
+                f"strides={self.strides}, their product must be patch_size={self.patch_size}, and "
+                "levels=0"
+            )
         if self.levels and (
             self.patch_size % 2**self.levels
             or self.positions != "sincos"
@@ -276,6 +284,9 @@ class Tokens:
             "zero": a code of zeros; "cut": nothing, its position is left out.
         told: whether the encoder knows how many tokens are kept. Then tokens for another number
             are other tokens.
+        rounds: how often the encoder runs: each time over patches and tokens as the last run left
+            them, and R / rounds new registers. Then `keep` samples a number of rounds, and tokens
+            for another number are other tokens.
         reshaped: whether the features [R, D] of the registers are read as [D, R] before the
             bottleneck: a reshape, no transposition. For all R of them alone.
     """
@@ -286,20 +297,30 @@ class Tokens:
     keep: str = "pow2"
     dropped: str = "mask"
     told: bool = False
+    rounds: int = 1
     reshaped: bool = False
 
     def __post_init__(self):
-        faults = _at_least(self, 1, "count")
+        faults = _at_least(self, 1, "count", "rounds")
         faults += _choices(
             self,
             order=("causal", "full", "scales"),
             keep=KEEP_MODES,
             dropped=("mask", "zero", "cut"),
         )
-        if self.keep == "pow2" and self.count & (self.count - 1):
+        if self.keep == "pow2" and self.units & (self.units - 1):
             faults.append(
-                f"keep='pow2' needs a power of two of tokens, not {self.count}; use 'uniform_pow2' "
+                f"keep='pow2' needs a power of two of tokens, not {self.units}; use 'uniform_pow2' "
                 "or 'uniform'"
+            )
+        if self.rounds > 1 and (
+            self.count % self.rounds
+            or not (self.order == "full" and self.registers and self.dropped == "cut")
+            or (self.told or self.reshaped)
+        ):
+            faults.append(
+                f"rounds={self.rounds}, must divide count={self.count}, with order='full', "
+                "registers, dropped='cut', and neither told nor reshaped"
             )
         if self.order == "full" and self.keep != "fixed" and self.dropped == "mask":
             faults.append(f"order='full' with keep={self.keep!r} needs dropped 'zero' or 'cut'")
@@ -315,6 +336,16 @@ class Tokens:
         if self.keep == "fixed" and (self.told or self.dropped != "mask"):
             faults.append("keep='fixed' drops nothing: told must be False and dropped 'mask'")
         _check(self, faults)
+
+    @property
+    def units(self) -> int:
+        """How many numbers of tokens an image may keep: one for each round, or for each token."""
+        return self.rounds if self.rounds > 1 else self.count
+
+    @property
+    def revised(self) -> bool:
+        """Whether the tokens for fewer of them are not the first of all."""
+        return self.told or self.rounds > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -569,10 +600,13 @@ class TokenizerConfig:
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """The numbers of tokens that stand for an image: all, whole scales, or R alone."""
+        """The numbers of tokens that stand for an image: all, whole scales or rounds, or R."""
         count = self.num_tokens
         if self.tokens.order == "scales":
             return tuple(self.num_patches * (i + 1) for i in range(self.num_scales))
+        if self.tokens.rounds > 1:
+            each = count // self.tokens.rounds
+            return tuple(range(each, count + 1, each))
         ordered = self.tokens.order == "causal" or self.tokens.keep != "fixed"
         return tuple(range(1, count + 1)) if ordered else (count,)
 

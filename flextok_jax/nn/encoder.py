@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import bottleneck, layers, layout, order
-from flextok_jax.nn.block import Norm, Shared, normal, stack, xavier, zeros
+from flextok_jax.nn.block import Norm, Shared, normal, stack, stacked, xavier, zeros
 from flextok_jax.nn.config import Compute, TokenizerConfig
 from flextok_jax.nn.convs import ConvEncoder
 
@@ -31,8 +31,8 @@ class Encoder(nn.Module):
             num_registers: K, how many to compute; all R by default. Of causal registers the
                 sequence has N + K positions, of scales K, and the result is the prefix of the full
                 one, because no register attends to one of a higher rank.
-            keep: int32 [B], how many of its tokens an image will keep, for `cfg.tokens.told`; K by
-                default.
+            keep: int32 [B], how many of its tokens an image will keep, for `cfg.tokens.told` and
+                `rounds`; K by default.
             text: float [B, T, E], for `cfg.text.encoder`; see `layers.read_text`.
 
         Returns:
@@ -58,6 +58,9 @@ class Encoder(nn.Module):
         if cfg.tokens.told:
             keep = jnp.full(len(latents), count) if keep is None else keep
             parts[tokens] = parts[tokens] + self._told(keep)
+        if cfg.tokens.rounds > 1:
+            keep = jnp.full(len(latents), count) if keep is None else keep
+            return self._features(self._rounds(parts, count, keep, there), count)
         if cfg.tokens.order == "scales":
             parts[tokens] = parts[tokens][:, :count]
             sequence = order.scales(tokens, count, cfg.num_patches)
@@ -70,14 +73,46 @@ class Encoder(nn.Module):
         carry = ((x,), None, jnp.int32(0))
         shared = Shared(mask=sequence.seen(len(latents), text=there))
         (x,), *_ = stack(cfg.encoder, self.compute, carry, shared, sequences=(sequence,))
-        norm = Norm(cfg.encoder.norm, cfg.encoder.norm_eps, name="norm")
-        x = norm(sequence.part(x, tokens)).astype(jnp.float32)
+        return self._features(sequence.part(x, tokens), count)
+
+    def _features(self, x, count: int):
+        """What the bottleneck reads of the first `count` of [B, K, D]."""
+        cfg, (batch, _, width) = self.cfg, x.shape
+        x = Norm(cfg.encoder.norm, cfg.encoder.norm_eps, name="norm")(x).astype(jnp.float32)
         if cfg.tokens.reshaped:
-            x = x.reshape(len(x), width, most).swapaxes(1, 2)
+            x = x.reshape(batch, width, cfg.num_tokens).swapaxes(1, 2)
         # Codes of length 1 have no gradient at 0.
         init = xavier if cfg.bottleneck.kind == "vq" else zeros
-        head = layers.dense(channels, jnp.float32, "head", init, bias=cfg.linear_bias)
-        return head(x[:, :count])
+        channels = bottleneck.features(cfg.bottleneck)
+        return layers.dense(channels, jnp.float32, "head", init, bias=cfg.linear_bias)(x[:, :count])
+
+    def _rounds(self, parts, count: int, keep, there):
+        """Registers [B, K, D] as they are after the round with which an image keeps `keep` of them.
+
+        Those that it does not keep are as they were after their first round.
+        """
+        cfg, x = self.cfg, None
+        registers, each = parts.pop("registers"), cfg.num_tokens // cfg.tokens.rounds
+        lengths = {name: part.shape[1] for name, part in parts.items()}
+        eps, run, found = cfg.encoder.norm_eps, None, None
+        between = Norm(cfg.encoder.norm, eps, name="round_norm")
+        for last in range(each, count + each, each):
+            sequence, new = order.full(**lengths, registers=last), registers[:, last - each : last]
+            x = jnp.concatenate([*parts.values(), new] if x is None else [x, new], axis=1)
+            if found is not None:
+                x = between(x)
+            elif cfg.sites.positions == "learned":
+                x = Norm(cfg.encoder.norm, eps, name="pre_norm")(x)
+            carry = ((x,), None, jnp.int32(0))
+            shared = Shared(mask=sequence.seen(len(x), text=there))
+            run = stacked(cfg.encoder, self.compute, carry, shared) if run is None else run
+            ((x,), *_), _ = run(carry, shared)
+            made = sequence.part(x, "registers")
+            if found is not None:
+                first = jnp.concatenate([found, made[:, last - each :]], axis=1)
+                made = jnp.where((keep >= last)[:, None, None], made, first)
+            found = made
+        return found
 
     def _registers(self, batch: int, count: int):
         """The first vectors of the registers, [batch, count, D]."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flextok_jax.nn import haar, layout
 from flextok_jax.nn.block import normal, xavier, zeros
 from flextok_jax.nn.config import Sites, Text
+from flextok_jax.nn.windows import Windows
 
 
 def dense(
@@ -89,7 +90,11 @@ class PatchEmbed(nn.Module):
             names = (None, "embed")
             return dense(self.width, self.dtype, name, names=names, bias=self.bias)(x)
 
-        x = patchify(latents.astype(self.dtype), side)
+        x = latents.astype(self.dtype)
+        if self.sites.strides:
+            x = Windows(self.sites.strides, self.dtype, name="windows")(x)
+        else:
+            x = patchify(x, side)
         if levels:
             parts = haar.split(x, side, levels)
             x = jnp.concatenate([project(p, f"patch_emb_{i}") for i, p in enumerate(parts)], axis=1)

@@ -172,7 +172,8 @@ class TokenizerStage(Stage):
         cfg, size = self.model, len(rank)
         q = (rank + jax.random.uniform(named(key, "keep"))) / size
         null, p = q < self._null_prob, self._null_prob
-        keep = flow.kept((q - p) / (1 - p), cfg.num_tokens, cfg.tokens.keep)
+        units = cfg.tokens.units
+        keep = flow.kept((q - p) / (1 - p), units, cfg.tokens.keep) * (cfg.num_tokens // units)
         drawn = {"keep": jnp.where(null, 0, keep), "null": null}
 
         def normal(name, shape):

@@ -118,7 +118,7 @@ def is_released(cfg: TokenizerConfig) -> bool:
     sizes = dict(width=64, depth=1, head_dim=64, mlp_hidden=0)
     kinds = {dataclasses.replace(blocks, **sizes) for blocks in (cfg.encoder, cfg.decoder)}
     flextok = cfg.bottleneck.kind == "fsq" and cfg.tokens.order == "causal" and cfg.is_flow
-    flextok = flextok and cfg.sites.positions == "sincos"
+    flextok = flextok and cfg.sites.positions == "sincos" and not cfg.sites.strides
     flow = cfg.target.flow
     flextok = flextok and flow.predicts == "velocity" and not flow.jumps
     return flextok and kinds == {config.Blocks(**sizes)}
