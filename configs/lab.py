@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import ar, tokenizer
 from configs.base import choose
 from examples import canvas, paper
+from examples.digits import classifier
 
 
 def get_config(arg: str = "one_pass") -> ConfigDict:
@@ -76,6 +77,15 @@ def _llamagen() -> ConfigDict:
     c.model.tokens.registers = False
     c.model.encoder.depth = c.model.decoder.depth = 0
     c.model.convs.update(block_out=(16, 32, 32), features=16, layers=1, norm_groups=8)
+    return c
+
+
+def _imagefolder() -> ConfigDict:
+    """ImageFolder: tokens in pairs of two codebooks; the second one follows given features."""
+    c = _one_pass()
+    c.data.path = classifier.folder()
+    c.model.bottleneck.books = 2
+    c.repa.update(weight=0.1, width=classifier.FEATURES, book=True)
     return c
 
 
@@ -243,6 +253,7 @@ TOKENIZERS = {
     "one_d_piece": _one_d_piece,
     "llamagen": _llamagen,
     "spectral": _spectral,
+    "imagefolder": _imagefolder,
 }
 IMAGE_TO_IMAGE = {"binformer": _binformer, "cleaner": _cleaner}
 CANVAS = {"canvas": _canvas, "canvas_elastic": _canvas_elastic, "alit": _alit}

@@ -50,6 +50,7 @@ def tokenizer() -> ConfigDict:
             source="",  # facebook/dinov2-large or a folder of it; "": features in the data
             image_size=518,  # pixels that images are resized to for it [assumed]
             width=1024,  # channels of its features: 384, 768, 1024 for S, B, L
+            book=False,  # whether the last codebook's tokens are aligned, not the decoder
         ),
         loss=dict(
             bottleneck_weight=1.0,  # of the bottleneck's own loss, for "vq" and "kl"

@@ -128,7 +128,7 @@ class FlexTok:
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """The numbers of tokens that stand for an image: 1..R, whole scales or rounds, or R alone."""
+        """The numbers of tokens that stand for an image: 1..R, whole scales or rounds, or R."""
         return self.config.prefixes
 
     def __repr__(self) -> str:

@@ -182,7 +182,10 @@ def test_no_text_becomes_code():
 
 def test_no_part_knows_the_name_of_another_project():
     """What a model is stands in fields; names are for the readers of files, and for docs."""
-    names = re.compile("titok|llamagen|elastictok|maskgit|one.d.piece", re.IGNORECASE)
+    names = re.compile(
+        "titok|llamagen|elastictok|maskgit|one.d.piece|textok|imagefolder|binformer|\\balit\\b",
+        re.IGNORECASE,
+    )
     for path in SOURCES:
         if not relative_name(path).startswith("io/formats/peers/"):
             assert not names.search(path.read_text()), path

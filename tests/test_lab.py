@@ -16,8 +16,8 @@ from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands.common import read_lengths
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.evaluation import reconstruction as rec
-from flextok_jax.nn import ar, flextok, layout
-from flextok_jax.nn.config import Compute, Text
+from flextok_jax.nn import ar, bottleneck, flextok, layout, repa
+from flextok_jax.nn.config import Bottleneck, Compute, Text
 from flextok_jax.nn.images import mae, to_float
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training.ar_stage import ARStage, Tokens
@@ -43,7 +43,8 @@ def model(request):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
     params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise)])
-    return c, stage, params, FlexTok(stage.model, params | {"vae": {}})
+    own = {name: x for name, x in params.items() if name != "repa"}
+    return c, stage, params, FlexTok(stage.model, own | {"vae": {}})
 
 
 def images(count=6):
@@ -63,6 +64,8 @@ def examples_of(tok, count=6):
 def test_a_gradient_reaches_every_parameter(model):
     _, stage, params, tok = model
     pixels, _, text = examples_of(tok, 32)
+    if stage.embedding and not text:  # Features of images.
+        text = {"text": np.random.default_rng(0).standard_normal((32, *stage.embedding))}
     batch = jax.tree.map(jnp.asarray, {"image": pixels} | text)
 
     def loss(params):
@@ -85,7 +88,10 @@ def test_a_saved_model_is_the_same_model(model, tmp_path):
     c = LAB.get_config("one_pass")
     c.init_model, c.init_from, c.data.image_size = True, str(tmp_path), tok.config.image_size[0]
     assert TokenizerStage(c).model == stage.model
-    jax.tree.map(np.testing.assert_array_equal, stage.init_from(c.init_from), params)
+    found = stage.init_from(c.init_from)
+    assert found.keys() == params.keys()
+    for name in ("encoder", "decoder", "bottleneck"):
+        jax.tree.map(np.testing.assert_array_equal, found.get(name), params.get(name))
 
 
 def test_tokens_are_what_the_model_says_of_itself(model):
@@ -181,6 +187,56 @@ def test_lengths_and_sweeps_encode_for_each_number_where_the_encoder_is_told(ord
             tok.tokenize(pixels[:, :8])
     k = int(found.num_tokens[0])
     np.testing.assert_array_equal(found.tokens[0, :k], tok.tokenize(pixels, k)[0])
+
+
+def test_two_books_are_two_quantisers_of_every_second_token():
+    cfg = Bottleneck("vq", (), dim=4, size=8, books=2)
+    books = jax.random.normal(jax.random.key(0), (16, 4))
+    z = jax.random.normal(jax.random.key(1), (3, 6, 4))
+    found = bottleneck.quantize({"codebook": books}, cfg, z)
+    single, losses = dataclasses.replace(cfg, books=1), []
+    for i in range(2):
+        own = {"codebook": books[8 * i : 8 * i + 8]}
+        one = bottleneck.quantize(own, single, z[:, i::2])
+        np.testing.assert_array_equal(found.ids[:, i::2], one.ids)
+        np.testing.assert_array_equal(found.codes[:, i::2], one.codes)
+        losses.append(one.loss)
+    np.testing.assert_allclose(found.loss, np.mean(losses, axis=0), rtol=1e-6)
+    again = bottleneck.codes_of({"codebook": books}, cfg, found.ids)
+    np.testing.assert_allclose(again, found.codes, atol=1e-6)
+    with pytest.raises(ValueError, match="multiple of 3 books"):
+        changed(TokenizerStage(config("imagefolder")).model, bottleneck__books=3)
+
+
+def test_contrast_of_equal_pairs_has_its_closed_form():
+    count, logit = 5, 2.0
+    pairs = logit**0.5 * jnp.eye(count)
+    params = {"kernel": jnp.eye(count), "bias": jnp.zeros(count)}
+    # Their means are the pairs; of the tokens, and of the targets.
+    codes = pairs[:, None] + jnp.array([1.0, -1.0, 0.0])[None, :, None]
+    found = repa.contrast(params, codes, jnp.stack([2 * pairs, 0 * pairs], axis=1))
+    np.testing.assert_allclose(found, np.log(1 + (count - 1) * np.exp(-logit)), rtol=1e-6)
+    mixed = repa.contrast(params, codes, jnp.roll(pairs, 1, axis=0)[:, None])
+    np.testing.assert_allclose(mixed - found, logit, rtol=1e-6)
+
+
+def test_the_last_book_follows_the_features_of_the_images():
+    stage = TokenizerStage(config("imagefolder"))
+    params, cfg = layout.unbox(stage.init(jax.random.key(0))), stage.model
+    features = jax.random.normal(jax.random.key(1), (8, *stage.embedding))
+    batch = {"image": jnp.asarray(images(8)), "text": features}
+    loss, logged = jax.jit(stage.loss)(params, {}, batch, jax.random.key(2), jnp.int32(0))
+    registers = flextok.encode(params, cfg, stage.compute, to_float(batch["image"]))
+    codes = flextok.quantize(params, cfg, registers).codes
+    expected = np.mean(repa.contrast(params["repa"], codes[:, 1::2], features))
+    parts = {name: float(metric.compute()) for name, metric in logged.items() if name[:4] != "code"}
+    assert parts["loss_repa"] == pytest.approx(expected, rel=1e-4)
+    total = parts["rec"] + parts["loss_bottleneck"] + 0.1 * parts["loss_repa"]
+    assert loss == pytest.approx(total, rel=1e-5)
+    c = config("one_pass")
+    c.repa.update(weight=0.1, width=64, book=True)
+    with pytest.raises(ValueError, match="books=1"):
+        TokenizerStage(c)
 
 
 @pytest.fixture(scope="module")

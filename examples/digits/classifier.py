@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
+from examples import image_folder
 from examples.digits import arrays
 from flextok_jax.data import transforms
 from flextok_jax.evaluation import networks
@@ -59,6 +60,24 @@ def features(params, images):
         (features float32 [B, 64], logits float32 [B, 10]).
     """
     return _Network().apply({"params": params}, images)
+
+
+def folder() -> str:
+    """The path of {train,test}/{0..9}/NNNN.png as in `digits.folder`, features NNNN.npy beside.
+
+    These are [1, 64]: for models that are to know what an image shows.
+    """
+    return image_folder("digits_features", _with_features)
+
+
+def _with_features():
+    for split in ("train", "test"):
+        images, labels = arrays(split)
+        found = np.asarray(features(parameters(), to_float(images))[0])
+        for i, (image, label) in enumerate(zip(images, labels)):
+            path = f"{split}/{label}/{i:04d}"
+            yield f"{path}.png", image
+            yield f"{path}.npy", found[i : i + 1]
 
 
 def correct(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

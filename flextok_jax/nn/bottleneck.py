@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 
 
 def init(cfg: Bottleneck, key: jax.Array) -> dict:
-    """The parameters: {"codebook": [size, F]} of "vq", else {}."""
+    """The parameters: {"codebook": [books * size, F]} of "vq", else {}."""
     return {"codebook": vq.init(cfg, key)} if cfg.kind == "vq" else {}
 
 

@@ -360,6 +360,7 @@ class Bottleneck:
         eps: of "fsq": a level's half width is (1 + eps) times as large as the outermost code.
         normalize: of "vq": whether features and codes are compared and used at length 1.
         commitment: of "vq": weight of the loss that moves features towards their codes.
+        books: of "vq": codebooks of `size` codes each; token i is an id of book i modulo `books`.
     """
 
     kind: str = "fsq"
@@ -369,9 +370,12 @@ class Bottleneck:
     eps: float = 1e-3
     normalize: bool = True
     commitment: float = 0.25
+    books: int = 1
 
     def __post_init__(self):
-        faults = _choices(self, kind=("fsq", "vq", "kl", "none"))
+        faults = _choices(self, kind=("fsq", "vq", "kl", "none")) + _at_least(self, 1, "books")
+        if self.books > 1 and self.kind != "vq":
+            faults.append(f"books={self.books}, must be 1 for kind={self.kind!r}")
         if self.kind == "fsq":
             if min(self.levels, default=0) < 3:
                 faults.append(f"levels={self.levels}, every FSQ level must be at least 3")
@@ -533,6 +537,10 @@ class TokenizerConfig:
             for name, part in blocks.items()
             if part.width % 4
         ]
+        if count % self.bottleneck.books:
+            faults.append(
+                f"tokens.count={count}, must be a multiple of {self.bottleneck.books} books"
+            )
         sites = self.num_patches * self.sites.repeat[0] * self.num_scales
         if not self.tokens.registers and count != sites:
             faults.append(f"tokens.count={count}, without registers there are {sites}")

@@ -3,6 +3,9 @@
 Yu et al., arXiv 2410.06940: patch features of the noised image, after a few blocks, pass a small
 MLP, and its mean cosine similarity to the features of the clean image is raised.
 
+Of a tokenizer with several codebooks the tokens of one book may be aligned instead, by InfoNCE (van
+den Oord et al., arXiv 1807.03748) of the whole image.
+
 B images, N patches of the decoder, D its width, P patches of the other network, E its width.
 """
 
@@ -92,3 +95,30 @@ def similarity(params, features, targets, dtype) -> jax.Array:
     y = targets.astype(jnp.float32)
     lengths = jnp.sum(x * x, axis=-1) + SMALL, jnp.sum(y * y, axis=-1) + SMALL
     return jnp.mean(jnp.sum(x * y, axis=-1) * jax.lax.rsqrt(lengths[0] * lengths[1]), axis=-1)
+
+
+def init_contrast(features: int, width: int, key: jax.Array) -> dict:
+    """Parameters of the linear layer from E=`features` to F=`width`, float32, in their boxes."""
+    return layers.dense(width, jnp.float32, None).init(key, jnp.zeros((1, features)))["params"]
+
+
+def contrast(params, codes: jax.Array, targets: jax.Array) -> jax.Array:
+    """Symmetric InfoNCE between images and targets: which target belongs to which image.
+
+    With u the mean code of an image and v its target through the linear layer, logits are u v^T, of
+    all pairs in the batch; neither is normalised.
+
+    Args:
+        params: of `init_contrast`.
+        codes: float32 [B, K, F]; their mean counts.
+        targets: [B, P, E]; their mean counts.
+
+    Returns:
+        float32 [B]: the mean of the two cross-entropies of each image and its target.
+    """
+    layer = layers.dense(codes.shape[-1], jnp.float32, None)
+    v = layer.apply({"params": params}, jnp.mean(targets.astype(jnp.float32), axis=1))
+    logits = jnp.mean(codes, axis=1) @ v.T
+    own = jnp.diagonal(logits)
+    by_image, by_target = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
+    return (by_image + by_target) / 2 - own

@@ -34,7 +34,8 @@ TIME_BINS = 4
 class TokenizerStage(Stage):
     """Latents from a random prefix of the image's tokens: by rectified flow, or in one pass.
 
-    With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2.
+    With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2; with `repa.book` of the
+    last codebook's tokens, and without a `repa.source` towards embeddings beside the images.
     """
 
     def __init__(self, config, vae_config: VAEConfig | None = None, grouped: bool = True):
@@ -84,6 +85,7 @@ class TokenizerStage(Stage):
         self._vae_source, self._data, self._evaluation = source, config.data, config.evaluation
         self._time_shift, self._repa = config.time_shift, config.repa
         self._dinov2 = self._check_repa() if config.repa.weight else None
+        self._decoder_repa = config.repa.weight and not config.repa.book
         if config.data.source == "encoded":
             self._check_encoded()
         # These losses read tokens that an image does not keep, or are no mean over images.
@@ -110,7 +112,16 @@ class TokenizerStage(Stage):
     def _check_repa(self) -> dinov2.DINOv2Config | None:
         """What features are computed by; None: they come with the data."""
         options, depth = self._repa, self.model.decoder.depth
-        if not self.model.is_flow or depth <= repa.BLOCK:
+        if options.book:
+            if self.model.bottleneck.books == 1 or self.model.text.dim:
+                raise ValueError(
+                    f"repa.book=True with model.bottleneck.books={self.model.bottleneck.books}, "
+                    f"model.text.dim={self.model.text.dim}: needs more than one book, and no text"
+                )
+            if not options.source and self._data.source != "encoded":
+                self.embedding = (1, options.width)
+                return None
+        elif not self.model.is_flow or depth <= repa.BLOCK:
             raise ValueError(
                 f"repa.weight={options.weight} needs model.target.kind='flow' and "
                 f"{repa.BLOCK + 1} blocks of the decoder at least, model.decoder.depth={depth}"
@@ -147,7 +158,10 @@ class TokenizerStage(Stage):
     def _projection(self, key):
         if not self._repa.weight:
             return {}
-        return {"repa": repa.init(self.model.decoder.width, self._repa.width, named(key, "repa"))}
+        width, key = self._repa.width, named(key, "repa")
+        if self._repa.book:
+            return {"repa": repa.init_contrast(width, self.model.code_dim, key)}
+        return {"repa": repa.init(self.model.decoder.width, width, key)}
 
     def load_frozen(self):
         """{"vae"}, not for the identity; {"dinov2"}, where it computes the features for REPA."""
@@ -250,22 +264,28 @@ class TokenizerStage(Stage):
         if cfg.bottleneck.has_loss:
             loss += self._bottleneck_weight * jnp.mean(found.loss)
             logged["loss_bottleneck"] = Average.from_model_output(found.loss)
+        if self._repa.weight and self._repa.book:
+            books = cfg.bottleneck.books
+            targets, codes = self._targets(frozen, batch), found.codes[:, books - 1 :: books]
+            apart = repa.contrast(params["repa"], codes, targets)
+            loss += self._repa.weight * jnp.mean(apart)
+            logged["loss_repa"] = Average.from_model_output(apart)
         return loss, logged
 
     def _flow(self, params, frozen, batch, x0, codes, keep, step):
         """(loss, the flow's loss [B], metrics) (docs/reference.md, Objective)."""
         t, noise, cfg = batch["time"], batch["noise"], self.model
         x_t, condition = flow.interpolate(x0, noise, t), Condition(codes, keep, batch["null"])
-        capture = repa.BLOCK if self._repa.weight else None
+        capture = repa.BLOCK if self._decoder_repa else None
         made = flextok.velocities(params, cfg, self.compute, x_t, t, (condition,), capture)
-        (velocity,), features = made if self._repa.weight else (made, None)
+        (velocity,), features = made if self._decoder_repa else (made, None)
         wanted = flow.target(x0, noise)
         if cfg.target.flow.predicts == "image":
             # The same, but near t = 0 limited as the prediction is.
             wanted = flow.velocity_to(x0, x_t, t)
         per_image = flow.flow_loss(velocity, wanted)
         loss, logged = jnp.mean(per_image), self._by_time(per_image, t)
-        if self._repa.weight:
+        if self._decoder_repa:
             targets, dtype = self._targets(frozen, batch), jnp.dtype(self.compute.dtype)
             apart = -repa.similarity(params["repa"], features, targets, dtype)
             for name, values in (("loss_flow", per_image), ("loss_repa", apart)):
@@ -290,9 +310,9 @@ class TokenizerStage(Stage):
         return loss, per_image, logged
 
     def _targets(self, frozen, batch):
-        """DINOv2's features [B, P, E] of a batch."""
+        """DINOv2's features [B, P, E] of a batch, or what lies beside its images."""
         if not self._dinov2:
-            return batch["repa"]
+            return batch["text" if self.embedding else "repa"]
         size, params = self._repa.image_size, frozen["dinov2"]
         images = batch.get("target", batch["image"])
         return repa.targets(params, self._dinov2, self.compute, images, size)
