@@ -228,11 +228,11 @@ def test_the_last_book_follows_the_features_of_the_images():
     loss, logged = jax.jit(stage.loss)(params, {}, batch, jax.random.key(2), jnp.int32(0))
     registers = flextok.encode(params, cfg, stage.compute, to_float(batch["image"]))
     codes = flextok.quantize(params, cfg, registers).codes
-    expected = np.mean(repa.contrast(params["repa"], codes[:, 1::2], features))
+    expected = float(np.mean(repa.contrast(params["repa"], codes[:, 1::2], features)))
     parts = {name: float(metric.compute()) for name, metric in logged.items() if name[:4] != "code"}
     assert parts["loss_repa"] == pytest.approx(expected, rel=1e-4)
     total = parts["rec"] + parts["loss_bottleneck"] + 0.1 * parts["loss_repa"]
-    assert loss == pytest.approx(total, rel=1e-5)
+    assert float(loss) == pytest.approx(total, rel=1e-5)
     c = config("one_pass")
     c.repa.update(weight=0.1, width=64, book=True)
     with pytest.raises(ValueError, match="books=1"):
