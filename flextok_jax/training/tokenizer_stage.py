@@ -34,8 +34,8 @@ TIME_BINS = 4
 class TokenizerStage(Stage):
     """Latents from a random prefix of the image's tokens: by rectified flow, or in one pass.
 
-    With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2; with `repa.book` of the
-    last codebook's tokens, and without a `repa.source` towards embeddings beside the images.
+    With `repa.weight` also REPA (see `nn.repa`), towards features of DINOv2; with `repa.book` of
+    the last codebook's tokens, and without a `repa.source` towards embeddings beside the images.
     """
 
     def __init__(self, config, vae_config: VAEConfig | None = None, grouped: bool = True):
