@@ -408,7 +408,7 @@ class FlexTok:
         if k not in self.prefixes:
             *some, most = self.prefixes
             raise ValueError(
-                f"num_tokens={k}: the tokens of {self.origin} come in scales or rounds, allowed are "
+                f"num_tokens={k}: tokens of {self.origin} come in scales or rounds, allowed are "
                 f"{some} and {most}"
                 if some
                 else f"num_tokens={k}: the tokens of {self.origin} are not ordered, only all "
