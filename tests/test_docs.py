@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pathlib
 import re
 import shlex
@@ -24,6 +25,10 @@ def snippets():
         for i, (language, text) in enumerate(BLOCK.findall(page.read_text())):
             if language == "python":
                 yield pytest.param(text, id=f"{page.name}-{i}")
+    cells = json.loads((ROOT / "notebooks" / "4_released_weights.ipynb").read_text())["cells"]
+    codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert "%pip" in codes[0]  # For Colab.
+    yield pytest.param("\n".join(codes[1:]), id="4_released_weights", marks=pytest.mark.slow)
 
 
 def commands(page: pathlib.Path):
