@@ -24,7 +24,7 @@ def kinds(notebook) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_shows_what_is_stored(path):
+def test_a_notebook_runs_and_shows_what_is_stored(path, tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     assert path.stat().st_size < 600_000
@@ -32,6 +32,7 @@ def test_a_notebook_runs_and_shows_what_is_stored(path):
     assert f"notebooks/{path.name})" in notebook.cells[0].source  # The badge leads here.
     stored = kinds(notebook)
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+    env["TMPDIR"] = str(tmp_path)
     where = {"metadata": {"path": str(ROOT)}}
     client = nbclient.NotebookClient(notebook, timeout=1200, resources=where)
     client.execute(env=env)  # Raises what a cell raises.
