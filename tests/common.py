@@ -113,12 +113,22 @@ def small_vae(channels: int = 4) -> VAEConfig:
     return VAEConfig(latent_channels=channels, block_out=(32, 32), layers_per_block=1)
 
 
+def new_params(init) -> dict:
+    """The parameters of a new model, by `init` of its network or its stage, compiled as one."""
+    return jax.jit(lambda key: layout.unbox(init(key)))(jax.random.key(0))
+
+
+@functools.cache
+def ar_params(cfg: ARConfig) -> dict:
+    return new_params(functools.partial(ar.init, cfg))
+
+
 def tiny_generator(cfg: TokenizerConfig) -> ImageGenerator:
     """A class-conditional AR model of random weights over the tokens of a tiny tokenizer."""
     tok = tiny_tokenizer(cfg)
     sizes = dict(width=32, depth=1, head_dim=16, mlp_hidden=64, num_classes=10)
     ar_cfg = ARConfig(vocab_size=cfg.vocab_size, num_tokens=cfg.num_tokens, **sizes)
-    return ImageGenerator(ar_cfg, layout.unbox(ar.init(ar_cfg, jax.random.key(0))), tok)
+    return ImageGenerator(ar_cfg, ar_params(ar_cfg), tok)
 
 
 def config_file(name: str):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import TINY, random_params, tiny_tokenizer
+from common import TINY, new_params, random_params, tiny_tokenizer
 from PIL import Image
 
 from configs import ar as CONFIGS
@@ -174,7 +174,7 @@ def test_full_size_configs_describe_the_models_of_the_paper(variant):
 
 def test_the_loss_is_the_mean_of_its_bins_and_the_chunk_changes_nothing(data):
     stage, whole = (ARStage(config(data["c2i"], loss__chunk=c)) for c in (5, 99))
-    params = layout.unbox(stage.init(jax.random.key(0)))
+    params = new_params(stage.init)
     batch = batch_of(stage)
     args = params, {}, batch, jax.random.key(1), jnp.int32(0)
     loss, metrics = jax.jit(stage.loss)(*args)
@@ -187,7 +187,7 @@ def test_the_loss_is_the_mean_of_its_bins_and_the_chunk_changes_nothing(data):
 def test_positions_from_an_images_length_on_do_not_count(data):
     """In the loss, its gradient by the logits, and evaluation."""
     stage = ARStage(config(data["c2i"], loss__z_loss=0.1, condition__null_prob=0.0))
-    params, batch = layout.unbox(stage.init(jax.random.key(0))), batch_of(stage)
+    params, batch = new_params(stage.init), batch_of(stage)
     short = batch | {"length": jnp.array([1, 3, 16, 20, 8, 2, 7, 5])}
     counted = np.arange(LENGTH) < np.asarray(short["length"])[:, None]
     condition = stage._condition(params, {}, batch, jnp.zeros(8, bool))
@@ -218,7 +218,7 @@ def test_positions_from_an_images_length_on_do_not_count(data):
 
 def test_dropped_conditions_are_the_null_condition(data):
     always, never = (ARStage(config(data["c2i"], condition__null_prob=p)) for p in (1.0, 0.0))
-    params, batch = layout.unbox(always.init(jax.random.key(0))), batch_of(always)
+    params, batch = new_params(always.init), batch_of(always)
     unknown = batch | {"label": -jnp.ones_like(batch["label"])}
     args = jax.random.key(1), jnp.int32(0)
     loss_of = jax.jit(never.loss)
@@ -248,7 +248,7 @@ def test_an_image_without_a_caption_gets_the_null_text(data):
 
 def test_z_loss_is_added_to_the_mean(data):
     plain, with_z = (ARStage(config(data["c2i"], loss__z_loss=z)) for z in (0.0, 0.5))
-    params = layout.unbox(plain.init(jax.random.key(0)))
+    params = new_params(plain.init)
     args = params, {}, batch_of(plain), jax.random.key(1), jnp.int32(0)
     (a, metrics), (b, _) = jax.jit(plain.loss)(*args), jax.jit(with_z.loss)(*args)
     log_z = metrics["log_z"].compute()
@@ -302,10 +302,7 @@ def test_images_tokenised_in_the_step_are_the_tokens_made_before(tokenizer, imag
     frozen = layout.unbox(stages[0].load_frozen())
     assert set(frozen["tokenizer"]) == {"encoder", "vae"}
     batches = [make_pipeline(x.data, seed=3, batch_size=8, train=True)[1] for x in (c, before)]
-    params, rest = (
-        layout.unbox(stages[0].init(jax.random.key(0))),
-        (jax.random.key(1), jnp.int32(0)),
-    )
+    params, rest = new_params(stages[0].init), (jax.random.key(1), jnp.int32(0))
     found = [jax.jit(s._tokens)(f, b) for s, f, b in zip(stages, (frozen, {}), batches)]
     np.testing.assert_array_equal(*found)
     assert found[0].shape == (8, 8) and len(np.unique(found[0])) > 8

@@ -7,17 +7,15 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from common import ROOT, TINY, tiny_generator
+from common import ROOT, TINY, ar_params, tiny_generator
 from PIL import Image
 
 from flextok_jax import cli
 from flextok_jax.commands.images import read_labels
 from flextok_jax.evaluation import reconstruction
 from flextok_jax.io.formats import flexar
-from flextok_jax.nn import ar, layout
 
 FAST = ["--steps", "1", "--guidance", "1", "--token-guidance", "1.5"]
 
@@ -170,7 +168,7 @@ def test_the_gpu_script_runs_a_bulk_job_without_a_gpu(models, tmp_path):
 def test_a_model_without_conditions_generates(models, tmp_path, capsys):
     gen = tiny_generator(TINY)
     cfg = dataclasses.replace(gen.config, num_classes=0)
-    params = layout.unbox(ar.init(cfg, jax.random.key(0)))
+    params = ar_params(cfg)
     dataclasses.replace(gen, config=cfg, params=params).save_pretrained(tmp_path / "ar")
     given = ["--model", tmp_path / "ar", *models[2:], "--per-label", "3"]
     assert run(*given, "--num-tokens", "2", "--out", tmp_path / "out") == 0

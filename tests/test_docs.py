@@ -24,7 +24,8 @@ def snippets():
     for page in PAGES:
         for i, (language, text) in enumerate(BLOCK.findall(page.read_text())):
             if language == "python":
-                yield pytest.param(text, id=f"{page.name}-{i}")
+                marks = () if page.name == "README.md" else pytest.mark.slow
+                yield pytest.param(text, id=f"{page.name}-{i}", marks=marks)
     cells = json.loads((ROOT / "notebooks" / "4_released_weights.ipynb").read_text())["cells"]
     codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert "%pip" in codes[0]  # For Colab.

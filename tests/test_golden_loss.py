@@ -1,5 +1,7 @@
 """The loss of each stage in bfloat16: a stored number, and that of float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,13 +39,20 @@ def stage_of(name: str, dtype: str):
     return make(c)
 
 
+@functools.cache
+def params_of(name: str):
+    """Larger ones than the first, some of which are zero; float32 in both."""
+    init = stage_of(name, "float32").init
+    return jax.jit(
+        lambda key: jax.tree.map(
+            lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
+            unbox(init(key)),
+        )
+    )(jax.random.key(0))
+
+
 def loss_of(name: str, dtype: str) -> float:
-    """With larger parameters than the first ones, some of which are zero."""
-    stage = stage_of(name, dtype)
-    params = jax.tree.map(
-        lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
-        unbox(stage.init(jax.random.key(0))),
-    )
+    stage, params = stage_of(name, dtype), params_of(name)
     batch = {"image": jnp.asarray(digits.arrays("train")[0][:8])}
     batch["label"] = jnp.asarray(digits.arrays("train")[1][:8], jnp.int32)
     batch["tokens"] = jnp.asarray(np.random.RandomState(0).randint(0, 1000, (8, 16)), jnp.int32)

@@ -67,12 +67,13 @@ def test_perturbing_a_position_changes_nothing_of_lower_rank(name, monkeypatch):
         length = sequence.length
         x = jax.random.normal(jax.random.key(0), (1, length, cfg.width))
         start = (x,), None, jnp.int32(0)
-        params = block.layout.unbox(one.init(jax.random.key(1), start, (None,) * 3))
+        nothing = (None,) * 3
+        params = block.layout.unbox(jax.jit(one.init)(jax.random.key(1), start, nothing))
         # As it is, and perturbed at each position: one batch.
         other = jax.random.normal(jax.random.key(2), x.shape)
         moved = x + jnp.eye(length)[:, :, None] * other
         batch = jnp.concatenate([x, moved])
-        ((out,), *_), _ = one.apply(params, ((batch,), None, jnp.int32(0)), (None,) * 3)
+        ((out,), *_), _ = jax.jit(one.apply)(params, ((batch,), None, jnp.int32(0)), nothing)
         effect = np.abs(np.asarray(out[1:] - out[:1])).max(-1).T  # [output, input]
         ranks = np.array(sequence.ranks or (0,) * length)
         allowed = ranks[None, :] <= ranks[:, None]

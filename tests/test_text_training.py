@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import tiny_tokenizer
+from common import new_params, tiny_tokenizer
 from PIL import Image
 
 from configs import ar as CONFIGS
@@ -70,7 +70,7 @@ def saved(stage, params, folder):
 @pytest.mark.slow
 def test_a_text_encoder_learns_with_the_model_and_lies_in_its_file(captioned, tmp_path):
     stage = ARStage(own_text(captioned, condition__null_prob=0.0))
-    params = layout.unbox(stage.init(jax.random.key(0)))
+    params = new_params(stage.init)
     data = own_text(captioned).data
     batch = make_pipeline(data, seed=0, batch_size=8, train=True, text=stage.captions)[0]
     frozen = layout.unbox(stage.load_frozen())
@@ -133,7 +133,7 @@ def test_captions_become_ids_and_absent_ones_the_empty_caption(captioned, tmp_pa
     assert sorted(lengths)[0] == 1 and (np.sort(lengths)[1:] > 1).all()  # One has no caption.
     ends = batch["text_ids"][np.arange(24), lengths - 1]
     assert (ends == 1).all() and stage.captions("x " * 50)["text_ids"][-1] == 1
-    params = layout.unbox(stage.init(jax.random.key(0)))
+    params = new_params(stage.init)
     everywhere = stage._condition(params, {}, batch, np.ones(24, bool))
     nowhere = stage._condition(params, {}, batch, np.zeros(24, bool))
     assert everywhere.text_mask.sum() == 24

@@ -281,6 +281,7 @@ def run_alone(code: str, *arguments) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_inference_imports_nothing_of_training():
     code = """
 import json, sys

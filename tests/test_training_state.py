@@ -4,6 +4,7 @@ The stage of these tests is a small denoising autoencoder on the digits.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -148,10 +149,14 @@ def get_batch(size=8, seed=0):
 
 def start(**changes):
     """(program, state, frozen) of a small run."""
-    config = get_config(**changes)
-    stage = ToyStage(config)
-    program = build(stage, config, make_mesh(devices=jax.devices()[:1]))
-    return program, program.init(), stage.load_frozen()
+    program = _program(tuple(changes.items()))
+    return program, program.init(), ToyStage(get_config()).load_frozen()
+
+
+@functools.cache
+def _program(changes):
+    config = get_config(**dict(changes))
+    return build(ToyStage(config), config, make_mesh(devices=jax.devices()[:1]))
 
 
 def host(tree):
