@@ -5,7 +5,7 @@
 Tokens are made once, several crops of each image, and read from then on:
 
     flextok tokenize --model EPFL-VILAB/flextok_d18_d28_in1k --data IMAGENET --split train \
-        --crops 10 --flip --out TOKENS          (and --split test)
+        --crops 10 --flip --out TOKENS          (and --split validation)
     python -m flextok_jax.main --config=configs/ar.py:c2i_d24 --workdir=DIR \
         --config.data.path=TOKENS --config.mesh.fsdp=16
 
@@ -16,8 +16,8 @@ or from images, by a frozen tokenizer in every step, as the digits are:
 
 A text variant learns from images with captions and their embeddings: beside NAME.jpg lie NAME.npy
 (float [T, 2048], of Flan-T5-XL, without padding) and perhaps NAME.txt; null_text.npy in the folder
-is the embedding of the empty prompt. `flextok tokenize` takes them along. No text encoder is part
-of this project.
+is the embedding of the empty prompt. `flextok embed` writes the embeddings (docs/text.md), and
+`flextok tokenize` takes them along.
 
 A variant may carry sizes after commas, which override the variant's own:
     --config=configs/ar.py:c2i_d24,depth=2,width=64,batch=4,vocab=1000,num_tokens=16
