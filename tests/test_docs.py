@@ -118,7 +118,8 @@ def check_keys(path, variant, words):
 
 
 def test_links_lead_to_files():
-    for page in PAGES:
+    more = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("*/*/README.md")]
+    for page in [*PAGES, *more]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
