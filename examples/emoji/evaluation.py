@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("tokenizer", help="of 64 x 64 pixels: a workdir, a folder or a demo")
     parser.add_argument("--generator", help="of its tokens, by the nine groups")
     parser.add_argument("--per-group", type=int, default=50, help="samples of each group (50)")
-    parser.add_argument("--picture", help="a PNG to write")
+    parser.add_argument("--picture", help="an image file to write")
     parser.add_argument("--guidance", type=float, help="of decoding; default: the model's")
     parser.add_argument("--steps", type=int, help="of decoding; default: the model's")
     args = parser.parse_args()
