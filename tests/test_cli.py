@@ -74,7 +74,7 @@ def test_help_fits_a_terminal_and_its_examples_parse(words, capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "80")
     assert run(*words.split(), "--help") == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines()[1:])) <= 80
+    assert max(map(len, text.splitlines()[1:])) <= 80 and "None" not in text
     examples = inspect.getdoc(options.COMMANDS[words][0]).split("example:\n")[1]
     examples = re.findall(r"^  flextok (.*)$", examples.replace("\\\n", ""), re.MULTILINE)
     assert examples and all(example.split()[0] in text for example in examples)

@@ -115,7 +115,10 @@ Count = Annotated[int | None, *_option("N", _positive)]
 Scale = Annotated[float | None, *_option("SCALE", _scale)]
 Scales = Annotated[tuple[float, ...] | None, *_option("SCALE[,SCALE...]", _several(_scale))]
 Factor = Annotated[float | None, *_option("FACTOR", _factor)]
-Solver = Annotated[Literal["euler", "midpoint", "multistep"] | None, arg(help_behavior_hint="")]
+Solver = Annotated[
+    Literal["euler", "midpoint", "multistep"] | None,
+    arg(metavar="{euler,midpoint,multistep}", help_behavior_hint=""),
+]
 Interval = Annotated[tuple[float, ...] | None, *_option("LOW,HIGH", _several(_probability))]
 Process = Annotated[tuple[int, int], *_option("I/N", _process, "process I, from 0, of N (0/1)")]
 Task = Literal["reconstruction", "generation", "probe"]
