@@ -16,6 +16,7 @@ from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands.common import read_lengths
 from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.evaluation import reconstruction as rec
+from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, bottleneck, flextok, layout, repa
 from flextok_jax.nn.config import Bottleneck, Compute, Text
 from flextok_jax.nn.images import mae, to_float
@@ -442,6 +443,7 @@ def test_a_saved_generator_is_the_same_generator(generator, tmp_path):
     gen.save_pretrained(tmp_path)
     again = ImageGenerator.from_pretrained(tmp_path)
     assert again.config == gen.config and again.fingerprint == gen.fingerprint
+    assert flexar.about(tmp_path)["text"] == (gen.config.text_dim > 0)
     how = dict(key=3, guidance_scale=2.0, labels=[1, 2])
     if gen.config.text_dim:
         how |= dict(labels=None, text_embeddings=np.ones((2, 5, gen.config.text_dim)))

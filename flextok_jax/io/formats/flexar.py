@@ -162,7 +162,8 @@ def about(source) -> dict:
     beside, info = file.parent / CONFIG, {}
     if METADATA in metadata:
         info = json.loads(metadata[METADATA])
-    elif beside.is_file():
+        return info | {"text": bool(info["config"].get("text_dim"))}
+    if beside.is_file():
         info = flexar_config.read(beside.read_text(encoding="utf-8"), beside)[1]
     return info | {"text": TEXT_FC1 in tensors}
 
