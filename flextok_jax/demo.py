@@ -151,13 +151,14 @@ class Demo:
     def grow(
         self, condition: Conditions, how: How = How()
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A new image as its tokens come: (the first k tokens int32 [k], the image of them).
+        """A new image as its tokens come: (the first k tokens [k, ...], the image of them).
 
-        Tokens are sampled in parts of 1, 1, 2, 4, ..., so that few programs are compiled; the
-        seed is of the tokens and of the noise.
+        Tokens are sampled in parts of 1, 1, 2, 4, ..., so that few programs are compiled, or all at
+        once where that is the model's way; the seed is of the tokens and of the noise.
         """
         gen, tokens, before = self.generator, None, 0
-        for part in flextok.lengths(gen.num_tokens):
+        whole = gen.config.whole
+        for part in (gen.num_tokens,) if whole else flextok.lengths(gen.num_tokens):
             tokens = np.asarray(
                 gen.generate_tokens(
                     conditions=condition, num_tokens=part, prefix=tokens, key=how.seed

@@ -1,6 +1,7 @@
 """`flextok demo`: what its page shows, and the page itself in a browser."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import io
 import math
@@ -86,6 +87,15 @@ def test_a_new_image_grows_to_the_one_that_is_generated_at_once():
     expected = np.asarray(gen.generate_tokens(labels=[7], key=FAST.seed))[0]
     same(tokens, [expected[:k] for k in (1, 2, 3, 4)])
     same(images, [direct(expected, k) for k in (1, 2, 3, 4)])
+
+
+def test_a_model_that_makes_all_tokens_at_once_shows_their_prefixes():
+    gen, condition = models().generator, models().condition(label=7)
+    gen = dataclasses.replace(gen, config=dataclasses.replace(gen.config, masked=True))
+    page = dataclasses.replace(models(), generator=gen)
+    tokens, _ = zip(*page.grow(condition, FAST))
+    expected = np.asarray(gen.generate_tokens(labels=[7], key=FAST.seed))[0]
+    same(tokens, [expected[:k] for k in (1, 2, 3, 4)])
 
 
 @pytest.mark.slow

@@ -123,6 +123,7 @@ def build(models: Demo):
         if models.generator:
             with gr.Tab("Generate"):
                 _generation(gr, models, settings)
+        if models.generator and not models.generator.config.whole:
             with gr.Tab("Search"):
                 _search(gr, page, models, settings)
         accordion.render()
