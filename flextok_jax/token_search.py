@@ -243,7 +243,10 @@ def prepare(
         settings = dataclasses.replace(settings, schedule=schedule)
     drawing.check(settings, cfg.num_tokens)
     if cfg.whole:
-        raise ValueError(f"{gen.origin} draws tokens again or at once: a search needs an order")
+        raise ValueError(
+            f"{gen.origin} draws tokens again or at once: a search needs an order, so give a model "
+            "without masked, coarse and channels"
+        )
     if not is_int(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: must be an int, at least 1")
     used = [member for one in (verifier, *judges) for member in _members(one)]

@@ -155,6 +155,12 @@ def agreement(gen) -> Verifier:
 
 
 def _of_model(name: str, gen, function: Callable) -> Verifier:
+    if gen.config.whole:
+        raise ValueError(
+            f"{name}: {gen.origin} does not draw tokens in their order, each given those before "
+            "it; give a model that does"
+        )
+
     def prepare(conditions: Conditions):
         if gen.config.text_dim and conditions.text is None:
             raise ValueError(f"{name}: the prompts have no embeddings; give gen a text_encoder")

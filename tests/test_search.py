@@ -58,6 +58,9 @@ def test_a_search_of_a_model_of_groups_goes_on_within_a_group():
     masked = dataclasses.replace(gen(), config=dataclasses.replace(gen().config, masked=True))
     with pytest.raises(ValueError, match="needs an order"):
         search(masked, BRIGHT, **how, **one)
+    for verifier in (verifiers.likelihood, verifiers.agreement):
+        with pytest.raises(ValueError, match="does not draw tokens in their order"):
+            verifier(masked)
 
 
 def plain(label, key, branch, temperature, lookahead, beams=2, candidates=3, steps=1):
