@@ -239,6 +239,11 @@ class ImageGenerator:
                 prefix = np.zeros((len(conditions), 0), np.int32)
         if text is not None:
             text_embeddings, text_mask = self._encode(text, text_embeddings)
+        if cfg.channels and ((prefix is not None and np.size(prefix)) or top_k or top_p):
+            raise ValueError(
+                f"top_k={top_k}, top_p={top_p}, a prefix of shape {np.shape(prefix)}: a flow makes "
+                "all tokens at once, and they are no ids; leave these out"
+            )
         prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)
         given = 0 if prefix is None else prefix.shape[1]
         count = cfg.num_tokens if num_tokens is None else num_tokens
@@ -258,8 +263,6 @@ class ImageGenerator:
         condition, null = generation.pad_texts(condition, null)
         how = generation.Sampling(scales, *check_sampling(temperature, top_k, top_p))
         run = self._program(given, int(count), passes)
-        if cfg.channels and (given or top_k or top_p):
-            raise ValueError("a flow makes all tokens at once: no prefix, no top_k, no top_p")
         length = flextok.bucket(given, cfg.num_tokens) if given else 0
         padded = np.zeros((batch, length), np.int32)
         if cfg.masked:
@@ -479,7 +482,10 @@ class ImageGenerator:
         lowest = ar.SOS if cfg.masked and name == "tokens" else 0
         wrong = tokens[(tokens < lowest) | (tokens >= cfg.vocab_size)]
         if wrong.size:
-            raise ValueError(f"token id {wrong[0]} in {name}: must be in 0..{cfg.vocab_size - 1}")
+            hidden = ", or -1 where it is not known" if lowest else ""
+            raise ValueError(
+                f"token id {wrong[0]} in {name}: must be in 0..{cfg.vocab_size - 1}{hidden}"
+            )
         return tokens.astype(np.int32)
 
     def condition(self, labels, text, mask, batch: int | None) -> tuple[ARCondition, int]:
@@ -512,6 +518,9 @@ class ImageGenerator:
     def null_condition(self, batch: int, text, mask) -> ARCondition:
         """The null condition of `batch` sequences."""
         if not self.config.text_dim or self.config.channels:
+            if text is not None or mask is not None:
+                kind = "a flow" if self.config.channels else "not a text model"
+                raise ValueError(f"{kind}: null_embeddings and null_mask mean nothing, give none")
             return ARCondition(np.full(batch, -1, np.int32))
         if text is None and self._null_text is not None:
             text, mask = self._null_text

@@ -106,3 +106,5 @@ def test_what_a_masked_model_cannot_do_is_refused():
         ordered.generate_tokens([0], passes=4)
     with pytest.raises(ValueError, match="-1"):
         ordered.logits([[3, -1]])
+    with pytest.raises(ValueError, match="id -2 in tokens.*or -1"):
+        generator().logits([[3, -2]])

@@ -105,9 +105,18 @@ def test_losses_of_a_new_model(cfg):
 
 def test_what_a_flow_cannot_do_is_refused():
     gen = generator(NOISE)
-    for how in (dict(top_k=3), dict(top_p=0.5), dict(prefix=np.zeros((1, 0), int), passes=0)):
-        with pytest.raises(ValueError, match="no top_k|passes=0"):
+    null = np.ones((1, 2, 24), np.float32)
+    for how, message in (
+        (dict(top_k=3), "top_k=3"),
+        (dict(top_p=0.5), "top_p=0.5"),
+        (dict(prefix=np.zeros((1, 2), int)), r"shape \(1, 2\)"),
+        (dict(prefix=np.zeros((1, 0), int), passes=0), "passes=0"),
+        (dict(null_embeddings=null), "null_embeddings"),
+    ):
+        with pytest.raises(ValueError, match=message):
             gen.generate_tokens(**{"labels": [0], **how})
+    with pytest.raises(ValueError, match="a flow: null_embeddings"):
+        generator(SPOKEN).generate_tokens(**asked(SPOKEN), null_embeddings=null)
     with pytest.raises(ValueError, match="without logits"):
         gen.logits([[1]])
     for changes in ({"vocab_size": 5}, {"group": 2}, {"masked": True}, {"scale": 0.0}):
