@@ -31,7 +31,7 @@ from flextok_jax.evaluation.statistics import FeatureSet, fid
 from flextok_jax.generator import PASSES, STEPS
 from flextok_jax.io import storage
 from flextok_jax.nn import masked
-from flextok_jax.nn.flextok import codes_of
+from flextok_jax.nn.flextok import codes_of, doublings
 from flextok_jax.nn.images import to_float, to_uint8
 
 MEASURED = "measured.json"
@@ -212,12 +212,6 @@ def measure(variant: str, workdir: pathlib.Path, per_class: int) -> dict:
     return measure_canvas(tok) if variant in lab.CANVAS else measure_tokenizer(tok)
 
 
-def _counts(tok: FlexTok) -> list[int]:
-    """1, 2, 4, ... and all tokens, as far as they stand for an image."""
-    doublings = (2**i for i in range(tok.num_tokens.bit_length()))
-    return sorted({*doublings, tok.num_tokens} & set(tok.prefixes))
-
-
 def measure_pages(tok: FlexTok, count: int = 200) -> dict:
     """Clean pages of `count` worn ones: the F-measure of ink, and that of Sauvola's threshold."""
     from skimage.filters import threshold_sauvola
@@ -227,7 +221,7 @@ def measure_pages(tok: FlexTok, count: int = 200) -> dict:
     grey = worn[..., 0]
     found = np.stack([x > threshold_sauvola(x, 15) for x in grey])
     by_tokens = {}
-    for k in _counts(tok):
+    for k in doublings(tok.prefixes):
         made = to_uint8(tok.detokenize(tok.tokenize(worn, k)))
         by_tokens[str(k)] = paper.f_measure(made > 127, clean > 127)
     numbers = {
@@ -246,7 +240,7 @@ def measure_tokenizer(tok: FlexTok) -> dict:
     images, _ = arrays("test")
     key = {"key": 0} if tok.config.is_flow else {}
     by_tokens = {}
-    for k in _counts(tok):  # Tokens are made for each number: an encoder may be told it.
+    for k in doublings(tok.prefixes):  # Tokens are made for each number: an encoder may be told it.
         tokens = tok.tokenize(images, k)
         made = to_uint8(tok.detokenize(tokens, **key))
         by_tokens[str(k)] = float(np.mean(psnr(to_float(made), to_float(images))))

@@ -208,12 +208,8 @@ class Demo:
         """Calls that compile all that the page needs with the model's own guidance."""
         tokens = self.tokens(np.zeros((self.side, self.side, 3), np.uint8))
         how = How(steps=1) if self.tokenizer.config.is_flow else How()
-        lengths = [k for k in flextok.lengths(self.tokenizer.num_tokens)]
-        calls = [
-            functools.partial(self.decode, tokens, k, how)
-            for k in lengths
-            if k in self.tokenizer.prefixes
-        ]
+        counts = flextok.doublings(self.tokenizer.prefixes)
+        calls = [functools.partial(self.decode, tokens, k, how) for k in counts]
         if self.generator:
             text = "a" if self.generator.config.text_dim else None
             calls.append(lambda: list(self.grow(self.condition(0, text), how)))
@@ -270,8 +266,8 @@ def load(
 
 def shown(tok: FlexTok, most: int) -> tuple[int, ...]:
     """The numbers of tokens, up to `most`, that are shown beside each other."""
-    counts = range(1, most + 1) if most <= ALL_SHOWN else flextok.lengths(most)
-    return tuple(k for k in counts if k in tok.prefixes)
+    counts = tuple(k for k in tok.prefixes if k <= most)
+    return counts if most <= ALL_SHOWN else flextok.doublings(counts)
 
 
 def token_bytes(tok: FlexTok, k: int) -> int:

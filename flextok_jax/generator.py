@@ -563,11 +563,11 @@ def _check_fit(cfg: ARConfig, tok: FlexTok) -> None:
         raise ValueError(
             f"the model has tokens of {cfg.channels} channels, the tokenizer {tok.origin} of {kind}"
         )
-    if cfg.vocab_size != tok.config.vocab_size or cfg.num_tokens > tok.num_tokens:
+    if cfg.vocab_size != tok.config.vocab_size or cfg.num_tokens not in tok.prefixes:
         raise ValueError(
             f"the AR model has {cfg.vocab_size} ids and {cfg.num_tokens} positions, the tokenizer "
             f"{tok.origin} {tok.config.vocab_size} ids and {tok.num_tokens} tokens: the ids must "
-            "be as many, the positions at most as many"
+            "be as many, and so many positions must make an image (`FlexTok.prefixes`)"
         )
 
 

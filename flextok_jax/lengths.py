@@ -168,8 +168,7 @@ def check_counts(tok, counts: Sequence[int] | None) -> tuple[int, ...]:
             "there is nothing to choose"
         )
     allowed = tok.prefixes
-    few = tuple(k for k in flextok.lengths(most) if k in allowed)
-    counts = few if counts is None else tuple(counts)
+    counts = flextok.doublings(allowed) if counts is None else tuple(counts)
     right = all(isinstance(k, (int, np.integer)) and k in allowed for k in counts)
     if not counts or not right or any(a >= b for a, b in zip(counts, counts[1:])):
         values = f"1..{most}" if len(allowed) == most else allowed

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import TINY, new_params, random_params, tiny_tokenizer
+from common import TINY, changed, new_params, random_params, tiny_tokenizer
 from PIL import Image
 
 from configs import ar as CONFIGS
@@ -392,6 +392,9 @@ def test_what_does_not_fit_is_refused_with_both_sides(data, tokenizer, images, t
     write(tmp_path, "train", classes=list("abcdefghij"))
     write(tmp_path, "test", classes=list("abcdefghik"))
     refused(config(tmp_path), "'j', 'k'")
+    full = tiny_tokenizer(changed(TINY, tokens=dict(count=16, order="full", keep="fixed")))
+    full.save_pretrained(tmp_path / "full")
+    refused(online(tmp_path / "full", images, model__num_tokens=8), r"num_tokens=8.*\(16,\)")
     c = online(tokenizer, images)
     c.data.image_size = 16
     refused(c, "image_size=16.*8")

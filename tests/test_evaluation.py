@@ -9,6 +9,7 @@ from PIL import Image
 
 from flextok_jax.commands.common import out_results, results_folder
 from flextok_jax.evaluation import metrics, pictures, reconstruction, report
+from flextok_jax.nn import flextok
 from flextok_jax.nn.images import to_float, to_uint8
 
 # Metrics.
@@ -51,6 +52,8 @@ def test_counts_are_doublings_up_to_all_unless_they_are_given():
     assert reconstruction.check_counts(tok, [4, 1, 4]) == [1, 4]
     with pytest.raises(ValueError, match="num_tokens=17.*1 to 16"):
         reconstruction.check_counts(tok, [1, 17])
+    assert flextok.doublings((9, 18, 27)) == (9, 18, 27) and flextok.doublings((16,)) == (16,)
+    assert flextok.doublings(range(8, 65, 8)) == (8, 16, 32, 64)
 
 
 # Pictures.

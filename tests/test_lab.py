@@ -18,7 +18,7 @@ from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.evaluation import reconstruction as rec
 from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, bottleneck, flextok, layout, repa
-from flextok_jax.nn.config import Bottleneck, Compute, Text
+from flextok_jax.nn.config import ARConfig, Bottleneck, Compute, Text
 from flextok_jax.nn.images import mae, to_float
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training.ar_stage import ARStage, Tokens
@@ -300,6 +300,11 @@ def test_rounds_are_chosen_by_the_error(rounds):
     np.testing.assert_allclose(found.values[:, 0], mae(made, to_float(pixels)), rtol=1e-5)
     with pytest.raises(ValueError, match="rounds.*8, 16, 24"):
         tok.tokenize(pixels, 12)
+    with pytest.raises(ValueError, match=r"num_tokens=12: allowed are \[8, 16, 24, 32\]"):
+        rec.check_counts(tok, [12])
+    sizes = dict(width=32, depth=1, head_dim=16, mlp_hidden=64)
+    with pytest.raises(ValueError, match="12 positions.*prefixes"):
+        ImageGenerator(ARConfig(512, 12, **sizes), {}, tok)
 
 
 def test_rounds_that_are_none_are_refused(rounds):

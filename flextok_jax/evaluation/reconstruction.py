@@ -73,10 +73,10 @@ def check_counts(tok: FlexTok, counts: Sequence[int] | None, available: int | No
     most = tok.num_tokens if available is None else available
     allowed = [k for k in tok.prefixes if k <= most]
     if counts is None:
-        return [k for k in flextok.lengths(most) if k in allowed]
+        return list(flextok.doublings(allowed))
     wrong = [k for k in counts if k not in allowed]
     if wrong:
-        which = f"{allowed[0]} to {most}" if len(allowed) > 1 else allowed
+        which = f"1 to {most}" if len(allowed) == most > 1 else allowed
         raise ValueError(f"num_tokens={','.join(map(str, wrong))}: allowed are {which}")
     return sorted(set(counts))
 

@@ -51,6 +51,12 @@ def lengths(num_tokens: int, base: int = 2) -> tuple[int, ...]:
     return (*found, num_tokens) if num_tokens > 1 else (1,)
 
 
+def doublings(prefixes) -> tuple[int, ...]:
+    """Of ascending numbers of tokens the first from 1, 2, 4, ... on, and the last."""
+    wanted = lengths(prefixes[-1])
+    return tuple(sorted({next(k for k in prefixes if k >= least) for least in wanted}))
+
+
 def bucket(k: int, num_tokens: int, base: int = 2) -> int:
     """The smallest of `lengths` that is at least k."""
     return next(length for length in lengths(num_tokens, base) if length >= k)

@@ -134,6 +134,11 @@ class ARStage(Stage):
         size = self._data.image_size
         if cfg.image_size != (size, size):
             raise ValueError(f"data.image_size={size}: {self._source} has {cfg.image_size}")
+        count = model["num_tokens"]
+        if count is not None and 0 < count < cfg.num_tokens and count not in cfg.prefixes:
+            raise ValueError(
+                f"model.num_tokens={count}: {self._source} makes images of {cfg.prefixes} tokens"
+            )
         if model["coarse"] and tuple(model["levels"]) != cfg.bottleneck.levels:
             raise ValueError(
                 f"model.levels={model['levels']}: {self._source} has {cfg.bottleneck.levels}"

@@ -360,8 +360,7 @@ class TokenizerStage(Stage):
         if not self._evaluation.num_images:
             return {}
         images = Validation(self._images(), self._evaluation, embedding=self.embedding)
-        prefixes = self.model.prefixes
-        lengths = [k for k in flextok.lengths(self.model.num_tokens) if k in prefixes]
+        lengths = flextok.doublings(self.model.prefixes)
 
         def stream(params, frozen, mesh):
             for i, batch in enumerate(images.batches(mesh, f", {len(lengths)} lengths")):
