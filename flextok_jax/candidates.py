@@ -110,7 +110,7 @@ class Proposals:
         room = state.caches[0].k.shape[2] if state.caches else 0
         with self.gen.on_mesh():
             (index,) = spread_batch(self.gen.mesh, (index,))
-            return _take(state, index, max(room, self._room(stop)))
+            return _take(state, index, max(room, self._room(stop) // self.gen.config.folds))
 
     def draw(self, state: State, key, start: int, stop: int) -> tuple[State, np.ndarray]:
         """Tokens at positions start .. stop - 1.
@@ -155,7 +155,7 @@ class Proposals:
         return 1 if self.null is None or self.settings.prior == "null" else 2
 
     def _room(self, stop: int) -> int:
-        """The size of the cache."""
+        """How many tokens the cache has room for."""
         most, need = self.gen.num_tokens, self.last(stop)
         first = generation.first_room(self.gen.config)
         return next(length for length in generation.rooms(first, most) if length >= need)

@@ -77,6 +77,15 @@ def test_groups_of_tokens_are_those_of_a_plain_loop(cfg, count):
     np.testing.assert_array_equal(run(prefix=whole[:, :count]), whole)
 
 
+@pytest.mark.parametrize("cfg, positions", ((GROUPS, 12), (FOLDED, 3)), ids=("groups", "folded"))
+def test_a_cache_holds_the_positions_of_the_blocks(cfg, positions):
+    run = functools.partial(generation.open_state, cfg=cfg, compute=Compute(), length=L)
+    prefix, labels = np.zeros((3, 0), np.int32), ar.ARCondition(np.arange(3))
+    given = dict(condition=labels, null=None, prefix=prefix, start=0)
+    state = jax.eval_shape(run, random_params(cfg), **given)
+    assert state.caches[0].k.shape == (3, cfg.num_heads, positions, cfg.head_dim)
+
+
 def test_cached_equals_recomputed_without_a_condition():
     found = generator(PLAIN).generate_tokens(prefix=np.zeros((3, 0)), temperature=0)
     np.testing.assert_array_equal(found, recomputed(PLAIN))

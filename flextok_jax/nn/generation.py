@@ -68,7 +68,7 @@ def generate(
         return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), sampling)
 
     for length in rooms(first, cfg.num_tokens):
-        state = grow(state, length)
+        state = grow(state, length // cfg.folds)
         begin, end = jnp.minimum(start, length), jnp.minimum(stop, length)
         state = advance(params, cfg, compute, state, sampling.guidance, pick, begin, end)
         start = jnp.maximum(begin, end)
@@ -111,14 +111,14 @@ def open_state(
             modulo c.
         null: their null conditions, of the same shapes, or None: no guidance.
         prefix: int32 [n, P], start <= P.
-        length: positions there is room for, P or more.
+        length: tokens there is room for, P or more.
     """
     params, dtype = _cast(params, compute)
     rows, given = prefix.shape
     branches = 1 if null is None else 2
     both = condition if null is None else jax.tree.map(interleave, condition, null)
     context = ar.context(params, cfg, dtype, both)
-    shape = (rows * branches, cfg.num_heads, length, cfg.head_dim)
+    shape = (rows * branches, cfg.num_heads, -(-length // cfg.folds), cfg.head_dim)
     empty = layout.batch_first(jnp.zeros(shape, dtype))
     caches = (Cache(empty, empty, None, jnp.int32(0)),) * cfg.depth
     tokens = jnp.pad(prefix, ((0, 0), (0, cfg.num_tokens - given)))
@@ -205,17 +205,17 @@ def take(state: State, index: jax.Array) -> State:
 
 
 def grow(state: State, length: int) -> State:
-    """The state with room for so many positions."""
+    """The state with room for so many positions of the blocks."""
     return state._replace(caches=tuple(_grow(cache, length) for cache in state.caches))
 
 
 def first_room(cfg: ARConfig) -> int:
-    """Positions of the first cache: few, or all where they come in groups, which it cannot cut."""
+    """Tokens of the first cache: few, or all where they come in groups, which it cannot cut."""
     return min(FIRST_LENGTH, cfg.num_tokens) if cfg.group == 1 else cfg.num_tokens
 
 
 def rooms(first: int, most: int):
-    """Sizes of the cache, doubling from `first` to `most`."""
+    """Tokens that caches have room for, doubling from `first` to `most`."""
     while first < most:
         yield first
         first *= 2
