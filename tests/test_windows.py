@@ -31,5 +31,6 @@ def test_an_image_of_256_pixels_becomes_grids_of_64_32_and_16():
 
 
 def test_strides_make_a_patch():
-    with pytest.raises(ValueError, match=r"strides=\(4, 2\).*patch_size=16"):
-        Sites(patch_size=16, strides=(4, 2))
+    for strides in ((4, 2), (-4, -4)):
+        with pytest.raises(ValueError, match=r"strides=\(-?4, -?\d\).*patch_size=16"):
+            Sites(patch_size=16, strides=strides)

@@ -247,10 +247,12 @@ class Sites:
 
     def __post_init__(self):
         faults = _at_least(self, 1, "patch_size") + _at_least(self, 0, "levels")
-        if self.strides and (self.levels or math.prod(self.strides) != self.patch_size):
+        if self.strides and (
+            self.levels or min(self.strides) < 1 or math.prod(self.strides) != self.patch_size
+        ):
             faults.append(
-                f"strides={self.strides}, their product must be patch_size={self.patch_size}, and "
-                "levels=0"
+                f"strides={self.strides}, must be positive, with the product "
+                f"patch_size={self.patch_size}, and levels=0"
             )
         if self.levels and (
             self.patch_size % 2**self.levels
@@ -310,8 +312,8 @@ class Tokens:
         )
         if self.keep == "pow2" and self.units & (self.units - 1):
             faults.append(
-                f"keep='pow2' needs a power of two of tokens, not {self.units}; use 'uniform_pow2' "
-                "or 'uniform'"
+                f"keep='pow2' needs a power of two of tokens (or rounds), not {self.units}; use "
+                "'uniform_pow2' or 'uniform'"
             )
         if self.rounds > 1 and (
             self.count % self.rounds
