@@ -148,6 +148,7 @@ def test_the_latents_are_those_of_the_images(images, encoded):
             dict(vae__source="identity", model__sites__patch_size=4),
             "vae.latent_channels: 4 there, 3 now",
         ),
+        (dict(data__paired=True), "paired=True.*no pairs"),
         (dict(evaluation__num_images=5), "holds no images to evaluate on.*evaluation.data"),
     ],
 )

@@ -424,6 +424,14 @@ def of_tokens(c):
     return ARStage(c, Tokens({}, vocab_size, num_tokens=16, num_classes=10))
 
 
+@pytest.mark.parametrize("variant", ("coarse", "token_flow"))
+def test_a_loss_that_would_do_nothing_is_refused(variant):
+    c = LAB.get_config(variant)
+    c.loss.z_loss = 1e-4
+    with pytest.raises(ValueError, match="z_loss=0.0001.*set it to 0"):
+        of_tokens(c)
+
+
 def test_a_gradient_reaches_every_parameter_of_a_generator(generator):
     stage, params, gen = generator
     rng, cfg = np.random.default_rng(0), stage.model

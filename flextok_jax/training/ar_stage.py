@@ -102,6 +102,11 @@ class ARStage(Stage):
             _check_fit(model, found)
         model["scale"] = found.scale
         self.model, self._tokens_info = ARConfig(**model), found
+        if self._loss.z_loss and (self.model.channels or self.model.coarse):
+            raise ValueError(
+                f"loss.z_loss={self._loss.z_loss}: a flow has no logits, and with coarse ids they "
+                "are normalised; set it to 0"
+            )
 
     def _sources(self) -> dict:
         """{split: source} of the splits that training and evaluation read."""

@@ -95,6 +95,8 @@ class TokenizerStage(Stage):
     def _check_encoded(self):
         """Refuses latents and features that are not what this configuration would make."""
         data, cfg = self._data, self.model.vae
+        if data.paired:
+            raise ValueError("data.paired=True: encoded data holds no pairs; set it to False")
         manifest = shards.read_manifest(data.path, data.split)
         params = models.vae_params(self._vae_source, cfg)
         ours = {"image_size": data.image_size, "vae": models.vae_identity(cfg, params)}
