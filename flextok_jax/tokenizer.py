@@ -216,14 +216,16 @@ class FlexTok:
             float32 [B, H, W, 3], nominally in [-1, 1], not clipped.
 
         Raises:
-            ValueError: ids out of range, a wrong shape, a number of tokens outside 1..k, or
-                arguments of a flow for a model that decodes in one pass; or images are not finite.
+            ValueError: ids out of range, a wrong shape, a number of tokens outside 1..k or not of
+                `prefixes`, or arguments of a flow for a model that decodes in one pass; or images
+                are not finite.
         """
         cfg = self.config
         tokens = self._check_tokens(tokens)
         batch, given = tokens.shape[:2]
         keep = _check_keep(num_tokens, batch, given)
-        self._check_count(int(keep.min()))
+        for k in np.unique(keep).tolist():
+            self._check_count(k)
         count = flextok.bucket(int(keep.max()), cfg.num_tokens)
         tokens = tokens[:, :count]
         fill = [(0, 0), (0, max(0, count - given))] + [(0, 0)] * (tokens.ndim - 2)

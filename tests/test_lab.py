@@ -300,6 +300,8 @@ def test_rounds_are_chosen_by_the_error(rounds):
     np.testing.assert_allclose(found.values[:, 0], mae(made, to_float(pixels)), rtol=1e-5)
     with pytest.raises(ValueError, match="rounds.*8, 16, 24"):
         tok.tokenize(pixels, 12)
+    with pytest.raises(ValueError, match="num_tokens=12: .*8, 16, 24"):
+        tok.detokenize(tok.tokenize(pixels, 16), [8, 12, 16, 16])
     with pytest.raises(ValueError, match=r"num_tokens=12: allowed are \[8, 16, 24, 32\]"):
         rec.check_counts(tok, [12])
     sizes = dict(width=32, depth=1, head_dim=16, mlp_hidden=64)
@@ -406,6 +408,7 @@ def generator(request):
     """(stage, parameters without the zeros of a new model, a generator of them)."""
     c = LAB.get_config(request.param)
     c.model.update(width=32, depth=1, head_dim=16, mlp_hidden=64)
+    c.loss.kl_weight = 0.5
     stage = of_tokens(c)
     params = without_zeros(stage)
     return stage, params, ImageGenerator(stage.model, {"ar": params["ar"]})
@@ -444,11 +447,15 @@ def test_a_gradient_reaches_every_parameter_of_a_generator(generator):
     batch = jax.tree.map(jnp.asarray, batch)
 
     def loss(params):
-        return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
+        return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))
 
-    gradients = jax.jit(jax.grad(loss))(params)
+    (value, logged), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, layout.path_string(path)
+    if cfg.channels:
+        flow, kl = (float(logged[name].compute()) for name in ("loss_flow", "kl"))
+        assert (kl > 0) == (cfg.text_dim > 0)
+        assert float(value) == pytest.approx(flow + 0.5 * kl, rel=1e-5)
 
 
 def test_a_saved_generator_is_the_same_generator(generator, tmp_path):
