@@ -290,7 +290,9 @@ class ImageGenerator:
         cfg = self.config
         if not (cfg.masked or cfg.channels):
             if passes is not None:
-                raise ValueError(f"passes={passes!r}: the model draws tokens in their order")
+                raise ValueError(
+                    f"passes={passes!r}: the model draws tokens in their order; leave it out"
+                )
             if cfg.coarse:
                 return functools.partial(_refine, start=np.int32(given))
             return functools.partial(_generate, start=np.int32(given), stop=np.int32(count))
