@@ -99,6 +99,21 @@ def test_a_model_that_makes_all_tokens_at_once_shows_their_prefixes():
 
 
 @pytest.mark.slow
+def test_a_page_has_a_search_where_tokens_are_drawn_in_order():
+    pytest.importorskip("gradio")
+    from flextok_jax.commands.demo import build
+
+    def tabs(model):
+        parts = build(model).config["components"]
+        return [part["props"]["label"] for part in parts if part["type"] == "tabitem"]
+
+    assert tabs(models()) == ["Prefixes", "Mix", "Generate", "Search"]
+    masked = dataclasses.replace(models().generator.config, masked=True)
+    gen = dataclasses.replace(models().generator, config=masked)
+    assert tabs(dataclasses.replace(models(), generator=gen)) == ["Prefixes", "Mix", "Generate"]
+
+
+@pytest.mark.slow
 def test_a_search_shows_its_beams_and_ends_with_the_best():
     wanted = models().pictures[0]
     *steps, (k, images, scores) = models().search(models().condition(1), wanted, FAST)
