@@ -229,7 +229,7 @@ def test_evaluation_computes_about_as_many_tokens_as_it_decodes(monkeypatch):
     stage = TokenizerStage(config(evaluation__num_images=4, evaluation__batch_size=4))
     seen = []
 
-    def decoded(params, frozen, images, key, k, count):
+    def decoded(params, frozen, images, text, key, k, count):
         seen.append((int(k), count))
         return images
 
