@@ -282,6 +282,7 @@ def test_profile_records_the_steps_it_names_and_not_those_of_the_past(tmp_path):
         ("checkpoint.every", -1),
         ("checkpoint.keep", 0),
         ("ema_decay", 1.0),
+        ("data.paired", True),
         ("ema_decay", math.nan),
         ("evaluation.batch_size", 0),
         ("log_every", 0),
@@ -302,6 +303,7 @@ def test_profile_records_the_steps_it_names_and_not_those_of_the_past(tmp_path):
         ("profile", "0:2"),
         ("profile", "2:7"),
         ("profile", "7"),
+        ("repa.book", True),
         ("repa.weight", -1.0),
         ("seed", -1),
         ("time_shift", 0.0),
@@ -315,7 +317,8 @@ def test_a_value_that_is_not_allowed_is_refused_before_anything_is_made(name, va
             time_shift=1.0,
             evaluation=dict(num_latents=8),
             model=dict(guidance_scale=1.0, block_out=(8, 8)),
-            repa=dict(weight=0.0),
+            repa=dict(weight=0.0, book=False),
+            data=dict(paired=False),
             vae=dict(scaling_factor=1.0),
         )
     )

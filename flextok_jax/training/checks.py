@@ -40,9 +40,10 @@ def check_config(config, mesh: Mesh) -> None:
         ValueError: with one line for each fault.
     """
     Compute(**config.compute).check_platform(platform(mesh))
+    values = storage.dotted(config.to_dict())
     faults = [
         f"{key}={value}: allowed is {interval}"
-        for key, value in storage.dotted(config.to_dict()).items()
+        for key, value in values.items()
         for interval, patterns in RANGES.items()
         if any(fnmatch.fnmatch(key, pattern) for pattern in patterns.split())
         and not all(_within(x, interval) for x in _numbers(value))
@@ -52,6 +53,10 @@ def check_config(config, mesh: Mesh) -> None:
             import wandb  # noqa: F401
         except ModuleNotFoundError:
             faults.append(f"wandb.project={project!r} needs wandb: pip install -e '.[wandb]'")
+    if values.get("data.paired") and config.stage != "tokenizer":
+        faults.append(f"data.paired=True: only a tokenizer learns from pairs, not {config.stage!r}")
+    if values.get("repa.book") and not config.repa.weight:
+        faults.append(f"repa.book=True needs repa.weight={config.repa.weight} to be above 0")
     if faults:
         raise ValueError("\n  ".join(faults))
     make_optimizer(config)  # It checks the rest of `optim`.
