@@ -12,6 +12,7 @@ import tyro
 
 from flextok_jax import __version__
 from flextok_jax.commands import options
+from flextok_jax.io import paths
 
 _EXTRAS = {  # Of setup.py; what is not named here is of "train".
     "array_record": "data", "grain": "data", "tensorflow_datasets": "data", "gradio": "demo",
@@ -103,6 +104,9 @@ def _main(argv: list[str]) -> int:
             args = parse(words, rest)
         except SystemExit as end:  # After --help, or what was wrong.
             return end.code or 0
+        for value in vars(args).values():  # Before anything else: each store has its own errors.
+            if isinstance(value, str) and value.startswith(paths.ADDRESSES):
+                paths.reached(paths.as_path(value))
         if isinstance(args, options.Devices):
             importlib.import_module("flextok_jax.commands.common").announce(args)
         module, function = options.COMMANDS[words][1].split(":")

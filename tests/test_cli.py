@@ -23,7 +23,7 @@ from flextok_jax import FlexTok, cli
 from flextok_jax.commands import options
 from flextok_jax.evaluation import metrics, reconstruction
 from flextok_jax.evaluation.pictures import Pictures
-from flextok_jax.io import storage
+from flextok_jax.io import paths, storage
 from flextok_jax.io.checkpoint import Checkpoints
 from flextok_jax.io.models import load_vae
 from flextok_jax.nn.images import to_float
@@ -405,6 +405,40 @@ def test_files_of_others_are_not_replaced(model, images, tmp_path, capsys):
     out = tmp_path / "model"
     assert run("convert", "--model", model, "--out", out) == 0
     assert "model.safetensors" in refused(capsys, "convert", "--model", model, "--out", out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "s3://closed/model"],
+        ["tokenize", "--model", "demo-digits", "--images", "s3://closed/images", "--out", "t.npz"],
+        ["reconstruct", "--model", "gs://closed/model", "--images", ".", "--out", "out"],
+        ["generate", "--model", "demo-digits-ar", "--out", "s3://closed/out"],
+        ["detokenize", "--model", "demo-digits", "--tokens", "gs://closed/t.npz", "--out", "out"],
+    ],
+)
+def test_a_bucket_that_does_not_answer_is_named(arguments, monkeypatch, capsys, tmp_path):
+    class NoCredentialsError(Exception):
+        """Of no common base, as those of the stores are."""
+
+    def store(path):
+        raise NoCredentialsError("unable to locate credentials")
+
+    for package in ("gcsfs", "s3fs"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "store", store)
+    error = refused(capsys, *arguments)
+    assert re.search(r"//closed cannot be reached \(unable to locate credentials\)", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_in_a_bucket_that_does_not_answer_is_named(monkeypatch):
+    pytest.importorskip("s3fs")
+    monkeypatch.setattr(paths, "store", lambda path: 1 / 0)
+    for load in (FlexTok.from_pretrained, load_vae):
+        with pytest.raises(ValueError, match="s3://closed cannot be reached"):
+            load("s3://closed/model")
 
 
 # How it ends.

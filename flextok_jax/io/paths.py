@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+ADDRESSES = tuple(f"{kind}://" for kind in _PACKAGES)  # How they begin.
 
 
 def as_path(text):

@@ -5,7 +5,7 @@ import re
 
 from flextok_jax.io import hub, storage
 from flextok_jax.io.formats import peers
-from flextok_jax.io.paths import as_path, is_remote, resolved
+from flextok_jax.io.paths import as_path, is_remote, reached, resolved
 
 WEIGHTS = "model.safetensors"
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -51,7 +51,8 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
 
     Raises:
         FileNotFoundError: nothing is there, or not all `files`; the message says what is there.
-        ValueError: a revision of a local path, two revisions, or a file of another kind.
+        ValueError: a revision of a local path, two revisions, a file of another kind, or a bucket
+            that does not answer.
     """
     text = str(source)
     if found := _on_hub(text):
@@ -64,7 +65,7 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
         if files and not path.exists():
             raise FileNotFoundError(f"{text}: the repository holds no {' and no '.join(wanted)}")
     else:
-        path = DEMO_FOLDER / DEMOS[text] if text in DEMOS else as_path(source)
+        path = DEMO_FOLDER / DEMOS[text] if text in DEMOS else reached(as_path(source))
         if not path.exists():
             raise FileNotFoundError(
                 f"{text}: no such file or folder. A model is a file, a folder, a workdir of "
@@ -82,7 +83,7 @@ def find(source, files=(WEIGHTS,), optional=(), revision: str | None = None):
 
 def _on_hub(text: str) -> re.Match | None:
     """The parts of a hub id; None of what is local, or looks like it."""
-    if text in DEMOS or as_path(text).exists() or pathlib.Path(text).parent.is_dir():
+    if text in DEMOS or reached(as_path(text)).exists() or pathlib.Path(text).parent.is_dir():
         return None
     return _HUB.fullmatch(text)
 
@@ -162,7 +163,7 @@ def weights_file(path):
 
 def is_local(source) -> bool:
     """Whether a source is a demo or a path that exists: no hub id."""
-    return str(source) in DEMOS or as_path(source).exists()
+    return str(source) in DEMOS or reached(as_path(source)).exists()
 
 
 def is_workdir(path) -> bool:

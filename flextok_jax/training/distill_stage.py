@@ -12,7 +12,7 @@ from clu.metrics import Average
 from flextok_jax.flow import sampler
 from flextok_jax.flow.sampler import Sampler
 from flextok_jax.io import models, storage
-from flextok_jax.io.paths import as_path, resolved
+from flextok_jax.io.paths import as_path, reached, resolved
 from flextok_jax.io.sources import pinned
 from flextok_jax.nn import flextok, layout
 from flextok_jax.nn.config import Compute, TokenizerConfig, identity_vae
@@ -42,7 +42,7 @@ class DistillStage(TokenizerStage):
         source = config.init_from
         if not source and teacher is None:
             raise ValueError("init_from='' names no teacher: needed is a tokenizer with a flow")
-        if source and as_path(source).exists():
+        if source and reached(as_path(source)).exists():
             source = str(resolved(as_path(source)))
         self._source = source
         self._teacher = _teacher(source)[0].config if teacher is None else teacher
