@@ -462,6 +462,9 @@ def main(argv=None) -> None:
     parser.add_argument("--per-class", type=int, default=50, help="samples of each class (50)")
     args = parser.parse_args(argv)
     variants, found = args.variants.split(","), {}
+    for name in ("seeds", "steps", "per_class"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if unknown := set(variants) - set(lab.VARIANTS):
         parser.error(f"variants {sorted(unknown)}: allowed are {', '.join(lab.VARIANTS)}")
     for seed in range(args.seeds):

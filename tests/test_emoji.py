@@ -94,6 +94,19 @@ def test_another_package_adds_to_the_training_side(package, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_a_damaged_package_is_refused_and_leaves_nothing(package, tmp_path):
+    whole, damaged, out = tmp_path / "emoji.tgz", tmp_path / "damaged.tgz", tmp_path / "emoji"
+    with tarfile.open(whole, "w:gz") as tar:
+        tar.add(package, "package")
+    data = whole.read_bytes()
+    middle = len(data) // 2
+    for content in (b"", b"no archive", data[:middle], data[:middle] + data[middle + 99 :]):
+        damaged.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged.tgz .*fetch it again"):
+            make_data.make([damaged], out)
+    assert sorted(tmp_path.iterdir()) == [damaged, whole]
+
+
 def test_the_split_is_fixed():
     codes = [f"1F{i:03X}" for i in range(1000)]
     validation = [code for code in codes if make_data.split_of(code) == "validation"]

@@ -15,6 +15,7 @@ from github.com/iamcal/emoji-data (MIT).
 """
 
 import csv
+import gzip
 import hashlib
 import json
 import pathlib
@@ -23,6 +24,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 
 from flextok_jax import load_images, to_pil
@@ -68,9 +70,12 @@ def rows(emoji: list[dict], drawn_by: str) -> Iterator[dict[str, str]]:
 
 def unpack(package: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Unpacks what is wanted of a .tgz into `folder`. Returns the package's own folder."""
-    with tarfile.open(package) as tar:
-        names = re.compile(rf"package/(emoji\.json|img/\w+/{SIZE}/.*)")
-        tar.extractall(folder, [m for m in tar if names.fullmatch(m.name)], filter="data")
+    names = re.compile(rf"package/(emoji\.json|img/\w+/{SIZE}/.*)")
+    try:
+        with tarfile.open(package, "r:gz") as tar:
+            tar.extractall(folder, [m for m in tar if names.fullmatch(m.name)], filter="data")
+    except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
+        raise ValueError(f"{package} is no whole .tgz ({error}): fetch it again") from error
     return folder / "package"
 
 
@@ -108,7 +113,7 @@ def make(packages: Sequence[pathlib.Path], out: pathlib.Path) -> int:
     Raises:
         FileExistsError: there is such a folder already.
         FileNotFoundError: a package lacks a file.
-        ValueError: a package has no pictures of the size, or several kinds of them.
+        ValueError: a package is damaged, has no pictures of the size, or several kinds of them.
     """
     if out.exists():
         raise FileExistsError(f"{out} is there already: remove it, or name another folder")
@@ -139,5 +144,5 @@ if __name__ == "__main__":
     try:
         *packages, out = map(pathlib.Path, sys.argv[1:])
         print(make(packages, out), "pictures")
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
