@@ -99,8 +99,8 @@ def test_a_damaged_package_is_refused_and_leaves_nothing(package, tmp_path):
     with tarfile.open(whole, "w:gz") as tar:
         tar.add(package, "package")
     data = whole.read_bytes()
-    middle = len(data) // 2
-    for content in (b"", b"no archive", data[:middle], data[:middle] + data[middle + 99 :]):
+    cut = [data[:i] + data[i + 99 :] for i in range(99, len(data) - 99, len(data) // 9)]
+    for content in (b"", b"no archive", data[: len(data) // 2], *cut):
         damaged.write_bytes(content)
         with pytest.raises(ValueError, match="damaged.tgz .*fetch it again"):
             make_data.make([damaged], out)

@@ -72,6 +72,9 @@ def unpack(package: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Unpacks what is wanted of a .tgz into `folder`. Returns the package's own folder."""
     names = re.compile(rf"package/(emoji\.json|img/\w+/{SIZE}/.*)")
     try:
+        with gzip.open(package) as stream:  # To its checksum, which tarfile may miss.
+            while stream.read(1 << 20):
+                pass
         with tarfile.open(package, "r:gz") as tar:
             tar.extractall(folder, [m for m in tar if names.fullmatch(m.name)], filter="data")
     except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
