@@ -23,7 +23,8 @@ import numpy as np
 from benchmarks.tokens import random_params
 from flextok_jax.nn import ar, generation
 from flextok_jax.nn.ar import ARCondition
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import Compute
 
 LENGTH, VOCABULARY = 256, 64_000
 PREFIXES = (1, 32, 64, 128, 192, 255)

@@ -28,9 +28,10 @@ import numpy as np
 
 from flextok_jax.compile import count_flops
 from flextok_jax.nn import flextok, vae
-from flextok_jax.nn.config import Blocks, Compute, TokenizerConfig
+from flextok_jax.nn.config import Blocks, Compute
 from flextok_jax.nn.decoder import Condition, unconditional
 from flextok_jax.nn.layout import unbox
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 
 KS = (1, 16, 64, 256)
 MIN_SECONDS = 0.2  # Short calls are repeated until they last about this long.

@@ -98,8 +98,8 @@ def frozen_vae(config, chip, mesh) -> dict:
     """The estimate of making the moments of one microbatch."""
     from flextok_jax import compile as estimates
     from flextok_jax.nn import vae
-    from flextok_jax.nn.config import VAEConfig
     from flextok_jax.nn.images import to_float
+    from flextok_jax.nn.vae_config import VAEConfig
     from flextok_jax.parallel.sharding import batch_sharding, param_shardings
 
     cfg = VAEConfig(latent_channels=int(config.vae.source.rpartition("_c")[2]))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import tokenizer
-from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.vae_config import VAEConfig
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training.groups import plan
 from flextok_jax.training.state import build

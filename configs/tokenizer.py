@@ -26,7 +26,7 @@ from ml_collections.config_dict import placeholder
 
 from configs.base import base, choose, imagenet
 from examples import digits, photos
-from flextok_jax.nn.config import TokenizerConfig
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 
 IMAGENET = ((12, 12), (18, 18), (18, 28))  # Depths of encoder and decoder.
 

@@ -350,7 +350,7 @@ def placed(tree, shardings):
 def _stage(config) -> tuple:
     """(stage, shapes of its frozen networks, of its batch); of models only a teacher is read."""
     from flextok_jax.nn import lpips
-    from flextok_jax.nn.config import VAEConfig
+    from flextok_jax.nn.vae_config import VAEConfig
     from flextok_jax.training.ar_stage import PAPER, ARStage
     from flextok_jax.training.distill_stage import DistillStage
     from flextok_jax.training.tokenizer_stage import TokenizerStage

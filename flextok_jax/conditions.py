@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flextok_jax.nn.ar import ARCondition
-from flextok_jax.nn.config import ARConfig
+from flextok_jax.nn.ar_config import ARConfig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

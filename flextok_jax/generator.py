@@ -16,7 +16,8 @@ from flextok_jax.io import hub, sources, storage
 from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, flextok, generation, masked, refiner, token_flow
 from flextok_jax.nn.ar import ARCondition
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.rng import named
 from flextok_jax.parallel.sharding import place, spread_batch

@@ -18,9 +18,10 @@ import numpy as np
 from flextok_jax import criteria
 from flextok_jax.flow import path
 from flextok_jax.nn import flextok, vae
-from flextok_jax.nn.config import Compute, TokenizerConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.decoder import Condition, unconditional
 from flextok_jax.nn.images import to_float
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 from flextok_jax.parallel.sharding import spread_batch
 
 RULES = ("first", "stable")

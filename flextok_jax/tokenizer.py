@@ -15,8 +15,9 @@ from flextok_jax import lengths
 from flextok_jax.flow import sampler as flow_sampler
 from flextok_jax.io import hub, models, storage
 from flextok_jax.nn import flextok, vae
-from flextok_jax.nn.config import Compute, TokenizerConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import to_float
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.sharding import place, spread_batch
 

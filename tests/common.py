@@ -15,17 +15,10 @@ from safetensors.numpy import load_file
 from examples.digits import arrays
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.nn import ar, flextok, layout
-from flextok_jax.nn.config import (
-    ARConfig,
-    Blocks,
-    Bottleneck,
-    Sites,
-    TokenizerConfig,
-    Tokens,
-    VAEConfig,
-    from_dict,
-    identity_vae,
-)
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import Blocks, from_dict
+from flextok_jax.nn.tokenizer_config import Bottleneck, Sites, TokenizerConfig, Tokens
+from flextok_jax.nn.vae_config import VAEConfig, identity_vae
 from flextok_jax.training.ar_stage import PAPER, ARStage
 from flextok_jax.training.distill_stage import DistillStage
 from flextok_jax.training.tokenizer_stage import TokenizerStage

@@ -13,7 +13,8 @@ from flextok_jax.io.formats.flexar import shapes
 from flextok_jax.io.formats.names import flatten
 from flextok_jax.nn import ar, layout
 from flextok_jax.nn.ar import ARCondition
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.parallel.mesh import AXES
 
 CLASS = ARConfig(50, 12, 64, 2, head_dim=32, mlp_hidden=96, num_classes=5)

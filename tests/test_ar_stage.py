@@ -19,7 +19,8 @@ from flextok_jax.data.shards import write_split
 from flextok_jax.io.checkpoint import WorkdirError
 from flextok_jax.io.storage import fingerprint
 from flextok_jax.nn import ar, layout
-from flextok_jax.nn.config import ARConfig, from_dict
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import from_dict
 from flextok_jax.parallel import sharding
 from flextok_jax.parallel.mesh import AXES, make_mesh
 from flextok_jax.training.ar_stage import PAPER, ARStage

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flextok_jax.nn import bottleneck, layout
-from flextok_jax.nn.config import Bottleneck
+from flextok_jax.nn.tokenizer_config import Bottleneck
 
 KINDS = {
     "fsq": Bottleneck("fsq", (8, 5, 5)),

@@ -17,7 +17,7 @@ from configs import tokenizer as tokenizer_config
 from configs import vae as vae_config
 from flextok_jax import compile as estimates
 from flextok_jax.nn import ar, kernels
-from flextok_jax.nn.config import ARConfig
+from flextok_jax.nn.ar_config import ARConfig
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
 
 SMALL = "ar.py:c2i_d24,depth=2,width=256,batch=64,vocab=1024,num_tokens=128"  # hidden width 768

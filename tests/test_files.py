@@ -21,7 +21,8 @@ from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import flexar, flextok_config, names, vae_files
 from flextok_jax.nn import vae
-from flextok_jax.nn.config import VAEConfig, from_dict
+from flextok_jax.nn.config import from_dict
+from flextok_jax.nn.vae_config import VAEConfig
 from flextok_jax.training.distill_stage import student
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 

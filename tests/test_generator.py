@@ -15,7 +15,7 @@ from test_ar import random_params
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.io import storage
 from flextok_jax.io.formats import flexar
-from flextok_jax.nn.config import ARConfig
+from flextok_jax.nn.ar_config import ARConfig
 from flextok_jax.parallel.mesh import make_mesh
 
 C2I, T2I = GOLDEN / "ar_c2i", GOLDEN / "ar_t2i"

@@ -11,8 +11,9 @@ from flextok_jax.flow.sampler import Sampler
 from flextok_jax.io import models
 from flextok_jax.io.formats import names
 from flextok_jax.nn import flextok, fsq, vae
-from flextok_jax.nn.config import Blocks, Compute, TokenizerConfig
+from flextok_jax.nn.config import Blocks, Compute
 from flextok_jax.nn.decoder import Condition, unconditional
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 
 COMPUTE = Compute()
 

@@ -16,8 +16,8 @@ from test_tokenizer_stage import digits
 
 from configs import lab
 from flextok_jax.flow import path
-from flextok_jax.nn.config import KEEP_MODES
 from flextok_jax.nn.layout import unbox
+from flextok_jax.nn.tokenizer_config import KEEP_MODES
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training import groups, memory
 from flextok_jax.training.state import build

@@ -12,8 +12,9 @@ from jax.experimental import pallas
 
 from flextok_jax.nn import flextok, kernels, order
 from flextok_jax.nn.attention import layer_norm
-from flextok_jax.nn.config import Blocks, Compute, Sites, Tokens
+from flextok_jax.nn.config import Blocks, Compute
 from flextok_jax.nn.decoder import Condition
+from flextok_jax.nn.tokenizer_config import Sites, Tokens
 from flextok_jax.parallel.mesh import AXES, make_mesh
 
 B, H, D = 2, 2, 64

@@ -18,8 +18,10 @@ from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.evaluation import reconstruction as rec
 from flextok_jax.io.formats import flexar
 from flextok_jax.nn import ar, bottleneck, flextok, layout, repa
-from flextok_jax.nn.config import ARConfig, Bottleneck, Compute, Text
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import mae, to_float
+from flextok_jax.nn.tokenizer_config import Bottleneck, Text
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training.ar_stage import ARStage, Tokens
 from flextok_jax.training.tokenizer_stage import TokenizerStage

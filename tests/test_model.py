@@ -22,15 +22,9 @@ from common import (
 from flextok_jax.flow import path, sampler
 from flextok_jax.flow.sampler import Sampler
 from flextok_jax.nn import flextok, fsq, layers
-from flextok_jax.nn.config import (
-    Blocks,
-    Bottleneck,
-    Compute,
-    TokenizerConfig,
-    Tokens,
-    from_dict,
-)
+from flextok_jax.nn.config import Blocks, Compute, from_dict
 from flextok_jax.nn.decoder import Condition, unconditional
+from flextok_jax.nn.tokenizer_config import Bottleneck, TokenizerConfig, Tokens
 
 
 def outputs(compute, key=3):

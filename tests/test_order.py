@@ -10,8 +10,9 @@ from common import TINY, changed
 
 from flextok_jax.nn import ar, block, decoder, dinov2, encoder, flextok, order
 from flextok_jax.nn.ar import ARCondition
+from flextok_jax.nn.ar_config import ARConfig
 from flextok_jax.nn.block import Block
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.config import Compute
 
 FULL = changed(TINY, tokens=dict(count=16, order="full", keep="fixed"))
 AR = ARConfig(vocab_size=9, num_tokens=6, width=32, depth=1, head_dim=16, mlp_hidden=32)

@@ -30,10 +30,11 @@ from flextok_jax.io import sources
 from flextok_jax.io.formats.peers import common, convs, titok
 from flextok_jax.io.formats.peers import elastictok as peers_elastictok
 from flextok_jax.nn import bottleneck, flextok, fsq, layers, vae
-from flextok_jax.nn.config import Bottleneck, Compute
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.decoder import Condition, Decoder
 from flextok_jax.nn.encoder import Encoder
 from flextok_jax.nn.images import to_float
+from flextok_jax.nn.tokenizer_config import Bottleneck
 
 PEERS = GOLDEN / "peers"
 

@@ -16,7 +16,7 @@ from flextok_jax import ImageGenerator, TextEncoder, cli
 from flextok_jax.commands.text import slug
 from flextok_jax.data import shards, sources
 from flextok_jax.io.formats import flexar
-from flextok_jax.nn.config import ARConfig
+from flextok_jax.nn.ar_config import ARConfig
 
 T5 = GOLDEN / "text" / "t5_a"  # 40 channels.
 CLIP = GOLDEN / "text" / "clip_gelu"

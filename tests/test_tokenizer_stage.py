@@ -13,8 +13,9 @@ from configs import tokenizer as CONFIGS
 from examples.digits import arrays
 from flextok_jax import FlexTok
 from flextok_jax.io import models
-from flextok_jax.nn.config import TokenizerConfig, from_dict
+from flextok_jax.nn.config import from_dict
 from flextok_jax.nn.layout import unbox
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 from flextok_jax.training.loop import train
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 

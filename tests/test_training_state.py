@@ -17,7 +17,7 @@ from clu import metrics
 from flax.traverse_util import flatten_dict
 
 from examples.digits import folder
-from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.vae_config import VAEConfig
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.parallel.rng import named
 from flextok_jax.training import optimizer

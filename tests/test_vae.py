@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flextok_jax.nn import vae
-from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.vae_config import VAEConfig
 
 KL_F4 = VAEConfig(latent_channels=4, block_out=(32, 32, 64), scaling_factor=0.88)
 KL_F8 = VAEConfig(latent_channels=4, block_out=(32, 32, 32, 32), scaling_factor=3.0)

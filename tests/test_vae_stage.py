@@ -22,7 +22,7 @@ from flextok_jax.io import models
 from flextok_jax.io.checkpoint import WorkdirError
 from flextok_jax.io.formats import vae_files
 from flextok_jax.nn import lpips, vae
-from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.vae_config import VAEConfig
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.parallel.rng import named
 from flextok_jax.training import optimizer, pixel_losses

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flextok_jax.nn import windows
-from flextok_jax.nn.config import Sites
+from flextok_jax.nn.tokenizer_config import Sites
 
 
 @pytest.mark.parametrize("stride", (1, 2, 3, 4))

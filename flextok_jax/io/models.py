@@ -12,7 +12,9 @@ from flextok_jax.io.formats import flextok_config, names, peers, vae_files
 from flextok_jax.io.formats.flextok_config import config_from_dict
 from flextok_jax.io.paths import as_path
 from flextok_jax.nn import flextok, layout
-from flextok_jax.nn.config import TokenizerConfig, VAEConfig, from_dict, identity_vae
+from flextok_jax.nn.config import from_dict
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
+from flextok_jax.nn.vae_config import VAEConfig, identity_vae
 
 IDENTITY = "identity"
 NULL_TEXT = "null_text.npy"

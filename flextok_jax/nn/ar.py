@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.nn import layout, velocity
+from flextok_jax.nn.ar_config import ARConfig
 from flextok_jax.nn.block import Norm, normal, stack, xavier
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.fold import Fold, Unfold
 from flextok_jax.nn.order import Sequence
 

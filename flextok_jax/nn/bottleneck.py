@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import fsq, vae, vq
-from flextok_jax.nn.config import Bottleneck
+from flextok_jax.nn.tokenizer_config import Bottleneck
 
 
 class Quantized(NamedTuple):

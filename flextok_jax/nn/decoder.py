@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from flextok_jax.nn import haar, layers, layout, order
 from flextok_jax.nn.block import Norm, Shared, modulate, normal, stack, zeros
-from flextok_jax.nn.config import Compute, TokenizerConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.convs import ConvDecoder
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 
 
 class Condition(NamedTuple):

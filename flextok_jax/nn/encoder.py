@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from flextok_jax.nn import bottleneck, layers, layout, order
 from flextok_jax.nn.block import Norm, Shared, normal, stack, stacked, xavier, zeros
-from flextok_jax.nn.config import Compute, TokenizerConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.convs import ConvEncoder
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 
 
 class Encoder(nn.Module):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from flextok_jax.flow import path, sampler
 from flextok_jax.nn import bottleneck, layout, vae
-from flextok_jax.nn.config import Compute, TokenizerConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.decoder import Condition, Decoder, unconditional
 from flextok_jax.nn.encoder import Encoder
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 
 
 def init(cfg: TokenizerConfig, key: jax.Array) -> dict:

@@ -14,8 +14,9 @@ import numpy as np
 
 from flextok_jax.nn import ar, layout
 from flextok_jax.nn.ar import ARCondition
+from flextok_jax.nn.ar_config import ARConfig
 from flextok_jax.nn.block import Block, Cache
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.config import Compute
 
 FIRST_LENGTH = 64  # Positions of the smallest cache.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flextok_jax.nn import haar, layout
 from flextok_jax.nn.block import normal, xavier, zeros
-from flextok_jax.nn.config import Sites, Text
+from flextok_jax.nn.tokenizer_config import Sites, Text
 from flextok_jax.nn.windows import Windows
 
 

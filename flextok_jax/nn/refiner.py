@@ -14,7 +14,8 @@ import numpy as np
 
 from flextok_jax.nn import ar, generation
 from flextok_jax.nn.ar import SOS, ARCondition
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.generation import Sampling
 
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from flextok_jax.flow import path, sampler
 from flextok_jax.nn import ar, vae
 from flextok_jax.nn.ar import ARCondition
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.generation import Sampling
 from flextok_jax.nn.velocity import Velocity
 

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flextok_jax.nn.config import Convs, VAEConfig
+from flextok_jax.nn.vae_config import Convs, VAEConfig
 
 # Bounds of the log variance: exp stays finite in float32, and the lower one means "no noise".
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0

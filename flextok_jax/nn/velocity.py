@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import layers, layout, order
+from flextok_jax.nn.ar_config import ARConfig
 from flextok_jax.nn.block import Norm, modulate, normal, stack, zeros
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.config import Compute
 
 TIME_FREQUENCIES, MAX_TIMESTEP = 256, 1000.0
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.nn import layout
-from flextok_jax.nn.config import Bottleneck
+from flextok_jax.nn.tokenizer_config import Bottleneck
 
 
 def init(cfg: Bottleneck, key: jax.Array):

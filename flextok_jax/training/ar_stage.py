@@ -17,7 +17,8 @@ from flextok_jax.io import models, storage
 from flextok_jax.io.formats import flexar, text_tokens
 from flextok_jax.io.sources import pinned
 from flextok_jax.nn import ar, flextok, layout, masked, refiner, t5, token_flow
-from flextok_jax.nn.config import ARConfig, Compute
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.cross_entropy import cross_entropy
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.t5 import T5Config

@@ -15,8 +15,10 @@ from flextok_jax.io import models, storage
 from flextok_jax.io.paths import as_path, reached, resolved
 from flextok_jax.io.sources import pinned
 from flextok_jax.nn import flextok, layout
-from flextok_jax.nn.config import Compute, TokenizerConfig, identity_vae
+from flextok_jax.nn.config import Compute
 from flextok_jax.nn.decoder import Condition, unconditional
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
+from flextok_jax.nn.vae_config import identity_vae
 from flextok_jax.training.tokenizer_stage import TokenizerStage
 
 

@@ -14,7 +14,7 @@ Evaluator = Callable[[Params, Params, jax.sharding.Mesh], Iterator[tuple[str, fl
 class Stage(Protocol):
     """Pure functions over parameter trees; a stage holds its configuration and no arrays."""
 
-    model: Any  # The network's configuration, a dataclass of nn/config.py.
+    model: Any  # The network's configuration, a dataclass of nn/*_config.py.
     # What becomes of a caption in a batch (see data/pipeline.py); None: captions are not used.
     captions: Callable[[str | None], dict] | None = None
     # (T, E) of the embeddings of captions in a batch; None: they are not used.

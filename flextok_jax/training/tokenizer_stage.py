@@ -17,10 +17,12 @@ from flextok_jax.io import models, sources, storage
 from flextok_jax.io.formats import networks
 from flextok_jax.io.paths import as_path, resolved
 from flextok_jax.nn import dinov2, flextok, layout, repa, vae
-from flextok_jax.nn.config import Compute, TokenizerConfig, VAEConfig, from_dict, identity_vae
+from flextok_jax.nn.config import Compute, from_dict
 from flextok_jax.nn.decoder import Condition
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.layers import is_fixed
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
+from flextok_jax.nn.vae_config import VAEConfig, identity_vae
 from flextok_jax.parallel.rng import named
 from flextok_jax.training import groups
 from flextok_jax.training.batches import Validation, bins

@@ -21,9 +21,9 @@ from flextok_jax.data.pipeline import make_pipeline
 from flextok_jax.evaluation import metrics
 from flextok_jax.io import models
 from flextok_jax.nn import vae
-from flextok_jax.nn.config import VAEConfig
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.layout import path_string
+from flextok_jax.nn.vae_config import VAEConfig
 from flextok_jax.parallel.rng import named
 from flextok_jax.training.batches import Validation, on_mesh
 from flextok_jax.training.pixel_losses import PixelLosses

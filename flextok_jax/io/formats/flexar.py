@@ -13,7 +13,8 @@ from flextok_jax.io import sources, storage, workdirs
 from flextok_jax.io.formats import flexar_config, names, t5
 from flextok_jax.io.paths import as_path
 from flextok_jax.nn import ar, layout
-from flextok_jax.nn.config import ARConfig, from_dict
+from flextok_jax.nn.ar_config import ARConfig
+from flextok_jax.nn.config import from_dict
 from flextok_jax.nn.t5 import T5Config
 
 CONFIG = "config.yaml"

@@ -13,8 +13,9 @@ import re
 
 from flextok_jax.flow.sampler import Sampler
 from flextok_jax.io import storage
-from flextok_jax.nn import config
-from flextok_jax.nn.config import TokenizerConfig
+from flextok_jax.nn.config import Blocks, from_dict
+from flextok_jax.nn.tokenizer_config import KEEP_MODES, TokenizerConfig
+from flextok_jax.nn.vae_config import identity_vae
 
 _TEMPLATE = json.loads(pathlib.Path(__file__).with_name("flextok.json").read_text())
 _RELEASED_VAE = "flextok.vae_wrapper.StableDiffusionVAE"
@@ -99,13 +100,13 @@ def from_fields(fields: dict) -> TokenizerConfig:
     for part in PARTS:
         ratio, width = fields.pop(f"{part}.mlp_ratio"), fields[f"{part}.width"]
         fields[f"{part}.mlp_hidden"] = 0 if ratio == 4 else int(2 * ratio * width / 3)
-    return config.from_dict(TokenizerConfig, config.nested(fields))
+    return from_dict(TokenizerConfig, _nested(fields))
 
 
 def config_from_dict(fields: dict) -> TokenizerConfig:
     """The configuration in a workdir's `config.json`, also a flat one of an earlier version."""
     if "levels" not in fields:
-        return config.from_dict(TokenizerConfig, fields)
+        return from_dict(TokenizerConfig, fields)
     found = {_FLAT[name]: value for name, value in fields.items() if name in _FLAT}
     found |= {
         f"{part}.{name}": fields[name] for part in PARTS for name in ("head_dim", "mlp_ratio")
@@ -121,7 +122,7 @@ def is_released(cfg: TokenizerConfig) -> bool:
     flextok = flextok and cfg.sites.positions == "sincos" and not cfg.sites.strides
     flow = cfg.target.flow
     flextok = flextok and flow.predicts == "velocity" and not flow.jumps
-    return flextok and kinds == {config.Blocks(**sizes)}
+    return flextok and kinds == {Blocks(**sizes)}
 
 
 _DEFAULTS = to_fields(TokenizerConfig()) | {_COUNT: 0}
@@ -154,12 +155,12 @@ def read_config(released: dict) -> tuple[TokenizerConfig | None, list[str]]:
     count, levels = fields.pop(_COUNT, None), fields.get("bottleneck.levels")
     if levels and count not in (None, len(levels)):
         problems.append(f"{found[_COUNT][count]} is {count}; there are {len(levels)} levels")
-    if fields.get("tokens.keep") not in (*config.KEEP_MODES, None):
-        problems.append(f"size_sampling_mode {fields['tokens.keep']!r}; known: {config.KEEP_MODES}")
+    if fields.get("tokens.keep") not in (*KEEP_MODES, None):
+        problems.append(f"size_sampling_mode {fields['tokens.keep']!r}; known: {KEEP_MODES}")
     if problems:
         return None, problems
     if target == _IDENTITY_VAE:
-        identity = dataclasses.asdict(config.identity_vae(fields["vae.latent_channels"]))
+        identity = dataclasses.asdict(identity_vae(fields["vae.latent_channels"]))
         fields |= {f"vae.{name}": value for name, value in identity.items()}
     try:
         return from_fields(fields), []
@@ -176,6 +177,18 @@ def write_config(cfg: TokenizerConfig) -> dict:
     target = _IDENTITY_VAE if cfg.vae.kind == "identity" else target
     own = _OWN if cfg.sampler != TokenizerConfig().sampler else {}
     return _fill(_TEMPLATE | {"vae": _VAES[target]} | own, fields)
+
+
+def _nested(fields: dict) -> dict:
+    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    tree = {}
+    for path, value in fields.items():
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
 
 
 def _is_field(expected) -> bool:

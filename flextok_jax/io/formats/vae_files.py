@@ -14,7 +14,7 @@ from flextok_jax.io.paths import as_path
 from flextok_jax.io.sources import VAE_HALF
 from flextok_jax.io.sources import VAE_WEIGHTS as WEIGHTS
 from flextok_jax.nn import vae
-from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.vae_config import VAEConfig
 
 _ALLOWED = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, "latents_std": None,

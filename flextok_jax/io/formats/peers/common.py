@@ -7,7 +7,7 @@ import numpy as np
 from flextok_jax.io import storage
 from flextok_jax.io.formats import names, torch_pickle
 from flextok_jax.nn import flextok, layout
-from flextok_jax.nn.config import TokenizerConfig
+from flextok_jax.nn.tokenizer_config import TokenizerConfig
 
 _WEIGHTS, _TORCH = "model.safetensors", (".pt", ".pth", ".bin")
 

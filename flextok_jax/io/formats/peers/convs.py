@@ -8,16 +8,9 @@ LlamaGen (Sun et al., arXiv 2406.06525): `vq_ds16_c2i.pt` and `vq_ds8_c2i.pt`, o
 import re
 
 from flextok_jax.io.formats.peers import common
-from flextok_jax.nn.config import (
-    Blocks,
-    Bottleneck,
-    Convs,
-    Sites,
-    Target,
-    TokenizerConfig,
-    Tokens,
-    identity_vae,
-)
+from flextok_jax.nn.config import Blocks
+from flextok_jax.nn.tokenizer_config import Bottleneck, Sites, Target, TokenizerConfig, Tokens
+from flextok_jax.nn.vae_config import Convs, identity_vae
 
 IMAGE_SIZE = 256  # Of training.
 _BOOK = "quantize.embedding.weight"

@@ -13,15 +13,9 @@ import numpy as np
 from flextok_jax.io.formats import names
 from flextok_jax.io.formats.peers import common
 from flextok_jax.io.paths import local_copy
-from flextok_jax.nn.config import (
-    Blocks,
-    Bottleneck,
-    Sites,
-    Target,
-    TokenizerConfig,
-    Tokens,
-    identity_vae,
-)
+from flextok_jax.nn.config import Blocks
+from flextok_jax.nn.tokenizer_config import Bottleneck, Sites, Target, TokenizerConfig, Tokens
+from flextok_jax.nn.vae_config import identity_vae
 
 FILE = "params"
 RELEASED = {"image_size": 256, "frames": 4, "patch_size": 8, "head_dim": 128, "norm_eps": 1e-5}

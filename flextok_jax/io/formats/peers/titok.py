@@ -15,17 +15,9 @@ import numpy as np
 from flextok_jax.io import storage
 from flextok_jax.io.formats import names
 from flextok_jax.io.formats.peers import common, convs
-from flextok_jax.nn.config import (
-    Blocks,
-    Bottleneck,
-    Convs,
-    Sites,
-    Target,
-    Text,
-    TokenizerConfig,
-    Tokens,
-    identity_vae,
-)
+from flextok_jax.nn.config import Blocks
+from flextok_jax.nn.tokenizer_config import Bottleneck, Sites, Target, Text, TokenizerConfig, Tokens
+from flextok_jax.nn.vae_config import Convs, identity_vae
 
 _WIDTHS = {"small": 512, "base": 768, "large": 1024}
 _DEFAULTS = {"quantize_mode": "vq", "is_legacy": True, "vit_enc_patch_size": 16}
