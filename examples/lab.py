@@ -28,11 +28,11 @@ from examples.digits.evaluation import sample, wanted
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.evaluation.metrics import psnr
 from flextok_jax.evaluation.statistics import FeatureSet, fid
-from flextok_jax.generator import PASSES, STEPS
 from flextok_jax.io import storage
 from flextok_jax.nn import masked
 from flextok_jax.nn.flextok import codes_of, doublings
 from flextok_jax.nn.images import to_float, to_uint8
+from flextok_jax.token_sampling import PASSES, STEPS
 
 MEASURED = "measured.json"
 Results = dict[str, dict]  # Of one seed: variant -> what `measure` found.

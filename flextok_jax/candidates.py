@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.conditions import Conditions
+from flextok_jax.conditions import Conditions, condition_of
 from flextok_jax.generator import ImageGenerator
 from flextok_jax.nn import flextok, generation
 from flextok_jax.nn.ar import ARCondition
@@ -164,9 +164,9 @@ class Proposals:
         """(condition, null condition) of one prompt; its text is padded as all others."""
         gen = self.gen
         if self.settings.prior == "null":
-            return self.null or gen.condition(None, None, None, 1)[0], None
+            return self.null or condition_of(gen.config, None, None, None, 1)[0], None
         one = self.conditions.take([prompt])
-        condition, _ = gen.condition(one.labels, one.text, one.text_mask, 1)
+        condition, _ = condition_of(gen.config, one.labels, one.text, one.text_mask, 1)
         return generation.pad_texts(condition, self.null)
 
     def _branching(self, key, start: int, stop: int) -> Branching:

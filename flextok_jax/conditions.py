@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flextok_jax.nn import generation
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.ar_config import ARConfig
 
@@ -111,3 +112,48 @@ def check_text(cfg: ARConfig, text, mask, name: str, mask_name: str) -> ARCondit
     if not mask.any(axis=1).all():
         raise ValueError(f"{mask_name}: row {mask.any(axis=1).argmin()} is padding only")
     return ARCondition(text=text, text_mask=mask.astype(bool))
+
+
+def condition_of(cfg: ARConfig, labels, text, mask, batch: int | None) -> tuple[ARCondition, int]:
+    """The checked condition of `batch` (None: its own number of) sequences, and how many."""
+    if cfg.text_dim:
+        if labels is not None or text is None:
+            raise ValueError(
+                "a text model: give text (with a text encoder) or text_embeddings, no labels"
+            )
+        condition = check_text(cfg, text, mask, "text_embeddings", "text_mask")
+        found = len(condition.text)
+        if found == 1 and batch is not None:
+            return generation.repeat(condition, batch), batch
+    else:
+        if text is not None or mask is not None:
+            raise ValueError("not a text model: text_embeddings and text_mask mean nothing")
+        if labels is None:
+            found = 1 if batch is None else batch
+            condition = ARCondition()
+            if cfg.num_classes:
+                condition = ARCondition(np.full(found, -1, np.int32))
+        else:
+            condition = ARCondition(check_labels(cfg, labels))
+            found = len(condition.labels)
+    if batch not in (None, found):
+        raise ValueError(f"{found} conditions and {batch} token sequences: must be as many")
+    return condition, found
+
+
+def null_condition_of(cfg: ARConfig, batch: int, text, mask) -> ARCondition:
+    """The null condition of `batch` sequences; of a text model, its embeddings are given."""
+    if not cfg.text_dim or cfg.channels:
+        if text is not None or mask is not None:
+            kind = "a flow" if cfg.channels else "not a text model"
+            raise ValueError(f"{kind}: null_embeddings and null_mask mean nothing, give none")
+        return ARCondition(np.full(batch, -1, np.int32))
+    if text is None:
+        raise ValueError(
+            "guidance of a text model needs null_embeddings and null_mask, of the empty "
+            "prompt; guidance_scale=1 does without"
+        )
+    null = check_text(cfg, text, mask, "null_embeddings", "null_mask")
+    if len(null.text) not in (1, batch):
+        raise ValueError(f"null_embeddings of {len(null.text)} prompts: must be 1")
+    return generation.repeat(null, batch) if len(null.text) == 1 else null

@@ -10,11 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flextok_jax.conditions import Conditions, check_labels, check_text
-from flextok_jax.flow.sampler import Sampler
+from flextok_jax.conditions import Conditions, condition_of, null_condition_of
 from flextok_jax.io import hub, sources, storage
 from flextok_jax.io.formats import flexar
-from flextok_jax.nn import ar, flextok, generation, masked, refiner, token_flow
+from flextok_jax.nn import ar, generation
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.ar_config import ARConfig
 from flextok_jax.nn.config import Compute
@@ -22,18 +21,15 @@ from flextok_jax.parallel.mesh import platform
 from flextok_jax.parallel.rng import named
 from flextok_jax.parallel.sharding import place, spread_batch
 from flextok_jax.text import TextEncoder
+from flextok_jax.token_sampling import (
+    check_sampling,
+    check_tokens,
+    logits_program,
+    sampling_program,
+)
 from flextok_jax.tokenizer import FlexTok, Key, is_int
 
 Guidance = float | Callable[[int], float] | np.ndarray | None
-
-PASSES, STEPS = 8, 20  # Of a masked model, and of a flow.
-
-_generate = jax.jit(generation.generate, static_argnames=("cfg", "compute"))
-_fill = jax.jit(masked.generate, static_argnames=("cfg", "compute"))
-_refine = jax.jit(refiner.generate, static_argnames=("cfg", "compute"))
-_flow = jax.jit(token_flow.generate, static_argnames=("cfg", "compute"))
-_logits = jax.jit(ar.logits, static_argnames=("cfg", "compute"))
-_refined_logits = jax.jit(refiner.logits, static_argnames=("cfg", "compute"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,7 +241,7 @@ class ImageGenerator:
                 f"top_k={top_k}, top_p={top_p}, a prefix of shape {np.shape(prefix)}: a flow makes "
                 "all tokens at once, and they are no ids; leave these out"
             )
-        prefix = None if prefix is None else self._check_tokens(prefix, "prefix", least=0)
+        prefix = None if prefix is None else check_tokens(cfg, prefix, "prefix", least=0)
         given = 0 if prefix is None else prefix.shape[1]
         count = cfg.num_tokens if num_tokens is None else num_tokens
         if not is_int(count) or not given < count <= cfg.num_tokens:
@@ -254,7 +250,8 @@ class ImageGenerator:
                 f"{given} tokens of the prefix counted"
             )
         texts = (text_embeddings, text_mask)
-        condition, batch = self.condition(labels, *texts, None if prefix is None else len(prefix))
+        known = None if prefix is None else len(prefix)
+        condition, batch = condition_of(cfg, labels, *texts, known)
         scale = cfg.guidance_scale if guidance_scale is None else guidance_scale
         drawn = cfg.num_tokens if cfg.whole else int(count)
         scales = generation.guidance_schedule(scale, drawn, cfg.num_tokens)
@@ -263,18 +260,12 @@ class ImageGenerator:
             null = self.null_condition(batch, null_embeddings, null_mask)
         condition, null = generation.pad_texts(condition, null)
         how = generation.Sampling(scales, *check_sampling(temperature, top_k, top_p))
-        run = self._program(given, int(count), passes)
-        length = flextok.bucket(given, cfg.num_tokens) if given else 0
-        padded = np.zeros((batch, length), np.int32)
-        if cfg.masked:
-            padded = np.full((batch, cfg.num_tokens), ar.SOS, np.int32)
-        if given:
-            padded[:, :given] = prefix
+        prefix = np.zeros((batch, 0), np.int32) if prefix is None else prefix
+        run, padded = sampling_program(cfg, prefix, int(count), passes)
         arrays = (condition, null, generation.sample_keys(key, batch), padded)
         with self.on_mesh():
             condition, null, keys, padded = spread_batch(self.mesh, arrays)
-            rest = () if cfg.channels else (padded,)
-            tokens = run(self.params, cfg, self.compute, condition, null, how, keys, *rest)
+            tokens = run(self.params, cfg, self.compute, condition, null, how, keys, *padded)
         # Cut on the host: on the device each length would be a program of its own.
         tokens = np.asarray(tokens)[:batch, :count]
         bad = ~np.isfinite(tokens).all(axis=2) if cfg.channels else tokens < 0
@@ -285,26 +276,6 @@ class ImageGenerator:
                 "the model's parameters, or try float32"
             )
         return jax.device_put(tokens)
-
-    def _program(self, given: int, count: int, passes: int | None) -> Callable:
-        """What makes tokens of (params, cfg, compute, condition, null, sampling, keys, prefix)."""
-        cfg = self.config
-        if not (cfg.masked or cfg.channels):
-            if passes is not None:
-                raise ValueError(
-                    f"passes={passes!r}: the model draws tokens in their order; leave it out"
-                )
-            if cfg.coarse:
-                return functools.partial(_refine, start=np.int32(given))
-            return functools.partial(_generate, start=np.int32(given), stop=np.int32(count))
-        passes = (STEPS if cfg.channels else PASSES) if passes is None else passes
-        if not is_int(passes) or passes < 1:
-            raise ValueError(f"passes={passes!r}: must be an int, at least 1")
-        if cfg.channels:
-            schedule = Sampler(int(passes), guidance_scale=1.0).schedule()
-            return functools.partial(_flow, schedule=schedule, stop=np.int32(passes))
-        still = masked.left(cfg.num_tokens - given, passes)
-        return functools.partial(_fill, masked=np.array(still, np.int32))
 
     def encode_text(self, prompts) -> tuple[np.ndarray, np.ndarray]:
         """B prompts -> `text_embeddings` float32 [B, T, E] and `text_mask` bool [B, T].
@@ -345,18 +316,17 @@ class ImageGenerator:
         if cfg.channels:
             raise ValueError(f"{self.origin} is a flow: its tokens are numbers, without logits")
         least = cfg.num_tokens if cfg.coarse else 1
-        tokens = self._check_tokens(tokens, "tokens", least)
+        tokens = check_tokens(cfg, tokens, "tokens", least, hidden=cfg.masked)
         batch = len(tokens)
         if text is not None:
             text_embeddings, text_mask = self._encode(text, text_embeddings)
-        if self.config.text_dim and text_embeddings is None:
+        if cfg.text_dim and text_embeddings is None:
             condition = self.null_condition(batch, null_embeddings, null_mask)
         else:
-            condition, _ = self.condition(labels, text_embeddings, text_mask, batch)
+            condition, _ = condition_of(cfg, labels, text_embeddings, text_mask, batch)
         with self.on_mesh():
             tokens, condition = spread_batch(self.mesh, (tokens, condition))
-            run = _refined_logits if cfg.coarse else _logits
-            found = run(self.params, cfg, self.compute, tokens, condition)
+            found = logits_program(cfg)(self.params, cfg, self.compute, tokens, condition)
         return found[:batch]
 
     def generate(
@@ -473,73 +443,13 @@ class ImageGenerator:
         params = jax.tree.map(np.asarray, params)
         flexar.save(folder, dataclasses.replace(file, params=params, info=info))
 
-    def _check_tokens(self, tokens, name: str, least: int) -> np.ndarray:
-        tokens, cfg = np.asarray(tokens), self.config
-        integers = np.issubdtype(tokens.dtype, np.integer) or not tokens.size
-        fits = tokens.ndim == 2 and len(tokens) and least <= tokens.shape[1] <= cfg.num_tokens
-        if not (integers and fits):
-            raise ValueError(
-                f"{name} are {tokens.dtype} of shape {tokens.shape}: must be integers [B, k] with "
-                f"B >= 1 and k in {least}..{cfg.num_tokens}"
-            )
-        lowest = ar.SOS if cfg.masked and name == "tokens" else 0
-        wrong = tokens[(tokens < lowest) | (tokens >= cfg.vocab_size)]
-        if wrong.size:
-            hidden = ", or -1 where it is not known" if lowest else ""
-            raise ValueError(
-                f"token id {wrong[0]} in {name}: must be in 0..{cfg.vocab_size - 1}{hidden}"
-            )
-        return tokens.astype(np.int32)
-
-    def condition(self, labels, text, mask, batch: int | None) -> tuple[ARCondition, int]:
-        """The checked condition of `batch` (None: its own number of) sequences, and how many."""
+    def null_condition(self, batch: int, text=None, mask=None) -> ARCondition:
+        """The null condition of `batch` sequences; by default, of a text model, its null text."""
         cfg = self.config
-        if cfg.text_dim:
-            if labels is not None or text is None:
-                raise ValueError(
-                    "a text model: give text (with a text encoder) or text_embeddings, no labels"
-                )
-            condition = check_text(cfg, text, mask, "text_embeddings", "text_mask")
-            found = len(condition.text)
-            if found == 1 and batch is not None:
-                return generation.repeat(condition, batch), batch
-        else:
-            if text is not None or mask is not None:
-                raise ValueError("not a text model: text_embeddings and text_mask mean nothing")
-            if labels is None:
-                found = 1 if batch is None else batch
-                condition = ARCondition()
-                if cfg.num_classes:
-                    condition = ARCondition(np.full(found, -1, np.int32))
-            else:
-                condition = ARCondition(check_labels(cfg, labels))
-                found = len(condition.labels)
-        if batch not in (None, found):
-            raise ValueError(f"{found} conditions and {batch} token sequences: must be as many")
-        return condition, found
-
-    def null_condition(self, batch: int, text, mask) -> ARCondition:
-        """The null condition of `batch` sequences."""
-        if not self.config.text_dim or self.config.channels:
-            if text is not None or mask is not None:
-                kind = "a flow" if self.config.channels else "not a text model"
-                raise ValueError(f"{kind}: null_embeddings and null_mask mean nothing, give none")
-            return ARCondition(np.full(batch, -1, np.int32))
-        if text is None and self._null_text is not None:
-            text, mask = self._null_text
-        if text is None:
-            raise ValueError(
-                "guidance of a text model needs null_embeddings and null_mask, of the empty "
-                "prompt; guidance_scale=1 does without"
-            )
-        null = check_text(self.config, text, mask, "null_embeddings", "null_mask")
-        if len(null.text) not in (1, batch):
-            raise ValueError(f"null_embeddings of {len(null.text)} prompts: must be 1")
-        return generation.repeat(null, batch) if len(null.text) == 1 else null
-
-    @property
-    def _null_text(self) -> tuple[np.ndarray, np.ndarray] | None:
-        return self.null_text or (self.text_encoder and self.text_encoder.null)
+        if text is None and cfg.text_dim and not cfg.channels:
+            own = self.null_text or (self.text_encoder and self.text_encoder.null)
+            text, mask = own or (None, mask)
+        return null_condition_of(cfg, batch, text, mask)
 
     def _encode(self, prompts, embeddings) -> tuple[np.ndarray, np.ndarray]:
         """(embeddings, mask) of prompts."""
@@ -572,15 +482,3 @@ def _check_fit(cfg: ARConfig, tok: FlexTok) -> None:
             f"{tok.origin} {tok.config.vocab_size} ids and {tok.num_tokens} tokens: the ids must "
             "be as many, and so many positions must make an image (`FlexTok.prefixes`)"
         )
-
-
-def check_sampling(temperature, top_k, top_p) -> tuple:
-    """(temperature, top_k, top_p) as arrays."""
-    number = (int, float, np.integer, np.floating)
-    if not isinstance(temperature, number) or not 0 <= temperature < np.inf:
-        raise ValueError(f"temperature={temperature!r}: must be a number, 0 (greedy) or more")
-    if not is_int(top_k) or top_k < 0:
-        raise ValueError(f"top_k={top_k!r}: must be an int, 0 (off) or more")
-    if not isinstance(top_p, number) or not 0 <= top_p <= 1:
-        raise ValueError(f"top_p={top_p!r}: must be a number in 0 (off) .. 1")
-    return np.float32(temperature), np.int32(min(top_k, 2**31 - 1)), np.float32(top_p)

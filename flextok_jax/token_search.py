@@ -23,11 +23,12 @@ from flextok_jax import conditions as of
 from flextok_jax.candidates import Proposals, Settings
 from flextok_jax.conditions import Conditions
 from flextok_jax.flow.sampler import SOLVERS, Sampler
-from flextok_jax.generator import Guidance, ImageGenerator, check_sampling
+from flextok_jax.generator import Guidance, ImageGenerator
 from flextok_jax.nn import flextok, generation
 from flextok_jax.nn.generation import Sampling
 from flextok_jax.nn.images import to_uint8
 from flextok_jax.parallel.rng import named
+from flextok_jax.token_sampling import check_sampling
 from flextok_jax.tokenizer import Key, is_int
 from flextok_jax.verifiers import LOOKS_AT, Ensemble, Verifier
 
@@ -257,7 +258,7 @@ def prepare(
     if settings.prior == "uniform":  # Logits are equal: nothing to guide or to filter.
         temperature, top_k, top_p = 1.0, 0, 0.0
     elif conditional and (settings.prior == "null" or not (scales == 1).all()):
-        null = gen.null_condition(1, None, None)
+        null = gen.null_condition(1)
     sampling = Sampling(scales, *check_sampling(temperature, top_k, top_p))
     wants_images = any(member.looks_at == "images" for member in used)
     if tok is None and wants_images:

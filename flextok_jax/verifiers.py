@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax import criteria
-from flextok_jax.conditions import Conditions
+from flextok_jax.conditions import Conditions, condition_of
 from flextok_jax.io import storage
 from flextok_jax.io.formats import clip as clip_files
 from flextok_jax.io.formats import networks
@@ -144,7 +144,7 @@ def agreement(gen) -> Verifier:
     """
     if not (gen.config.num_classes or gen.config.text_dim):
         raise ValueError(f"agreement: {gen.origin} has no conditions to compare with none")
-    null = gen.null_condition(1, None, None)
+    null = gen.null_condition(1)
     null = jax.tree.map(lambda array: array[0], null)
 
     def function(params, condition, tokens):
@@ -165,7 +165,7 @@ def _of_model(name: str, gen, function: Callable) -> Verifier:
         if gen.config.text_dim and conditions.text is None:
             raise ValueError(f"{name}: the prompts have no embeddings; give gen a text_encoder")
         given = conditions.labels, conditions.text, conditions.text_mask
-        return gen.condition(*given, len(conditions))[0]
+        return condition_of(gen.config, *given, len(conditions))[0]
 
     about = {"model": gen.origin}
     return Verifier(name, function, prepare, "tokens", gen.params, about)

@@ -16,8 +16,8 @@ LEVELS = (
     ("conditions", "nn", "flow"),
     ("io", "parallel"),
     (
-        "tokenizer", "generator", "text", "lengths", "criteria", "token_search", "candidates",
-        "verifiers",
+        "tokenizer", "generator", "text", "lengths", "criteria", "token_sampling", "token_search",
+        "candidates", "verifiers",
     ),
     ("data", "evaluation"),
     ("demo",),

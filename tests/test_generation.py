@@ -11,10 +11,10 @@ from common import relative
 from test_ar import CLASS, DOUBLING, FOLDED, GROUPS, PLAIN, TEXT, condition, logits, random_params
 
 from flextok_jax import ImageGenerator
-from flextok_jax.generator import _generate
 from flextok_jax.nn import ar, generation, order
 from flextok_jax.nn.block import Block, Cache
 from flextok_jax.nn.config import Compute
+from flextok_jax.token_sampling import _in_order
 
 L, V = CLASS.num_tokens, CLASS.vocab_size
 SCALES = np.linspace(0.5, 3.0, L).astype(np.float32)
@@ -127,7 +127,7 @@ def test_the_cache_grows_without_an_effect(monkeypatch):
     monkeypatch.setattr(generation, "_grow", lambda c, n: lengths.append(n) or grow(c, n))
     anew = functools.partial(generation.generate)  # No program of `generate` itself fits it.
     anew = jax.jit(anew, static_argnames=("cfg", "compute"))
-    monkeypatch.setattr("flextok_jax.generator._generate", anew)
+    monkeypatch.setattr("flextok_jax.token_sampling._in_order", anew)
     np.testing.assert_array_equal(generator().generate_tokens([0, 1, 2], key=3), expected)
     assert sorted(set(lengths)) == [4, 8, 12]
 
@@ -252,18 +252,18 @@ def test_bfloat16_follows_float32():
 
 def test_values_of_arguments_compile_nothing_anew():
     run = functools.partial(generator().generate_tokens, [0, 1, 2])
-    _generate.clear_cache()
+    _in_order.clear_cache()
     run(), run(guidance_scale=1)
-    assert _generate._cache_size() == 2
+    assert _in_order._cache_size() == 2
     for arguments in (
         {"num_tokens": 3}, {"temperature": 0}, {"temperature": 0.3}, {"top_k": 4}, {"top_p": 0.4},
         {"guidance_scale": 7}, {"guidance_scale": lambda i: i}, {"key": 8}, {"guidance_scale": 1},
     ):  # fmt: skip
         run(**arguments)
-    assert _generate._cache_size() == 2
+    assert _in_order._cache_size() == 2
     for given in range(1, 9):
         run(prefix=np.zeros((3, given), int))
-    assert _generate._cache_size() == 2 + 4  # room for 1, 2, 4 and 8 tokens
+    assert _in_order._cache_size() == 2 + 4  # room for 1, 2, 4 and 8 tokens
 
 
 def test_the_null_branch_of_teacher_forcing_is_a_negative_label():

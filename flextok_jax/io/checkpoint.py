@@ -229,7 +229,8 @@ def _folder(workdir):
 def _know_s3():
     """Lets Orbax name files in s3:// to TensorStore, which has a driver for them.
 
-    Orbax does so for gs:// alone; the driver of s3:// has the same keys, and an endpoint.
+    Orbax does so for gs:// alone, and 0.12.8 has no public way to add another (its type handlers
+    build the specification themselves); the driver of s3:// has the same keys, and an endpoint.
     """
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
