@@ -1,6 +1,6 @@
 """The TPU compiler's estimates for every full-size configuration: the table of docs/tpu.md.
 
-    python -m benchmarks.tpu                     (about two hours on two cores)
+    python -m benchmarks.tpu                     (about three hours on two cores)
     python -m benchmarks.tpu --only 'd18_d28 on v5e'
 
 Compiles the training step of each configuration on its recommended topology, and the frozen VAE of

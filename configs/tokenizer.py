@@ -90,7 +90,7 @@ def _digits() -> ConfigDict:
     """1 500 real 16x16 digits in pixel space: half an hour on two CPU cores.
 
     The shipped model `demo-digits` is this variant at full length; its metrics lie beside its
-    weights. JAX_NUM_CPU_DEVICES=2 makes two devices of one CPU, which is a third faster.
+    weights. JAX_NUM_CPU_DEVICES=2 makes two devices of one CPU, which is faster.
     """
     c = tokenizer()
     c.total_steps, c.batch_size = 25_000, 32
@@ -98,8 +98,8 @@ def _digits() -> ConfigDict:
     c.ema_decay = 0.999
     c.evaluation.num_images, c.evaluation.batch_size = 297, 160
     # An 8x8 drawing scaled to 16x16 in three equal channels repeats each value 12 times, so it
-    # shows through noise early: without the shift, with 12^(1/2) = 3.5 at least, the decoder does
-    # not begin to use its tokens for thousands of steps. 6 began at some 600 steps, 12 at 750.
+    # shows through noise early: without a shift, of 12^(1/2) = 3.5 at least, the decoder does not
+    # begin to use its tokens for long.
     c.time_shift = 6.0
     c.data.path = digits.folder()
     c.model.sites.patch_size, c.model.tokens.count = 4, 16
@@ -151,7 +151,7 @@ def _folder() -> ConfigDict:
     c.log_every, c.eval_every, c.checkpoint.every = 100, 4000, 500
     c.ema_decay = 0.999
     c.evaluation.update(num_images=64, batch_size=64)
-    # Random crops and mirroring are left out: the small model needs twice the steps with them.
+    # Random crops and mirroring are left out: the small model needs more steps with them.
     c.data.update(image_size=64, crop="center")
     c.model.sites.patch_size, c.model.tokens.count = 8, 64
     c.model.bottleneck.levels = (8, 5, 5, 5)
@@ -160,8 +160,7 @@ def _folder() -> ConfigDict:
     # A velocity holds the noise of a patch, 192 numbers, which a width of 96 cannot carry.
     c.model.target.flow.predicts = "image"
     # Nearly all times between 0.77 and 0.998, and steps of sampling there too: large pictures show
-    # through noise early, and then tokens have nothing to add. With a shift of 8 the loss was below
-    # loss_null after 250 steps, but at 2 000 all tokens together told no more than the first.
+    # through noise early, and then tokens have nothing to add.
     c.model.target.flow.log_normal_time, c.time_shift = True, 24.0
     c.model.target.flow.null_prob = 0.1
     # The steps are long near t = 0, where multistep's extrapolation fails; APG's limit on the norm
@@ -169,7 +168,6 @@ def _folder() -> ConfigDict:
     c.model.target.flow.sampler.update(
         solver="euler", time_shift=24.0, guidance_scale=2.0, norm_guidance=False
     )
-    # Muon needs 0.6 of the steps that Adam needs for the same loss.
     c.optim.update(rule="muon", lr=4e-3, warmup_steps=200, final_lr_fraction=0.01)
     c.compute.scan = False
     return c

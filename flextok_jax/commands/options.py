@@ -166,7 +166,7 @@ class TokenSampling:
 class Shards:
     """How a data set is written in shards."""
 
-    split: Split = "train"  # train, test or all; of TFDS any of its own (train)
+    split: Split = "train"  # train, validation or all; of TFDS any of its own (train)
     shard_size: Positive = 4096  # images per file
     process: Process = (0, 1)
 
@@ -326,7 +326,7 @@ class Lengths(Compute, Sampling):
 
     model: Tokenizer
     images: Data
-    split: Split = None  # train, test or all; of TFDS any of its own (all)
+    split: Split = None  # train, validation or all; of TFDS any of its own (all)
     limit: Limit = None
     criterion: Criterion = "flow"
     target: Annotated[float | None, *_option("X", _number, _TARGET), _TARGET_OR_WITHIN] = None
@@ -463,7 +463,7 @@ class Evaluate(Compute, TokenSampling, Sampling):
     task: Annotated[Task, arg(help=_TASK)] = "reconstruction"
     model: Tokenizer
     data: Data
-    split: Split = None  # train, test or all; of TFDS any of its own (all; for the probe test)
+    split: Split = None  # train, validation or all; of TFDS any of its own (all; probe: validation)
     limit: Limit = None
     num_tokens: Counts = None  # by commas (1, 2, 4, ... up to all; of generation all)
     steps: Counts = None  # steps of the solver, several by commas (the model's own default)
@@ -503,7 +503,7 @@ class Check:
     """
 
     source: Positional[Data]
-    split: Split = None  # train, test or all; of TFDS any of its own (all)
+    split: Split = None  # train, validation or all; of TFDS any of its own (all)
     sample: Positive = 1000  # open so many, evenly chosen
     all: Flag = False  # open every image
     out: Annotated[str, *_option("FILE.png", hint=None)] = "data_check.png"  # the contact sheet
