@@ -21,7 +21,7 @@ from benchmarks.search import seconds_in_turn
 from benchmarks.tokens import random_params
 from flextok_jax.compile import count_flops, estimate, topology
 from flextok_jax.nn import vae
-from flextok_jax.nn.config import VAEConfig
+from flextok_jax.nn.vae_config import VAEConfig
 from flextok_jax.parallel.mesh import make_mesh
 
 FORMS = {"enlarged": vae.enlarged, "by phases": vae.by_phases}
