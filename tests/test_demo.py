@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import flextok_jax
 from examples.digits import arrays
@@ -70,6 +72,8 @@ def test_shipped_models_are_small_and_described():
         ("digits", FlexTok.from_pretrained("demo-digits")),
         ("digits_ar", ImageGenerator.from_pretrained("demo-digits-ar")),
     ):
+        with safe_open(DEMOS / folder / "model.safetensors", "numpy") as file:
+            assert not re.search(r"[\"']/", str(file.metadata()))  # No path of a machine.
         page = (DEMOS / folder / "MODEL.md").read_text()
         assert model.fingerprint in page and "scikit-learn" in page
         for count in [f"{n} of 297" for n in recorded(folder).get("correct", {}).values()]:
