@@ -85,17 +85,25 @@ def golden_io() -> dict:
     return load_file(GOLDEN / "tokenizer" / "io.safetensors")
 
 
-@functools.cache
-def random_params(cfg: TokenizerConfig, seed: int = 0) -> dict:
-    """Parameters without the zeros that a fresh model's heads and gates have."""
-    shapes = layout.unbox(flextok.shapes(cfg))
+def random_like(shapes, seed: int = 0) -> dict:
+    """Parameters of these shapes without the zeros that a fresh model's heads and gates have."""
     rng = np.random.default_rng(seed)
 
     def draw(shape):
         fan_in = shape.shape[-2] if len(shape.shape) > 1 else 4
         return (rng.standard_normal(shape.shape) / np.sqrt(fan_in)).astype(np.float32)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(draw, layout.unbox(shapes))
+
+
+@functools.cache
+def random_params(cfg: TokenizerConfig, seed: int = 0) -> dict:
+    return random_like(flextok.shapes(cfg), seed)
+
+
+def stage_params(stage) -> dict:
+    """Random parameters of a stage; its `init` is not compiled, which takes longest."""
+    return random_like(jax.eval_shape(stage.init, jax.random.key(0)))
 
 
 def tiny_tokenizer(cfg: TokenizerConfig = TINY) -> FlexTok:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import new_params, tiny_tokenizer
+from common import new_params, stage_params, tiny_tokenizer
 from PIL import Image
 
 from configs import ar as CONFIGS
@@ -133,7 +133,7 @@ def test_captions_become_ids_and_absent_ones_the_empty_caption(captioned, tmp_pa
     assert sorted(lengths)[0] == 1 and (np.sort(lengths)[1:] > 1).all()  # One has no caption.
     ends = batch["text_ids"][np.arange(24), lengths - 1]
     assert (ends == 1).all() and stage.captions("x " * 50)["text_ids"][-1] == 1
-    params = new_params(stage.init)
+    params = stage_params(stage)
     everywhere = stage._condition(params, {}, batch, np.ones(24, bool))
     nowhere = stage._condition(params, {}, batch, np.zeros(24, bool))
     assert everywhere.text_mask.sum() == 24
