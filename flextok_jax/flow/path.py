@@ -24,14 +24,9 @@ def shift_time(t, shift: float):
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def logit_normal_time(key: jax.Array, batch: int, stratified: bool = False) -> jax.Array:
-    """t = sigmoid(n), n standard normal; stratified: one sample per 1/batch quantile, shuffled."""
-    if not stratified:
-        return jax.nn.sigmoid(jax.random.normal(key, (batch,)))
-    offsets, order = jax.random.split(key)
-    u = (jnp.arange(batch) + jax.random.uniform(offsets, (batch,))) / batch
-    normal = jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1 - 1e-6))
-    return jax.nn.sigmoid(jax.random.permutation(order, normal))
+def logit_normal_time(key: jax.Array, batch: int) -> jax.Array:
+    """t = sigmoid(n), n standard normal."""
+    return jax.nn.sigmoid(jax.random.normal(key, (batch,)))
 
 
 def interpolate(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
