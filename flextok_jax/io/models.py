@@ -159,15 +159,12 @@ def vae_params(source: str, cfg: VAEConfig) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def load_vae(
-    source: str, scaling_factor: float | None = None, revision: str | None = None
-) -> tuple[VAEConfig, dict]:
+def load_vae(source: str, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
     """A VAE on its own: a workdir of the VAE stage, a folder in the diffusers layout, a hub id.
 
     Args:
         source: as text.
         scaling_factor: instead of the one that was measured (workdir) or recorded (folder).
-        revision: branch, tag or commit of a hub id.
 
     Returns:
         The configuration, and its parameters as nested float32 NumPy arrays.
@@ -176,10 +173,10 @@ def load_vae(
         FileNotFoundError: as `sources.find`.
         ValueError: it is another kind of model, not understood, or has no scaling factor.
     """
-    path = sources.find(source, ("config.json",), revision=revision)
+    path = sources.find(source, ("config.json",))
     sources.check_kind(path, "vae")
     if not sources.is_workdir(path):
-        return vae_files.load_folder(source, scaling_factor, revision)
+        return vae_files.load_folder(source, scaling_factor)
     exported, found = workdirs.load(path)
     factor = found.extra.get("scaling_factor") if scaling_factor is None else scaling_factor
     if factor is None:

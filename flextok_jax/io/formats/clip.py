@@ -66,20 +66,18 @@ class LoadedCLIP:
         return text_tokens.padded(text_tokens.ids_of(self.tokenizer, prompts, length), length)[0]
 
 
-def load(source, dtype=np.float32, revision: str | None = None) -> LoadedCLIP:
-    """Reads a CLIP.
+def load(source) -> LoadedCLIP:
+    """Reads a CLIP, its parameters as float32.
 
     Args:
         source: a folder, or a hub id such as "openai/clip-vit-base-patch16".
-        dtype: that the parameters get.
-        revision: branch, tag or commit of a hub id.
 
     Raises:
         FileNotFoundError: as `sources.find`, or there is no tokenizer.json.
         ValueError: it is not understood; one error lists every reason.
     """
     more = (text_tokens.FILE, PREPROCESSOR, *weights.INDICES)
-    folder = sources.find(source, (CONFIG,), more, revision)
+    folder = sources.find(source, (CONFIG,), more)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: name the folder with {CONFIG} and its weights")
     found = storage.read_json(folder / CONFIG)
@@ -92,7 +90,7 @@ def load(source, dtype=np.float32, revision: str | None = None) -> LoadedCLIP:
         )
     text = (folder / text_tokens.FILE).read_text(encoding="utf-8")
     tokenizer, problems = text_tokens.parse(text, folder), []
-    with weights.opened(source, folder, _wanted, revision) as tensors:
+    with weights.opened(source, folder, _wanted) as tensors:
         cfg = _config(tensors, found, problems)
         if cfg is None:
             raise ValueError(f"{folder} is not understood:\n  " + "\n  ".join(problems))
@@ -100,7 +98,7 @@ def load(source, dtype=np.float32, revision: str | None = None) -> LoadedCLIP:
         if tokenizer.encode("").ids[-1] != cfg.vocab_size - 1:
             problems.append(f"{text_tokens.FILE} does not end texts with id {cfg.vocab_size - 1}")
         entries = names.entries(layout.unbox(clip.shapes(cfg)), names.by_table(NAMES))
-        params = names.to_params(entries, tensors, folder, problems, dtype)
+        params = names.to_params(entries, tensors, folder, problems)
     name = sources.name_of(source, folder) or str(folder)
     return LoadedCLIP(cfg, params, tokenizer, name)
 

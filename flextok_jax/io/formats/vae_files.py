@@ -58,16 +58,14 @@ def infer_layout(tensors: dict, known: VAEConfig, prefix: str = "") -> VAEConfig
 INDEX = f"{WEIGHTS}.index.json"
 
 
-def load_folder(
-    source, scaling_factor: float | None = None, revision: str | None = None
-) -> tuple[VAEConfig, dict]:
+def load_folder(source, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
     """A VAE folder or hub id -> (configuration, parameters as nested float32 NumPy arrays).
 
     Raises:
         FileNotFoundError: as `sources.find`, or there are no weights.
         ValueError: an option that is not implemented, or wrong tensors, all listed.
     """
-    folder = sources.find(source, ("config.json",), (INDEX,), revision)
+    folder = sources.find(source, ("config.json",), (INDEX,))
     released = storage.read_json(folder / "config.json")
     factor = released.get("scaling_factor", SCALING_FACTOR)
     factor = factor if scaling_factor is None else scaling_factor
@@ -80,7 +78,7 @@ def load_folder(
         raise ValueError(f"{folder}/config.json: " + "; ".join(problems))
     known = VAEConfig(norm_groups=released.get("norm_num_groups", 32), scaling_factor=float(factor))
     files = (WEIGHTS, VAE_HALF)
-    with weights.opened(source, folder, lambda name: True, revision, files) as tensors:
+    with weights.opened(source, folder, lambda name: True, files=files) as tensors:
         tensors = names.modern(tensors)
         cfg = infer_layout(tensors, known)
         shapes = jax.eval_shape(lambda key: vae.init_vae(cfg, key), jax.random.key(0))
