@@ -98,6 +98,11 @@ _K = "tokens per image (all); the cost follows their number"
 
 Tokenizer = Annotated[str, *_option("SOURCE", _text, _MODEL, None)]
 Data = Annotated[str, *_option("DATA", _text, _DATA, None)]
+Generator = Annotated[str, *_option("SOURCE", _text, _AR_MODEL, None)]
+Labels = Annotated[str | None, *_option("LABELS", _text, _LABELS, "(all)")]
+Prompt = Annotated[str | None, *_option("PROMPT", str, "a prompt, for text models")]
+Prompts = Annotated[str | None, *_option("FILE", _text, "a file with a prompt on each line")]
+Encoder = Annotated[str | None, *_option("SOURCE", _text, _T5, "(the one MODEL names)")]
 Folder = Annotated[str, *_option("DIR", _text, "folder for the results", None)]
 Source = Annotated[str | None, *_option("SOURCE")]
 File = Annotated[str | None, *_option("FILE")]
@@ -357,15 +362,11 @@ class Generate(Compute, Sampling, TokenSampling):
           --text "a red cube on a blue sphere" --out samples
     """
 
-    model: Annotated[str, *_option("SOURCE", _text, _AR_MODEL, None)]
-    labels: Annotated[str | None, *_option("LABELS", _text, _LABELS, "(all)")] = None
-    text: Annotated[str | None, *_option("PROMPT", str, "a prompt, for text models")] = None
-    prompts: Annotated[str | None, *_option("FILE", _text, "a file with a prompt on each line")] = (
-        None
-    )
-    text_encoder: Annotated[str | None, *_option("SOURCE", _text, _T5, "(the one MODEL names)")] = (
-        None
-    )
+    model: Generator
+    labels: Labels = None
+    text: Prompt = None
+    prompts: Prompts = None
+    text_encoder: Encoder = None
     num_tokens: Counts = None  # images from the first so many tokens, several by commas (all)
     passes: Count = (
         None  # in which a masked model makes its tokens (8), or steps of a flow of tokens (20)
@@ -414,15 +415,11 @@ class Search(Compute, Sampling, TokenSampling):
           --judge clip:openai/clip-vit-large-patch14 --out found
     """
 
-    model: Annotated[str, *_option("SOURCE", _text, _AR_MODEL, None)]
-    labels: Annotated[str | None, *_option("LABELS", _text, _LABELS, "(all)")] = None
-    text: Annotated[str | None, *_option("PROMPT", str, "a prompt, for text models")] = None
-    prompts: Annotated[str | None, *_option("FILE", _text, "a file with a prompt on each line")] = (
-        None
-    )
-    text_encoder: Annotated[str | None, *_option("SOURCE", _text, _T5, "(the one MODEL names)")] = (
-        None
-    )
+    model: Generator
+    labels: Labels = None
+    text: Prompt = None
+    prompts: Prompts = None
+    text_encoder: Encoder = None
     verifier: Annotated[str, *_option("VERIFIERS", _text, _VERIFIERS, None)]
     judge: Annotated[str | None, *_option("VERIFIERS", _text, _JUDGE)] = None
     reference: Annotated[str | None, *_option("IMAGES", _text, _REFERENCE)] = None
