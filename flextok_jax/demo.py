@@ -192,7 +192,7 @@ class Demo:
             result = found.result()
         yield self.generator.num_tokens, to_uint8(result.images[0]), result.scores[0]
 
-    def sizes(self, image: np.ndarray, tokens: np.ndarray, k: int, decoded: np.ndarray) -> list:
+    def sizes(self, image: np.ndarray, k: int, decoded: np.ndarray) -> list:
         """`Size` of the first k tokens, of which `decoded` was made, and of JPEG files."""
         found = [
             Size(f"{k} token{'s' * (k > 1)}", token_bytes(self.tokenizer, k), _psnr(decoded, image))

@@ -147,8 +147,8 @@ def test_people_who_ask_at_once_get_what_they_would_get_alone():
 
 
 def test_bytes_of_tokens_and_of_jpeg_files():
-    tokens, image = tokens_of(0), models().pictures[0]
-    token, smallest, usual = models().sizes(image, tokens, 3, image)
+    image = models().pictures[0]
+    token, smallest, usual = models().sizes(image, 3, image)
     assert token.count == math.ceil(3 * math.log2(8 * 5 * 5) / 8) == 3 and token.psnr > 100
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=75, optimize=True)

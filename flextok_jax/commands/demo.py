@@ -227,7 +227,7 @@ def _one_image(gr, page, models: Demo, settings: list) -> None:
         decoded = models.decode(tokens, int(k), how)
         return (
             _figures("large", [("original", image), (_count(k), decoded)]),
-            _table(models.sizes(image, tokens, int(k), decoded)),
+            _table(models.sizes(image, int(k), decoded)),
         )
 
     def everything(chosen, k, *how):

@@ -139,7 +139,7 @@ def _run(task, wanted: images.Asked, out, info: dict) -> tuple[list[Result], lis
             saved = _read_result(folder, out, task, name)
             if saved is None:
                 saved = token_search.run(task, prompt, done=tuple(steps), on_step=note)
-                _write_result(folder, out, task, saved, name, info | wanted.texts[prompt])
+                _write_result(folder, out, saved, name, info | wanted.texts[prompt])
             found.append(saved)
             tree.append(steps)
     return found, tree
@@ -165,7 +165,7 @@ def _read_steps(folder) -> list[Step]:
     return steps
 
 
-def _write_result(folder, out, task, result: Result, name: str, info: dict) -> None:
+def _write_result(folder, out, result: Result, name: str, info: dict) -> None:
     """The pictures, and then what says that they are there."""
     files = _files(name, len(result.scores))
     for file, image, score in zip(files, to_uint8(result.images), result.scores):

@@ -1,7 +1,6 @@
 """Prompts and captions: those of `flextok generate`, and `flextok embed`."""
 
 import re
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -129,8 +128,7 @@ def embed(args: options.Embed) -> None:
                 done += _write(encoder, todo, args.batch_size)
                 todo = []
         done += _write(encoder, todo, args.batch_size)
-    for line in source.skipped.lines():
-        print(f"warning: skipped {line}", file=sys.stderr)
+    common.left_out(source.skipped, {}, len(source))
     if not done + kept:
         raise ValueError(f"{args.data}: none of {len(source)} images has a caption (docs/data.md)")
     more = f"; {kept} were there" if kept else ""

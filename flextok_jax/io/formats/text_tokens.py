@@ -55,9 +55,9 @@ def cut(ids: list[int], length: int) -> list[int]:
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, pad: int = 0) -> tuple:
+def padded(rows: Sequence[Sequence[int]], length: int) -> tuple:
     """(ids int32 [B, length], mask bool [B, length], False at padding)."""
-    ids, mask = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)
+    ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, True
     return ids, mask

@@ -86,9 +86,9 @@ def read_config(found: dict, tensors: dict) -> tuple[TokenizerConfig | None, lis
     values["crop_size"] = found.get("dataset", {}).get("preprocessing", {}).get("crop_size")
     mode, problems = values["quantize_mode"], []
 
-    def number(name, most=2**20):
+    def number(name):
         value = values.get(name)
-        if type(value) is int and 0 < value <= most:
+        if type(value) is int and 0 < value <= 2**20:
             return value
         problems.append(f"{name}={value!r}: must be a positive number")
         return 1
