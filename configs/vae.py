@@ -108,6 +108,18 @@ def _photos() -> ConfigDict:
     return c
 
 
+def _emoji() -> ConfigDict:
+    """Emoji, 64x64, to 8x8 latents of 16 channels; the VAE of the shipped model `demo-emoji`.
+
+    --config.data.path=FOLDER of examples/emoji/make_data.py.
+    """
+    c = _photos()
+    c.total_steps, c.batch_size, c.eval_every = 3200, 8, 800
+    c.evaluation.update(num_images=398, batch_size=100)
+    c.data.update(path="", crop="center", color=0.1)
+    return c
+
+
 def _imagenet(channels: int) -> ConfigDict:
     """The full-size VAEs, 256x256 to 32x32 latents of 4, 8 or 16 channels [paper]."""
     c = _base()
@@ -126,7 +138,7 @@ def _width(c: ConfigDict, value: int):
     c.model.block_out = (value,) * len(c.model.block_out)
 
 
-VARIANTS = {"digits": _digits, "photos": _photos}
+VARIANTS = {"digits": _digits, "photos": _photos, "emoji": _emoji}
 VARIANTS |= {f"c{n}": functools.partial(_imagenet, n) for n in CHANNELS}
 SIZES = {
     "width": _width,
