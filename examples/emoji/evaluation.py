@@ -1,10 +1,10 @@
 """Tokenizers and generators of the emoji, measured through the public interface.
 
-    python -m examples.emoji.evaluation data/emoji runs/emoji --generator runs/emoji_ar \
-        --picture emoji.png
+    python -m examples.emoji.evaluation data/emoji demo-emoji --generator demo-emoji-ar \
+        --text-generator demo-emoji-t2i --picture emoji.png
 
 prints the numbers of docs and model pages as JSON: reconstructions of the validation emoji, which
-training never saw, and generated emoji of each group; and draws some of both.
+training never saw, generated emoji of each group, and emoji drawn from names; and draws some.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from flextok_jax.evaluation.statistics import FeatureSet, fid
 from flextok_jax.nn.images import to_float, to_uint8
 
 BATCH = 100
-SHOWN = 12  # Rows of reconstructions in the picture, evenly taken from the list.
+PROMPTS = 400  # Names of training emoji.
+SHOWN = 10  # Samples of each group in the picture.
 
 
 def counts(tok: FlexTok) -> list[int]:
@@ -96,17 +97,38 @@ def generation_numbers(samples: np.ndarray, train, validation) -> dict:
     }
 
 
-def picture(made, images, samples=None) -> np.ndarray:
-    """uint8 [H, W, 3]: rows of an image and its prefixes; beside them, samples, a row per group."""
-    rows = np.linspace(0, len(images) - 1, SHOWN).astype(int)
+def text_numbers(gen: ImageGenerator, folder) -> dict:
+    """How many emoji that are drawn from names are read as the group of the name.
+
+    Args:
+        gen: a generator by text. The key of batch i is i.
+        folder: made by make_data. Names are the validation emoji's, and as many of the training's.
+    """
+    numbers = {}
+    for split, count in (("validation", None), ("train", PROMPTS)):
+        _, labels, names = arrays(folder, split)
+        rows = np.linspace(0, len(names) - 1, count or len(names)).astype(int)
+        parts = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        made = [gen.generate(text=[names[i] for i in part], key=i) for i, part in enumerate(parts)]
+        right = np.concatenate([groups(to_uint8(x)) for x in made]) == labels[rows]
+        numbers[f"{split} names"] = len(rows)
+        numbers[f"{split} names, read as their group"] = int(right.sum())
+    return numbers
+
+
+def middles(labels: np.ndarray) -> list[int]:
+    """For each group the index of the image in the middle of its images."""
+    return [(found := np.flatnonzero(labels == c))[len(found) // 2] for c in range(len(GROUPS))]
+
+
+def picture(made, images, labels, samples=None) -> np.ndarray:
+    """uint8 [H, W, 3]: a row for each group, its image in the middle, the prefixes, and samples."""
+    rows = middles(labels)
     grid = _grid(np.stack([images[rows], *(x[rows] for x in made.values())], axis=1))
     if samples is None:
         return grid
-    right = _grid(samples[:, :SHOWN])
-    height = max(len(grid), len(right))
-    parts = [np.pad(x, [(0, height - len(x)), (0, 24), (0, 0)], constant_values=255)
-             for x in (grid, right)]  # fmt: skip
-    return np.concatenate(parts, axis=1)
+    gap = np.full((len(grid), 24, 3), 255, np.uint8)
+    return np.concatenate([grid, gap, _grid(samples[:, :SHOWN])], axis=1)
 
 
 def _grid(images):
@@ -121,6 +143,7 @@ def main() -> None:
     parser.add_argument("data", help="a folder made by examples.emoji.make_data")
     parser.add_argument("tokenizer", help="of 64 x 64 pixels: a workdir, a folder or a demo")
     parser.add_argument("--generator", help="of its tokens, by the nine groups")
+    parser.add_argument("--text-generator", help="of its tokens, by the emoji's names")
     parser.add_argument("--per-group", type=int, default=50, help="samples of each group (50)")
     parser.add_argument("--picture", help="an image file to write")
     parser.add_argument("--guidance", type=float, help="of decoding; default: the model's")
@@ -136,8 +159,11 @@ def main() -> None:
         samples = np.stack([to_uint8(gen.generate(labels=[c] * args.per_group, key=c))
                             for c in range(len(GROUPS))])  # fmt: skip
         numbers |= generation_numbers(samples, arrays(args.data, "train")[0], images)
+    if args.text_generator:
+        gen = ImageGenerator.from_pretrained(args.text_generator, tokenizer=tok)
+        numbers |= text_numbers(gen, args.data)
     if args.picture:
-        to_pil(picture(made, images, samples)[None])[0].save(args.picture)
+        to_pil(picture(made, images, labels, samples)[None])[0].save(args.picture)
     print(json.dumps(numbers, indent=2))
 
 
