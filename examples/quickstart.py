@@ -1,4 +1,4 @@
-"""The report of the quickstart: the shipped models of the digits beside those just trained.
+"""The report of the quickstart: the shipped models, and models of the digits just trained.
 
     python -m examples.quickstart quickstart
 
@@ -21,10 +21,11 @@ import numpy as np
 from examples.digits import arrays
 from examples.digits.classifier import CLASSES, correct
 from examples.digits.evaluation import COUNTS, Reconstructions, Samples, reconstruct, sample
-from flextok_jax import FlexTok, ImageGenerator, __version__
+from examples.emoji import evaluation as emoji
+from flextok_jax import FlexTok, ImageGenerator, __version__, load_images
 from flextok_jax.evaluation import report
 from flextok_jax.evaluation.metrics import psnr
-from flextok_jax.io import models, storage
+from flextok_jax.io import models, sources, storage
 from flextok_jax.nn import vae
 from flextok_jax.nn.images import to_float, to_uint8
 
@@ -132,6 +133,7 @@ def sections(both: list[Model], training: dict[str, Training], runs: pathlib.Pat
     commands = COMMANDS.format(runs=runs if here.startswith("..") else here, **steps)
     return [
         ("", _introduction(both, training)),
+        ("Emoji", _emoji()),
         ("Reconstructions from the first k tokens", _reconstructions(both)),
         ("Generated digits, by class", _generated(both)),
         ("Quality by number of tokens", [_curves(both), _numbers(both)]),
@@ -145,11 +147,11 @@ def _introduction(both, training) -> list[str]:
     first, last, total = COUNTS[0], COUNTS[-1], _total()
     seconds = sum(run.seconds for run in training.values())
     texts = [
-        f"FlexTok writes an image as {last} tokens, ordered from coarse to fine: the first k of "
-        "them decode to an image, for every k. An AR model generates tokens for a class. Below, "
-        "models that come with the package stand beside models that were just trained on this "
-        f"machine, in {duration(seconds)}. All were trained on 1 500 handwritten digits; the "
-        f"numbers are of {total} others (validation)."
+        "FlexTok writes an image as tokens, ordered from coarse to fine: the first k of them "
+        "decode to an image, for every k. An AR model generates tokens for a class. First come "
+        "emoji by models that come with the package, then handwritten digits: shipped models "
+        f"beside models that were just trained on this machine, in {duration(seconds)}. All models "
+        f"of digits were trained on 1 500 of them; the numbers are of {total} others (validation)."
     ]
     for model in both:
         counts, samples = model.reconstructions.correct, model.samples.correct.sum()
@@ -159,6 +161,28 @@ def _introduction(both, training) -> list[str]:
             "digits are classified as the class that was asked for."
         )
     return [report.paragraph(text) for text in texts]
+
+
+def _emoji() -> list[str]:
+    tok = FlexTok.from_pretrained("demo-emoji")
+    gen = ImageGenerator.from_pretrained("demo-emoji-ar", tokenizer=tok)
+    files = sorted((sources.DEMO_FOLDER / sources.DEMOS["demo-emoji"] / "images").iterdir())
+    images = load_images(files, tok.config.image_size[0])
+    made = emoji.reconstruct(tok, images)
+    rows = [[image, *(made[k][i] for k in made)] for i, image in enumerate(images)]
+    names = [file.stem.replace("_", " ") for file in files]
+    groups = list(emoji.GROUPS)
+    samples = to_uint8(np.asarray(gen.generate(list(range(len(groups))) * PER_CLASS, key=0)))
+    drawn = [list(samples[c :: len(groups)]) for c in range(len(groups))]
+    titles = ["original", *(f"k = {k}" for k in made)]
+    return [
+        report.picture_table(
+            "From the first k tokens", "emoji that no model was trained on", titles, rows, names
+        ),
+        report.picture_table(
+            "Generated, by group", "ten samples each, key 0", [""] * PER_CLASS, drawn, groups
+        ),
+    ]
 
 
 def _rows(model: Model) -> list[list[np.ndarray]]:
@@ -303,7 +327,7 @@ def main(argv=None) -> None:
     ]
     with storage.atomic(runs / "digits.png") as temporary:
         temporary.write_bytes(picture(both[0]))
-    title = "Handwritten digits in 1 to 16 tokens"
+    title = "Images in ordered tokens: emoji and digits"
     report.write_report(runs / "report.html", title, sections(both, training, runs))
     print(f"The report is {runs / 'report.html'}")
 

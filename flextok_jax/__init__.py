@@ -1,7 +1,7 @@
 """FlexTok in JAX: images as ordered tokens whose cost follows their number.
 
     from flextok_jax import FlexTok
-    tok = FlexTok.from_pretrained("demo-digits")
+    tok = FlexTok.from_pretrained("demo-emoji")
 
 and models that generate such tokens:
 

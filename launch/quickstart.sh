@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to pictures in minutes: installs, reconstructs and generates digits with the shipped
-# models, trains all three stages briefly from scratch, and writes quickstart/report.html.
+# From nothing to pictures in minutes: installs, reconstructs and generates emoji with the shipped
+# models, trains all three stages on digits from scratch, and writes quickstart/report.html.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 started=$SECONDS
@@ -23,30 +23,24 @@ train() {
 }
 
 echo
-echo "1/5  The shipped models: ten validation digits from 1, 2, 4, 8 and 16 tokens; generated digits"
-rm -rf "${OUT:?}/images" "$OUT/reconstructions" "$OUT/samples"
-mkdir "$OUT/images"
-digits=$("$PYTHON" -m examples.digits)
-for class in {0..9}; do # The first digit of each class.
-    files=("$digits/test/$class/"*)
-    cp "${files[0]}" "$OUT/images/$class.png"
-done
-"$VENV/bin/flextok" reconstruct --model demo-digits --images "$OUT/images" \
-    --num-tokens 1,2,4,8,16 --out "$OUT/reconstructions"
-"$VENV/bin/flextok" generate --model demo-digits-ar --labels all --per-label 10 \
-    --batch-size 100 --out "$OUT/samples"
+echo "1/5  The shipped models: emoji from 1, 2, 4, ... 32 tokens, and new ones of each group"
+rm -rf "$OUT/reconstructions" "$OUT/samples"
+"$VENV/bin/flextok" reconstruct --model demo-emoji --images flextok_jax/demos/emoji/images \
+    --num-tokens 1,2,4,8,16,32 --out "$OUT/reconstructions"
+"$VENV/bin/flextok" generate --model demo-emoji-ar --labels all --per-label 10 \
+    --batch-size 90 --out "$OUT/samples"
 
 echo
-echo "2/5  Stage 0 from scratch: a VAE (a minute or two)"
+echo "2/5  Digits, stage 0 from scratch: a VAE (a minute or two)"
 train vae configs/vae.py:digits --config.total_steps="${VAE_STEPS:-600}"
 
 echo
-echo "3/5  Stage 1 from scratch: a tokenizer (some minutes)"
+echo "3/5  Digits, stage 1 from scratch: a tokenizer (some minutes)"
 train tokenizer configs/tokenizer.py:digits --config.total_steps="${TOKENIZER_STEPS:-2500}" \
     --config.evaluation.num_images=0
 
 echo
-echo "4/5  Stage 2 from scratch: an AR model of its tokens (a minute)"
+echo "4/5  Digits, stage 2 from scratch: an AR model of its tokens (a minute)"
 train ar configs/ar.py:digits --config.tokenizer.source="$OUT/tokenizer" \
     --config.total_steps="${AR_STEPS:-600}"
 

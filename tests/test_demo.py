@@ -12,7 +12,10 @@ import flextok_jax
 from examples.digits import arrays
 from examples.digits.classifier import correct
 from examples.digits.evaluation import nearest_training, reconstruct, sample
-from flextok_jax import FlexTok, ImageGenerator
+from examples.emoji import evaluation as emoji
+from flextok_jax import FlexTok, ImageGenerator, load_images
+from flextok_jax.evaluation.metrics import psnr
+from flextok_jax.nn.images import to_float, to_uint8
 
 DEMOS = pathlib.Path(flextok_jax.__file__).parent / "demos"
 
@@ -55,6 +58,32 @@ def test_the_shipped_generator_makes_new_digits_of_the_class_asked_for(tok):
     assert found.distance > 0.9 * found.validation_distance and found.closer < 0.2  # copies: 1
 
 
+@pytest.fixture(scope="module")
+def emoji_tok():
+    return FlexTok.from_pretrained("demo-emoji")
+
+
+def test_the_shipped_tokenizer_of_emoji_keeps_more_with_more_tokens(emoji_tok):
+    images = load_images(sorted((DEMOS / "emoji" / "images").iterdir()), 64)
+    tokens = emoji_tok.tokenize(images)
+    for k, least in ((1, 10.3), (32, 16.0)):
+        found = to_uint8(np.asarray(emoji_tok.detokenize(tokens, k, key=0)))
+        assert np.mean(psnr(to_float(found), to_float(images))) > least
+    assert list(recorded("emoji")["psnr"].values()) == sorted(recorded("emoji")["psnr"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ar", "t2i"])
+def test_the_shipped_generators_of_emoji_draw_what_is_asked_for(emoji_tok, kind):
+    gen = ImageGenerator.from_pretrained(f"demo-emoji-{kind}", tokenizer=emoji_tok)
+    names = ["grinning face", "woman", "japan flag", "input symbol for numbers"]
+    groups = ["Smileys & Emotion", "People & Body", "Flags", "Symbols"]
+    wanted = [emoji.GROUPS.index(group) for group in groups] * 10
+    asked = {"labels": wanted} if kind == "ar" else {"text": names * 10}
+    read = emoji.groups(to_uint8(np.asarray(gen.generate(**asked, key=0))))
+    assert (read == np.array(wanted)).sum() >= 26  # of 40
+
+
 def test_copies_are_told_from_new_digits():
     train, test = (arrays(split)[0] for split in ("train", "test"))
     index, distance = nearest_training(train[:50])
@@ -67,14 +96,18 @@ def test_copies_are_told_from_new_digits():
 
 
 def test_shipped_models_are_small_and_described():
-    assert sum(f.stat().st_size for f in DEMOS.rglob("*") if f.is_file()) < 8e6
-    for folder, model in (
-        ("digits", FlexTok.from_pretrained("demo-digits")),
-        ("digits_ar", ImageGenerator.from_pretrained("demo-digits-ar")),
+    assert sum(f.stat().st_size for f in DEMOS.rglob("*") if f.is_file()) < 26e6
+    for folder, kind, data in (
+        ("digits", FlexTok, "scikit-learn"),
+        ("digits_ar", ImageGenerator, "scikit-learn"),
+        ("emoji", FlexTok, "Noto"),
+        ("emoji_ar", ImageGenerator, "Noto"),
+        ("emoji_t2i", ImageGenerator, "Noto"),
     ):
         with safe_open(DEMOS / folder / "model.safetensors", "numpy") as file:
-            assert not re.search(r"[\"']/", str(file.metadata()))  # No path of a machine.
+            assert not re.search(r"[\"']/\w", str(file.metadata()))  # No path of a machine.
+        model = kind.from_pretrained("demo-" + folder.replace("_", "-"))
         page = (DEMOS / folder / "MODEL.md").read_text()
-        assert model.fingerprint in page and "scikit-learn" in page
+        assert model.fingerprint in page and data in page
         for count in [f"{n} of 297" for n in recorded(folder).get("correct", {}).values()]:
             assert count in page

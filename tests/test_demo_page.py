@@ -212,7 +212,8 @@ def free_port() -> int:
 def url():
     """The page of the shipped models, served by the command."""
     pytest.importorskip("gradio")
-    command = [sys.executable, "-m", "flextok_jax.cli", "demo", "--port", str(free_port())]
+    command = [sys.executable, "-m", "flextok_jax.cli", "demo", "--model", "demo-digits"]
+    command += ["--port", str(free_port())]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -396,7 +397,7 @@ def test_the_space_runs_from_a_copy(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith(f"demo-digits 0.0.0.0 {tmp_path}")
+    assert found.stdout.startswith(f"demo-emoji 0.0.0.0 {tmp_path}")
 
 
 @pytest.mark.slow

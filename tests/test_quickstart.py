@@ -81,9 +81,10 @@ def test_the_report_is_whole_and_needs_nothing_else(runs, model, monkeypatch):
     page = Page(text)
     pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert all(src.startswith("data:image/") for src in pictures)
-    # Reconstructions and samples of two models, samples beside training digits, a VAE.
+    # Emoji and their prefixes, and samples; of digits reconstructions and samples of two models,
+    # samples beside training digits, a VAE.
     count = sum(src.startswith("data:image/png") for src in pictures)
-    assert count == 2 * 10 * 6 + 2 * 10 * 10 + 2 * 10 + 2 * 10
+    assert count == 9 * 7 + 9 * 10 + 2 * 10 * 6 + 2 * 10 * 10 + 2 * 10 + 2 * 10
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     assert "http:" not in page.words and "url(" not in text
     assert "--config.total_steps=30" in page.words

@@ -12,7 +12,13 @@ VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE_HALF = "diffusion_pytorch_model.fp16.safetensors"
 OWN_TARGET = "flextok_jax.Tokenizer"  # Of tokenizers that the released format cannot hold.
 AR_PREFIX = "models.ar_image_model."  # Of tensors in released AR files.
-DEMOS = {"demo-digits": "digits", "demo-digits-ar": "digits_ar"}
+DEMOS = {
+    "demo-emoji": "emoji",
+    "demo-emoji-ar": "emoji_ar",
+    "demo-emoji-t2i": "emoji_t2i",
+    "demo-digits": "digits",
+    "demo-digits-ar": "digits_ar",
+}
 DEMO_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "demos"
 _NAME = r"[\w-][\w.-]*"
 # Without a revision only a file may follow: owner/name/folder is taken for a path of this machine.
