@@ -143,14 +143,13 @@ def _photos() -> ConfigDict:
 def _emoji() -> ConfigDict:
     """Emoji in 32 tokens, in the latents of configs/vae.py:emoji; the shipped model `demo-emoji`.
 
-    --config.vae.source=runs/vae_emoji --config.data.path=ENCODED, written by `flextok encode` with
-    that VAE, --config.evaluation.data=folder:FOLDER of examples/emoji/make_data.py.
+    --config.vae.source=runs/vae_emoji --config.data.path=FOLDER of examples/emoji/make_data.py. Its
+    page, flextok_jax/demos/emoji/MODEL.md, has the commands that encode the images once.
     """
     c = _photos()
     c.total_steps, c.eval_every = 10_000, 5000
     c.evaluation.update(num_images=64, batch_size=64)
-    c.data.update(source="encoded", path="", crop="center")
-    c.data.update(flip=False, quarter_turns=False, color=0.0)
+    c.data.update(path="", crop="center", flip=False, quarter_turns=False, color=0.0)
     c.model.encoder.update(width=144, head_dim=24)
     c.model.decoder.update(width=144, depth=5, head_dim=24)
     c.model.target.flow.log_normal_time, c.time_shift = True, 6.0
