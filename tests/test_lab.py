@@ -85,6 +85,23 @@ def test_a_gradient_reaches_every_parameter(model):
         assert np.abs(gradient).max() > 0 or not stage.trainable(path), path
 
 
+@SLOW
+@pytest.mark.parametrize("variant", [*LAB.TOKENIZERS, "textok", "alit"])
+def test_a_new_model_has_a_gradient(variant):
+    stage = TokenizerStage(config(variant))
+    params = layout.unbox(jax.jit(stage.init)(jax.random.key(0)))
+    pixels, _, text = examples_of(FlexTok(stage.model, params | {"vae": {}}), 32)
+    if stage.embedding and not text:
+        text = {"text": np.random.default_rng(0).standard_normal((32, *stage.embedding))}
+    batch = jax.tree.map(jnp.asarray, {"image": pixels} | text)
+
+    def loss(params):
+        return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
+
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+    assert max(np.abs(gradient).max() for gradient in gradients) > 1e-4
+
+
 def test_a_saved_model_is_the_same_model(model, tmp_path):
     _, stage, params, tok = model
     tok.save_pretrained(tmp_path)

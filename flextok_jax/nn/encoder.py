@@ -83,7 +83,8 @@ class Encoder(nn.Module):
         if cfg.tokens.reshaped:
             x = x.reshape(batch, width, cfg.num_tokens).swapaxes(1, 2)
         # Codes of length 1 have no gradient at 0.
-        init = xavier if cfg.bottleneck.kind == "vq" else zeros
+        # Without biases, tokens of zeros and the decoder's head of zeros would have no gradient.
+        init = xavier if cfg.bottleneck.kind == "vq" or not cfg.linear_bias else zeros
         channels = bottleneck.features(cfg.bottleneck)
         return layers.dense(channels, jnp.float32, "head", init, bias=cfg.linear_bias)(x[:, :count])
 
