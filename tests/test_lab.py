@@ -68,8 +68,7 @@ def examples_of(tok, count=6):
     return pixels, text if tok.config.text.encoder else {}, text
 
 
-def test_a_gradient_reaches_every_parameter(model):
-    _, stage, params, tok = model
+def gradients_of(stage, params, tok):
     pixels, _, text = examples_of(tok, 32)
     if stage.embedding and not text:  # Features of images.
         text = {"text": np.random.default_rng(0).standard_normal((32, *stage.embedding))}
@@ -78,8 +77,12 @@ def test_a_gradient_reaches_every_parameter(model):
     def loss(params):
         return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
 
-    gradients = jax.jit(jax.grad(loss))(params)
-    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    return jax.jit(jax.grad(loss))(params)
+
+
+def test_a_gradient_reaches_every_parameter(model):
+    _, stage, params, tok = model
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients_of(stage, params, tok)):
         path = layout.path_string(path)
         assert np.isfinite(gradient).all(), path
         assert np.abs(gradient).max() > 0 or not stage.trainable(path), path
@@ -90,16 +93,8 @@ def test_a_gradient_reaches_every_parameter(model):
 def test_a_new_model_has_a_gradient(variant):
     stage = TokenizerStage(config(variant))
     params = layout.unbox(jax.jit(stage.init)(jax.random.key(0)))
-    pixels, _, text = examples_of(FlexTok(stage.model, params | {"vae": {}}), 32)
-    if stage.embedding and not text:
-        text = {"text": np.random.default_rng(0).standard_normal((32, *stage.embedding))}
-    batch = jax.tree.map(jnp.asarray, {"image": pixels} | text)
-
-    def loss(params):
-        return stage.loss(params, {}, batch, jax.random.key(2), jnp.int32(0))[0]
-
-    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
-    assert max(np.abs(gradient).max() for gradient in gradients) > 1e-4
+    found = gradients_of(stage, params, FlexTok(stage.model, params | {"vae": {}}))
+    assert max(np.abs(gradient).max() for gradient in jax.tree.leaves(found)) > 1e-4
 
 
 def test_a_saved_model_is_the_same_model(model, tmp_path):
