@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import CONFIGS, changed, random_params, relative
+from common import CONFIGS, changed, random_params, relative, stage_params
 from PIL import Image
 
 from examples import canvas, digits, lab, paper
@@ -37,19 +37,12 @@ def config(variant):
     return c
 
 
-def without_zeros(stage):
-    """New parameters plus a little noise."""
-    rng = np.random.default_rng(1)
-    params = layout.unbox(jax.jit(stage.init)(jax.random.key(0)))
-    return jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), params)
-
-
 @pytest.fixture(scope="module", params=[*LAB.TOKENIZERS, "textok", "alit"])
 def model(request):
     """(configuration, stage, parameters without the zeros of a new model, a tokenizer of them)."""
     c = config(request.param)
     stage = TokenizerStage(c)
-    params = without_zeros(stage)
+    params = stage_params(stage)
     own = {name: x for name, x in params.items() if name != "repa"}
     return c, stage, params, FlexTok(stage.model, own | {"vae": {}})
 
@@ -424,7 +417,7 @@ def generator(request):
     c.model.update(width=32, depth=1, head_dim=16, mlp_hidden=64)
     c.loss.kl_weight = 0.5
     stage = of_tokens(c)
-    params = without_zeros(stage)
+    params = stage_params(stage)
     return stage, params, ImageGenerator(stage.model, {"ar": params["ar"]})
 
 
@@ -525,7 +518,7 @@ def test_an_image_to_image_model_writes_what_lies_beside(variant, tmp_path):
 
     # The head of a new model writes zeros.
     np.testing.assert_allclose(run(params), np.mean(to_float(batch["target"]) ** 2), rtol=1e-5)
-    params = without_zeros(stage)
+    params = stage_params(stage)
     tok = FlexTok(stage.model, params | {"vae": {}})
     tok.save_pretrained(tmp_path)
     again = FlexTok.from_pretrained(tmp_path)
