@@ -134,11 +134,11 @@ def _digits_text() -> ConfigDict:
 def _emoji() -> ConfigDict:
     """The tokens of `demo-emoji` by the nine groups of emoji: 32 per image, 1 000 ids.
 
-    --config.data.path=FOLDER of examples/emoji/make_data.py. 35 minutes on a busy CPU core. This
-    variant trained the shipped model `demo-emoji-ar`.
+    --config.data.path=FOLDER of examples/emoji/make_data.py. 75 minutes on a CPU core. This variant
+    trained the shipped model `demo-emoji-ar`.
     """
     c = _digits()
-    c.total_steps = 1200
+    c.total_steps = 4000
     c.evaluation.update(num_images=398, batch_size=64)
     c.tokenizer.source = "demo-emoji"
     c.data.update(path="", image_size=64, crop="center", rotate=4.0, zoom=0.06)
@@ -148,8 +148,9 @@ def _emoji() -> ConfigDict:
 
 
 def _emoji_text() -> ConfigDict:
-    """The same by the emoji's names, with a T5 of its own; trained `demo-emoji-t2i`."""
+    """The same by the emoji's names, with a T5 of its own, shorter; trained `demo-emoji-t2i`."""
     c = _emoji()
+    c.total_steps = 1200
     c.model.update(num_classes=0, text_dim=96, text_hidden=192)
     c.text_encoder.update(length=24, num_heads=3, mlp_hidden=192)
     return c

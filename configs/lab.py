@@ -21,13 +21,9 @@ def get_config(arg: str = "one_pass") -> ConfigDict:
 
 
 def _base() -> ConfigDict:
-    """The digits of configs/tokenizer.py for a tenth of its steps.
-
-    With Adam a flow does not begin to use its tokens in so few.
-    """
+    """The digits of configs/tokenizer.py for a tenth of its steps."""
     c = tokenizer.get_config("digits")
     c.total_steps, c.eval_every, c.optim.warmup_steps = 2500, 2500, 100
-    c.optim.rule = "muon"
     return c
 
 
