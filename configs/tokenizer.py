@@ -90,7 +90,8 @@ def _digits() -> ConfigDict:
     """1 500 real 16x16 digits in pixel space: half an hour on two CPU cores.
 
     The shipped model `demo-digits` is this variant at full length with optim.rule="adam"; its
-    metrics lie beside its weights. JAX_NUM_CPU_DEVICES=2 makes two devices of one CPU, which is faster.
+    metrics lie beside its weights. JAX_NUM_CPU_DEVICES=2 makes two devices of one CPU, which is
+    faster.
     """
     c = tokenizer()
     c.total_steps, c.batch_size = 25_000, 32

@@ -14,7 +14,7 @@ def test_a_verdict_needs_two_standard_errors():
     assert lab.verdict([0.0, 1.0, 2.0]) == "not shown"
     assert lab.verdict([0.4, 1.0, 1.6]) == "shown"
     assert lab.verdict([-0.4, -1.0, -1.6]) == "contrary"
-    assert lab.verdict([5.0]) == "not shown"
+    assert lab.verdict([5.0]) == "one seed"
 
 
 def test_the_tokens_needed_are_for_one_error_of_all_images():
