@@ -32,7 +32,7 @@ REPA = dict(
 def config(**changes):
     c = tokenizer_config("digits,width=32,enc_depth=1,dec_depth=1,batch=16")
     c.compute.scan = True
-    c.optim.update(b1=0.0, grad_clip=None)  # So that the first moment is the gradient.
+    c.optim.update(rule="adam", b1=0.0, grad_clip=None)  # So that the first moment is the gradient.
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return c
 
