@@ -35,6 +35,9 @@ from flextok_jax.nn.images import to_float, to_uint8
 from flextok_jax.token_sampling import PASSES, STEPS
 
 MEASURED = "measured.json"
+REPORT = """Written by `python -m examples.lab`, which trains and measures every variant of
+`configs/lab.py`. Mean and standard deviation over seeds. PSNR in dB; Frechet distances are between
+features of the digits' classifier; steps are those of the training."""
 Results = dict[str, dict]  # Of one seed: variant -> what `measure` found.
 
 
@@ -393,11 +396,6 @@ def _cost(params, count: int, function: Callable, *args, **kwargs) -> dict:
     return {"parameters": sum(x.size for x in jax.tree.leaves(params)), "seconds": seconds}
 
 
-REPORT = """Written by `python -m examples.lab`, which trains and measures every variant of
-`configs/lab.py`. Mean and standard deviation over seeds. PSNR in dB; Frechet distances are between
-features of the digits' classifier; steps are those of the training."""
-
-
 def verdict(margins: list[float]) -> str:
     """ "shown" where the mean is more than two standard errors above 0, "contrary" below it.
 
@@ -421,7 +419,7 @@ def report(found: dict[int, Results]) -> str:
     ):
         same = ("steps", "tokens", "passes", "parameters")
         columns = ("variant", "seeds", *names, *same, "CPU s per image")
-        lines += [f"## {title}", "", _row(columns), _row(["---"] * len(columns))]
+        table = []
         for variant in variants:
             runs = [results[variant] for results in found.values() if variant in results]
             if runs:
@@ -431,8 +429,10 @@ def report(found: dict[int, Results]) -> str:
                     for name in names
                 ]
                 seconds = _spread([run["seconds"] for run in runs])
-                lines.append(_row([variant, len(runs), *values, *fixed, seconds]))
-        lines.append("")
+                table.append(_row([variant, len(runs), *values, *fixed, seconds]))
+        if table:
+            header = [f"## {title}", "", _row(columns), _row(["---"] * len(columns))]
+            lines += [*header, *table, ""]
     lines += ["## Claims", "", "A margin above 0 is as claimed.", ""]
     lines += [_row(("variant", "claim", "seeds", "margin", "")), _row(["---"] * 5)]
     for claim in CLAIMS:

@@ -111,3 +111,5 @@ def test_shipped_models_are_small_and_described():
         assert model.fingerprint in page and data in page
         for count in [f"{n} of 297" for n in recorded(folder).get("correct", {}).values()]:
             assert count in page
+        if asked := recorded(folder).get("read as asked, all"):
+            assert f"{asked} of 450" in page

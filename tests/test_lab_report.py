@@ -54,6 +54,7 @@ def test_the_report_says_what_ran():
         for seed in (0, 1)
     }
     table = rows(lab.report(found))
+    assert "## Generators" in lab.report(found) and "## Canvases\n" not in lab.report(found)
     assert table["pairs", "2"][:2] == ["0.8505 ± 0.000707", "2.205 ± 0.00707"]
     assert table["pairs", "2"][3:7] == ["1,000", "16", "8", "1,234"]
     said = {c.sentence: table[c.variant, c.sentence] for c in lab.CLAIMS}

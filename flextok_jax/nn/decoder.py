@@ -233,7 +233,7 @@ class Decoder(nn.Module):
         cfg = self.cfg
         hidden = layers.dense(2 * cfg.decoder.width, jnp.float32, "head_hidden")
         shape = (cfg.target.codes, cfg.convs.features)
-        vectors = nn.initializers.normal(1.0)
+        vectors = nn.initializers.normal(1.0)  # The mean of many smaller ones would be near 0.
         book = self.param("codebook", layout.axes(vectors, None, None), shape)
         probabilities = nn.softmax(head(nn.tanh(hidden(x))))
         return self._convs((probabilities @ book).reshape(len(x), *grid, shape[1]))
