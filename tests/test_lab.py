@@ -10,8 +10,9 @@ import pytest
 from common import CONFIGS, changed, random_params, relative, stage_params
 from PIL import Image
 
-from examples import canvas, digits, lab, paper
+from examples import canvas, digits, paper
 from examples.digits import arrays
+from examples.lab import measuring
 from flextok_jax import FlexTok, ImageGenerator
 from flextok_jax.commands.common import read_lengths
 from flextok_jax.data.pipeline import make_pipeline
@@ -483,7 +484,7 @@ def test_a_saved_generator_is_the_same_generator(generator, tmp_path):
 def test_a_generator_takes_fewer_steps_than_tokens():
     steps = {}
     for variant in LAB.GENERATORS:
-        steps[variant] = lab._passes(of_tokens(LAB.get_config(variant)).model)
+        steps[variant] = measuring.passes(of_tokens(LAB.get_config(variant)).model)
     assert steps == {
         "single": 16, "pairs": 8, "folded": 8, "doubling": 5, "masked": 8, "coarse": 17,
         "token_flow": 20, "flowtok": 20,

@@ -6,27 +6,30 @@ import numpy as np
 import pytest
 
 from configs import lab as variants
-from examples import lab
+from examples.lab import __main__ as command
+from examples.lab.claims import CLAIMS, verdict
+from examples.lab.measuring import needed
+from examples.lab.report import report
 
 
 def test_a_verdict_needs_two_standard_errors():
     # Mean 1; standard errors 0.577 and 0.346.
-    assert lab.verdict([0.0, 1.0, 2.0]) == "not shown"
-    assert lab.verdict([0.4, 1.0, 1.6]) == "shown"
-    assert lab.verdict([-0.4, -1.0, -1.6]) == "contrary"
-    assert lab.verdict([5.0]) == "one seed"
+    assert verdict([0.0, 1.0, 2.0]) == "not shown"
+    assert verdict([0.4, 1.0, 1.6]) == "shown"
+    assert verdict([-0.4, -1.0, -1.6]) == "contrary"
+    assert verdict([5.0]) == "one seed"
 
 
 def test_the_tokens_needed_are_for_one_error_of_all_images():
     errors = np.array([[0.2, 0.1, 0.1], [0.5, 0.3, 0.2], [0.9, 0.8, 0.4]])
-    assert lab.needed(errors, (2, 4, 6)).tolist() == [2, 4, 6]  # The error is 0.3.
+    assert needed(errors, (2, 4, 6)).tolist() == [2, 4, 6]  # The error is 0.3.
 
 
 def test_every_claim_is_of_a_variant_and_said_of_it():
     names = ("f", "sauvola", "correlation", "psnr", "frechet", "loss", "accuracy")
     names += ("own resolution", "probe first", "probe last", "psnr of others")
     names += ("accuracy of 2 steps",)
-    for claim in lab.CLAIMS:
+    for claim in CLAIMS:
         assert claim.variant in variants.VARIANTS
         results = {name: dict.fromkeys(names, 0.0) for name in variants.VARIANTS}
         for result in results.values():
@@ -53,12 +56,12 @@ def test_the_report_says_what_ran():
         }
         for seed in (0, 1)
     }
-    table = rows(lab.report(found))
-    assert "## Generators" in lab.report(found) and "## Canvases\n" not in lab.report(found)
+    table = rows(report(found))
+    assert "## Generators" in report(found) and "## Canvases\n" not in report(found)
     assert table["pairs", "2"][:2] == ["0.8505 ± 0.000707", "2.205 ± 0.00707"]
     assert table["pairs", "2"][3:7] == ["1,000", "16", "8", "1,234"]
-    said = {c.sentence: table[c.variant, c.sentence] for c in lab.CLAIMS}
-    loss, accuracy = (said[c.sentence] for c in lab.CLAIMS if c.variant == "pairs")
+    said = {c.sentence: table[c.variant, c.sentence] for c in CLAIMS}
+    loss, accuracy = (said[c.sentence] for c in CLAIMS if c.variant == "pairs")
     assert (loss[0], loss[2]) == ("2", "shown") and accuracy[2] == "contrary"
     assert said["5 steps cost at most 5 points of accuracy beside 16"] == ["0", "", "not run"]
 
@@ -66,9 +69,9 @@ def test_the_report_says_what_ran():
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     args = ["--out", str(tmp_path), "--seeds", "1", "--steps", "1", "--per-class", "1"]
-    lab.main([*args, "--variants", "elastictok,doubling"])
+    command.main([*args, "--variants", "elastictok,doubling"])
     first = (tmp_path / "report.md").read_text()
     assert {name for name, _ in rows(first)} >= {"elastictok", "doubling"}
-    monkeypatch.setattr(lab, "train", lambda *_: pytest.fail("it was trained again"))
-    lab.main([*args, "--variants", "elastictok,doubling"])
+    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("it was trained again"))
+    command.main([*args, "--variants", "elastictok,doubling"])
     assert (tmp_path / "report.md").read_text() == first
