@@ -363,6 +363,9 @@ def test_the_commands_run(tmp_path, capsys):
     capsys.readouterr()
     assert main(["tokenize", "--model", model, *images, "--num-tokens", "4", "--out", file]) == 2
     assert "num_tokens=4: allowed are [8]" in capsys.readouterr().err
+    model, file = str(folder("tatitok_vq")), str(tmp_path / "others.npz")
+    assert main(["tokenize", "--model", model, *images, "--out", file]) == 0
+    assert "commands give it none" in capsys.readouterr().err
 
 
 COUNTS = json.loads((PEERS / "counts.json").read_text())["tokenizers"]

@@ -38,9 +38,16 @@ def all_devices() -> jax.sharding.Mesh | None:
 
 def load_model(args: options.Compute, source: str | None = None) -> FlexTok:
     """The tokenizer of `source`, --model by default, computing as --dtype and --attention say."""
-    return FlexTok.from_pretrained(
+    tok = FlexTok.from_pretrained(
         source or args.model, dtype=args.dtype, attention=args.attention, mesh=all_devices()
     )
+    if tok.config.text.dim:
+        print(
+            f"note: {tok.origin} can read a text with each image; commands give it none, not the "
+            "captions of the images either (call `tokenize` and `detokenize` from Python)",
+            file=sys.stderr,
+        )
+    return tok
 
 
 def sampler(args: options.Sampling, tok: FlexTok, defaults: dict | None = None) -> Sampler | None:
