@@ -50,6 +50,7 @@ def _base() -> ConfigDict:
         "ar",
         ema_decay=0.9999,  # [assumed]
         compute=dict(dtype="float32", attention="xla", scan=True, remat="none"),
+        time_shift=1.0,  # of a flow; moves the sampled times towards the source
         tokenizer=dict(source=""),  # images are tokenised in every step; "": data is tokens
         condition=dict(null_prob=0.1),  # [paper]: class dropout
         # Of a text model: whose embeddings the data has (`flextok embed`), or "": a T5 of these
@@ -60,7 +61,7 @@ def _base() -> ConfigDict:
         loss=dict(
             chunk=32,  # positions whose logits exist at a time; no effect on the result
             z_loss=0.0,  # 1e-4 (PaLM) where logits drift
-            kl_weight=1e-4,  # of what a flow from text begins at, in nats per image
+            kl_weight=0.1,  # of `token_flow.source_loss`, nats per image of a flow from text
         ),
         model=dict(
             # None: as the tokens or the tokenizer have them.

@@ -435,11 +435,18 @@ def of_tokens(c):
     return ARStage(c, Tokens({}, vocab_size, num_tokens=16, num_classes=10))
 
 
-@pytest.mark.parametrize("variant", ("coarse", "token_flow"))
-def test_a_loss_that_would_do_nothing_is_refused(variant):
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("coarse", {"loss": {"z_loss": 1e-4}}, "z_loss=0.0001.*set it to 0"),
+        ("token_flow", {"loss": {"z_loss": 1e-4}}, "z_loss=0.0001.*set it to 0"),
+        ("single", {"time_shift": 2.0}, "time_shift=2.0.*set it to 1"),
+    ],
+)
+def test_a_value_that_would_do_nothing_is_refused(variant, changes, message):
     c = LAB.get_config(variant)
-    c.loss.z_loss = 1e-4
-    with pytest.raises(ValueError, match="z_loss=0.0001.*set it to 0"):
+    c.update(changes)
+    with pytest.raises(ValueError, match=message):
         of_tokens(c)
 
 
@@ -461,9 +468,9 @@ def test_a_gradient_reaches_every_parameter_of_a_generator(generator):
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, layout.path_string(path)
     if cfg.channels:
-        flow, kl = (float(logged[name].compute()) for name in ("loss_flow", "kl"))
-        assert (kl > 0) == (cfg.text_dim > 0)
-        assert float(value) == pytest.approx(flow + 0.5 * kl, rel=1e-5)
+        flow, source = (float(logged[f"loss_{name}"].compute()) for name in ("flow", "source"))
+        assert (source > 0) == (cfg.text_dim > 0)
+        assert float(value) == pytest.approx(flow + 0.5 * source, rel=1e-5)
 
 
 def test_a_saved_generator_is_the_same_generator(generator, tmp_path):

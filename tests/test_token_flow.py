@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 from common import relative
+from scipy.special import log_softmax
+from scipy.stats import norm
 from test_ar import CLASS, TEXT, condition, random_params
 
 from flextok_jax import ImageGenerator
-from flextok_jax.nn import ar, generation, layout, token_flow, vae
+from flextok_jax.nn import ar, generation, layout, token_flow
 from flextok_jax.nn.config import Compute
 
 CHANGES = dict(vocab_size=0, channels=3, depth=1, scale=2.5)
@@ -84,6 +86,20 @@ def test_rows_without_condition_change_places():
         assert null[found[null]].all()
 
 
+def test_texts_are_kept_wide_and_apart():
+    rng = np.random.default_rng(0)
+    mean, logvar, samples = rng.normal(size=(3, 4, K, F)).astype(np.float32)
+    found = token_flow.source_loss(mean, logvar, samples)
+    density = norm.logpdf(samples[:, None], mean, np.exp(logvar / 2)).sum((2, 3))
+    width = 0.5 * np.sum((0.3 * mean) ** 6 + np.exp(logvar) - 1 - logvar, axis=(1, 2))
+    np.testing.assert_allclose(found, width - np.diag(log_softmax(density, axis=1)), rtol=1e-4)
+    same = np.zeros_like(mean)  # One text: every sample may be of each of them.
+    np.testing.assert_allclose(token_flow.source_loss(same, same, samples), np.log(4), rtol=1e-5)
+    pull = jax.grad(lambda x: token_flow.source_loss(x, same, x + samples).sum())(same)
+    assert np.abs(pull).max() > 0.1
+    assert np.abs(pull.sum(0)).max() < 1e-5  # Equal texts do not push each other away.
+
+
 @BOTH
 def test_losses_of_a_new_model(cfg):
     size, rng = 300, np.random.default_rng(0)
@@ -92,15 +108,31 @@ def test_losses_of_a_new_model(cfg):
     null, params = np.arange(size) % 2 == 0, fresh(cfg)
     args = cfg, Compute(), tokens, given, null, jax.random.key(1)
     found = token_flow.losses(params, *args)
-    mean, variance, kl = 0.0, 1.0, np.zeros(size)
+    mean, variance, source = 0.0, 1.0, np.zeros(size)
     if cfg.text_dim:
         mean, logvar = token_flow.source(params, cfg, Compute(), given)
-        variance, kl = np.exp(logvar), vae.kl(mean, logvar)
-    np.testing.assert_allclose(found.kl, kl, rtol=1e-5)
+        variance, (_, noises) = np.exp(logvar), jax.random.split(jax.random.key(1))
+        samples = mean + np.sqrt(variance) * jax.random.normal(noises, tokens.shape)
+        source = token_flow.source_loss(mean, logvar, samples)
+    np.testing.assert_allclose(found.source, source, rtol=1e-5)
     # Of zero velocity the mean of (source - x0)^2; 5 standard errors of 10,800 numbers.
     x0 = tokens / cfg.scale
     wanted = np.mean(x0**2) + np.mean(mean**2 + variance) - 2 * np.mean(mean) * np.mean(x0)
     assert abs(np.mean(found.flow) - wanted) < 5 * 1.5 * wanted / (size * K * F) ** 0.5
+
+
+@pytest.mark.parametrize("shift", (1.0, 9.0))
+def test_the_time_shift_moves_the_times_towards_the_source(shift):
+    params, labels = random_params(NOISE), np.arange(6) % 3
+    x0 = np.random.default_rng(0).normal(size=(6, K, F)).astype(np.float32)
+    args = condition(NOISE)._replace(labels=labels), np.zeros(6, bool), jax.random.key(1)
+    found = token_flow.losses(params, NOISE, Compute(), NOISE.scale * x0, *args, shift)
+    times, noises = jax.random.split(jax.random.key(1))
+    t = jax.nn.sigmoid(jax.random.normal(times, (6,)))
+    t, noise = shift * t / (1 + (shift - 1) * t), jax.random.normal(noises, x0.shape)
+    x = t[:, None, None] * noise + (1 - t[:, None, None]) * x0
+    error = token_flow.velocity(params, NOISE, Compute(), x, t, labels) - (noise - x0)
+    np.testing.assert_allclose(found.flow, np.mean(error**2, axis=(1, 2)), rtol=1e-4)
 
 
 def test_what_a_flow_cannot_do_is_refused():

@@ -32,6 +32,7 @@ ADDED = {
     "init_model": False,
     "optim": {"rule": "adam"},
     "data": {"paired": False},
+    "time_shift": 1.0,
     "loss": {"kl_weight": 1e-4},
     "repa": {"book": False},
     "text_encoder": dict(

@@ -12,6 +12,7 @@ those of another one of them. So this branch learns the flow from any text to an
 B batch, K tokens, F channels.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -31,11 +32,11 @@ class Losses(NamedTuple):
 
     Attributes:
         flow: the mean squared error of the velocity.
-        kl: from the text's Gaussian to the standard normal one, in nats; 0 without text.
+        source: see `source_loss`; 0 without text.
     """
 
     flow: jax.Array
-    kl: jax.Array
+    source: jax.Array
 
 
 def velocity(params, cfg: ARConfig, compute: Compute, x, t, labels) -> jax.Array:
@@ -53,6 +54,27 @@ def source(params, cfg: ARConfig, compute: Compute, condition: ARCondition):
     return vae.split_moments(ar.head(ar.head_weights(own, x.dtype), x))
 
 
+def source_loss(mean: jax.Array, logvar: jax.Array, samples: jax.Array) -> jax.Array:
+    """What keeps the Gaussians of texts wide, and apart from each other: float32 [B], in nats.
+
+    The sum of two terms. 0.5 sum((0.3 mean)^6 + variance - 1 - log variance), as in FlowTok's code,
+    is the KL divergence to the standard normal distribution, but for the mean, which is nearly free
+    up to 3: where the variance falls, a point of the path gives the image away, and the text is
+    not learned. And -log of the probability that a sample comes from its own text rather than from
+    another one of the batch, InfoNCE (arXiv 1807.03748) with the densities themselves as critic.
+
+    Args:
+        mean, logvar, samples: float32 [B, K, F], of each text.
+    """
+    width = 0.5 * jnp.sum((0.3 * mean) ** 6 + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2))
+    mean, logvar, samples = (x.reshape(len(x), -1) for x in (mean, logvar, samples))
+    product = functools.partial(jnp.matmul, precision="highest")
+    precision = jnp.exp(-logvar)
+    distance = product(samples**2, precision.T) - 2 * product(samples, (mean * precision).T)
+    density = -0.5 * (distance + jnp.sum(mean**2 * precision + logvar, axis=1)[None])
+    return width - jnp.diagonal(jax.nn.log_softmax(density))
+
+
 def rolled(null: jax.Array) -> jax.Array:
     """A permutation int [B] that moves each row of `null` (bool [B]) to the next of them."""
     order = jnp.argsort(~null, stable=True)  # Rows of `null` first.
@@ -62,7 +84,14 @@ def rolled(null: jax.Array) -> jax.Array:
 
 
 def losses(
-    params, cfg: ARConfig, compute: Compute, tokens, condition: ARCondition, null, key
+    params,
+    cfg: ARConfig,
+    compute: Compute,
+    tokens,
+    condition: ARCondition,
+    null,
+    key,
+    time_shift: float = 1.0,
 ) -> Losses:
     """The losses of training.
 
@@ -71,18 +100,20 @@ def losses(
         condition: by class, with negative labels where `null`; by text, the texts of all images.
         null: bool [B], the images with the null condition.
         key: of times (logit-normal) and noise.
+        time_shift: above 1 more times are near the source; see `path.shift_time`.
     """
     batch, x0 = len(tokens), tokens / cfg.scale
     times, noises = jax.random.split(key)
-    noise, kl = jax.random.normal(noises, x0.shape), jnp.zeros(batch)
+    noise, apart = jax.random.normal(noises, x0.shape), jnp.zeros(batch)
     labels = condition.labels
     if cfg.text_dim:
         labels, x0 = jnp.where(null, -1, 0), x0[rolled(null)]
         moments = source(params, cfg, compute, condition)
-        noise, kl = vae.sample_posterior(*moments, noise), vae.kl(*moments)
-    t = path.logit_normal_time(times, batch)
+        noise = vae.sample_posterior(*moments, noise)
+        apart = source_loss(*moments, noise)
+    t = path.shift_time(path.logit_normal_time(times, batch), time_shift)
     found = velocity(params, cfg, compute, path.interpolate(x0, noise, t), t, labels)
-    return Losses(path.flow_loss(found, path.target(x0, noise)), kl)
+    return Losses(path.flow_loss(found, path.target(x0, noise)), apart)
 
 
 def generate(

@@ -79,6 +79,7 @@ class ARStage(Stage):
         """
         self.compute = Compute(**config.compute)
         self._drop, self._loss = config.condition.null_prob, config.loss
+        self._time_shift = config.time_shift
         self._data, self._evaluation = config.data, config.evaluation
         self._source = config.tokenizer.source
         model, found = config.model.to_dict(), tokens
@@ -108,6 +109,8 @@ class ARStage(Stage):
                 f"loss.z_loss={self._loss.z_loss}: a flow has no logits, and with coarse ids they "
                 "are normalised; set it to 0"
             )
+        if self._time_shift != 1 and not self.model.channels:
+            raise ValueError(f"time_shift={self._time_shift}: only a flow has times; set it to 1")
 
     def _sources(self) -> dict:
         """{split: source} of the splits that training and evaluation read."""
@@ -219,7 +222,7 @@ class ARStage(Stage):
 
         Of a masked model that of -log p(token i | tokens not hidden, condition), over hidden ones;
         of one with coarse ids the sum of both steps (nn/refiner.py). Of a flow the mean squared
-        error of the velocity, plus `loss.kl_weight` times the text's nats per image.
+        error of the velocity, plus `loss.kl_weight` times `token_flow.source_loss`.
 
         Positions from an image's length on, where its tokens have one, do not count.
 
@@ -235,8 +238,8 @@ class ARStage(Stage):
         null = jax.random.bernoulli(named(key, "null"), self._drop, tokens.shape[:1])
         if self.model.channels:
             out = self._flow(params, frozen, batch, tokens, null, key)
-            loss = jnp.mean(out.flow) + self._loss.kl_weight * jnp.mean(out.kl)
-            logged = {"loss_flow": _average(out.flow), "kl": _average(out.kl)}
+            loss = jnp.mean(out.flow) + self._loss.kl_weight * jnp.mean(out.source)
+            logged = {"loss_flow": _average(out.flow), "loss_source": _average(out.source)}
             return loss, logged | {"loss_null": _average(out.flow, null)}
         condition = self._condition(params, frozen, batch, null)
         out, counted = self._predict(params, tokens, batch, condition, named(key, "mask"))
@@ -293,7 +296,7 @@ class ARStage(Stage):
         text = bool(self.model.text_dim)
         condition = self._condition(params, frozen, batch, null & (not text))
         args = self.model, self.compute, tokens, condition, null, named(key, "flow")
-        return token_flow.losses(params, *args)
+        return token_flow.losses(params, *args, self._time_shift)
 
     def _metrics(self, out, counted) -> dict[str, metrics.Metric]:
         """Of the positions that count, bool [B, L]; also by position: 1, 2, 3-4, 5-8, ..."""
@@ -326,7 +329,7 @@ class ARStage(Stage):
         if self.model.channels:
             none = jnp.zeros_like(mask)
             out = self._flow(params, frozen, batch, tokens, none, jax.random.key(0))
-            return {"loss": _average(out.flow, mask), "kl": _average(out.kl, mask)}
+            return {"loss": _average(out.flow, mask), "loss_source": _average(out.source, mask)}
         condition = self._condition(params, frozen, batch, jnp.zeros_like(mask))
         key = jax.random.key(0)  # The same hidden tokens in every evaluation.
         out, counted = self._predict(params, tokens, batch, condition, key)
