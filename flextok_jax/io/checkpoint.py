@@ -33,7 +33,7 @@ ADDED = {
     "optim": {"rule": "adam"},
     "data": {"paired": False},
     "time_shift": 1.0,
-    "loss": {"kl_weight": 1e-4},
+    "loss": {"kl_weight": 0.1},
     "repa": {"book": False},
     "text_encoder": dict(
         source="", length=32, vocab_size=1024, depth=2, num_heads=2, head_dim=32, mlp_hidden=128
