@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from common import ROOT
 
 from configs import lab as variants
 from examples.lab import __main__ as command
@@ -59,11 +60,19 @@ def test_the_report_says_what_ran():
     table = rows(report(found))
     assert "## Generators" in report(found) and "## Canvases\n" not in report(found)
     assert table["pairs", "2"][:2] == ["0.8505 ± 0.000707", "2.205 ± 0.00707"]
-    assert table["pairs", "2"][3:7] == ["1,000", "16", "8", "1,234"]
+    assert table["pairs", "2"][3:8] == ["1,000", "16", "8", "1,234", "500 ± 0"]
     said = {c.sentence: table[c.variant, c.sentence] for c in CLAIMS}
     loss, accuracy = (said[c.sentence] for c in CLAIMS if c.variant == "pairs")
     assert (loss[0], loss[2]) == ("2", "shown") and accuracy[2] == "contrary"
     assert said["5 steps cost at most 5 points of accuracy beside 16"] == ["0", "", "not run"]
+
+
+def test_the_readme_has_rows_of_the_report():
+    measured = (ROOT / "docs" / "laboratory.md").read_text().splitlines()
+    lines = (ROOT / "README.md").read_text().splitlines()
+    claimed = [line for line in lines if re.search(r"\| (not shown|shown|contrary) \|$", line)]
+    assert len(claimed) == 12
+    assert set(claimed) <= set(measured)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from examples.lab.claims import CLAIMS, Results, verdict
 REPORT = """Written by `python -m examples.lab`, which trains and measures every variant of
 `configs/lab.py`. Mean and standard deviation over seeds. PSNR in dB; Frechet distances are between
 features of the digits' classifier; steps are those of the training."""
+MARGINS = """A margin above 0 is as claimed: "shown" where the mean is more than two standard
+errors above 0, "contrary" where it is as far below, else "not shown"."""
 
 
 def report(found: dict[int, Results]) -> str:
@@ -21,7 +23,7 @@ def report(found: dict[int, Results]) -> str:
         ("Generators", lab.GENERATORS, ("accuracy", "loss", "frechet")),
     ):
         same = ("steps", "tokens", "passes", "parameters")
-        columns = ("variant", "seeds", *names, *same, "CPU s per image")
+        columns = ("variant", "seeds", *names, *same, "CPU ms per image")
         table = []
         for variant in variants:
             runs = [results[variant] for results in found.values() if variant in results]
@@ -31,12 +33,12 @@ def report(found: dict[int, Results]) -> str:
                     _spread([run[name] for run in runs]) if name in runs[0] else ""
                     for name in names
                 ]
-                seconds = _spread([run["seconds"] for run in runs])
+                seconds = _spread([1000 * run["seconds"] for run in runs])
                 table.append(_row([variant, len(runs), *values, *fixed, seconds]))
         if table:
             header = [f"## {title}", "", _row(columns), _row(["---"] * len(columns))]
             lines += [*header, *table, ""]
-    lines += ["## Claims", "", "A margin above 0 is as claimed.", ""]
+    lines += ["## Claims", "", MARGINS, ""]
     lines += [_row(("variant", "claim", "seeds", "margin", "")), _row(["---"] * 5)]
     for claim in CLAIMS:
         margins = []
