@@ -76,7 +76,7 @@ def test_the_readme_has_rows_of_the_report():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     args = ["--out", str(tmp_path), "--seeds", "1", "--steps", "1", "--per-class", "1"]
     command.main([*args, "--variants", "elastictok,doubling"])
     first = (tmp_path / "report.md").read_text()
@@ -84,3 +84,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "train", lambda *_: pytest.fail("it was trained again"))
     command.main([*args, "--variants", "elastictok,doubling"])
     assert (tmp_path / "report.md").read_text() == first
+    args[args.index("--steps") + 1] = "2"
+    with pytest.raises(SystemExit):
+        command.main([*args, "--variants", "elastictok"])
+    assert "measured after 1 steps, not 2" in capsys.readouterr().err

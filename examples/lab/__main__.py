@@ -49,13 +49,19 @@ def main(argv=None) -> None:
     for seed in range(args.seeds):
         for variant in variants:
             workdir = args.out / f"{variant}-{seed}"
+            steps = args.steps or lab.get_config(variant).total_steps
             if not (workdir / MEASURED).exists():
                 if not train(variant, seed, workdir, args.steps):
                     return
-                steps = args.steps or lab.get_config(variant).total_steps
                 numbers = measure(variant, workdir, args.per_class) | {"steps": steps}
                 storage.write_json(workdir / MEASURED, numbers)
-            found.setdefault(seed, {})[variant] = storage.read_json(workdir / MEASURED)
+            numbers = storage.read_json(workdir / MEASURED)
+            if numbers["steps"] != steps:  # One report of two budgets would compare what differs.
+                parser.error(
+                    f"{workdir} was measured after {numbers['steps']} steps, not {steps}: remove "
+                    "it, or name another --out"
+                )
+            found.setdefault(seed, {})[variant] = numbers
             storage.write_text(args.out / "report.md", report(found))
     print(args.out / "report.md")
 
