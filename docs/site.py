@@ -14,4 +14,4 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri != "index.md":
         return markdown
     text = README.read_text(encoding="utf-8").replace("](docs/", "](")
-    return re.sub(r"\[([^\]]+)\]\((?:notebooks/[^)]+|NOTICE)\)", r"\1", text)
+    return re.sub(r"\[([^\]]+)\]\((?:(?:notebooks|flextok_jax)/[^)]+|NOTICE)\)", r"\1", text)

@@ -17,6 +17,7 @@ from flextok_jax import FlexTok, ImageGenerator, TextEncoder, cli
 from flextok_jax.commands import options
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted(ROOT.glob("flextok_jax/demos/*/MODEL.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
@@ -49,7 +50,7 @@ def commands(page: pathlib.Path):
             yield words, whole and not {"...", "…"} & set(words)
 
 
-ALL = {page.name: list(commands(page)) for page in PAGES}
+ALL = {page.relative_to(ROOT).as_posix(): list(commands(page)) for page in PAGES}
 
 
 @pytest.mark.parametrize("text", list(snippets()))

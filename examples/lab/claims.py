@@ -21,14 +21,19 @@ def _more(name: str, a: str, b: str, least: float = 0.0) -> Callable[[Results], 
     return lambda found: found[a][name] - found[b][name] - least
 
 
+def _points(a: str, b: str, lost: float) -> Callable[[Results], float]:
+    """Margin, in points (hundredths), of "a costs at most `lost` points of accuracy beside b"."""
+    return lambda found: 100 * (found[a]["accuracy"] - found[b]["accuracy"]) + lost
+
+
 def _rises(variant: str) -> Callable[[Results], float]:
     """Margin of "each doubling of the tokens has a higher PSNR": the smallest gain in dB."""
     return lambda found: float(np.min(np.diff(list(found[variant]["psnr by tokens"].values()))))
 
 
 def _lost(result: dict) -> float:
-    """How much accuracy a flow loses by fewer steps."""
-    return result["accuracy"] - result["accuracy of 2 steps"]
+    """How much accuracy, in points, a flow loses by fewer steps."""
+    return 100 * (result["accuracy"] - result["accuracy of 2 steps"])
 
 
 RISES = "Every doubling of the tokens adds to the PSNR (dB)"
@@ -56,17 +61,19 @@ CLAIMS = (
     ),
     Claim(
         "imagefolder",
-        "The book that follows features says more of the digit (probe accuracy)",
-        lambda found: found["imagefolder"]["probe last"] - found["imagefolder"]["probe first"],
+        "The codebook that follows features says more of the digit (points of a probe's accuracy)",
+        lambda found: (
+            100 * (found["imagefolder"]["probe last"] - found["imagefolder"]["probe first"])
+        ),
     ),
     Claim(
         "imagefolder",
-        "Two books cost at most 0.5 dB beside one, for as many bits",
+        "Two codebooks cost at most 0.5 dB beside one, for as many bits",
         _more("psnr", "imagefolder", "one_pass", -0.5),
     ),
     Claim("one_d_piece", RISES, _rises("one_d_piece")),
     Claim("elastictok", RISES, _rises("elastictok")),
-    Claim("spectral", RISES, _rises("spectral")),
+    Claim("spectral", "Every scale adds to the PSNR (dB)", _rises("spectral")),
     Claim(
         "spectral",
         "A scale is at most 0.5 dB worse, at its own resolution, than all scales made smaller",
@@ -87,7 +94,7 @@ CLAIMS = (
     ),
     Claim(
         "cleaner",
-        "Sixteen ordered tokens find it better than that threshold (F-measure)",
+        "Sixteen ordered tokens find the ink better than Sauvola's threshold (F-measure)",
         lambda found: found["cleaner"]["f"] - found["cleaner"]["sauvola"],
     ),
     Claim(
@@ -97,7 +104,7 @@ CLAIMS = (
     ),
     Claim(
         "textok",
-        "Captions of other canvases take it away (dB)",
+        "Captions of other canvases lower the PSNR (dB)",
         lambda found: found["textless"]["psnr"] - found["textok"]["psnr of others"],
     ),
     Claim(
@@ -113,22 +120,22 @@ CLAIMS = (
     Claim(
         "pairs",
         "Half the steps cost at most 2 points of accuracy",
-        _more("accuracy", "pairs", "single", -0.02),
+        _points("pairs", "single", 2),
     ),
     Claim(
         "folded",
         "Half the positions cost at most 2 points of accuracy beside pairs",
-        _more("accuracy", "folded", "pairs", -0.02),
+        _points("folded", "pairs", 2),
     ),
     Claim(
         "doubling",
         "5 steps cost at most 5 points of accuracy beside 16",
-        _more("accuracy", "doubling", "single", -0.05),
+        _points("doubling", "single", 5),
     ),
     Claim(
         "masked",
         "8 passes cost at most 2 points of accuracy beside 16 steps",
-        _more("accuracy", "masked", "single", -0.02),
+        _points("masked", "single", 2),
     ),
     Claim(
         "coarse",
@@ -143,11 +150,11 @@ CLAIMS = (
     Claim(
         "token_flow",
         "A flow over numbers costs at most 2 points of accuracy beside ids one by one",
-        _more("accuracy", "token_flow", "single", -0.02),
+        _points("token_flow", "single", 2),
     ),
     Claim(
         "flowtok",
-        "From a text a flow loses less accuracy by 2 steps in place of 20 than from noise",
+        "From a text a flow loses less accuracy by 2 steps in place of 20 than from noise (points)",
         lambda found: _lost(found["token_flow"]) - _lost(found["flowtok"]),
     ),
 )
