@@ -29,7 +29,6 @@ from flextok_jax import FlexTok
 from flextok_jax.evaluation.metrics import psnr
 from flextok_jax.evaluation.reconstruction import default_sampler
 from flextok_jax.evaluation.statistics import FeatureSet, fid
-from flextok_jax.flow.sampler import SOLVERS
 from flextok_jax.nn.images import to_float
 
 COUNTS = (1, 4, 16)
@@ -83,12 +82,6 @@ def as_good(found, reference) -> bool:
     return all(a[0] > b[0] - 0.1 and a[1] >= b[1] - 3 and a[2] < 1.1 * b[2] for a, b in pairs)
 
 
-def passes(sampler) -> int:
-    """How often the decoder runs."""
-    scales = sampler.schedule().scales[: sampler.steps]
-    return int(SOLVERS[sampler.solver] * np.sum(1 + (scales != 1)))
-
-
 def show(tok, found, note: str = "", **sampling) -> None:
     """Prints a row."""
     sampler = default_sampler(tok, **sampling)
@@ -98,7 +91,7 @@ def show(tok, found, note: str = "", **sampling) -> None:
     for psnr_, count, distance, *close in found:
         numbers = f"{psnr_:.2f}", str(count), *(f"{x:.1f}" for x in (distance, *close))
         cells.append(", ".join(numbers))
-    cells.insert(4, passes(sampler))
+    cells.insert(4, sampler.passes)
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

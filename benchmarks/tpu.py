@@ -100,11 +100,11 @@ def frozen_vae(config, chip, mesh) -> dict:
     from flextok_jax.nn import vae
     from flextok_jax.nn.images import to_float
     from flextok_jax.nn.vae_config import VAEConfig
-    from flextok_jax.parallel.sharding import batch_sharding, param_shardings
+    from flextok_jax.parallel.sharding import batch_sharding, param_shardings, placed
 
     cfg = VAEConfig(latent_channels=int(config.vae.source.rpartition("_c")[2]))
     params = jax.eval_shape(lambda: vae.init_vae(cfg, jax.random.key(0)))
-    params = estimates.placed({"vae": params}, param_shardings(mesh, {"vae": params}))
+    params = placed({"vae": params}, param_shardings(mesh, {"vae": params}))
     size = config.data.image_size
     images = jax.ShapeDtypeStruct(
         (config.batch_size // config.optim.accumulate, size, size, 3),

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from flextok_jax import config_flag
 from flextok_jax.nn.layout import unbox
 from flextok_jax.parallel.mesh import compiler_options, make_mesh
-from flextok_jax.parallel.sharding import batch_sharding, param_shardings
+from flextok_jax.parallel.sharding import batch_sharding, local_bytes, param_shardings, placed
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "KIND:AxB, such as v5e:4x4")
 
@@ -287,11 +287,7 @@ def estimate(program, state, flops: int | None, chip: Chip, mesh: Mesh) -> dict:
 
 def _memory(state: dict, analysis) -> dict[str, int]:
     """Bytes per chip."""
-
-    def local(x):
-        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-    kinds = {name: sum(map(local, jax.tree.leaves(tree))) for name, tree in state.items()}
+    kinds = {name: sum(map(local_bytes, jax.tree.leaves(tree))) for name, tree in state.items()}
     kinds["other arguments"] = max(0, analysis.argument_size_in_bytes - sum(kinds.values()))
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     kinds["results"] = max(0, results)
@@ -338,13 +334,6 @@ def model_flops(config, shards: int = 1) -> float:
         gradient = jax.grad(lambda *args: stage.loss(*args, **length)[0])
         total += run.calls * run.images / size * count_flops(gradient, *args)
     return total
-
-
-def placed(tree, shardings):
-    """The shapes of `tree` with shardings."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
 
 
 def _stage(config) -> tuple:

@@ -1,6 +1,5 @@
 """ImageGenerator: an AR model and a tokenizer. Class or text to tokens to images."""
 
-import contextlib
 import dataclasses
 import functools
 import warnings
@@ -17,7 +16,7 @@ from flextok_jax.nn import ar, generation
 from flextok_jax.nn.ar import ARCondition
 from flextok_jax.nn.ar_config import ARConfig
 from flextok_jax.nn.config import Compute
-from flextok_jax.parallel.mesh import platform
+from flextok_jax.parallel.mesh import mesh_context, platform
 from flextok_jax.parallel.rng import named
 from flextok_jax.parallel.sharding import place, spread_batch
 from flextok_jax.text import TextEncoder
@@ -467,7 +466,7 @@ class ImageGenerator:
 
     def on_mesh(self):
         """The context in which computations run on the devices of `mesh`."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        return mesh_context(self.mesh)
 
 
 def _check_fit(cfg: ARConfig, tok: FlexTok) -> None:

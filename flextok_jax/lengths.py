@@ -22,7 +22,7 @@ from flextok_jax.nn.config import Compute
 from flextok_jax.nn.decoder import Condition, unconditional
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.tokenizer_config import TokenizerConfig
-from flextok_jax.parallel.sharding import spread_batch
+from flextok_jax.parallel.sharding import padded, spread_batch
 
 RULES = ("first", "stable")
 DRAWS = 16  # Of times and noises of the criterion "flow".
@@ -236,7 +236,7 @@ def _by_batches(function: Callable, rows: np.ndarray, size: int) -> np.ndarray:
     parts = []
     for first in range(0, len(rows), size):
         part = rows[first : first + size]
-        filled = np.pad(part, (0, size - len(part)), mode="edge")
+        filled = padded(part, size)
         parts.append(np.asarray(function(filled))[: len(part)])
     return np.concatenate(parts)
 

@@ -1,6 +1,5 @@
 """TextEncoder: prompts to embeddings, by T5."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from flextok_jax.io.formats import t5 as files
 from flextok_jax.nn import t5
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.t5 import T5Config
+from flextok_jax.parallel.mesh import mesh_context
 from flextok_jax.parallel.sharding import place, spread_batch
 
 MAX_LENGTH = 512  # Tokens of a prompt that T5 was trained with.
@@ -142,7 +142,7 @@ class TextEncoder:
             ValueError: as `tokenize`.
         """
         ids, mask = self.tokenize(prompts, max_length)
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+        with mesh_context(self.mesh):
             arrays = spread_batch(self.mesh, (ids, mask))
             found = _encode(self.params, self.config, self.compute, *arrays)
         return np.asarray(found)[: len(ids)], mask

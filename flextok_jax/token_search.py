@@ -22,12 +22,12 @@ from flextok_jax import candidates as drawing
 from flextok_jax import conditions as of
 from flextok_jax.candidates import Proposals, Settings
 from flextok_jax.conditions import Conditions
-from flextok_jax.flow.sampler import SOLVERS, Sampler
 from flextok_jax.generator import Guidance, ImageGenerator
 from flextok_jax.nn import flextok, generation
 from flextok_jax.nn.generation import Sampling
 from flextok_jax.nn.images import to_uint8
 from flextok_jax.parallel.rng import named
+from flextok_jax.parallel.sharding import padded
 from flextok_jax.token_sampling import check_sampling
 from flextok_jax.tokenizer import Key, is_int
 from flextok_jax.verifiers import LOOKS_AT, Ensemble, Verifier
@@ -394,22 +394,15 @@ def _scored(task, prompt, tokens, noise, cost, final=False) -> tuple[np.ndarray,
 def _decoded(task, tokens, noise, cost, final, size=None) -> np.ndarray:
     """float32 [m, H, W, 3] of tokens [m, k], run as `size` images, m by default."""
     tok, how = task.gen.tokenizer, task.decoding[final]
-    filled = _filled_rows(tokens, size or len(tokens))
+    filled = padded(tokens, size or len(tokens))
     bucket, passes = flextok.bucket(tokens.shape[1], tok.num_tokens), 1
     if noise is not None:
         how = how | {"noise": np.broadcast_to(noise, (len(filled), *noise.shape))}
         sampler = {name: value for name, value in how.items() if name != "noise"}
-        passes = _passes(tok.config.sampler_with(**sampler))
+        passes = tok.config.sampler_with(**sampler).passes
     cost[f"passes of {bucket} tokens"] += len(tokens) * passes
     cost["images"] += len(tokens)
     return np.asarray(tok.detokenize(filled, **how))[: len(tokens)]
-
-
-def _passes(sampler: Sampler) -> int:
-    """Evaluations of the velocity for one image."""
-    scales = sampler.schedule().scales[: sampler.steps]
-    null = np.sum(scales != 1) if sampler.method.partly else sampler.steps * sampler.guided
-    return SOLVERS[sampler.solver] * int(sampler.steps + null)
 
 
 def _values(task, prompt, verifier: Verifier, tokens, images, cost, size=None) -> np.ndarray:
@@ -417,7 +410,7 @@ def _values(task, prompt, verifier: Verifier, tokens, images, cost, size=None) -
     candidates = tokens if verifier.looks_at == "tokens" else images.clip(-1, 1)
     prepared = jax.tree.map(lambda array: array[prompt], task.prepared[verifier])
     cost["scores"] += len(tokens)
-    filled = _filled_rows(candidates, size or len(candidates))
+    filled = padded(candidates, size or len(candidates))
     try:
         found = np.asarray(verifier.function(verifier.params, prepared, filled))
     except Exception as error:
@@ -435,11 +428,6 @@ def _values(task, prompt, verifier: Verifier, tokens, images, cost, size=None) -
             f"{np.sum(~np.isfinite(found))} of {len(found)} candidates of prompt {prompt}"
         )
     return found
-
-
-def _filled_rows(array: np.ndarray, size: int) -> np.ndarray:
-    """Copies of the last row: one program for every batch."""
-    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
 
 def _noise(task: Task, key) -> np.ndarray | None:

@@ -1,6 +1,5 @@
 """FlexTok: what a user holds. Images to tokens, any prefix of the tokens to images."""
 
-import contextlib
 import dataclasses
 import functools
 import warnings
@@ -18,7 +17,7 @@ from flextok_jax.nn import flextok, vae
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import to_float
 from flextok_jax.nn.tokenizer_config import TokenizerConfig
-from flextok_jax.parallel.mesh import platform
+from flextok_jax.parallel.mesh import mesh_context, platform
 from flextok_jax.parallel.sharding import place, spread_batch
 
 Key = jax.Array | int | None
@@ -525,7 +524,7 @@ class FlexTok:
 
     def on_mesh(self):
         """The context in which computations run on the devices of `mesh`."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        return mesh_context(self.mesh)
 
 
 Tokenizer = FlexTok  # Of other projects too: docs/peers.md.

@@ -3,6 +3,7 @@
 CPU, float32 matmuls, no implicit rank promotion, one compilation cache.
 """
 
+import functools
 import importlib.util
 import io
 import mmap
@@ -32,6 +33,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(f"--{k}={FLAGS[k]}" for k in FLAGS i
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental import pallas  # noqa: E402
 
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
@@ -39,6 +41,13 @@ jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernels, run by XLA on a CPU."""
+    call = functools.partial(pallas.pallas_call, interpret=True)
+    monkeypatch.setattr(pallas, "pallas_call", call)
 
 
 @pytest.fixture(scope="session")

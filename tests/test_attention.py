@@ -1,25 +1,15 @@
 """Attention without logits, and what is computed with padding, equal the plain formulas."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas
 
 from flextok_jax.nn import attention, block, layout, order
 from flextok_jax.nn.config import Blocks
 
 B, T, H, D = 2, 256, 2, 64
 SCALE = 8.0 / D
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The TPU kernel, run by XLA on a CPU."""
-    call = functools.partial(pallas.pallas_call, interpret=True)
-    monkeypatch.setattr(pallas, "pallas_call", call)
 
 
 def inputs(seed=0):

@@ -86,8 +86,6 @@ def test_missing_and_empty_folders_and_unknown_names_say_what_to_do(tmp_path):
 
 # Transforms.
 
-EVERYTHING = Transform(16, "random", (0.2, 0.9), flip=True, shift=2, rotate=10.0, zoom=0.1)
-
 
 def apply(transform, image, seed):
     draws = np.random.RandomState(seed).random_sample(NUM_DRAWS)

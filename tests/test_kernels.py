@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import TINY, random_params
-from jax.experimental import pallas
 
 from flextok_jax.nn import flextok, kernels, order
 from flextok_jax.nn.attention import layer_norm
@@ -19,12 +18,6 @@ from flextok_jax.parallel.mesh import AXES, make_mesh
 
 B, H, D = 2, 2, 64
 W = H * D
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    call = functools.partial(pallas.pallas_call, interpret=True)
-    monkeypatch.setattr(pallas, "pallas_call", call)
 
 
 def arrays(*shapes):

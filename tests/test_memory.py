@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_training_state import ToyStage, get_config
 
+from flextok_jax.parallel import sharding
 from flextok_jax.parallel.mesh import make_mesh
 from flextok_jax.training import loop, memory
 
@@ -66,7 +67,7 @@ def run_with(there, config, workdir, monkeypatch):
     states = []
 
     def check(shapes, mesh, jaxpr=None):
-        states.append(sum(map(memory._local, jax.tree.leaves(shapes))))
+        states.append(sum(map(sharding.local_bytes, jax.tree.leaves(shapes))))
         return plain(shapes, mesh, jaxpr)
 
     plain = memory.check

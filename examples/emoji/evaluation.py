@@ -16,16 +16,12 @@ from examples.emoji.classifier import GROUPS, arrays, features, groups, paramete
 from flextok_jax import FlexTok, ImageGenerator, to_pil
 from flextok_jax.evaluation.metrics import psnr
 from flextok_jax.evaluation.statistics import FeatureSet, fid
+from flextok_jax.nn.flextok import lengths
 from flextok_jax.nn.images import to_float, to_uint8
 
 BATCH = 100
 PROMPTS = 400  # Names of training emoji.
 SHOWN = 10  # Samples of each group in the picture.
-
-
-def counts(tok: FlexTok) -> list[int]:
-    """1, 2, 4, ... and all tokens."""
-    return sorted({*(2**i for i in range(tok.num_tokens.bit_length())), tok.num_tokens})
 
 
 def reconstruct(tok: FlexTok, images: np.ndarray, **sampling) -> dict[int, np.ndarray]:
@@ -41,7 +37,7 @@ def reconstruct(tok: FlexTok, images: np.ndarray, **sampling) -> dict[int, np.nd
         k: np.concatenate(
             [to_uint8(tok.detokenize(t, k, key=i, **sampling)) for i, t in enumerate(tokens)]
         )
-        for k in counts(tok)
+        for k in lengths(tok.num_tokens)
     }
 
 

@@ -32,9 +32,18 @@ TRAIN = (
 TILE = 64
 
 
+@functools.cache
 def photographs() -> dict[str, np.ndarray]:
     """{name: uint8 [H, W, 3]}, all of them, read only."""
-    return _photographs()
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    left, right, _ = data.stereo_motorcycle()
+    found = {"motorcycle_left": left, "motorcycle_right": right}
+    found |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    names = TRAIN + VALIDATION
+    found |= {name: getattr(data, name)() for name in names if name not in found}
+    return {name: _third(found[name]) for name in names}
 
 
 def tiles() -> dict[str, np.ndarray]:
@@ -62,19 +71,6 @@ def _files():
         yield f"train/{name}/{name}.png", photographs()[name]
     for name, tile in tiles().items():
         yield f"test/{name}.png", tile
-
-
-@functools.cache
-def _photographs() -> dict[str, np.ndarray]:
-    from skimage import data
-    from sklearn.datasets import load_sample_image
-
-    left, right, _ = data.stereo_motorcycle()
-    found = {"motorcycle_left": left, "motorcycle_right": right}
-    found |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
-    names = TRAIN + VALIDATION
-    found |= {name: getattr(data, name)() for name in names if name not in found}
-    return {name: _third(found[name]) for name in names}
 
 
 def _third(photo: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 `flextok tokenize --data` is the same with a tokenizer alone.
 """
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -18,15 +17,15 @@ from flextok_jax.data import shards, sources
 from flextok_jax.data.reader import Picture, Unreadable, read_ahead
 from flextok_jax.data.records import Record, stored_floats, stored_tokens
 from flextok_jax.data.transforms import NUM_DRAWS, Transform
-from flextok_jax.evaluation.reconstruction import check_counts, identity, padded, side
+from flextok_jax.evaluation.reconstruction import check_counts, identity, side
 from flextok_jax.io import models, storage
 from flextok_jax.io.formats import networks
 from flextok_jax.io.sources import pinned
 from flextok_jax.nn import dinov2, repa, vae
 from flextok_jax.nn.config import Compute
 from flextok_jax.nn.images import to_float
-from flextok_jax.parallel.mesh import platform
-from flextok_jax.parallel.sharding import place, spread_batch
+from flextok_jax.parallel.mesh import mesh_context, platform
+from flextok_jax.parallel.sharding import padded, place, spread_batch
 
 IMAGE_SIZE = 256  # Where no model has another.
 # Options that decide what is in the records, beside the models and the data.
@@ -192,7 +191,7 @@ def _on_devices(function, params, like):
     compiled = jax.jit(function)
 
     def run(images):
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with mesh_context(mesh):
             found = compiled(params, spread_batch(mesh, images))
         return stored_floats(np.asarray(found)[: len(images)])
 

@@ -20,6 +20,7 @@ from flextok_jax.evaluation import reconstruction as rec
 from flextok_jax.generator import ImageGenerator
 from flextok_jax.io import storage
 from flextok_jax.io.paths import as_path
+from flextok_jax.parallel.sharding import padded
 from flextok_jax.tokenizer import FlexTok
 
 FIELDS = ("tokens", "names", "origin", "fingerprint")
@@ -53,7 +54,7 @@ def reconstruct(args: options.Reconstruct) -> None:
                 of = [{"image_sha256": hashlib.sha256(x).hexdigest()} for x in batch.images]
                 text = [png_metadata(info, k) | one for one in of]
                 columns.append(pics.saved_pictures(paths, text, make))
-                both = (rec.padded(x, size) for x in (columns[-1], batch.images))
+                both = (padded(x, size) for x in (columns[-1], batch.images))
                 yield f"/{k}", *both, np.arange(size) < len(paths)
             shown = pics.GRID_ROWS - len(rows)
             rows.extend(list(zip(*columns))[:shown])

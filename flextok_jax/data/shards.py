@@ -10,7 +10,6 @@ A shard gets its name when it is whole, after its .json, so one that exists is n
 number of processes may each write their own shards; whoever finds all there completes the manifest.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -142,7 +141,7 @@ def _write_shard(path, made, count: UnreadableCount, channels: int | None):
         finally:
             writer.close()
         info = {
-            "sha256": _sha256(temporary),
+            "sha256": storage.sha256(temporary),
             "bytes": temporary.stat().st_size,
             "records": len(keys),
             "max_label": max(labels, default=-1),
@@ -153,11 +152,6 @@ def _write_shard(path, made, count: UnreadableCount, channels: int | None):
             "labels": labels,
         }
         storage.write_json(path.with_suffix(".json"), info)
-
-
-def _sha256(path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def models(manifest: dict) -> dict:
@@ -230,7 +224,7 @@ def verify(folder) -> Iterator[tuple[str, str | None, int]]:
         path, wrong = folder / name, None
         if not path.is_file():
             wrong = "it is missing"
-        elif (found := _sha256(path)) != info["sha256"]:
+        elif (found := storage.sha256(path)) != info["sha256"]:
             wrong = f"its sha256 is {found}, {info['sha256']} expected"
         yield name, wrong, info["records"]
 

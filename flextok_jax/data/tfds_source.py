@@ -12,8 +12,6 @@ from flextok_jax.data.source import VALIDATION, Example, Source
 from flextok_jax.io import paths, storage
 from flextok_jax.io.paths import as_path
 
-TEXTS = ("caption", "text")  # Features that are taken for the caption.
-
 
 class TfdsSource(Source):
     """One split of a prepared data set in the array_record format, such as imagenet2012.
@@ -40,7 +38,7 @@ class TfdsSource(Source):
         labels = features.get("label")
         self._labelled = isinstance(labels, tfds.features.ClassLabel)
         self.classes = list(labels.names) if self._labelled else []
-        texts = (n for n in TEXTS if isinstance(features.get(n), tfds.features.Text))
+        texts = (n for n in source.CAPTION if isinstance(features.get(n), tfds.features.Text))
         self._text = next(texts, None)
         if split in VALIDATION:
             split = source.resolve_split(split, list(builder.info.splits), name)

@@ -5,13 +5,12 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from flextok_jax.evaluation.reconstruction import padded
 from flextok_jax.io import storage
 from flextok_jax.io.formats import networks as files
 from flextok_jax.nn import inception, lpips
-from flextok_jax.parallel.sharding import spread_batch
+from flextok_jax.parallel.sharding import padded, place, spread_batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ class FeatureNetwork:
     mesh: Mesh | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "params", _everywhere(self.params, self.mesh))
+        object.__setattr__(self, "params", place(self.mesh, self.params, self.params))
         object.__setattr__(self, "function", jax.jit(self.function))
 
     def __call__(self, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,11 +68,11 @@ def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> tuple[Callable, 
     params = files.load_lpips(vgg, heads)
     metadata = {
         "name": "lpips",
-        "vgg_sha256": files.sha256(vgg),
-        "heads_sha256": files.sha256(heads),
+        "vgg_sha256": storage.sha256(vgg),
+        "heads_sha256": storage.sha256(heads),
         "parameters_sha256": storage.fingerprint(params),
     }
-    params, distance = _everywhere(params, mesh), jax.jit(lpips.lpips)
+    params, distance = place(mesh, params, params), jax.jit(lpips.lpips)
 
     def function(*both):
         return {"lpips": distance(params, *spread_batch(mesh, both))[: len(both[0])]}
@@ -83,8 +82,4 @@ def perceptual_network(vgg, heads, mesh: Mesh | None = None) -> tuple[Callable, 
 
 def hashes(path, params) -> dict:
     """The sha256 of a file, and of its parameters."""
-    return {"file_sha256": files.sha256(path), "parameters_sha256": storage.fingerprint(params)}
-
-
-def _everywhere(params, mesh: Mesh | None):
-    return jax.device_put(params, NamedSharding(mesh, PartitionSpec()) if mesh else None)
+    return {"file_sha256": storage.sha256(path), "parameters_sha256": storage.fingerprint(params)}

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from flextok_jax.evaluation.pictures import Pictures
-from flextok_jax.evaluation.reconstruction import padded, side
+from flextok_jax.evaluation.reconstruction import side
+from flextok_jax.parallel.sharding import padded
 from flextok_jax.tokenizer import FlexTok
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # Inverse regularisation that is tried.

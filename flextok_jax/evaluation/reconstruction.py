@@ -11,6 +11,7 @@ from flextok_jax.conditions import Conditions
 from flextok_jax.flow.sampler import Sampler
 from flextok_jax.generator import ImageGenerator
 from flextok_jax.nn import flextok
+from flextok_jax.parallel.sharding import padded
 from flextok_jax.tokenizer import FlexTok
 
 
@@ -148,11 +149,6 @@ def sample_tokens(
     conditions = conditions.take(padded(np.arange(len(conditions)), batch_size))
     tokens = gen.generate_tokens(conditions=conditions, num_tokens=num_tokens, key=keys, **how)
     return np.asarray(tokens)[: len(seeds)]
-
-
-def padded(array: np.ndarray, size: int) -> np.ndarray:
-    """Copies of the last row, so that one program serves every batch."""
-    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -30,6 +30,7 @@ from flextok_jax.generator import ImageGenerator
 from flextok_jax.io import storage
 from flextok_jax.io.paths import is_remote
 from flextok_jax.nn.images import to_uint8
+from flextok_jax.parallel.sharding import padded
 from flextok_jax.tokenizer import FlexTok
 
 POINTS, READ, REFERENCE = "points", "pictures.json", "reference.npz"
@@ -219,7 +220,7 @@ class Sweep:
                 if features:
                     looked.append(features(images, size))
                 if data.originals is not None:
-                    both = (rec.padded(x, size) for x in (images, data.originals[rows]))
+                    both = (padded(x, size) for x in (images, data.originals[rows]))
                     yield "", *both, np.arange(size) < len(images)
                 bar.update(len(images))
 

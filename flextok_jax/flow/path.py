@@ -67,9 +67,6 @@ def kept(q: jax.Array, num_tokens: int, mode: str) -> jax.Array:
 
     Returns:
         int32 in 1..R, of the shape of q; it rises with q.
-
-    Raises:
-        ValueError: an unknown mode.
     """
 
     def below(count):  # uniform over 0 .. count - 1
@@ -79,10 +76,8 @@ def kept(q: jax.Array, num_tokens: int, mode: str) -> jax.Array:
         return jnp.full(jnp.shape(q), num_tokens, jnp.int32)
     if mode == "pow2":
         return jnp.left_shift(1, below(num_tokens.bit_length()))
-    if mode in ("uniform", "uniform_pow2"):
-        keep = below(num_tokens) + 1
-        return keep if mode == "uniform" else next_pow2(keep, num_tokens)
-    raise ValueError(f"nested dropout mode {mode!r} is unknown")
+    keep = below(num_tokens) + 1
+    return keep if mode == "uniform" else next_pow2(keep, num_tokens)
 
 
 def next_pow2(k: jax.Array, most: int) -> jax.Array:

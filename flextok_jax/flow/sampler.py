@@ -73,6 +73,13 @@ class Sampler:
         partly = self.guided and tuple(self.guidance_interval) != (0, 1)
         return Method(self.solver, self.guided, self.normalized, partly)
 
+    @property
+    def passes(self) -> int:
+        """Evaluations of the velocity for one image, with those of guidance."""
+        scales = self.schedule().scales[: self.steps]
+        null = np.sum(scales != 1) if self.method.partly else self.steps * self.guided
+        return SOLVERS[self.solver] * int(self.steps + null)
+
     def times(self) -> np.ndarray:
         """float64 [steps + 1], falling from 1 to 0."""
         return shift_time(1.0 - np.arange(self.steps + 1) / self.steps, self.time_shift)

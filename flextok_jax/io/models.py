@@ -46,6 +46,18 @@ class Loaded:
     null_text: np.ndarray | None = None
 
 
+def trained(params) -> dict:
+    """The part of a tokenizer's parameters that its training changes."""
+    return {name: params[name] for name in TRAINED if name in params}
+
+
+@functools.lru_cache(maxsize=1)
+def load_once(source: str) -> tuple[Loaded, str]:
+    """`load`, and the sha256 over the parameters; the last one is kept in memory."""
+    loaded = load(source)
+    return loaded, storage.fingerprint(loaded.params)
+
+
 def load(source, revision: str | None = None) -> Loaded:
     """Reads a FlexTok model from any source (see `FlexTok.from_pretrained`).
 

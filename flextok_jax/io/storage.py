@@ -37,6 +37,12 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise ValueError(f"{path} holds a type that cannot be read: {error}") from error
 
 
+def sha256(path) -> str:
+    """The sha256 of a file's bytes."""
+    with as_path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_header(path) -> tuple[list[str], dict[str, str]]:
     """The names and the metadata of a safetensors file; no tensor is read. Raises as `read`."""
     with _opened(path) as file:

@@ -99,7 +99,7 @@ class TextTower(nn.Module):
         x = _blocks(tower, self.compute, x, order.causal(text=length))
         # Each position knows those before it: the end of the text is told by its first end.
         x = jnp.take_along_axis(x, jnp.argmax(ids, axis=1)[:, None, None], axis=1)[:, 0]
-        return _project(x, "norm", tower, cfg)
+        return _project(x, tower, cfg)
 
 
 class VisionTower(nn.Module):
@@ -126,7 +126,7 @@ class VisionTower(nn.Module):
         x = x + positions.astype(dtype)[None]
         x = Norm("affine", tower.norm_eps, name="pre_norm")(x)
         x = _blocks(tower, self.compute, x, order.full(patches=x.shape[1]))
-        return _project(x[:, 0], "norm", tower, cfg)
+        return _project(x[:, 0], tower, cfg)
 
 
 def _blocks(tower: Tower, compute: Compute, x, sequence):
@@ -136,9 +136,9 @@ def _blocks(tower: Tower, compute: Compute, x, sequence):
     return x
 
 
-def _project(x, name: str, tower: Tower, cfg: CLIPConfig):
+def _project(x, tower: Tower, cfg: CLIPConfig):
     """[B, D] -> float32 [B, P] of length 1, after a norm."""
-    x = Norm("affine", tower.norm_eps, name=name)(x.astype(jnp.float32))
+    x = Norm("affine", tower.norm_eps, name="norm")(x.astype(jnp.float32))
     x = Linear(cfg.projection, ("embed", None), jnp.float32, name="proj")(x)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 

@@ -129,10 +129,3 @@ def _mask(ranks: tuple[int, ...]) -> np.ndarray:
 def mask(ranks) -> np.ndarray:
     """bool [T, T] from T ranks: rank(k) <= rank(q), queries in rows."""
     return _mask(tuple(int(rank) for rank in ranks))
-
-
-def prefixes(ranks) -> tuple[int, ...]:
-    """The lengths at which a sequence may be cut: where the next rank is higher, and at the end."""
-    ranks = tuple(ranks)
-    cuts = range(1, len(ranks))
-    return (*(cut for cut in cuts if max(ranks[:cut]) < min(ranks[cut:])), len(ranks))

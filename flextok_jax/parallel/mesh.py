@@ -1,5 +1,6 @@
 """The device mesh: three integers, `data`, `fsdp` and `tensor`."""
 
+import contextlib
 import importlib.metadata
 import logging
 
@@ -52,6 +53,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
         )
         return jax.sharding.Mesh(grid, AXES, axis_types=auto)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+
+
+def mesh_context(mesh: jax.sharding.Mesh | None):
+    """`jax.set_mesh`; without a mesh a context that changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 # Without them the compiler cuts matrix products into pieces as small as a device's part of the

@@ -1,5 +1,7 @@
 """Trees of shardings from the axes that parameters carry, and batches put on a mesh."""
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -31,6 +33,23 @@ def place(mesh: Mesh | None, params, like):
     if mesh is None:
         return jax.device_put(params)
     return jax.device_put(params, param_shardings(mesh, like))
+
+
+def placed(tree, shardings):
+    """The shapes of `tree` (`jax.ShapeDtypeStruct`) with shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def local_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's part of an array with a sharding."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def padded(array: np.ndarray, size: int) -> np.ndarray:
+    """`size` rows, filled up with copies of the last one: one program serves every batch."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

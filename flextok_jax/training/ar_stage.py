@@ -13,7 +13,7 @@ from clu import metrics
 from flextok_jax.data import reader, shards, sources
 from flextok_jax.data.pipeline import make_pipeline, padded_text
 from flextok_jax.data.source import check_labels
-from flextok_jax.io import models, storage
+from flextok_jax.io import models
 from flextok_jax.io.formats import flexar, text_tokens
 from flextok_jax.io.sources import pinned
 from flextok_jax.nn import ar, flextok, layout, masked, refiner, t5, token_flow
@@ -138,7 +138,7 @@ class ARStage(Stage):
                 "embeddings of captions come with tokens made before; of images the model learns "
                 "with text_encoder.source='', a text encoder that is trained with it"
             )
-        loaded, fingerprint = _tokenizer(self._source)
+        loaded, fingerprint = models.load_once(self._source)
         cfg = self._tokenizer = loaded.config
         size = self._data.image_size
         if cfg.image_size != (size, size):
@@ -209,7 +209,7 @@ class ARStage(Stage):
     def load_frozen(self):
         """{"tokenizer"}: VAE and encoder, where images are tokenised in the step; {"null_text"}."""
         if self._source:
-            params, like = _tokenizer(self._source)[0].params, flextok.shapes(self._tokenizer)
+            params, like = models.load_once(self._source)[0].params, flextok.shapes(self._tokenizer)
             parts = {n: params[n] for n in ("vae", "encoder", "bottleneck") if n in params}
             return {"tokenizer": layout.box(parts, {n: like[n] for n in parts})}
         if not self.model.text_dim or self._t5:
@@ -269,8 +269,7 @@ class ARStage(Stage):
                 jnp.where(null[:, None], jnp.asarray(rest[name])[None], batch[name])
                 for name in ("text_ids", "text_mask")
             )
-            compute = dataclasses.replace(self.compute, attention="xla")
-            text = t5.encode(params["text_encoder"], self._t5, compute, ids, mask)
+            text = t5.encode(params["text_encoder"], self._t5, self.compute, ids, mask)
             return ar.ARCondition(text=text, text_mask=mask)
         if self.model.text_dim:
             null |= ~jnp.any(batch["text_mask"], axis=1)
@@ -403,10 +402,3 @@ def _labels(splits: dict, model: dict) -> dict:
 def _say_missing(split: str, absent: int, count: int, what: str) -> None:
     say = log.warning if 2 * absent > count else log.info
     say("split %r: %d of %d examples have no %s", split, absent, count, what)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(source: str) -> tuple[models.Loaded, str]:
-    """A tokenizer, and the sha256 over its parameters."""
-    loaded = models.load(source)
-    return loaded, storage.fingerprint(loaded.params)

@@ -1,7 +1,6 @@
 """The distillation stage: a decoder of a few steps out of any FlexTok with a flow."""
 
 import dataclasses
-import functools
 import types
 
 import jax
@@ -11,7 +10,7 @@ from clu.metrics import Average
 
 from flextok_jax.flow import sampler
 from flextok_jax.flow.sampler import Sampler
-from flextok_jax.io import models, storage
+from flextok_jax.io import models
 from flextok_jax.io.paths import as_path, reached, resolved
 from flextok_jax.io.sources import pinned
 from flextok_jax.nn import flextok, layout
@@ -47,7 +46,7 @@ class DistillStage(TokenizerStage):
         if source and reached(as_path(source)).exists():
             source = str(resolved(as_path(source)))
         self._source = source
-        self._teacher = _teacher(source)[0].config if teacher is None else teacher
+        self._teacher = models.load_once(source)[0].config if teacher is None else teacher
         size = (config.data.image_size,) * 2
         if not self._teacher.is_flow or self._teacher.target.flow.jumps:
             raise ValueError(f"init_from={source}: a teacher has a flow without jumps")
@@ -77,19 +76,18 @@ class DistillStage(TokenizerStage):
         """{"encoder", "decoder"} and perhaps {"bottleneck"}, in boxes; for their shapes."""
         identity = identity_vae(self.model.vae.latent_channels)
         params = flextok.init(dataclasses.replace(self.model, vae=identity), key)
-        return {name: params[name] for name in models.TRAINED if name in params}
+        return models.trained(params)
 
     def init_from(self, source: str):
         """The teacher's parameters; what the decoder does with a step's length is zero."""
-        params = _teacher(source)[0].params
+        params = models.load_once(source)[0].params
         shapes = layout.unbox(jax.eval_shape(self.init, jax.random.key(0)))
         new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["decoder"]["length_mlp"])
-        found = {name: params[name] for name in models.TRAINED if name in params}
-        return found | {"decoder": params["decoder"] | {"length_mlp": new}}
+        return models.trained(params) | {"decoder": params["decoder"] | {"length_mlp": new}}
 
     def load_frozen(self):
         """{"teacher"}: its decoder; {"vae"}, not for the identity."""
-        params, like = _teacher(self._source)[0].params, flextok.shapes(self._teacher)
+        params, like = models.load_once(self._source)[0].params, flextok.shapes(self._teacher)
         frozen = {"teacher": layout.box(params["decoder"], like["decoder"])}
         return frozen | ({"vae": params["vae"]} if params["vae"] else {})
 
@@ -151,7 +149,7 @@ class DistillStage(TokenizerStage):
 
     def export_config(self):
         """As of a tokenizer; also "teacher_source" and "teacher_fingerprint"."""
-        fingerprint = _teacher(self._source)[1]
+        fingerprint = models.load_once(self._source)[1]
         teacher = {"teacher_source": pinned(self._source), "teacher_fingerprint": fingerprint}
         return super().export_config() | teacher
 
@@ -161,10 +159,3 @@ def student(teacher: TokenizerConfig, steps: int, time_shift: float) -> Tokenize
     how = Sampler(steps, 1.0, time_shift=time_shift)
     flow = dataclasses.replace(teacher.target.flow, jumps=True, null_prob=0.0, sampler=how)
     return dataclasses.replace(teacher, target=dataclasses.replace(teacher.target, flow=flow))
-
-
-@functools.lru_cache(maxsize=1)
-def _teacher(source: str) -> tuple[models.Loaded, str]:
-    """A tokenizer, and the sha256 over its parameters."""
-    loaded = models.load(source)
-    return loaded, storage.fingerprint(loaded.params)

@@ -10,6 +10,7 @@ import jax.extend.core as core
 from jax.sharding import Mesh
 
 from flextok_jax.parallel.mesh import platform
+from flextok_jax.parallel.sharding import local_bytes
 
 GB = 1e9
 CLEARLY = 1.3  # Above the largest error of the estimate.
@@ -42,7 +43,7 @@ def check(shapes, mesh: Mesh, jaxpr: core.ClosedJaxpr | None = None) -> None:
     Raises:
         OutOfMemory: it needs more.
     """
-    kept = sum(map(_local, jax.tree.leaves(shapes)))
+    kept = sum(map(local_bytes, jax.tree.leaves(shapes)))
     passing = peak(jaxpr.jaxpr) // mesh.size if jaxpr else 0
     need, there = kept + passing, available()
     said = f"{need / GB:.2f} GB of each device, {kept / GB:.2f} for the model and its optimizer"
@@ -115,7 +116,3 @@ def _programs(value) -> list[core.Jaxpr]:
 def _size(var) -> int:
     shape, dtype = getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None)
     return math.prod(shape) * getattr(dtype, "itemsize", 0)
-
-
-def _local(x: jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

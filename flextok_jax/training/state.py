@@ -16,7 +16,7 @@ from flextok_jax.io import storage
 from flextok_jax.nn import layout
 from flextok_jax.nn.layout import path_string
 from flextok_jax.parallel.rng import named, step_key
-from flextok_jax.parallel.sharding import batch_sharding, param_shardings, replicated
+from flextok_jax.parallel.sharding import batch_sharding, param_shardings, placed, replicated
 from flextok_jax.training import groups
 from flextok_jax.training.optimizer import (
     lr_schedule,
@@ -101,9 +101,7 @@ def build(stage: Stage, config, mesh: Mesh) -> Program:
             is_leaf=elsewhere,
         ),
     )
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    shapes = placed(shapes, shardings)
     start_jit = jax.jit(start, out_shardings=shardings)
 
     def init_from(params) -> TrainState:

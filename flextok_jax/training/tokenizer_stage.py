@@ -150,14 +150,14 @@ class TokenizerStage(Stage):
         """{"encoder", "decoder"}, float32, in boxes; where they exist "bottleneck", "repa"."""
         channels = self.model.vae.latent_channels
         without_vae = dataclasses.replace(self.model, vae=identity_vae(channels))
-        own = _own(flextok.init(without_vae, key)) | self._projection(key)
+        own = models.trained(flextok.init(without_vae, key)) | self._projection(key)
         return own | self._pixels.init(named(key, "discriminator"))
 
     def init_from(self, source: str):
         """The parts of a released FlexTok or a workdir; projection and discriminator are new."""
         new = layout.unbox(self._projection(jax.random.key(0)))
         new |= self._pixels.init(jax.random.key(0))
-        return _own(models.load(source).params) | new
+        return models.trained(models.load(source).params) | new
 
     def _projection(self, key):
         if not self._repa.weight:
@@ -409,8 +409,3 @@ class TokenizerStage(Stage):
             "vae_source": source if source == models.IDENTITY else sources.pinned(source),
             "vae_fingerprint": storage.fingerprint(frozen),
         }
-
-
-def _own(params):
-    """The trained part of a model's parameters."""
-    return {name: params[name] for name in models.TRAINED if name in params}

@@ -11,6 +11,8 @@ import json
 import pathlib
 import re
 
+from flax.traverse_util import unflatten_dict
+
 from flextok_jax.flow.sampler import Sampler
 from flextok_jax.io import storage
 from flextok_jax.nn.config import Blocks, from_dict
@@ -100,7 +102,7 @@ def from_fields(fields: dict) -> TokenizerConfig:
     for part in PARTS:
         ratio, width = fields.pop(f"{part}.mlp_ratio"), fields[f"{part}.width"]
         fields[f"{part}.mlp_hidden"] = 0 if ratio == 4 else int(2 * ratio * width / 3)
-    return from_dict(TokenizerConfig, _nested(fields))
+    return from_dict(TokenizerConfig, unflatten_dict(fields, sep="."))
 
 
 def config_from_dict(fields: dict) -> TokenizerConfig:
@@ -177,18 +179,6 @@ def write_config(cfg: TokenizerConfig) -> dict:
     target = _IDENTITY_VAE if cfg.vae.kind == "identity" else target
     own = _OWN if cfg.sampler != TokenizerConfig().sampler else {}
     return _fill(_TEMPLATE | {"vae": _VAES[target]} | own, fields)
-
-
-def _nested(fields: dict) -> dict:
-    """{"a.b": 1} -> {"a": {"b": 1}}."""
-    tree = {}
-    for path, value in fields.items():
-        *parents, last = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 def _is_field(expected) -> bool:

@@ -9,7 +9,6 @@ Every function raises FileNotFoundError where a file is not there, and ValueErro
 not understood, with a complete list of reasons.
 """
 
-import hashlib
 import re
 
 import numpy as np
@@ -51,12 +50,6 @@ def read(path) -> dict[str, np.ndarray]:
         return storage.read(path)[0]
     with local_copy(path) as local:
         return torch_pickle.read(local)
-
-
-def sha256(path) -> str:
-    """The sha256 of a file's bytes."""
-    with as_path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_inception(path) -> dict:
