@@ -77,7 +77,7 @@ def test_the_readme_has_rows_of_the_report():
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    args = ["--out", str(tmp_path), "--seeds", "1", "--steps", "1", "--per-class", "1"]
+    args = ["--out", str(tmp_path), "--seeds", "1", "--steps", "1"]
     command.main([*args, "--variants", "elastictok,doubling"])
     first = (tmp_path / "report.md").read_text()
     assert {name for name, _ in rows(first)} >= {"elastictok", "doubling"}

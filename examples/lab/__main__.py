@@ -38,12 +38,11 @@ def main(argv=None) -> None:
     parser.add_argument("--variants", default=",".join(lab.VARIANTS), help="some, by commas (all)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
     parser.add_argument("--steps", type=int, help="of each training (the variant's own)")
-    parser.add_argument("--per-class", type=int, default=50, help="samples of each class (50)")
     args = parser.parse_args(argv)
     variants, found = args.variants.split(","), {}
-    for name in ("seeds", "steps", "per_class"):
+    for name in ("seeds", "steps"):
         if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            parser.error(f"--{name} {value}: must be at least 1")
     if unknown := set(variants) - set(lab.VARIANTS):
         parser.error(f"variants {sorted(unknown)}: allowed are {', '.join(lab.VARIANTS)}")
     for seed in range(args.seeds):
@@ -53,7 +52,7 @@ def main(argv=None) -> None:
             if not (workdir / MEASURED).exists():
                 if not train(variant, seed, workdir, args.steps):
                     return
-                numbers = measure(variant, workdir, args.per_class) | {"steps": steps}
+                numbers = measure(variant, workdir) | {"steps": steps}
                 storage.write_json(workdir / MEASURED, numbers)
             numbers = storage.read_json(workdir / MEASURED)
             if numbers["steps"] != steps:  # One report of two budgets would compare what differs.

@@ -23,11 +23,13 @@ from flextok_jax.nn.flextok import codes_of, doublings
 from flextok_jax.nn.images import to_float, to_uint8
 from flextok_jax.token_sampling import PASSES, STEPS
 
+PER_CLASS = 50  # Samples.
 
-def measure(variant: str, workdir: pathlib.Path, per_class: int) -> dict:
+
+def measure(variant: str, workdir: pathlib.Path) -> dict:
     """The numbers of a trained variant."""
     if variant in lab.GENERATORS:
-        return measure_generator(workdir, per_class)
+        return measure_generator(workdir)
     tok = FlexTok.from_pretrained(str(workdir))
     if variant in lab.IMAGE_TO_IMAGE:
         return measure_pages(tok)
@@ -168,19 +170,19 @@ def needed(errors: np.ndarray, counts) -> np.ndarray:
     return np.asarray(counts)[first]
 
 
-def measure_generator(workdir: pathlib.Path, per_class: int) -> dict:
+def measure_generator(workdir: pathlib.Path) -> dict:
     """Samples of every class, and the loss on the validation digits."""
     gen = ImageGenerator.from_pretrained(str(workdir))
     tok = FlexTok.from_pretrained(gen.tokenizer_source)
     gen = dataclasses.replace(gen, tokenizer=tok)
-    made, cfg, count = sample(gen, per_class), gen.config, CLASSES * per_class
+    made, cfg, count = sample(gen, PER_CLASS), gen.config, CLASSES * PER_CLASS
     numbers = {
         "accuracy": float(made.correct.sum() / count),
         "tokens": cfg.num_tokens,
         "passes": passes(cfg),
     }
     if cfg.channels:  # Its loss is no likelihood.
-        few = sample(gen, per_class, passes=2)
+        few = sample(gen, PER_CLASS, passes=2)
         numbers["accuracy of 2 steps"] = float(few.correct.sum() / count)
     else:
         records = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
