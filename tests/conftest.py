@@ -43,6 +43,13 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_freed():
+    """After each file: they hold memory maps, of which Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """The TPU kernels, run by XLA on a CPU."""
