@@ -23,7 +23,7 @@ from flextok_jax.nn.flextok import codes_of, doublings
 from flextok_jax.nn.images import to_float, to_uint8
 from flextok_jax.token_sampling import PASSES, STEPS
 
-PER_CLASS = 50  # Samples.
+PER_CLASS = 50  # Samples of a generator, of each class.
 
 
 def measure(variant: str, workdir: pathlib.Path) -> dict:

@@ -18,8 +18,8 @@ seeds.
 - CPU ms per image: decoding all tokens (tokenizers), or drawing all tokens without decoding them
   (generators).
 - Generators of ids draw those of `demo-digits`, which was trained for 25,000 steps; those of
-  numbers draw the tokens of `continuous`. Guidance is 2 for numbers and 1.5 for ids. Guidance
-  raises the accuracy alone: read it beside the Frechet distance."""
+  numbers draw the tokens of `continuous`. Guidance is 2 for numbers and 1.5 for ids, so accuracy
+  is to be read beside the Frechet distance."""
 MARGINS = """A margin above 0 is as claimed: "shown" where the mean is more than two standard
 errors above 0, "contrary" where it is as far below, else "not shown"."""
 
