@@ -331,7 +331,7 @@ def test_a_model_of_another_kind_is_named(tmp_path):
     for folder, load in (
         ("ar_c2i", models.load),
         ("tokenizer", flexar.load),
-        ("tokenizer", lambda path: models.load_vae(str(path / "model.safetensors"))),
+        ("ar_c2i", lambda path: models.load_vae(str(path / "model.safetensors"))),
     ):
         with pytest.raises(ValueError, match="an AR model" if folder == "ar_c2i" else "tokenizer"):
             load(GOLDEN / folder)
@@ -360,7 +360,7 @@ def test_a_workdir_is_a_model_of_its_averaged_parameters(tmp_path, monkeypatch):
     loaded = models.load(tmp_path)
     assert loaded.config == TINY and loaded.step == 7 and loaded.origin.endswith("step 7")
     assert storage.fingerprint(loaded.params) == storage.fingerprint(params)
-    with pytest.raises(ValueError, match="tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer of pixels"):
         models.load_vae(str(tmp_path))
     ema["repa"][1] = np.nan
     with pytest.raises(ValueError, match="repa"):
@@ -371,6 +371,15 @@ def test_a_workdir_is_a_model_of_its_averaged_parameters(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json"):
         models.load(tmp_path)
+
+
+def test_the_vae_of_a_tokenizer_is_a_source_of_a_vae():
+    cfg, params = models.load_vae("demo-emoji")
+    whole = models.load("demo-emoji")
+    assert cfg == whole.config.vae and models.load_vae("demo-emoji", 2.0)[0].scaling_factor == 2
+    assert storage.fingerprint(params) == storage.fingerprint(whole.params["vae"])
+    with pytest.raises(ValueError, match="demo-digits is a tokenizer of pixels"):
+        models.load_vae("demo-digits")
 
 
 def test_the_scaling_factor_of_a_vae_workdir(tmp_path, monkeypatch):

@@ -271,7 +271,7 @@ class Encode(Compute, Crops):
     model: Source = None  # tokens: a tokenizer, as in flextok tokenize
     num_tokens: Tokens = None
     lengths: LengthsFile = None
-    vae: Source = None  # moments: a workdir of the VAE stage, a diffusers folder, or a hub id
+    vae: Source = None  # moments: a workdir of the VAE stage, a diffusers folder, a tokenizer
     dinov2: Source = None  # features for REPA: facebook/dinov2-large or a folder
     dinov2_size: Positive = 518  # pixels of a side for DINOv2 (large: 2.8 MB per crop; 224: 0.5 MB)
     image_size: Count = None  # side of the crops in pixels (the tokenizer's own; without one 256)

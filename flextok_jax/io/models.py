@@ -172,7 +172,7 @@ def vae_params(source: str, cfg: VAEConfig) -> dict:
 
 @functools.lru_cache(maxsize=1)
 def load_vae(source: str, scaling_factor: float | None = None) -> tuple[VAEConfig, dict]:
-    """A VAE on its own: a workdir of the VAE stage, a folder in the diffusers layout, a hub id.
+    """A VAE: a workdir of the VAE stage, a folder in the diffusers layout, a tokenizer's, a hub id.
 
     Args:
         source: as text.
@@ -183,8 +183,15 @@ def load_vae(source: str, scaling_factor: float | None = None) -> tuple[VAEConfi
 
     Raises:
         FileNotFoundError: as `sources.find`.
-        ValueError: it is another kind of model, not understood, or has no scaling factor.
+        ValueError: it is another kind of model, not understood, or has no scaling factor; or a
+            tokenizer of pixels.
     """
+    if sources.kind_of(source) == "tokenizer":
+        cfg, params = (tokenizer := load(source)).config.vae, tokenizer.params["vae"]
+        if cfg.kind == IDENTITY:
+            raise ValueError(f"{source} is a tokenizer of pixels: it has no VAE")
+        factor = cfg.scaling_factor if scaling_factor is None else scaling_factor
+        return dataclasses.replace(cfg, scaling_factor=factor), params
     path = sources.find(source, ("config.json",))
     sources.check_kind(path, "vae")
     if not sources.is_workdir(path):
