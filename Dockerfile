@@ -15,5 +15,5 @@ COPY setup.py README.md LICENSE NOTICE ./
 COPY flextok_jax flextok_jax
 COPY configs configs
 COPY examples examples
-RUN pip install --no-cache-dir ".[train,${CUDA}]"
+RUN pip install --no-cache-dir ".[train,gs,s3,${CUDA}]"
 CMD ["flextok", "--help"]

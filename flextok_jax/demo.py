@@ -30,7 +30,7 @@ from flextok_jax.text import TextEncoder
 from flextok_jax.token_search import search
 from flextok_jax.tokenizer import FlexTok
 
-ALL_SHOWN = 16  # With at most so many tokens, every prefix is shown; else 1, 2, 4, ... up to all.
+ALL_SHOWN = 32  # With at most so many tokens, every prefix is shown; else 1, 2, 4, ... up to all.
 MOST_PIXELS = 50_000_000  # Of an image that is read: some 200 MB.
 BEAMS = 4  # Of a search, and candidates of each.
 _PICTURES = 20  # To pick from.

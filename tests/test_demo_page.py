@@ -212,13 +212,13 @@ def free_port() -> int:
 def url():
     """The page of the shipped models, served by the command."""
     pytest.importorskip("gradio")
-    command = [sys.executable, "-m", "flextok_jax.cli", "demo", "--model", "demo-digits"]
+    command = [sys.executable, "-m", "flextok_jax.cli", "demo"]
     command += ["--port", str(free_port())]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
-            assert "shows demo-digits" in line, line
+            assert "shows demo-emoji" in line, line
             yield line.split()[0]
         finally:
             process.terminate()
@@ -261,7 +261,7 @@ def page(browser, url):
 
 def open_page(page, url):
     page.goto(url)
-    page.wait_for_function("document.querySelectorAll('.pictures img').length >= 16")
+    page.wait_for_function("document.querySelectorAll('.pictures img').length >= 32")
 
 
 def sources(page, where: str) -> list[str]:
@@ -288,8 +288,8 @@ def open_tab(page, name: str):
 @pytest.mark.slow
 def test_the_slider_shows_the_prefix_of_the_strip(page):
     strip = sources(page, ".pictures")
-    assert len(set(strip)) > 8 and len(strip) == 16
-    for k in (5, 16, 1):
+    assert len(set(strip)) > 16 and len(strip) == 32
+    for k in (5, 32, 1):
         start = time.monotonic()
         move_to(page, k)
         print(f"{k} tokens, seconds until the browser shows them: {time.monotonic() - start:.2f}")
@@ -309,9 +309,15 @@ def test_uploads_are_shown_or_refused_with_a_reason(page, tmp_path):
     assert sources(page, ".large") == before
     for path in (str(tmp_path), str(ROOT), "Traceback"):
         assert path not in page.content()
+    toast.wait_for(state="hidden")
+    page.get_by_label("Clear").first.click()
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(32_000_000))
+    page.locator("input[type=file]").first.set_input_files(large)
+    toast.wait_for()
+    assert re.search(r"\b30\b.*large\.png", toast.text_content())
     move_to(page, 3)  # The page goes on.
     before = sources(page, ".large")
-    page.get_by_label("Clear").first.click()
     page.locator("input[type=file]").first.set_input_files(ROOT / "docs" / "astronaut.jpg")
     page.wait_for_function("old => document.querySelector('.large img').src != old", arg=before[0])
 
@@ -321,15 +327,15 @@ def test_noise_mixtures_new_images_and_narrow_windows(page, tmp_path):
     page.get_by_role("button", name="Another noise").click()
     page.locator("figcaption", has_text="where they differ").wait_for()
     open_tab(page, "Mix")
-    page.locator("figcaption", has_text=re.compile("^16 . 0$")).wait_for()
-    assert len(sources(page, ".large")) == 3 and len(sources(page, ".pictures")) == 17
+    page.locator("figcaption", has_text=re.compile("^32 . 0$")).wait_for()
+    assert len(sources(page, ".large")) == 3 and len(sources(page, ".pictures")) == 33
     open_tab(page, "Generate")
     page.get_by_role("button", name="Make a new image").click()
-    page.locator(".large:visible figcaption", has_text="16 tokens").wait_for()
-    assert len(page.locator(".ids:visible").text_content().split()) == 16
+    page.locator(".large:visible figcaption", has_text="32 tokens").wait_for()
+    assert len(page.locator(".ids:visible").text_content().split()) == 32
     open_tab(page, "Search")
     page.get_by_role("button", name="Search").click()
-    page.locator(".large:visible figcaption", has_text="16 tokens").wait_for()
+    page.locator(".large:visible figcaption", has_text="32 tokens").wait_for()
     for width in (250, 360, 1200):
         page.set_viewport_size({"width": width, "height": 800})
         for tab in ("Prefixes", "Mix", "Generate", "Search"):
@@ -355,6 +361,14 @@ def test_two_visitors_do_not_mix(page, browser, url):
     move_to(page, 4)
     move_to(other, 4)
     assert sources(page, ".large")[1] != sources(other, ".large")[1] and first != second
+    # Nor does one wait for the other.
+    open_tab(page, "Search")
+    page.get_by_role("button", name="Search").click()
+    page.locator(".large:visible figcaption", has_text=re.compile("^1 token,")).wait_for()
+    move_to(other, 8)
+    found = page.locator(".large:visible figcaption", has_text=re.compile("^32 tokens,"))
+    assert found.count() == 0
+    found.wait_for()
     other.close()
 
 

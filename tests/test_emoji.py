@@ -1,6 +1,8 @@
 """The image folder of emoji, from a small package of the same layout."""
 
+import csv
 import json
+import pathlib
 import shutil
 import tarfile
 
@@ -12,6 +14,7 @@ from examples.emoji import make_data
 from flextok_jax.data import decode
 from flextok_jax.data.folder import FolderSource
 
+FONT = pathlib.Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 TONES = ("1F3FB", "1F3FF", "1F3FB-1F3FF")
 
 
@@ -105,6 +108,62 @@ def test_a_damaged_package_is_refused_and_leaves_nothing(package, tmp_path):
         with pytest.raises(ValueError, match="damaged.tgz .*fetch it again"):
             make_data.make([damaged], out)
     assert sorted(tmp_path.iterdir()) == [damaged, whole]
+
+
+LIST = """\
+# group: Smileys & Emotion
+# subgroup: face-smiling
+1F600 ; fully-qualified     # 😀 E1.0 grinning face
+263A FE0F ; fully-qualified     # ☺️ E0.6 smiling face
+263A ; unqualified         # ☺ E0.6 smiling face
+# group: People & Body
+261D FE0F ; fully-qualified     # ☝️ E0.6 index pointing up
+261D 1F3FB ; fully-qualified     # ☝🏻 E1.0 index pointing up: light skin tone
+1F468 200D 1F9B0 ; fully-qualified     # 👨‍🦰 E11.0 man: red hair
+1F468 1F3FE 200D 1F9B0 ; fully-qualified     # 👨🏾‍🦰 E11.0 man: medium-dark skin tone, red hair
+1F48F ; fully-qualified     # 💏 E0.6 kiss
+1F48F 1F3FB ; fully-qualified     # 💏🏻 E13.1 kiss: light skin tone
+1F9D1 1F3FB 200D 2764 FE0F 200D 1F48B 200D 1F9D1 1F3FD ; fully-qualified # 🧑 E13.1 \
+kiss: person, person, light skin tone, medium skin tone
+# group: Component
+1F3FB ; component           # 🏻 E1.0 light skin tone
+"""
+
+
+def test_unicodes_list_has_groups_names_and_tones():
+    found = {one["unified"]: one for one in make_data.listed(LIST)}
+    tones = {code: list(one["skin_variations"]) for code, one in found.items()}
+    assert tones == {
+        "1F600": [], "263A-FE0F": [], "261D-FE0F": ["1F3FB"], "1F468-200D-1F9B0": ["1F3FE"],
+        "1F48F": ["1F3FB", "1F3FB-1F3FD"],
+    }  # fmt: skip
+    assert found["1F600"]["category"] == "Smileys & Emotion"
+    assert found["1F48F"]["category"] == "People & Body"
+    assert found["1F468-200D-1F9B0"]["name"] == "man: red hair"
+
+
+def test_a_font_is_a_package(tmp_path, monkeypatch):
+    """The few emoji of LIST, by Debian's font; what is no font is refused."""
+    monkeypatch.setattr(make_data, "UNICODE_LIST", tmp_path / "list.txt")
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"no font")
+    with pytest.raises(FileNotFoundError, match="install unicode-data"):
+        make_data.make([broken], tmp_path / "emoji")
+    make_data.UNICODE_LIST.write_text(LIST, encoding="utf-8")
+    with pytest.raises(ValueError, match="broken.ttf is no font"):
+        make_data.make([broken], tmp_path / "emoji")
+    if not FONT.exists():
+        pytest.skip(f"{FONT} is not installed")
+    assert make_data.make([FONT], tmp_path / "emoji") == 9
+    with open(tmp_path / "emoji" / "metadata.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    captions = [row["caption"] for row in rows]
+    assert {"grinning face", "man: red hair, medium-dark skin tone"} < set(captions)
+    assert captions[-1] == "kiss, light and medium skin tone"
+    (smile,) = (tmp_path / "emoji").glob("*/1f600.png")
+    pixels = np.asarray(Image.open(smile)).astype(int)
+    assert pixels.shape == (64, 64, 3) and (pixels[0, 0] == 255).all()
+    assert pixels[32, 5, 0] > 200 and pixels[32, 5, 2] < 120  # A yellow face.
 
 
 def test_the_split_is_fixed():

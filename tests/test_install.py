@@ -77,6 +77,9 @@ def test_a_wheel_runs_the_demos_in_an_environment_with_its_requirements_alone(tm
     which = "--labels", "3", "--per-label", "2", "--out", "samples"
     run(flextok, "generate", "--model", "demo-digits-ar", *which, folder=tmp_path)
     assert len(list(tmp_path.glob("samples/k0016/*.png"))) == 2
+    which = "--text", "red heart", "--num-tokens", "8", "--out", "prompted"
+    run(flextok, "generate", "--model", "demo-emoji-t2i", *which, folder=tmp_path)
+    assert len(list(tmp_path.glob("prompted/k0008/*.png"))) == 1
     for extra in ("gradio", "matplotlib"):  # Nothing else of the environment of the tests.
         code = f"import importlib.util as u; print(u.find_spec({extra!r}))"
         assert run(python, "-c", code, folder=tmp_path) == "None"

@@ -1,7 +1,7 @@
 """Tokenizers and generators of the emoji, measured through the public interface.
 
     python -m examples.emoji.evaluation data/emoji demo-emoji --generator demo-emoji-ar \
-        --text-generator demo-emoji-t2i --picture emoji.png
+        --text-generator demo-emoji-t2i --picture emoji.png --neighbours neighbours.png
 
 prints the numbers of docs and model pages as JSON: reconstructions of the validation emoji, which
 training never saw, generated emoji of each group, and emoji drawn from names; and draws some.
@@ -127,6 +127,17 @@ def picture(made, images, labels, samples=None) -> np.ndarray:
     return np.concatenate([grid, gap, _grid(samples[:, :SHOWN])], axis=1)
 
 
+def neighbours(samples: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]: of each group a row of samples, and below each the closest training emoji.
+
+    Args:
+        samples: uint8 [9, n, 64, 64, 3], by group.
+        train: uint8 images.
+    """
+    rows = [row for x in samples for row in (x[:SHOWN], train[nearest(x[:SHOWN], train)[0]])]
+    return _grid(np.stack(rows))
+
+
 def _grid(images):
     images = np.pad(images, [(0, 0), (0, 0), (3, 3), (3, 3), (0, 0)], constant_values=255)
     rows, columns, height, width, _ = images.shape
@@ -142,9 +153,12 @@ def main() -> None:
     parser.add_argument("--text-generator", help="of its tokens, by the emoji's names")
     parser.add_argument("--per-group", type=int, default=50, help="samples of each group (50)")
     parser.add_argument("--picture", help="an image file to write")
+    parser.add_argument("--neighbours", help="another: samples above the closest training emoji")
     parser.add_argument("--guidance", type=float, help="of decoding; default: the model's")
     parser.add_argument("--steps", type=int, help="of decoding; default: the model's")
     args = parser.parse_args()
+    if args.neighbours and not args.generator:
+        parser.error("--neighbours are of samples: name a --generator")
     sampling = {"guidance_scale": args.guidance, "steps": args.steps}
     tok = FlexTok.from_pretrained(args.tokenizer)
     images, labels, _ = arrays(args.data, "validation")
@@ -154,7 +168,10 @@ def main() -> None:
         gen = ImageGenerator.from_pretrained(args.generator, tokenizer=tok)
         samples = np.stack([to_uint8(gen.generate(labels=[c] * args.per_group, key=c))
                             for c in range(len(GROUPS))])  # fmt: skip
-        numbers |= generation_numbers(samples, arrays(args.data, "train")[0], images)
+        train = arrays(args.data, "train")[0]
+        numbers |= generation_numbers(samples, train, images)
+        if args.neighbours:
+            to_pil(neighbours(samples, train)[None])[0].save(args.neighbours)
     if args.text_generator:
         gen = ImageGenerator.from_pretrained(args.text_generator, tokenizer=tok)
         numbers |= text_numbers(gen, args.data)

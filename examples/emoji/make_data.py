@@ -9,6 +9,12 @@ About a tenth of the emoji are for validation, by a hash of the base emoji's cod
 another skin tone lies where its base lies. Packages between the two, such as
 emoji-datasource-twitter, are more pictures for training: of the same emoji, drawn by others.
 
+A font with coloured pictures, NotoColorEmoji.ttf, may stand in the place of any package; groups and
+names are then those of Unicode's list. In Debian:
+
+    apt-get install fonts-noto-color-emoji unicode-data
+    python -m examples.emoji.make_data /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf data/emoji
+
 The pictures of emoji-datasource-google are Google's Noto Color Emoji (Apache-2.0; the font is under
 the OFL 1.1), those of emoji-datasource-twitter are Twemoji (CC BY 4.0); the names and groups are
 from github.com/iamcal/emoji-data (MIT).
@@ -27,6 +33,9 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 
+from PIL import Image, ImageDraw, ImageFont
+from PIL import features as pillow
+
 from flextok_jax import load_images, to_pil
 
 SIZE = 64  # pixels
@@ -37,6 +46,8 @@ TONES = {
 }  # fmt: skip
 SPLITS = ("train", "validation")
 NO_GROUP = "Component"  # Five squares of skin colours.
+UNICODE_LIST = pathlib.Path("/usr/share/unicode/emoji/emoji-test.txt")
+STRIKE = 109  # The size in which the font's pictures are.
 
 
 def split_of(code: str) -> str:
@@ -82,6 +93,65 @@ def unpack(package: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     return folder / "package"
 
 
+def listed(text: str) -> Iterator[dict]:
+    """What emoji.json says of each emoji but for its picture, of Unicode's emoji-test.txt."""
+    line = re.compile(r"([\dA-F ]+?) *; fully-qualified +# \S+ E[\d.]+ (.+)")
+    group, bases = "", {}
+    for row in text.splitlines():
+        if row.startswith("# group: "):
+            group = row.removeprefix("# group: ")
+        elif found := line.fullmatch(row):
+            code, (name, _, rest) = found[1].replace(" ", "-"), found[2].partition(": ")
+            parts = rest.split(", ") if rest else []
+            words = [p.removesuffix(" skin tone") for p in parts if p.endswith(" skin tone")]
+            others = [p for p in parts if not p.endswith(" skin tone")]
+            whole = ": ".join([name, ", ".join(others)] if others else [name])
+            if not words:
+                bases[whole] = {"unified": code, "name": whole, "category": group}
+                bases[whole]["skin_variations"] = {}
+                continue
+            codes = "-".join(key for word in words for key, tone in TONES.items() if tone == word)
+            # "kiss: person, person" in two tones is of the base "kiss".
+            base = bases.get(whole) or bases[name]
+            base["skin_variations"].setdefault(codes, {"unified": code})
+    yield from bases.values()
+
+
+def draw(font: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Writes the pictures of a font into `folder`, laid out as an npm package. Returns it.
+
+    Raises:
+        FileNotFoundError: UNICODE_LIST is not there.
+        ValueError: it is no font with coloured pictures, or Pillow cannot join code points.
+    """
+    if not UNICODE_LIST.exists():
+        raise FileNotFoundError(f"{UNICODE_LIST} has a font's groups: install unicode-data")
+    try:
+        pen = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.RAQM)
+    except OSError as error:
+        raise ValueError(f"{font} is no font with pictures of {STRIKE} pixels ({error})") from error
+    if not pillow.check("raqm"):  # Without it Pillow draws the parts of an emoji beside each other.
+        raise ValueError("Pillow cannot draw emoji of several code points: install libfribidi0")
+    pictures = folder / "img" / font.stem / str(SIZE)
+    pictures.mkdir(parents=True)
+    emoji = list(listed(UNICODE_LIST.read_text(encoding="utf-8")))
+    single = pen.getlength("\N{GRINNING FACE}")
+    for one in (one for base in emoji for one in (base, *base["skin_variations"].values())):
+        text = "".join(chr(int(code, 16)) for code in one["unified"].split("-"))
+        left, top, right, bottom = pen.getbbox(text)
+        side = max(right - left, bottom - top)
+        # An emoji that the font does not know is empty, or drawn as its parts.
+        known = one[f"has_img_{font.stem}"] = side > 0 and pen.getlength(text) <= single
+        one["image"] = f"{one['unified'].lower()}.png"
+        if known:
+            picture = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+            place = (side - right + left) // 2 - left, (side - bottom + top) // 2 - top
+            ImageDraw.Draw(picture).text(place, text, font=pen, embedded_color=True)
+            picture.save(pictures / one["image"])
+    (folder / "emoji.json").write_text(json.dumps(emoji))
+    return folder
+
+
 def add(package: pathlib.Path, made: pathlib.Path, validation: bool) -> list[dict[str, str]]:
     """Writes a package's pictures into `made`. Returns their rows of metadata.csv.
 
@@ -110,8 +180,8 @@ def make(packages: Sequence[pathlib.Path], out: pathlib.Path) -> int:
     """Writes the image folder `out`, as a whole or not at all. Returns the number of pictures.
 
     Args:
-        packages: .tgz files of npm packages, or folders that hold emoji.json and img. All but the
-            first add to the training side alone.
+        packages: .tgz files of npm packages, folders that hold emoji.json and img, or fonts (.ttf)
+            with coloured pictures. All but the first add to the training side alone.
 
     Raises:
         FileExistsError: there is such a folder already.
@@ -130,7 +200,8 @@ def make(packages: Sequence[pathlib.Path], out: pathlib.Path) -> int:
             if not package.exists():
                 raise FileNotFoundError(f"{package} is neither a file nor a folder")
             if package.is_file():
-                package = unpack(package, temporary / str(number))
+                read = draw if package.suffix == ".ttf" else unpack
+                package = read(package, temporary / str(number))
             found += add(package, made, validation=number == 0)
         with (made / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
             names = ("file_name", "label", "caption")

@@ -41,13 +41,18 @@ def load_model(args: options.Compute, source: str | None = None) -> FlexTok:
     tok = FlexTok.from_pretrained(
         source or args.model, dtype=args.dtype, attention=args.attention, mesh=all_devices()
     )
+    note_texts(tok)
+    return tok
+
+
+def note_texts(tok: FlexTok) -> None:
+    """Says of a tokenizer that reads texts that commands give it none."""
     if tok.config.text.dim:
         print(
             f"note: {tok.origin} can read a text with each image; commands give it none, not the "
             "captions of the images either (call `tokenize` and `detokenize` from Python)",
             file=sys.stderr,
         )
-    return tok
 
 
 def sampler(args: options.Sampling, tok: FlexTok, defaults: dict | None = None) -> Sampler | None:

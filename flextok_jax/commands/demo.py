@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flextok_jax import demo as playing
-from flextok_jax.commands import options
+from flextok_jax.commands import common, options
 from flextok_jax.data import reader
 from flextok_jax.demo import Demo, How
 
@@ -58,6 +58,7 @@ def demo(args: options.Demo) -> None:
     """Serves the page until Ctrl-C."""
     _gradio()  # Before models are loaded: the extra may be missing.
     models = playing.load(args.model, args.generator, args.text_encoder, args.images, args.dtype)
+    common.note_texts(models.tokenizer)
     run(models, args.host, args.port)
 
 
@@ -197,7 +198,8 @@ def _picker(gr, page, models: Demo, first: int):
 
     def upload(data):
         with _told(gr):
-            return opened(models.read(data))
+            image = models.read(data)
+        return opened(image)
 
     quiet = dict(outputs=chosen, show_progress="hidden")
     return chosen, [
@@ -215,7 +217,7 @@ def _one_image(gr, page, models: Demo, settings: list) -> None:
             pair = gr.HTML()
             k = gr.Slider(1, most, 1 if ordered else most, step=1, label="Tokens", visible=ordered)
             table = gr.HTML()
-    gr.Markdown("### All prefixes: the picture from 1 token to all", visible=ordered)
+    gr.Markdown("### The picture from 1 token to all", visible=ordered)
     strip = gr.HTML(visible=ordered)
     again = gr.Button("Another noise, same tokens", visible=models.tokenizer.config.is_flow)
     noises = gr.HTML()
@@ -302,7 +304,7 @@ def _generation(gr, models: Demo, settings: list) -> None:
         button = gr.Button("Make a new image", variant="primary")
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
-            large = gr.HTML("Token by token. Another seed, below, makes another image.")
+            large = gr.HTML("As its tokens come. Another seed, below, makes another image.")
         with gr.Column(scale=2, min_width=300):
             ids, strip = gr.HTML(), gr.HTML()
 

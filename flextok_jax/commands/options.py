@@ -271,7 +271,7 @@ class Encode(Compute, Crops):
     model: Source = None  # tokens: a tokenizer, as in flextok tokenize
     num_tokens: Tokens = None
     lengths: LengthsFile = None
-    vae: Source = None  # moments: a workdir of the VAE stage, a diffusers folder, a tokenizer
+    vae: Source = None  # moments: a VAE (workdir, diffusers folder, hub id), or a tokenizer's
     dinov2: Source = None  # features for REPA: facebook/dinov2-large or a folder
     dinov2_size: Positive = 518  # pixels of a side for DINOv2 (large: 2.8 MB per crop; 224: 0.5 MB)
     image_size: Count = None  # side of the crops in pixels (the tokenizer's own; without one 256)
@@ -379,7 +379,7 @@ class Demo:
     """A page in the browser to play with a model.
 
     From one token to all, other noise for the same tokens, tokens of two images
-    mixed, new images token by token. The page is for this machine alone, unless
+    mixed, new images as their tokens come. The page is for this machine alone, unless
     --host says otherwise; Ctrl-C ends it. It needs the extra "demo" (gradio).
 
     example:
