@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import tarfile
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -152,6 +153,9 @@ def test_a_font_is_a_package(tmp_path, monkeypatch):
     make_data.UNICODE_LIST.write_text(LIST, encoding="utf-8")
     with pytest.raises(ValueError, match="broken.ttf is no font"):
         make_data.make([broken], tmp_path / "emoji")
+    for plain in pathlib.Path(matplotlib.get_data_path()).glob("fonts/ttf/DejaVuSans.ttf"):
+        with pytest.raises(ValueError, match="DejaVuSans.ttf has no coloured|libfribidi"):
+            make_data.make([plain], tmp_path / "emoji")
     if not FONT.exists():
         pytest.skip(f"{FONT} is not installed")
     assert make_data.make([FONT], tmp_path / "emoji") == 9

@@ -117,6 +117,16 @@ def listed(text: str) -> Iterator[dict]:
     yield from bases.values()
 
 
+def drawn(pen: ImageFont.FreeTypeFont, text: str) -> Image.Image:
+    """Text in the font's own colours, in the middle of a transparent square."""
+    left, top, right, bottom = pen.getbbox(text)
+    side = max(right - left, bottom - top, 1)
+    picture = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+    place = (side - right + left) // 2 - left, (side - bottom + top) // 2 - top
+    ImageDraw.Draw(picture).text(place, text, font=pen, embedded_color=True)
+    return picture
+
+
 def draw(font: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Writes the pictures of a font into `folder`, laid out as an npm package. Returns it.
 
@@ -132,22 +142,20 @@ def draw(font: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
         raise ValueError(f"{font} is no font with pictures of {STRIKE} pixels ({error})") from error
     if not pillow.check("raqm"):  # Without it Pillow draws the parts of an emoji beside each other.
         raise ValueError("Pillow cannot draw emoji of several code points: install libfribidi0")
+    smile = "\N{GRINNING FACE}"
+    saturation = drawn(pen, smile).convert("RGB").convert("HSV").getextrema()[1]
+    if saturation[1] == 0:
+        raise ValueError(f"{font} has no coloured pictures: another font is needed")
     pictures = folder / "img" / font.stem / str(SIZE)
     pictures.mkdir(parents=True)
     emoji = list(listed(UNICODE_LIST.read_text(encoding="utf-8")))
-    single = pen.getlength("\N{GRINNING FACE}")
     for one in (one for base in emoji for one in (base, *base["skin_variations"].values())):
         text = "".join(chr(int(code, 16)) for code in one["unified"].split("-"))
-        left, top, right, bottom = pen.getbbox(text)
-        side = max(right - left, bottom - top)
         # An emoji that the font does not know is empty, or drawn as its parts.
-        known = one[f"has_img_{font.stem}"] = side > 0 and pen.getlength(text) <= single
-        one["image"] = f"{one['unified'].lower()}.png"
+        known = 0 < pen.getlength(text) <= pen.getlength(smile)
+        one |= {"image": f"{one['unified'].lower()}.png", f"has_img_{font.stem}": known}
         if known:
-            picture = Image.new("RGBA", (side, side), (255, 255, 255, 0))
-            place = (side - right + left) // 2 - left, (side - bottom + top) // 2 - top
-            ImageDraw.Draw(picture).text(place, text, font=pen, embedded_color=True)
-            picture.save(pictures / one["image"])
+            drawn(pen, text).save(pictures / one["image"])
     (folder / "emoji.json").write_text(json.dumps(emoji))
     return folder
 
