@@ -379,8 +379,9 @@ class Demo:
     """A page in the browser to play with a model.
 
     From one token to all, other noise for the same tokens, tokens of two images
-    mixed, new images as their tokens come. The page is for this machine alone, unless
-    --host says otherwise; Ctrl-C ends it. It needs the extra "demo" (gradio).
+    mixed, new images as their tokens come. The page is for this machine alone,
+    unless --host says otherwise; Ctrl-C ends it. It needs the extra "demo"
+    (gradio).
 
     example:
       flextok demo
